@@ -1,0 +1,80 @@
+import math
+
+import pytest
+import torch
+
+from models.interpolant import PATHS, Interpolant
+
+SHAPES = [(5, 4, 8, 8), (5, 7)]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_velocity_is_the_derivative_of_the_path(path, shape):
+    interpolant = Interpolant(path)
+    x, noise = torch.randn(shape, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
+    t = torch.rand(shape[0], dtype=torch.float64)
+    _, derivative = torch.func.jvp(lambda t: interpolant.interpolate(x, noise, t), (t,), (torch.ones_like(t),))
+    torch.testing.assert_close(interpolant.velocity_target(x, noise, t), derivative)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_ends_are_data_and_noise(path):
+    interpolant = Interpolant(path)
+    x, noise = torch.randn(2, 3, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)
+    torch.testing.assert_close(interpolant.interpolate(x, noise, torch.zeros(2).double()), x)
+    torch.testing.assert_close(interpolant.interpolate(x, noise, torch.ones(2).double()), noise)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("scalar", [False, True])
+def test_score_of_a_gaussian(path, shape, scalar):
+    """Data N(0, s^2): x_t is N(0, alpha^2 s^2 + sigma^2), so score and expected velocity are known."""
+    interpolant, s = Interpolant(path), 1.7
+    x_t = torch.randn(shape, dtype=torch.float64)
+    t = torch.tensor(0.37, dtype=torch.float64) if scalar else torch.linspace(0.04, 1, shape[0], dtype=torch.float64)
+    expand = t if scalar else t.view(-1, *[1] * (len(shape) - 1))
+    at = interpolant.coefficients(expand)
+    variance = at.alpha_t**2 * s**2 + at.sigma_t**2
+    velocity = (at.alpha_t * at.d_alpha_t * s**2 + at.sigma_t * at.d_sigma_t) / variance * x_t
+    torch.testing.assert_close(interpolant.score_from_velocity(velocity, x_t, t), -x_t / variance)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_score_agrees_with_the_published_fraction(path):
+    interpolant = Interpolant(path)
+    v, x_t, t = torch.randn(4, 3).double(), torch.randn(4, 3).double(), torch.rand(4).double() * 0.9 + 0.05
+    at = interpolant.coefficients(t[:, None])
+    r = at.alpha_t / at.d_alpha_t
+    expected = (r * v - x_t) / (at.sigma_t**2 - r * at.d_sigma_t * at.sigma_t)
+    torch.testing.assert_close(interpolant.score_from_velocity(v, x_t, t), expected)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_lognormal_times_have_lognormal_noise_ratio(path):
+    interpolant = Interpolant(path)
+    t = interpolant.sample_time(50_000, "lognormal", torch.Generator().manual_seed(0)).double()
+    at = interpolant.coefficients(t)
+    logarithm = (at.sigma_t / at.alpha_t).log()
+    assert abs(logarithm.mean()) < 0.02
+    assert abs(logarithm.std() - 1) < 0.02
+
+
+def test_uniform_times():
+    t = Interpolant().sample_time(50_000, "uniform", torch.Generator().manual_seed(0))
+    assert t.min() >= 0 and t.max() <= 1
+    assert abs(t.mean() - 0.5) < 0.01 and abs(t.var() - 1 / 12) < 0.01
+
+
+def test_cosine_keeps_the_variance():
+    at = Interpolant("cosine").coefficients(torch.linspace(0, 1, 11, dtype=torch.float64))
+    torch.testing.assert_close(at.alpha_t**2 + at.sigma_t**2, torch.ones(11, dtype=torch.float64))
+    assert at.d_sigma_t[0] == pytest.approx(math.pi / 2)
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match=r"'vp' is unknown; allowed: linear, cosine"):
+        Interpolant("vp")
+    with pytest.raises(ValueError, match=r"'beta' is unknown"):
+        Interpolant().sample_time(2, "beta")
