@@ -1,0 +1,134 @@
+"""What the tests share: a small data set, a small encoder with random weights, and training runs inside the process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+NUM_CLASSES = 3
+RESOLUTION = 16
+ENCODER_OPTIONS = {"patch_size": 4, "embed_dim": 32, "depth": 1, "num_heads": 2}
+#: 16 tokens of width 32 for images of 16 px.
+ENCODER = f"timm/vit_tiny_patch16_224:input={RESOLUTION}:" + ":".join(f"{k}={v}" for k, v in ENCODER_OPTIONS.items())
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if item.get_closest_marker("assets") and not os.environ.get("REG_ASSETS"):
+            item.add_marker(pytest.mark.skip(reason="REG_ASSETS names no folder"))
+
+
+@pytest.fixture
+def assets() -> Path:
+    return Path(os.environ["REG_ASSETS"])
+
+
+def write_data(folder: Path, num: int = 24, classes: int = NUM_CLASSES, resolution: int = RESOLUTION) -> Path:
+    """Write a data set with the pixel codec: coloured squares, one colour a class, with a little noise."""
+    rng = np.random.default_rng(0)
+    labels = [i % classes for i in range(num)]
+    image_labels, latent_labels = [], []
+    for i, label in enumerate(labels):
+        pixels = rng.integers(0, 60, (resolution, resolution, 3), dtype=np.uint8)
+        pixels[..., label % 3] += 150
+        image_name, latent_name = f"00000/img{i:08d}.png", f"00000/img-mean-std-{i:08d}.npy"
+        for path in (folder / "images" / image_name, folder / "vae-sd" / latent_name):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(folder / "images" / image_name)
+        mean = pixels.transpose(2, 0, 1).astype(np.float32) / 127.5 - 1
+        np.save(folder / "vae-sd" / latent_name, np.concatenate([mean, np.zeros_like(mean)]))
+        image_labels.append([image_name, label])
+        latent_labels.append([latent_name, label])
+    codec = {"codec": "pixel", "channels": 3, "factor": 1, "scale": 1.0, "shift": 0.0}
+    (folder / "images" / "dataset.json").write_text(json.dumps({"labels": image_labels}))
+    (folder / "vae-sd" / "dataset.json").write_text(json.dumps({"labels": latent_labels, "codec": codec}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set to be read only."""
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A data set to be damaged at will."""
+    return write_data(tmp_path / "data")
+
+
+@pytest.fixture(scope="session")
+def encoder_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights for ENCODER, in timm's layout."""
+    import timm
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    network = timm.create_model("vit_tiny_patch16_224", img_size=RESOLUTION, num_classes=0, **ENCODER_OPTIONS)
+    path = tmp_path_factory.mktemp("encoder") / "encoder.safetensors"
+    save_file(network.state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def train_flags(shared_data: Path, encoder_weights: Path, tmp_path: Path) -> list[str]:
+    """Flags of a run that takes seconds: a network of two narrow blocks."""
+    flags = f"""--output-dir {tmp_path / "exps"} --data-dir {shared_data} --device cpu
+        --enc-type {ENCODER} --enc-weights {encoder_weights}
+        --model SiT-S/4 --depth 2 --hidden-size 32 --num-heads 2 --encoder-depth 1 --projector-dim 16
+        --batch-size 8 --num-workers 0 --log-steps 1 --sampling-steps 0 --ema-decay 0.9 --learning-rate 0.001"""
+    return flags.split()
+
+
+def reset_accelerate() -> None:
+    """Forget accelerate's process-wide state, so that the next run in this process sets its own."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def run_training(flags: list[str]) -> Path:
+    """Run train.py inside this process and return the run's folder."""
+    import train
+
+    reset_accelerate()
+    run = train.set_up(train.parse_args(flags))
+    train.train(run)
+    return run.folder
+
+
+def run_generate(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run generate.py inside this process."""
+    import generate
+
+    reset_accelerate()
+    monkeypatch.setattr(sys, "argv", ["generate.py", *flags])
+    generate.main()
+
+
+def run_program(*command: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
+    """Run a program of the repository in processes of its own."""
+    launcher = [sys.executable]
+    if processes > 1:
+        port = str(20000 + os.getpid() % 20000)
+        launcher += ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
+        launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        launcher += ["--main_process_port", port]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([*launcher, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def read_rows(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,229 @@
+import math
+
+import pytest
+import torch
+
+from models.sit import ENCODER_DEPTHS, PRESETS, SiT, SiT_models, sincos_2d
+
+COUNTS = {"SiT-S/2": 40_107_792, "SiT-B/2": 139_028_496, "SiT-L/2": 467_533_328, "SiT-XL/2": 685_017_360}
+
+
+def small(**options) -> SiT:
+    settings = {
+        "input_size": 8, "hidden_size": 32, "depth": 3, "num_heads": 2, "num_classes": 5, "encoder_depth": 2,
+        "z_dims": [24], "projector_dim": 16, "cls_token_dim": 24,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    return SiT(**{**settings, **options})
+
+
+def randomise(model: SiT) -> SiT:
+    """Give the zero-initialised layers weights, so that the output depends on everything."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad and not parameter.any():
+                parameter.normal_(std=0.1, generator=generator)
+    return model
+
+
+def inputs(model: SiT, n: int = 3):
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(n, model.in_channels, model.input_size, model.input_size, generator=generator)
+    cls = torch.randn(n, model.cls_token_dim, generator=generator) if model.cls_token_dim else None
+    return x, torch.rand(n, generator=generator), torch.arange(n) % model.num_classes, cls
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_parameter_counts(name):
+    with torch.device("meta"):
+        model = SiT_models[name]()
+    assert sum(p.numel() for p in model.parameters()) == COUNTS[name]
+
+
+def test_projector_counts():
+    with torch.device("meta"):
+        counts = [sum(p.numel() for p in SiT_models[f"SiT-{s}/2"]().projectors.parameters()) for s in ("B", "L", "XL")]
+    assert counts == [7_344_896, 7_869_184, 8_131_328]
+
+
+def test_twelve_presets_build():
+    assert len(SiT_models) == 12
+    for name, build in SiT_models.items():
+        size, patch = name.removeprefix("SiT-").split("/")
+        with torch.device("meta"):
+            model = build()
+        assert (len(model.blocks), model.pos_embed.shape[-1]) == PRESETS[size][:2]
+        assert model.pos_embed.shape[1] == 1 + (32 // int(patch)) ** 2
+        assert model.encoder_depth == ENCODER_DEPTHS[size]
+
+
+@pytest.mark.parametrize("patch", [2, 4, 8])
+@pytest.mark.parametrize("size", ["S", "B"])
+def test_presets_train_and_sample_on_small_latents(size, patch):
+    model = SiT_models[f"SiT-{size}/{patch}"](input_size=8, depth=2, encoder_depth=1, num_classes=4)
+    x, t, y, cls = inputs(model, 2)
+    velocity, projected, cls_velocity = model(x, t, y, cls_token=cls)
+    assert velocity.shape == x.shape and cls_velocity.shape == cls.shape
+    assert projected[0].shape == (2, 1 + (8 // patch) ** 2, 768)
+    (velocity.sum() + projected[0].sum() + cls_velocity.sum()).backward()
+
+
+@pytest.mark.parametrize("cls_token_dim", [24, None])
+def test_fresh_network_returns_zero(cls_token_dim):
+    model = small(cls_token_dim=cls_token_dim).eval()
+    x, t, y, cls = inputs(model)
+    velocity, _, cls_velocity = model(x, t, y, cls_token=cls)
+    assert not velocity.any()
+    assert cls_velocity is None if cls is None else not cls_velocity.any()
+
+
+def test_registration_order_is_the_published_one():
+    names = [name for name, _ in small(qk_norm=True).named_parameters()]
+    tops = list(dict.fromkeys(name.split(".")[0] for name in names))
+    assert tops == [
+        "pos_embed", "x_embedder", "t_embedder", "y_embedder", "blocks", "projectors", "final_layer",
+        "cls_projectors2", "wg_norm",
+    ]  # fmt: skip
+    block = list(dict.fromkeys(name.removeprefix("blocks.0.") for name in names if name.startswith("blocks.0.")))
+    assert block == [
+        "attn.qkv.weight", "attn.qkv.bias", "attn.q_norm.weight", "attn.q_norm.bias", "attn.k_norm.weight",
+        "attn.k_norm.bias", "attn.proj.weight", "attn.proj.bias", "mlp.fc1.weight", "mlp.fc1.bias", "mlp.fc2.weight",
+        "mlp.fc2.bias", "adaLN_modulation.1.weight", "adaLN_modulation.1.bias",
+    ]  # fmt: skip
+    final = [name for name in names if name.startswith("final_layer")]
+    assert [name.split(".")[1] for name in final[::2]] == ["linear", "linear_cls", "adaLN_modulation"]
+    projector = [name for name in names if name.startswith("projectors")]
+    assert [name.split(".")[2] for name in projector[::2]] == ["0", "2", "4"]
+
+
+def test_without_class_slot_there_are_no_class_parameters():
+    model = small(cls_token_dim=None)
+    assert not any("cls" in name or "wg_norm" in name for name in model.state_dict())
+    assert model.pos_embed.shape[1] == 16
+
+
+def test_position_table_against_its_formula():
+    width, grid = 16, 3
+    table = sincos_2d(width, grid)
+    for row in range(grid):
+        for column in range(grid):
+            halves = []
+            for coordinate in (column, row):
+                angles = [coordinate / 10000 ** (j / (width / 4)) for j in range(width // 4)]
+                halves += [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
+            torch.testing.assert_close(table[row * grid + column], torch.tensor(halves))
+    model = small()
+    assert not model.pos_embed[0, 0].any() and not model.pos_embed.requires_grad
+    assert torch.equal(model.pos_embed[0, 1:], sincos_2d(32, 4))
+
+
+def test_time_features_are_of_t_itself():
+    t = torch.tensor([0.3])
+    features = small().t_embedder.features(t)[0]
+    frequencies = [math.exp(-math.log(10000) * j / 128) for j in range(128)]
+    expected = [math.cos(0.3 * f) for f in frequencies] + [math.sin(0.3 * f) for f in frequencies]
+    torch.testing.assert_close(features, torch.tensor(expected))
+
+
+def test_initialisation():
+    model = small()
+    weight = model.blocks[0].attn.qkv.weight.detach()
+    bound = math.sqrt(6 / sum(weight.shape))
+    assert weight.abs().max() <= bound and weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
+    patch = model.x_embedder.proj.weight.view(32, -1)
+    assert patch.abs().max() <= math.sqrt(6 / sum(patch.shape)) and not model.x_embedder.proj.bias.any()
+    assert model.y_embedder.embedding_table.weight.std().item() == pytest.approx(0.02, rel=0.2)
+    assert model.t_embedder.mlp[0].weight.std().item() == pytest.approx(0.02, rel=0.05)
+
+
+def test_unpatchify_undoes_patches():
+    model = small()
+    x = torch.randn(2, 4, 8, 8)
+    patches = x.unfold(2, 2, 2).unfold(3, 2, 2)  # (N, C, h, w, p, p)
+    tokens = patches.permute(0, 2, 3, 4, 5, 1).reshape(2, 16, 16)
+    assert torch.equal(model.unpatchify(tokens), x)
+
+
+def test_fused_and_plain_attention_agree():
+    model = randomise(small(qk_norm=True)).eval()
+    plain = small(qk_norm=True, fused_attn=False).eval()
+    plain.load_state_dict(model.state_dict())
+    x, t, y, cls = inputs(model)
+    for ours, theirs in zip(model(x, t, y, cls)[::2], plain(x, t, y, cls)[::2], strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_qk_norm_acts_on_each_head():
+    model = small(qk_norm=True)
+    assert model.blocks[0].attn.q_norm.weight.shape == (16,) and model.blocks[0].attn.q_norm.eps == 1e-5
+
+
+def test_projectors_cost_nothing_when_switched_off():
+    model = randomise(small()).eval()
+    x, t, y, cls = inputs(model)
+    with_, without = model(x, t, y, cls), model(x, t, y, cls, project=False)
+    calls = []
+    model.projectors[0].register_forward_hook(lambda *_: calls.append(1))
+    model(x, t, y, cls, project=False)
+    assert without.projected is None and not calls
+    assert torch.equal(with_.velocity, without.velocity)
+    assert with_.projected[0].shape == (3, 17, 24)  # in eval mode as well
+
+
+def test_labels_are_dropped_in_training_only_and_as_told():
+    model = small(class_dropout_prob=0.3)
+    y = torch.zeros(20_000, dtype=torch.int64)
+    torch.manual_seed(0)
+    assert (model.train().drop_labels(y) == model.null_class).float().mean() == pytest.approx(0.3, abs=0.02)
+    assert torch.equal(model.eval().drop_labels(y), y)
+    drop = torch.tensor([True, False])
+    assert model.drop_labels(torch.tensor([2, 2]), drop).tolist() == [model.null_class, 2]
+    never = small(class_dropout_prob=0.0).train()
+    assert torch.equal(never.drop_labels(y), y)
+
+
+def test_class_token_reaches_every_output():
+    model = randomise(small()).eval()
+    x, t, y, cls = inputs(model)
+    first, second = model(x, t, y, cls), model(x, t, y, cls + 1)
+    assert not torch.allclose(first.velocity, second.velocity)
+    assert not torch.allclose(first.cls_velocity, second.cls_velocity)
+
+
+def test_wrong_use_is_named():
+    with pytest.raises(ValueError, match="has a class slot of width 24, but cls_token is missing"):
+        small()(torch.zeros(1, 4, 8, 8), torch.zeros(1), torch.zeros(1, dtype=torch.int64))
+    with pytest.raises(ValueError, match="has no class slot, but cls_token is given"):
+        small(cls_token_dim=None)(*inputs(small())[:3], cls_token=torch.zeros(3, 24))
+    with pytest.raises(ValueError, match="9 x 9 do not divide into patches of 2"):
+        small(input_size=9)
+    with pytest.raises(ValueError, match=r"encoder_depth 4 is outside 1 .. 3"):
+        small(encoder_depth=4)
+
+
+def test_autocast_gives_finite_velocities():
+    model = randomise(small()).train()
+    x, t, y, cls = inputs(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(x, t, y, cls)
+    torch.testing.assert_close(
+        out.velocity.float(), model(x, t, y, cls, torch.zeros(3).bool()).velocity, atol=0.1, rtol=0.1
+    )
+
+
+def test_class_slot_overhead_in_flops():
+    """The paper's +0.38 % FLOPs for XL/2 at 256 px, counted."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def flops(cls_token_dim):
+        with torch.device("meta"):
+            model = SiT_models["SiT-XL/2"](cls_token_dim=cls_token_dim).eval()
+            cls = None if cls_token_dim is None else torch.zeros(1, cls_token_dim)
+            x, t, y = torch.zeros(1, 4, 32, 32), torch.zeros(1), torch.zeros(1, dtype=torch.int64)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(x, t, y, cls_token=cls, project=False)
+        return counter.get_total_flops()
+
+    overhead = flops(768) / flops(None) - 1
+    assert overhead == pytest.approx(0.0038, abs=0.0005)
