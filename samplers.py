@@ -1,0 +1,314 @@
+"""Samplers (SiT, arXiv 2401.08740, section 2): from noise at t = 1 to data at t = 0, image and class token together.
+
+A sampler takes any function `velocity(x, cls, t) -> (v, v_cls)`; `GuidedVelocity` makes one of a network, with
+classifier-free guidance (arXiv 2207.12598) inside an interval of times (arXiv 2404.07724). The state is float64, the
+network is called in its own dtype. Random numbers are passed in.
+
+`cls` is None throughout for networks without a class slot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.interpolant import Interpolant
+
+Velocity = Callable[[Tensor, "Tensor | None", Tensor], "tuple[Tensor, Tensor | None]"]
+NoiseSource = Callable[[], "tuple[Tensor, Tensor | None]"]
+Progress = Callable[[Iterator], Iterator]
+
+MODES = ("sde", "ode")
+SOLVERS = ("euler", "heun", "dopri5")
+SDE_LAST_TIME = 0.04  # the SDE's last step goes from here to 0 without noise (SiT, appendix; REG's setting)
+ODE_TOLERANCE = 1e-6  # absolute and relative, of the adaptive solver (SiT, section 4)
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance: uncond + scale (cond - uncond), where low <= t <= high and `scale` > 1.
+
+    The image's scale alone switches guidance on; the class token then has `cls_scale` in the same formula, and stays
+    conditional where that is 0 or less.
+    """
+
+    scale: float = 1.0
+    cls_scale: float = 0.0
+    low: float = 0.0
+    high: float = 1.0
+
+    def active(self, t: float) -> bool:
+        """Return whether guidance is on at time t; the bounds count as inside."""
+        return self.scale > 1 and self.low <= t <= self.high
+
+
+@dataclass(frozen=True)
+class GuidedVelocity:
+    """The velocity of a network under guidance, as samplers want it.
+
+    Args:
+        model: the network, see `SiT.forward`.
+        y: labels (N,) int64.
+        null_class: the label that stands for "no class".
+        guidance: scales and interval.
+        dtype: what the network is called in; the result is float64.
+    """
+
+    model: Callable[..., tuple]
+    y: Tensor
+    null_class: int
+    guidance: Guidance = Guidance()
+    dtype: torch.dtype = torch.float32
+
+    def __call__(self, x: Tensor, cls: Tensor | None, t: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return velocities of x (N, C, H, W) and cls (N, D), float64, at one time `t`, a float64 scalar on the CPU."""
+        if not self.guidance.active(t.item()):
+            return self._call(x, cls, t, self.y)
+        y = torch.cat([self.y, torch.full_like(self.y, self.null_class)])
+        twice_cls = None if cls is None else torch.cat([cls, cls])
+        v, v_cls = self._call(torch.cat([x, x]), twice_cls, t, y)
+        v = _guide(v, self.guidance.scale)
+        if v_cls is not None:
+            v_cls = _guide(v_cls, self.guidance.cls_scale) if self.guidance.cls_scale > 0 else v_cls.chunk(2)[0]
+        return v, v_cls
+
+    def _call(self, x: Tensor, cls: Tensor | None, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
+        times = torch.full((len(x),), t.item(), dtype=self.dtype, device=x.device)
+        cls = None if cls is None else cls.to(self.dtype)
+        v, _, v_cls = self.model(x.to(self.dtype), times, y, cls_token=cls, project=False)
+        return v.double(), None if v_cls is None else v_cls.double()
+
+
+def _guide(v: Tensor, scale: float) -> Tensor:
+    conditional, unconditional = v.chunk(2)
+    return unconditional + scale * (conditional - unconditional)
+
+
+def sde_times(num_steps: int) -> Tensor:
+    """Return the times of the SDE sampler: `num_steps` from 1 to 0.04, then 0; (num_steps + 1,) float64."""
+    return torch.cat([torch.linspace(1, SDE_LAST_TIME, num_steps, dtype=torch.float64), torch.zeros(1).double()])
+
+
+def ode_times(num_steps: int) -> Tensor:
+    """Return the times of the ODE samplers: 1 to 0 in `num_steps` equal steps; (num_steps + 1,) float64."""
+    return torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
+
+
+def diffusion(t: Tensor) -> Tensor:
+    """Return w_t = 2 t, the squared strength of the SDE's noise. REG uses sigma_t of the linear path on both paths."""
+    return 2 * t
+
+
+def _axpy(x: Tensor | None, v: Tensor | None, dt: Tensor) -> Tensor | None:
+    """Return x + v dt, or None for a stream that does not exist."""
+    return None if x is None else x + v * dt
+
+
+def euler_maruyama(
+    velocity: Velocity,
+    x: Tensor,
+    cls: Tensor | None,
+    noise: NoiseSource,
+    interpolant: Interpolant,
+    num_steps: int = 250,
+    progress: Progress = iter,
+) -> tuple[Tensor, Tensor | None]:
+    """Return x and cls at t = 0 by Euler-Maruyama on the reverse SDE (SiT, section 2). `num_steps` network calls.
+
+    Args:
+        velocity: the vector field.
+        x: noise (N, C, H, W). cls: noise (N, D) or None.
+        noise: called once a step, except the last; returns standard normals in the shapes of x and cls.
+        interpolant: the path, which turns velocity into score.
+        num_steps: 1 or more.
+        progress: wraps the iterator over steps, to show a bar.
+    """
+    times = sde_times(num_steps)
+    x, cls = x.double(), None if cls is None else cls.double()
+
+    def drift(x: Tensor | None, v: Tensor | None, t: Tensor) -> Tensor | None:
+        return None if x is None else v - diffusion(t) / 2 * interpolant.score_from_velocity(v, x, t)
+
+    for step in progress(range(num_steps)):
+        t, dt = times[step], times[step + 1] - times[step]
+        v, v_cls = velocity(x, cls, t)
+        x, cls = _axpy(x, drift(x, v, t), dt), _axpy(cls, drift(cls, v_cls, t), dt)
+        if step < num_steps - 1:  # the last step is the mean only
+            strength = (diffusion(t) * dt.abs()).sqrt()
+            noise_x, noise_cls = noise()
+            x, cls = _axpy(x, noise_x, strength), _axpy(cls, noise_cls, strength)
+    return x, cls
+
+
+def euler(
+    velocity: Velocity, x: Tensor, cls: Tensor | None, num_steps: int = 250, progress: Progress = iter
+) -> tuple[Tensor, Tensor | None]:
+    """Return x and cls at t = 0 by Euler's method on the probability-flow ODE. `num_steps` network calls."""
+    times = ode_times(num_steps)
+    x, cls = x.double(), None if cls is None else cls.double()
+    for step in progress(range(num_steps)):
+        v, v_cls = velocity(x, cls, times[step])
+        dt = times[step + 1] - times[step]
+        x, cls = _axpy(x, v, dt), _axpy(cls, v_cls, dt)
+    return x, cls
+
+
+def heun(
+    velocity: Velocity, x: Tensor, cls: Tensor | None, num_steps: int = 250, progress: Progress = iter
+) -> tuple[Tensor, Tensor | None]:
+    """Return x and cls at t = 0 by Heun's second-order method on the probability-flow ODE.
+
+    The last step is Euler's, so there are 2 num_steps - 1 network calls (EDM, arXiv 2206.00364, algorithm 1).
+    """
+    times = ode_times(num_steps)
+    x, cls = x.double(), None if cls is None else cls.double()
+    for step in progress(range(num_steps)):
+        t, t_next = times[step], times[step + 1]
+        dt = t_next - t
+        v, v_cls = velocity(x, cls, t)
+        x_next, cls_next = _axpy(x, v, dt), _axpy(cls, v_cls, dt)
+        if step < num_steps - 1:
+            w, w_cls = velocity(x_next, cls_next, t_next)
+            x_next = _axpy(x, (v + w) / 2, dt)
+            cls_next = None if cls is None else _axpy(cls, (v_cls + w_cls) / 2, dt)
+        x, cls = x_next, cls_next
+    return x, cls
+
+
+def dopri5(
+    velocity: Velocity, x: Tensor, cls: Tensor | None, tolerance: float = ODE_TOLERANCE
+) -> tuple[Tensor, Tensor | None]:
+    """Return x and cls at t = 0 by the adaptive Dormand-Prince method on the probability-flow ODE.
+
+    The step is chosen for the whole batch, so a sample depends on its neighbours within the tolerance.
+    """
+    from torchdiffeq import odeint
+
+    times = torch.tensor([1.0, 0.0], dtype=torch.float64, device=x.device)
+    state = (x.double(),) if cls is None else (x.double(), cls.double())
+
+    def field(t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        v, v_cls = velocity(state[0], state[1] if len(state) > 1 else None, t.cpu())
+        return (v,) if v_cls is None else (v, v_cls)
+
+    path = odeint(field, state, times, rtol=tolerance, atol=tolerance, method="dopri5")
+    return path[0][-1], None if cls is None else path[1][-1]
+
+
+class ImageNoise:
+    """Noise that belongs to images, not to batches: each image has a generator of its own (as in EDM2).
+
+    Drawn on the CPU, so that an image does not depend on the device either. Each call draws, for every image, first
+    the latents' noise and then the class token's.
+
+    Args:
+        seeds: one for each image of the batch, see `derive_seed`.
+        shape: of one image's latents (C, H, W).
+        cls_token_dim: width of the class token, or None.
+        device: where the noise is wanted.
+    """
+
+    def __init__(
+        self,
+        seeds: list[int],
+        shape: tuple[int, int, int],
+        cls_token_dim: int | None,
+        device: torch.device | str = "cpu",
+    ):
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.shape = shape
+        self.cls_token_dim = cls_token_dim
+        self.device = torch.device(device)
+
+    def __call__(self) -> tuple[Tensor, Tensor | None]:
+        """Return standard normals (N, C, H, W) and (N, D) or None, float64."""
+        pinned = self.device.type == "cuda"  # the copy then runs beside the network
+        x = torch.empty(len(self.generators), *self.shape, dtype=torch.float64, pin_memory=pinned)
+        cls = None
+        if self.cls_token_dim:
+            cls = torch.empty(len(self.generators), self.cls_token_dim, dtype=torch.float64, pin_memory=pinned)
+        for i, generator in enumerate(self.generators):
+            x[i].normal_(generator=generator)
+            if cls is not None:
+                cls[i].normal_(generator=generator)
+        x = x.to(self.device, non_blocking=True)
+        return x, None if cls is None else cls.to(self.device, non_blocking=True)
+
+
+def derive_seed(*key: int) -> int:
+    """Return a 64-bit generator seed for `key`, whole numbers from 0; seeds of different keys are independent.
+
+    Image n under seed s has the key (s, n).
+    """
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+
+
+def sample(
+    velocity: Velocity,
+    noise: NoiseSource,
+    interpolant: Interpolant,
+    mode: str = "sde",
+    solver: str = "euler",
+    num_steps: int = 250,
+    progress: Progress = iter,
+) -> tuple[Tensor, Tensor | None]:
+    """Return generated latents (N, C, H, W) and class tokens (N, D) or None, float64.
+
+    Args:
+        velocity: see `GuidedVelocity`.
+        noise: its first draw is where both streams start.
+        interpolant: the path.
+        mode: "sde" (Euler-Maruyama) or "ode".
+        solver: of the ODE: "euler", "heun" or "dopri5", which chooses its steps itself.
+        num_steps: of the solvers with fixed steps.
+        progress: wraps the iterator over steps, to show a bar.
+
+    Raises:
+        ValueError: unknown mode or solver, or no step.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode {mode!r} is unknown; allowed: {', '.join(MODES)}")
+    if solver not in SOLVERS:
+        raise ValueError(f"solver {solver!r} is unknown; allowed: {', '.join(SOLVERS)}")
+    if num_steps < 1:
+        raise ValueError(f"num_steps is {num_steps}; allowed: 1 or more")
+    x, cls = noise()
+    if mode == "sde":
+        return euler_maruyama(velocity, x, cls, noise, interpolant, num_steps, progress)
+    if solver == "dopri5":
+        return dopri5(velocity, x, cls)
+    return {"euler": euler, "heun": heun}[solver](velocity, x, cls, num_steps, progress)
+
+
+def sample_images(
+    model: torch.nn.Module,
+    labels: list[int],
+    seeds: list[int],
+    interpolant: Interpolant,
+    guidance: Guidance = Guidance(),
+    mode: str = "sde",
+    solver: str = "euler",
+    num_steps: int = 250,
+    dtype: torch.dtype = torch.float32,
+    progress: Progress = iter,
+) -> tuple[Tensor, Tensor | None]:
+    """Return the latents (N, C, H, W) and class tokens (N, D) or None, float64, of images given by label and seed.
+
+    Args:
+        model: a `SiT`; the latents come on its device.
+        labels: one for each image, 0 .. num_classes.
+        seeds: one for each image, see `derive_seed`: the image is the same in any batch.
+        interpolant: the path the model was trained on.
+        guidance, mode, solver, num_steps, dtype, progress: see `sample` and `GuidedVelocity`.
+    """
+    device = next(model.parameters()).device
+    y = torch.tensor(labels, dtype=torch.int64, device=device)
+    shape = (model.in_channels, model.input_size, model.input_size)
+    noise = ImageNoise(seeds, shape, model.cls_token_dim, device)
+    velocity = GuidedVelocity(model, y, model.null_class, guidance, dtype)
+    with torch.inference_mode():
+        return sample(velocity, noise, interpolant, mode, solver, num_steps, progress)

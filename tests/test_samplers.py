@@ -1,0 +1,217 @@
+import math
+
+import pytest
+import torch
+
+import samplers
+from models.interpolant import PATHS, Interpolant
+from models.sit import SiT
+from samplers import Guidance, GuidedVelocity, ImageNoise, derive_seed, sample, sample_images
+
+MEAN, STD = 1.5, 0.4
+
+
+def gaussian_velocity(interpolant):
+    """The exact velocity where data are N(MEAN, STD^2) in every coordinate, image and class token alike."""
+
+    def of(x, t):
+        at = interpolant.coefficients(t)
+        variance = at.alpha_t**2 * STD**2 + at.sigma_t**2
+        slope = (at.alpha_t * at.d_alpha_t * STD**2 + at.sigma_t * at.d_sigma_t) / variance
+        return at.d_alpha_t * MEAN + slope * (x - at.alpha_t * MEAN)
+
+    return lambda x, cls, t: (of(x, t), None if cls is None else of(cls, t))
+
+
+def standard_normals(seed=0, n=2000, with_cls=True):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw():
+        x = torch.randn(n, 1, 2, 2, generator=generator, dtype=torch.float64)
+        return x, torch.randn(n, 3, generator=generator, dtype=torch.float64) if with_cls else None
+
+    return draw
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("mode", "solver"), [("sde", "euler"), ("ode", "euler"), ("ode", "heun"), ("ode", "dopri5")])
+def test_samplers_reach_a_known_gaussian(path, mode, solver):
+    interpolant = Interpolant(path)
+    x, cls = sample(gaussian_velocity(interpolant), standard_normals(), interpolant, mode, solver, num_steps=200)
+    for stream in (x, cls):
+        assert stream.dtype == torch.float64
+        assert stream.mean().item() == pytest.approx(MEAN, abs=0.03)
+        assert stream.std().item() == pytest.approx(STD, abs=0.03)
+
+
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2)])
+def test_order_of_convergence(solver, order):
+    """Halving the step divides the error by 2^order. The exact solution keeps the standardised coordinate."""
+    interpolant = Interpolant("cosine")
+    noise = standard_normals(n=50, with_cls=False)
+    start, _ = noise()
+    errors = []
+    for steps in (40, 80):
+        x, _ = getattr(samplers, solver)(gaussian_velocity(interpolant), start, None, steps)
+        errors.append((x - (MEAN + STD * start)).abs().max().item())
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.25)
+
+
+def test_dopri5_keeps_its_tolerance():
+    start, _ = standard_normals(n=50, with_cls=False)()
+    x, _ = samplers.dopri5(gaussian_velocity(Interpolant()), start, None)
+    assert (x - (MEAN + STD * start)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(("mode", "solver", "calls"), [("sde", "euler", 10), ("ode", "euler", 10), ("ode", "heun", 19)])
+def test_network_calls(mode, solver, calls):
+    seen = []
+    velocity = gaussian_velocity(Interpolant())
+
+    def counting(x, cls, t):
+        seen.append(t.item())
+        return velocity(x, cls, t)
+
+    sample(counting, standard_normals(n=2), Interpolant(), mode, solver, num_steps=10)
+    assert len(seen) == calls and seen[0] == 1.0
+
+
+def test_sde_times_are_the_published_ones():
+    times = samplers.sde_times(250)
+    assert len(times) == 251 and times.dtype == torch.float64
+    assert times[0] == 1 and times[249] == 0.04 and times[250] == 0
+    assert torch.allclose(times[:250].diff(), torch.full((249,), -0.96 / 249, dtype=torch.float64))
+
+
+def test_euler_maruyama_written_out():
+    """Two steps by hand: noise after the first, none after the last."""
+    interpolant, noise = Interpolant(), standard_normals(n=2)
+    velocity = gaussian_velocity(interpolant)
+    x, cls = sample(velocity, standard_normals(n=2), interpolant, num_steps=2)
+    (x0, c0), (n_x, n_c) = noise(), noise()
+    for result, state, e in ((x, x0, n_x), (cls, c0, n_c)):
+        for t, t_next, kick in ((1.0, 0.04, e), (0.04, 0.0, 0)):
+            t = torch.tensor(t, dtype=torch.float64)
+            v = velocity(state, None, t)[0]
+            score = (-(1 - t) * v - state) / t  # linear path
+            state = state + (v - t * score) * (t_next - t) + (2 * t * (t - t_next)).sqrt() * kick
+        torch.testing.assert_close(result, state)
+
+
+class Affine(torch.nn.Module):
+    """Velocities that depend on everything in a known way."""
+
+    def __init__(self):
+        super().__init__()
+        self.batches = []
+
+    def forward(self, x, t, y, cls_token=None, label_drop=None, project=True):
+        assert not project
+        self.batches.append(len(x))
+        self.dtypes = {x.dtype, t.dtype, cls_token.dtype}
+        shift = y.to(x.dtype)
+        return x + shift.view(-1, 1, 1, 1), None, cls_token + shift.view(-1, 1)
+
+
+def guided(**guidance):
+    return GuidedVelocity(Affine(), torch.tensor([1, 2]), null_class=10, guidance=Guidance(**guidance))
+
+
+def test_guidance_formula_for_each_stream():
+    x, cls = torch.zeros(2, 1, 2, 2).double(), torch.zeros(2, 3).double()
+    t = torch.tensor(0.5).double()
+    v, v_cls = guided(scale=3.0, cls_scale=2.0)(x, cls, t)
+    assert v[:, 0, 0, 0].tolist() == [10 + 3 * (1 - 10), 10 + 3 * (2 - 10)]
+    assert v_cls[:, 0].tolist() == [10 + 2 * (1 - 10), 10 + 2 * (2 - 10)]
+    _, conditional = guided(scale=3.0, cls_scale=0.0)(x, cls, t)
+    assert conditional[:, 0].tolist() == [1, 2]
+    assert v.dtype == torch.float64
+
+
+def test_guidance_acts_in_its_interval_only_and_in_one_call():
+    x, cls = torch.zeros(2, 1, 2, 2).double(), torch.zeros(2, 3).double()
+    velocity = guided(scale=2.0, low=0.25, high=0.75)
+    for t in (0.2, 0.25, 0.5, 0.75, 0.8):
+        velocity(x, cls, torch.tensor(t).double())
+    assert velocity.model.batches == [2, 4, 4, 4, 2]
+    assert velocity.model.dtypes == {torch.float32}
+
+
+@pytest.mark.parametrize("guidance", [Guidance(1.0, 5.0), Guidance(0.5, 5.0)])
+def test_the_image_scale_alone_switches_guidance_on(guidance):
+    assert not guidance.active(0.5)
+
+
+def trained_looking_network(cls_token_dim=6):
+    torch.manual_seed(0)
+    model = SiT(
+        input_size=4, hidden_size=32, depth=2, num_heads=2, num_classes=5, encoder_depth=1, z_dims=[6],
+        projector_dim=8, cls_token_dim=cls_token_dim,
+    )  # fmt: skip
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad and not parameter.any():
+                parameter.normal_(std=0.1)
+    return model.eval()
+
+
+@pytest.mark.parametrize("cls_token_dim", [6, None])
+@pytest.mark.parametrize("mode", ["sde", "ode"])
+def test_an_image_does_not_depend_on_its_batch(mode, cls_token_dim):
+    model = trained_looking_network(cls_token_dim)
+    labels, seeds = [0, 3, 4, 1], [derive_seed(7, n) for n in range(4)]
+
+    def images(rows):
+        return sample_images(
+            model, [labels[i] for i in rows], [seeds[i] for i in rows], Interpolant(), Guidance(2.0, 2.0), mode,
+            num_steps=5,
+        )  # fmt: skip
+
+    whole_x, whole_cls = images([0, 1, 2, 3])
+    parts = [images([2, 0]), images([3]), images([1])]
+    x = torch.cat([part[0] for part in parts])[[1, 3, 0, 2]]
+    torch.testing.assert_close(whole_x, x, atol=1e-5, rtol=1e-5)
+    if cls_token_dim:
+        cls = torch.cat([part[1] for part in parts])[[1, 3, 0, 2]]
+        torch.testing.assert_close(whole_cls, cls, atol=1e-5, rtol=1e-5)
+
+
+def test_guidance_of_one_equals_none():
+    model = trained_looking_network()
+    plain = sample_images(model, [0, 1], [1, 2], Interpolant(), num_steps=4)
+    one = sample_images(model, [0, 1], [1, 2], Interpolant(), Guidance(1.0, 1.0), num_steps=4)
+    almost = sample_images(model, [0, 1], [1, 2], Interpolant(), Guidance(1.0 + 1e-9, 1.0), num_steps=4)
+    assert torch.equal(plain[0], one[0])
+    torch.testing.assert_close(plain[0], almost[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(plain[1], almost[1], atol=1e-5, rtol=1e-5)
+
+
+def test_projectors_are_not_computed():
+    model = trained_looking_network()
+    model.projectors[0].register_forward_hook(lambda *_: pytest.fail("projector called"))
+    sample_images(model, [0], [1], Interpolant(), num_steps=2)
+
+
+def test_noise_belongs_to_the_image():
+    both, second = ImageNoise([5, 6], (1, 2, 2), 3), ImageNoise([6], (1, 2, 2), 3)
+    for _ in range(2):
+        (x, cls), (x_2, cls_2) = both(), second()
+        assert torch.equal(x[1:], x_2) and torch.equal(cls[1:], cls_2)
+    generator = torch.Generator().manual_seed(6)
+    first = ImageNoise([6], (1, 2, 2), 3)()
+    assert torch.equal(first[0][0], torch.empty(1, 2, 2).double().normal_(generator=generator))  # image first
+    assert torch.equal(first[1][0], torch.empty(3).double().normal_(generator=generator))
+
+
+def test_seeds_differ():
+    seeds = {derive_seed(seed, number) for seed in range(20) for number in range(200)}
+    assert len(seeds) == 4000 and derive_seed(0, 1, 2) not in seeds
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [({"mode": "dde"}, "'dde'"), ({"mode": "ode", "solver": "rk4"}, "'rk4'"), ({"num_steps": 0}, "num_steps is 0")],
+)
+def test_unknown_settings_are_refused(options, text):
+    with pytest.raises(ValueError, match=text):
+        sample(gaussian_velocity(Interpolant()), standard_normals(), Interpolant(), **options)
