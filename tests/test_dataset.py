@@ -1,0 +1,172 @@
+import json
+import shutil
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dataset import GlobalBatchSampler, LatentDataset
+from files import InputError
+from tests.conftest import NUM_CLASSES, RESOLUTION
+
+IMAGE = "images/00000/img00000005.png"
+LATENT = "vae-sd/00000/img-mean-std-00000005.npy"
+FOLDERS = ("images", "vae-sd")
+
+
+def to_zip(folder):
+    with zipfile.ZipFile(folder.with_suffix(".zip"), "w") as archive:
+        for path in sorted(folder.rglob("*")):
+            archive.write(path, path.relative_to(folder))
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("zipped", [(), ("images",), ("images", "vae-sd")])
+def test_items_are_paired_and_labelled(data, zipped):
+    for name in zipped:
+        to_zip(data / name)
+    dataset = LatentDataset(data)
+    dataset.check()
+    assert len(dataset) == 24 and dataset.num_classes == NUM_CLASSES
+    assert dataset.resolution == RESOLUTION and dataset.latent_format.codec == "pixel"
+    for i in (0, 7, 23):
+        image, moments, label = dataset[i]
+        assert image.dtype == torch.uint8 and image.shape == (3, RESOLUTION, RESOLUTION)
+        assert moments.dtype == torch.float32 and moments.shape == (6, RESOLUTION, RESOLUTION)
+        assert label == i % NUM_CLASSES and label.dtype == torch.int64
+        torch.testing.assert_close(moments[:3], image / 127.5 - 1)
+
+
+def test_pairs_by_index_not_by_position(data):
+    """Files in odd folders still find their partner."""
+    moved = data / "vae-sd" / "elsewhere" / "img-mean-std-00000005.npy"
+    moved.parent.mkdir()
+    (data / LATENT).rename(moved)
+    image, moments, _ = LatentDataset(data)[5]
+    torch.testing.assert_close(moments[:3], image / 127.5 - 1)
+
+
+def test_published_names_and_codec(data):
+    (data / "images").rename(data / "imagenet_256_vae")
+    table = json.loads((data / "vae-sd/dataset.json").read_text())
+    del table["codec"]
+    (data / "vae-sd/dataset.json").write_text(json.dumps(table))
+    for path in (data / "vae-sd").rglob("*.npy"):
+        np.save(path, np.zeros((8, RESOLUTION // 8, RESOLUTION // 8), np.float32))
+    dataset = LatentDataset(data)
+    assert dataset.latent_format.scale == 0.18215 and dataset.latent_size == RESOLUTION // 8
+
+
+def edit_labels(data, change, where="vae-sd"):
+    path = data / where / "dataset.json"
+    table = json.loads(path.read_text())
+    change(table)
+    path.write_text(json.dumps(table))
+
+
+def drop_all_labels(data):
+    for where in FOLDERS:
+        edit_labels(data, lambda table: table.update(labels=table["labels"][:3]), where)
+
+
+DAMAGES = {
+    "no data folder": (lambda d: shutil.rmtree(d), "no such folder"),
+    "no latents": (lambda d: shutil.rmtree(d / "vae-sd"), "latents expected"),
+    "no images": (lambda d: shutil.rmtree(d / "images"), "images expected"),
+    "two image folders": (lambda d: (d / "imagenet_256_vae").mkdir(), "images and imagenet_256_vae"),
+    "empty image folder": (lambda d: [p.unlink() for p in (d / "images").rglob("*.png")], "images: no file named like"),
+    "image alone": (lambda d: (d / LATENT).unlink(), r"1 files have no partner.*img00000005\.png"),
+    "latents alone": (lambda d: (d / IMAGE).unlink(), r"1 files have no partner.*img-mean-std-00000005\.npy"),
+    "empty png": (lambda d: (d / IMAGE).write_bytes(b""), r"1 broken files:\s+.*img00000005\.png"),
+    "cut png": (lambda d: (d / IMAGE).write_bytes((d / IMAGE).read_bytes()[:-20]), r"img00000005\.png: truncated"),
+    "cut npy": (lambda d: (d / LATENT).write_bytes((d / LATENT).read_bytes()[:-20]), r"00000005\.npy: \d+ bytes, not"),
+    "other dtype": (lambda d: np.save(d / LATENT, np.zeros((6, 16, 16), np.float64)), r"00000005\.npy: \d+ bytes, not"),
+    "first latents of other dtype": (
+        lambda d: np.save(d / LATENT.replace("5.npy", "0.npy"), np.zeros((6, 16, 16), np.int32)),
+        "dtype int32; allowed: float32, float16",
+    ),
+    "latents of odd channels": (
+        lambda d: np.save(d / LATENT.replace("5.npy", "0.npy"), np.zeros((5, 16, 16), np.float32)),
+        r"shape \(5, 16, 16\); allowed",
+    ),
+    "latents of other codec": (
+        lambda d: np.save(d / LATENT.replace("5.npy", "0.npy"), np.zeros((8, 16, 16), np.float32)),
+        "4 channels, but codec pixel has 3",
+    ),
+    "latents of other size": (
+        lambda d: np.save(d / LATENT.replace("5.npy", "0.npy"), np.zeros((6, 8, 8), np.float32)),
+        "images of 16 px and latents of 8, but codec pixel reduces by 1",
+    ),
+    "labels missing": (drop_all_labels, r"21 of 24 files have no label.*index 3"),
+    "labels null": (lambda d: [edit_labels(d, lambda t: t.update(labels=None), w) for w in FOLDERS], "no label"),
+    "label of text": (lambda d: edit_labels(d, lambda t: t["labels"][4].__setitem__(1, "cat")), "has label 'cat'"),
+    "negative label": (lambda d: edit_labels(d, lambda t: t["labels"][4].__setitem__(1, -1)), "has label -1"),
+    "labels disagree": (lambda d: edit_labels(d, lambda t: t["labels"][4].__setitem__(1, 2)), "index 4 has label 1 in"),
+    "broken json": (lambda d: (d / "vae-sd/dataset.json").write_text("{"), r"dataset\.json: not valid JSON"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_found_before_training_and_named(data, damage):
+    harm, text = DAMAGES[damage]
+    harm(data)
+    with pytest.raises(InputError, match=text):
+        LatentDataset(data).check()
+
+
+def test_damage_that_the_check_cannot_see_is_named_when_read(data):
+    whole = (data / IMAGE).read_bytes()
+    (data / IMAGE).write_bytes(whole[:60] + bytes(len(whole) - 72) + whole[-12:])
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(data / IMAGE.replace("5.png", "6.png"))
+    np.save(data / LATENT.replace("5.npy", "7.npy"), np.zeros((6, 8, 32), np.float32))
+    dataset = LatentDataset(data)
+    with pytest.raises(InputError, match=r"img00000005\.png: broken image"):
+        dataset[5]
+    with pytest.raises(InputError, match=r"img00000006\.png: 8 x 8, not 16 x 16"):
+        dataset[6]
+    with pytest.raises(InputError, match=r"00000007\.npy: shape"):
+        dataset[7]
+
+
+def test_pickled_latents_are_refused(data):
+    np.save(data / LATENT.replace("5.npy", "0.npy"), np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    with pytest.raises(InputError, match=r"00000000\.npy: broken latents"):
+        LatentDataset(data)
+
+
+def batches(world_size=1, micro_batches=1, steps=range(7), num=10, size=8):
+    """Return the global batch of each step, put together from all processes."""
+    parts = [
+        list(GlobalBatchSampler(num, size, 5, steps, rank, world_size, micro_batches)) for rank in range(world_size)
+    ]
+    return [
+        [i for rank in parts for part in rank[s * micro_batches : (s + 1) * micro_batches] for i in part]
+        for s in range(len(steps))
+    ]
+
+
+@pytest.mark.parametrize(("world_size", "micro_batches"), [(2, 1), (1, 2), (4, 2), (2, 4)])
+def test_global_batches_do_not_depend_on_processes_or_parts(world_size, micro_batches):
+    assert batches(world_size, micro_batches) == batches()
+
+
+def test_every_sample_once_an_epoch_and_shuffled():
+    line = [i for batch in batches(steps=range(5)) for i in batch]
+    epochs = [line[i : i + 10] for i in range(0, 40, 10)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+
+
+def test_resuming_continues_the_line():
+    assert batches(steps=range(3, 7)) == batches()[3:]
+
+
+def test_batches_larger_than_the_data():
+    assert sorted(batches(num=4, size=8, steps=range(1))[0]) == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_indivisible_batch_is_refused():
+    with pytest.raises(InputError, match=r"--batch-size 8 \(global\) does not divide by 3 processes x 1"):
+        GlobalBatchSampler(10, 8, 0, range(1), 0, 3)
