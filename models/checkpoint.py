@@ -1,0 +1,190 @@
+"""Checkpoints: saving, safe loading, and rebuilding the network from a file alone.
+
+The format is the published one, a dict with
+    model, ema   state dicts of the network and of its average
+    opt          AdamW's state, by index of the parameter
+    args         the run's settings, an `argparse.Namespace`
+    steps        optimiser steps done
+and what else the writer adds. A file is data: nothing in it is ever executed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from files import InputError, atomic_write
+from models.sit import ENCODER_DEPTHS, PRESETS, SiT
+
+CHECKPOINT_NAME = re.compile(r"(\d{7,})\.pt")
+OLD_BLOCKS = "decoder_blocks."  # older REPA checkpoints name the blocks behind the projectors so
+
+
+def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
+    """Write a checkpoint; it appears under its name only when it is complete."""
+    with atomic_write(path) as file:
+        torch.save(content, file)
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Return the content of a checkpoint, tensors on the CPU and, where the format allows, read only when used.
+
+    Raises:
+        InputError: no such file, truncated, of another kind, or holding anything but tensors, plain Python values and
+            `argparse.Namespace`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such checkpoint file")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{path}: refused, it holds more than weights, or is no checkpoint ({reason})") from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"{path}: not a readable checkpoint; truncated or of another kind ({reason})") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: holds a {type(content).__name__}; expected a dict with model, ema, opt, args, steps")
+    return content
+
+
+def latest_checkpoint(folder: str | Path) -> Path | None:
+    """Return the checkpoint of the highest step in a folder of `{step:07d}.pt` files, or None."""
+    found = [path for path in Path(folder).glob("*.pt") if CHECKPOINT_NAME.fullmatch(path.name)]
+    return max(found, key=lambda path: int(path.stem), default=None)
+
+
+def network_weights(
+    checkpoint: dict[str, Any], weights: str = "ema", source: str | Path = "checkpoint"
+) -> dict[str, Tensor]:
+    """Return the state dict of the network under today's names.
+
+    Args:
+        checkpoint: as `load_checkpoint` returns it, or a bare state dict.
+        weights: "ema" or "model".
+        source: named in errors.
+
+    Raises:
+        InputError: there are no such weights, or they are not a SiT's.
+    """
+    state = checkpoint if "x_embedder.proj.weight" in checkpoint else checkpoint.get(weights)
+    if not isinstance(state, dict) or "x_embedder.proj.weight" not in state or "pos_embed" not in state:
+        keys = ", ".join(list(map(str, checkpoint))[:6]) or "nothing"
+        raise InputError(f"{source}: no {weights} weights of a SiT in it; it holds {keys}")
+    return _rename_old_blocks(state)
+
+
+def is_legacy(checkpoint: dict[str, Any]) -> bool:
+    """Return whether the weights have the older REPA layout, with `decoder_blocks`."""
+    state = checkpoint.get("ema") or checkpoint.get("model") or checkpoint
+    return any(key.startswith(OLD_BLOCKS) for key in state)
+
+
+def architecture(
+    state: dict[str, Tensor], args: argparse.Namespace | None = None, source: str | Path = "checkpoint"
+) -> dict[str, Any]:
+    """Return `SiT`'s arguments, read off the shapes of a state dict.
+
+    What shapes do not tell comes from `args` (num_heads, encoder_depth), or from the preset of the same width.
+
+    Raises:
+        InputError: the shapes are not a SiT's, or contradict `args`.
+    """
+    try:
+        hidden_size, in_channels, patch_size, _ = state["x_embedder.proj.weight"].shape
+        rows = state["pos_embed"].shape[1]
+        cls_weight = state.get("cls_projectors2.weight")
+        depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
+        projectors = sorted(key for key in state if re.fullmatch(r"projectors\.\d+\.4\.weight", key))
+        q_norm = state.get("blocks.0.attn.q_norm.weight")
+        num_classes = state["y_embedder.embedding_table.weight"].shape[0] - 1
+        mlp_ratio = state["blocks.0.mlp.fc1.weight"].shape[0] / hidden_size
+    except (KeyError, ValueError, IndexError) as error:
+        raise InputError(f"{source}: not a SiT's weights ({error} is missing or odd)") from error
+    grid_size = round((rows - (cls_weight is not None)) ** 0.5)
+    size = next((name for name, (d, width, _) in PRESETS.items() if (d, width) == (depth, hidden_size)), None)
+    num_heads = hidden_size // len(q_norm) if q_norm is not None else getattr(args, "num_heads", None)
+    num_heads = num_heads or (PRESETS[size][2] if size else None)
+    if num_heads is None:
+        raise InputError(f"{source}: depth {depth}, width {hidden_size} fit no preset, and args names no num_heads")
+    encoder_depth = getattr(args, "encoder_depth", None) or (ENCODER_DEPTHS[size] if size else depth)
+    return {
+        "input_size": grid_size * patch_size,
+        "patch_size": patch_size,
+        "in_channels": in_channels,
+        "hidden_size": hidden_size,
+        "depth": depth,
+        "num_heads": num_heads,
+        "mlp_ratio": mlp_ratio,
+        "num_classes": num_classes,
+        "encoder_depth": encoder_depth,
+        "z_dims": [state[key].shape[0] for key in sorted(projectors, key=lambda key: int(key.split(".")[1]))],
+        "projector_dim": state[projectors[0]].shape[1] if projectors else 2048,
+        "cls_token_dim": None if cls_weight is None else cls_weight.shape[1],
+        "qk_norm": q_norm is not None,
+    }
+
+
+def build_model(
+    checkpoint: dict[str, Any],
+    weights: str = "ema",
+    device: torch.device | str = "cpu",
+    fused_attn: bool = True,
+    source: str | Path = "checkpoint",
+) -> SiT:
+    """Return the network of a loaded checkpoint, in eval mode, float32.
+
+    Args:
+        checkpoint: as `load_checkpoint` returns it.
+        weights: "ema" or "model".
+        device: where to.
+        fused_attn: see `SiT`.
+        source: named in errors.
+
+    Raises:
+        InputError: the weights are missing, or not a SiT's.
+    """
+    state = network_weights(checkpoint, weights, source)
+    settings = architecture(state, checkpoint.get("args"), source)
+    try:
+        with torch.device("meta"):  # no time spent on random weights
+            model = SiT(**settings, fused_attn=fused_attn)
+        model.to_empty(device=device).load_state_dict(state, strict=True)
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"{source}: the weights do not fit the network they describe ({error})") from error
+    return model.eval().requires_grad_(False)
+
+
+def load_model(path: str | Path, weights: str = "ema", device: torch.device | str = "cpu") -> SiT:
+    """Return the trained network of a checkpoint file, in eval mode: all one needs in a notebook.
+
+    Args:
+        path: a REG, REPA or SiT checkpoint, of this or of the published code.
+        weights: "ema", the averaged weights, or "model".
+        device: where to.
+
+    Raises:
+        InputError: see `load_checkpoint` and `build_model`.
+    """
+    return build_model(load_checkpoint(path), weights, device, source=path)
+
+
+def _rename_old_blocks(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    first = 1 + max((int(key.split(".")[1]) for key in state if key.startswith("blocks.")), default=-1)
+
+    def rename(key: str) -> str:
+        if not key.startswith(OLD_BLOCKS):
+            return key
+        number, rest = key.removeprefix(OLD_BLOCKS).split(".", 1)
+        return f"blocks.{int(number) + first}.{rest}"
+
+    return {rename(key): value for key, value in state.items()}

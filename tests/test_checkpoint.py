@@ -1,0 +1,186 @@
+import argparse
+import os
+import pickle
+
+import pytest
+import torch
+
+from files import InputError
+from models import ema
+from models.checkpoint import (
+    OLD_BLOCKS,
+    architecture,
+    build_model,
+    is_legacy,
+    latest_checkpoint,
+    load_checkpoint,
+    load_model,
+    save_checkpoint,
+)
+from models.sit import SiT, SiT_models
+from tests.test_sit import inputs, randomise, small
+
+
+def content(model: SiT, **args) -> dict:
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(*inputs(model)).velocity.sum().backward()
+    optimizer.step()
+    args = argparse.Namespace(**{"num_heads": 2, "encoder_depth": 2, "exp_name": "x", "cls": 0.03, **args})
+    return {
+        "model": model.state_dict(), "ema": ema.averaged_copy(model).state_dict(), "opt": optimizer.state_dict(),
+        "args": args, "steps": 12,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"qk_norm": True}, {"cls_token_dim": None}, {"z_dims": [24, 16]}, {"z_dims": []}]
+)
+@pytest.mark.parametrize("weights", ["ema", "model"])
+def test_a_network_is_rebuilt_from_its_file_alone(tmp_path, options, weights):
+    model = randomise(small(**options)).eval()
+    save_checkpoint(tmp_path / "0000012.pt", content(model))
+    rebuilt = load_model(tmp_path / "0000012.pt", weights)
+    x, t, y, cls = inputs(model)
+    for ours, theirs in zip(model(x, t, y, cls), rebuilt(x, t, y, cls), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    assert not rebuilt.training and not any(p.requires_grad for p in rebuilt.parameters())
+
+
+def published(model: SiT) -> dict:
+    """A checkpoint as the published code writes it: its args know nothing of ours."""
+    args = argparse.Namespace(
+        model="SiT-S/2", num_classes=1000, encoder_depth=4, resolution=256, path_type="linear", qk_norm=False,
+        cls=0.03, enc_type="dinov2-vit-b", output_dir="exps", mixed_precision="fp16", report_to="wandb",
+    )  # fmt: skip
+    return {"model": model.state_dict(), "ema": model.state_dict(), "opt": {}, "args": args, "steps": 400_000}
+
+
+def test_a_published_checkpoint_loads_unchanged(tmp_path):
+    model = SiT_models["SiT-S/2"](z_dims=[768], cls_token_dim=768)
+    torch.save(published(model), tmp_path / "reg.pt")
+    rebuilt = load_model(tmp_path / "reg.pt")
+    assert rebuilt.blocks[0].attn.num_heads == 6 and rebuilt.encoder_depth == 4 and rebuilt.input_size == 32
+    assert all(torch.equal(a, b) for a, b in zip(rebuilt.parameters(), model.parameters(), strict=True))
+
+
+def test_an_older_repa_checkpoint_loads(tmp_path):
+    model = randomise(small(cls_token_dim=None)).eval()
+
+    def old_name(key):
+        parts = key.split(".")
+        if parts[0] == "blocks" and int(parts[1]) >= 2:
+            return OLD_BLOCKS + ".".join([str(int(parts[1]) - 2), *parts[2:]])
+        return key
+
+    checkpoint = content(model)
+    for name in ("model", "ema"):
+        checkpoint[name] = {old_name(key): value for key, value in checkpoint[name].items()}
+    assert "decoder_blocks.0.attn.qkv.weight" in checkpoint["ema"]
+    torch.save(checkpoint, tmp_path / "repa.pt")
+    assert is_legacy(load_checkpoint(tmp_path / "repa.pt"))
+    rebuilt = load_model(tmp_path / "repa.pt")
+    x, t, y, _ = inputs(model)
+    assert torch.equal(rebuilt(x, t, y).velocity, model(x, t, y).velocity)
+
+
+def test_a_bare_state_dict_loads_if_a_preset_has_its_shape(tmp_path):
+    model = SiT_models["SiT-S/8"](num_classes=3)
+    torch.save(model.state_dict(), tmp_path / "bare.pt")
+    assert load_model(tmp_path / "bare.pt").num_classes == 3
+    torch.save(small().state_dict(), tmp_path / "unknown.pt")
+    with pytest.raises(InputError, match="fit no preset"):
+        load_model(tmp_path / "unknown.pt")
+
+
+def test_optimizer_state_is_by_index_and_leaves_out_the_position_table(tmp_path):
+    state = content(small())["opt"]
+    assert state["param_groups"][0]["params"][0] == 0 and 0 not in state["state"] and 1 in state["state"]
+
+
+def test_architecture_is_read_off_the_shapes():
+    model = small(in_channels=3, num_classes=7, z_dims=[24, 8], mlp_ratio=2.0)
+    found = architecture(model.state_dict(), argparse.Namespace(num_heads=2, encoder_depth=2))
+    assert found == {
+        "input_size": 8, "patch_size": 2, "in_channels": 3, "hidden_size": 32, "depth": 3, "num_heads": 2,
+        "mlp_ratio": 2.0, "num_classes": 7, "encoder_depth": 2, "z_dims": [24, 8], "projector_dim": 16,
+        "cls_token_dim": 24, "qk_norm": False,
+    }  # fmt: skip
+
+
+def test_missing_weights_are_named():
+    with pytest.raises(InputError, match="no ema weights of a SiT in it; it holds model"):
+        build_model({"model": small().state_dict()}, "ema")
+    state = small().state_dict()
+    del state["blocks.1.mlp.fc2.bias"]
+    with pytest.raises(InputError, match=r"blocks\.1\.mlp\.fc2\.bias"):
+        build_model({"ema": state, "args": argparse.Namespace(num_heads=2)})
+
+
+@pytest.mark.parametrize("keep", [0, 1, 100, 0.5, 0.99, -1])
+def test_a_truncated_file_is_refused_by_name(tmp_path, keep):
+    path = tmp_path / "0000012.pt"
+    save_checkpoint(path, content(small()))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * keep) if 0 < keep < 1 else keep])
+    with pytest.raises(InputError, match=r"0000012\.pt"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("data", [b"hello", b"\x89PNG\r\n", b"PK\x03\x04rest", pickle.dumps({"a": 1})])
+def test_another_kind_of_file_is_refused(tmp_path, data):
+    (tmp_path / "x.pt").write_bytes(data)
+    with pytest.raises(InputError, match=r"x\.pt"):
+        load_checkpoint(tmp_path / "x.pt")
+
+
+class Malicious:
+    def __init__(self, target, *arguments):
+        self.target, self.arguments = target, arguments
+
+    def __reduce__(self):
+        return self.target, self.arguments
+
+
+@pytest.mark.parametrize(
+    "trap",
+    [
+        lambda flag: Malicious(os.system, f"touch {flag}"),
+        lambda flag: Malicious(exec, f"open({str(flag)!r}, 'w')"),
+        lambda flag: Malicious(eval, f"open({str(flag)!r}, 'w')"),
+        lambda flag: Malicious(open, str(flag), "w"),
+        lambda flag: Malicious(getattr, argparse.Namespace(a=1), "a"),
+    ],
+)
+@pytest.mark.parametrize("as_zip", [True, False])
+def test_code_in_a_checkpoint_is_refused_not_run(tmp_path, trap, as_zip):
+    flag, path = tmp_path / "ran", tmp_path / "evil.pt"
+    content = {"ema": {}, "args": trap(flag)}
+    if as_zip:
+        torch.save(content, path)
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=False)
+    with pytest.raises(InputError, match=r"evil\.pt: refused"):
+        load_checkpoint(path)
+    assert not flag.exists()
+
+
+def test_missing_file_and_latest(tmp_path):
+    with pytest.raises(InputError, match="no such checkpoint file"):
+        load_checkpoint(tmp_path / "none.pt")
+    assert latest_checkpoint(tmp_path) is None
+    for name in ("0000010.pt", "0000200.pt", "best.pt", ".0000300.pt.12.tmp"):
+        (tmp_path / name).touch()
+    assert latest_checkpoint(tmp_path).name == "0000200.pt"
+
+
+def test_ema_follows_its_formula():
+    model = randomise(small())
+    average = ema.averaged_copy(model)
+    before = {name: p.clone() for name, p in average.named_parameters()}
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1.0) if p.requires_grad else None
+    ema.update(average, model, 0.9)
+    for (name, p), q in zip(average.named_parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(p, 0.9 * before[name] + 0.1 * q)
+    assert not any(p.requires_grad for p in average.parameters()) and not average.training
