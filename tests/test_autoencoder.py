@@ -1,0 +1,193 @@
+"""Codecs: round trips, the format of latents, other channels and scales, and bad folders named."""
+
+import io
+import json
+import os
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from files import InputError
+from models.autoencoder import SD_FORMAT, LatentFormat, load_codec
+
+ASSETS = os.environ.get("REG_ASSETS")
+
+
+def save_kl(folder: Path, channels: int = 4, **config) -> Path:
+    """Save a small AutoencoderKL of factor 4 with random weights as diffusers would."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    autoencoder = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 8, 16),
+        latent_channels=channels,
+        norm_num_groups=4,
+        sample_size=32,
+        **config,
+    )
+    autoencoder.save_pretrained(folder)
+    return folder
+
+
+def random_images(count: int = 2, size: int = 32) -> torch.Tensor:
+    return torch.randint(0, 256, (count, 3, size, size), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+
+
+def photographs(count: int) -> torch.Tensor:
+    with zipfile.ZipFile(Path(ASSETS) / "imagenet_samples.zip") as archive:
+        names = sorted(name for name in archive.namelist() if name.lower().endswith((".jpeg", ".jpg")))[:count]
+        images = [Image.open(io.BytesIO(archive.read(name))).convert("RGB").resize((256, 256)) for name in names]
+    return torch.stack([torch.from_numpy(np.array(image)) for image in images]).permute(0, 3, 1, 2)
+
+
+def test_pixel_codec_returns_all_256_levels_exactly_even_from_float16():
+    codec = load_codec("pixel")
+    images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
+    moments = codec.encode(images)
+    assert moments.shape == (1, 6, 16, 16)
+    assert (moments[:, :3].min(), moments[:, :3].max(), moments[:, 3:].abs().max()) == (-1, 1, 0)
+    for stored in (moments, moments.half()):
+        assert torch.equal(codec.decode(codec.format.sample(stored, None)), images)
+
+
+def test_sample_is_mean_plus_std_times_noise_shifted_then_scaled():
+    latent_format = LatentFormat("some", channels=2, factor=8, scale=(2.0, 3.0), shift=(0.5, -1.0))
+    mean, std, noise = torch.randn(3, 4, 2, 5, 5).unbind()
+    moments = torch.cat([mean, std], dim=1)
+    latents = latent_format.sample(moments, noise)
+    torch.testing.assert_close(latents[:, 0], (mean[:, 0] + std[:, 0] * noise[:, 0] - 0.5) * 2)
+    torch.testing.assert_close(latents[:, 1], (mean[:, 1] + std[:, 1] * noise[:, 1] + 1.0) * 3)
+    torch.testing.assert_close(latent_format.unscale(latent_format.sample(moments, None)), mean)
+    torch.testing.assert_close(SD_FORMAT.sample(torch.ones(1, 8, 2, 2), None), torch.full((1, 4, 2, 2), 0.18215))
+
+
+def test_format_survives_json_and_absent_means_stable_diffusion():
+    latent_format = LatentFormat("some", channels=2, factor=16, scale=(2.0, 3.0), shift=0.5)
+    assert LatentFormat.from_json(json.loads(json.dumps(latent_format.to_json()))) == latent_format
+    assert LatentFormat.from_json(None) == SD_FORMAT == LatentFormat("sd-vae-ft-mse", 4, 8, 0.18215, 0.0)
+
+
+@pytest.mark.parametrize("fields", [{"codec": "x"}, {**SD_FORMAT.to_json(), "chanels": 4}, ["codec"]])
+def test_format_with_other_fields_is_refused(fields):
+    with pytest.raises(InputError, match=r"channels, codec, factor, scale, shift"):
+        LatentFormat.from_json(fields)
+
+
+def test_format_that_contradicts_itself_is_refused():
+    with pytest.raises(InputError, match=r"scale has 3 values for 4 channels"):
+        LatentFormat("some", channels=4, factor=8, scale=(1.0, 2.0, 3.0))
+    with pytest.raises(InputError, match=r"channels '4'"):
+        LatentFormat("some", channels="4", factor=8)
+    with pytest.raises(InputError, match=r"6 channels.* 8 "):
+        SD_FORMAT.sample(torch.zeros(1, 6, 2, 2), None)
+
+
+def test_kl_moments_are_mean_and_standard_deviation_of_diffusers(tmp_path):
+    codec = load_codec(str(save_kl(tmp_path)))
+    assert codec.format == LatentFormat(str(tmp_path), channels=4, factor=4, scale=0.18215, shift=0.0)
+    images = random_images()
+    moments = codec.encode(images)
+    distribution = codec.autoencoder.encode(images / 127.5 - 1).latent_dist
+    assert moments.shape == (2, 8, 8, 8) and moments.dtype == torch.float32
+    torch.testing.assert_close(moments, torch.cat([distribution.mean, distribution.logvar.exp().sqrt()], dim=1))
+
+
+def test_decoded_pixels_are_clamped_and_cut(tmp_path):
+    codec = load_codec(str(save_kl(tmp_path)))
+    latents = 3 * torch.randn(2, 4, 8, 8, dtype=torch.float64)
+    decoded = codec.autoencoder.decode(latents.float() / 0.18215).sample
+    expected = (127.5 * decoded + 127.5).clamp(0, 255).floor().to(torch.uint8)
+    images = codec.decode(latents)
+    assert images.shape == (2, 3, 32, 32) and torch.equal(images, expected)
+
+
+def test_config_gives_channels_scale_and_shift(tmp_path):
+    std, mean = [0.5 + 0.1 * k for k in range(16)], [0.1 * k for k in range(16)]
+    folder = save_kl(tmp_path / "each", 16, latents_mean=mean, latents_std=std, scaling_factor=1.0)
+    codec = load_codec(str(folder))
+    assert (codec.format.channels, codec.format.shift) == (16, tuple(mean))
+    assert codec.format.scale == pytest.approx([1 / value for value in std])
+    moments = codec.encode(random_images())
+    torch.testing.assert_close(codec.format.unscale(codec.format.sample(moments, None)), moments[:, :16])
+
+    one = load_codec(str(save_kl(tmp_path / "one", 16, scaling_factor=0.3611, shift_factor=0.1159))).format
+    assert (one.scale, one.shift) == (0.3611, 0.1159)
+
+
+def test_codec_stays_frozen_inside_a_training_module(tmp_path):
+    codec = load_codec(str(save_kl(tmp_path)))
+    torch.nn.ModuleList([codec]).train()
+    assert not any(module.training for module in codec.modules())
+    assert not any(parameter.requires_grad for parameter in codec.parameters())
+    assert not codec.encode(random_images()).requires_grad
+
+
+def test_size_that_is_no_multiple_of_the_factor_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"30 x 30 px.* multiples of 4 px"):
+        load_codec(str(save_kl(tmp_path))).encode(random_images(size=30))
+
+
+def test_unusable_folders_are_refused_by_name(tmp_path):
+    with pytest.raises(InputError, match=r"nonsense: no such folder; allowed: pixel, sd-vae-ft-mse"):
+        load_codec("nonsense")
+    with pytest.raises(InputError, match=r"config\.json: no such file"):
+        load_codec(str(tmp_path))
+    weights = save_kl(tmp_path / "codec") / "diffusion_pytorch_model.safetensors"
+    config = tmp_path / "codec" / "config.json"
+    good = config.read_text()
+    config.write_text(json.dumps({**json.loads(good), "latent_channels": 5}))
+    with pytest.raises(InputError, match=r"diffusion_pytorch_model.safetensors"):
+        load_codec(str(tmp_path / "codec"))
+    config.write_text(json.dumps({**json.loads(good), "_class_name": "UNet2DModel"}))
+    with pytest.raises(InputError, match=r"UNet2DModel.* allowed: AutoencoderKL, AutoencoderTiny"):
+        load_codec(str(tmp_path / "codec"))
+    config.write_text(good)
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(InputError, match=r"diffusion_pytorch_model.safetensors: cannot be loaded"):
+        load_codec(str(tmp_path / "codec"))
+    weights.unlink()
+    with pytest.raises(InputError, match=r"diffusion_pytorch_model.safetensors: no such file"):
+        load_codec(str(tmp_path / "codec"))
+
+
+def test_weights_with_a_parameter_missing_are_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    weights = save_kl(tmp_path) / "diffusion_pytorch_model.safetensors"
+    parameters = load_file(weights)
+    del parameters["encoder.conv_in.weight"]
+    save_file(parameters, weights, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"safetensors: does not fit.*encoder\.conv_in\.weight"):
+        load_codec(str(tmp_path))
+
+
+def test_unreachable_hub_is_told_at_once_with_the_files_wanted(monkeypatch, tmp_path):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    start = time.monotonic()
+    with pytest.raises(InputError, match=r"sd-vae-ft-mse.*config\.json and diffusion_pytorch_model\.safetensors"):
+        load_codec("sd-vae-ft-mse")
+    assert time.monotonic() - start < 15
+
+
+@pytest.mark.assets
+@pytest.mark.skipif(not ASSETS, reason="REG_ASSETS is not set")
+def test_taesd_reconstructs_photographs_whatever_the_batch():
+    codec = load_codec(str(Path(ASSETS) / "taesd"))
+    assert (codec.format.channels, codec.format.factor, codec.format.scale, codec.format.shift) == (4, 8, 1.0, 0.0)
+    images = photographs(6)
+    moments = codec.encode(images)
+    assert moments.shape == (6, 8, 32, 32) and not moments[:, 4:].any()
+    torch.testing.assert_close(torch.cat([codec.encode(image[None]) for image in images]), moments, rtol=0, atol=1e-4)
+    latents = codec.format.sample(moments, torch.randn(6, 4, 32, 32))
+    mean_square_error = (codec.decode(latents).float() - images.float()).square().mean()
+    assert 10 * torch.log10(255**2 / mean_square_error) > 20
