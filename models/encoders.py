@@ -1,0 +1,366 @@
+"""Frozen vision encoders, through timm: the class token REG entangles and the tokens its alignment looks up to.
+
+REPA (Yu et al., arXiv 2410.06940, section 3) aligns with the patch tokens; REG (arXiv 2507.01467, section 3) adds the
+class token. Every encoder has its own input size and normalisation and the same output: a class token, patch tokens.
+An encoder of one's own is a line in `ENCODERS`, or any timm model by name: `timm/<model name>`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import pickle
+import textwrap
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from files import InputError
+from models.hub import hub_file, url_file
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+WIDTH_GENERATORS = {"mobilenetv1": "_gen_mobilenet_v1", "mobilenetv2": "_gen_mobilenet_v2"}  # in timm's efficientnet
+BASE_RESOLUTION = 256  # images of this size enter at an encoder's `input_size`; other resolutions in proportion
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderSpec:
+    """One encoder: timm's model name, its input in px for images of 256 px, and where it departs from timm's settings.
+
+    Mean and standard deviation are the model's own unless given. `prefix` is what a checkpoint of the original authors
+    puts before the names of the network's parameters. Without weights on the hub (`local_only`) a file is needed.
+    `options` go to `timm.create_model`.
+    """
+
+    model: str
+    input_size: int | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    prefix: str = ""
+    local_only: bool = False
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def _moco(model: str) -> EncoderSpec:
+    """MoCo v3's networks have timm's shape; its checkpoints hold two of them and a predictor."""
+    return EncoderSpec(model, 256, mean=IMAGENET_MEAN, std=IMAGENET_STD, prefix="module.base_encoder.", local_only=True)
+
+
+# input_size gives 16 x 16 tokens for images of 256 px: 224 with patches of 14 px, 256 with patches of 16 px.
+ENCODERS = {
+    "dinov2-vit-s": EncoderSpec("vit_small_patch14_dinov2.lvd142m", 224),
+    "dinov2-vit-b": EncoderSpec("vit_base_patch14_dinov2.lvd142m", 224),  # the paper's
+    "dinov2-vit-l": EncoderSpec("vit_large_patch14_dinov2.lvd142m", 224),
+    "dinov2-vit-g": EncoderSpec("vit_giant_patch14_dinov2.lvd142m", 224),
+    "dinov2reg-vit-s": EncoderSpec("vit_small_patch14_reg4_dinov2.lvd142m", 224),
+    "dinov2reg-vit-b": EncoderSpec("vit_base_patch14_reg4_dinov2.lvd142m", 224),
+    "dinov2reg-vit-l": EncoderSpec("vit_large_patch14_reg4_dinov2.lvd142m", 224),
+    "dinov2reg-vit-g": EncoderSpec("vit_giant_patch14_reg4_dinov2.lvd142m", 224),
+    "dinov3-vit-s": EncoderSpec("vit_small_patch16_dinov3.lvd1689m", 256),
+    "dinov3-vit-b": EncoderSpec("vit_base_patch16_dinov3.lvd1689m", 256),
+    "dinov3-vit-l": EncoderSpec("vit_large_patch16_dinov3.lvd1689m", 256),
+    "dinov1-vit-b": EncoderSpec("vit_base_patch16_224.dino", 256),
+    # OpenAI trained with the quick form of GELU; timm's plain `clip_224` runs the same weights with another one.
+    "clip-vit-b": EncoderSpec("vit_base_patch16_clip_quickgelu_224.openai", 256),
+    "clip-vit-L": EncoderSpec("vit_large_patch14_clip_quickgelu_224.openai", 224),
+    "mae-vit-b": EncoderSpec("vit_base_patch16_224.mae", 256),
+    "mae-vit-l": EncoderSpec("vit_large_patch16_224.mae", 256),
+    "mocov3-vit-b": _moco("vit_base_patch16_224"),
+    "mocov3-vit-l": _moco("vit_large_patch16_224"),
+    "jepa-vit-h": EncoderSpec("vit_huge_patch14_gap_224.in1k_ijepa", 224),
+    "siglip-vit-b": EncoderSpec("vit_base_patch16_siglip_256.webli", 256),
+    "siglip2-vit-b": EncoderSpec("vit_base_patch16_siglip_256.v2_webli", 256),
+}
+
+
+class EncoderOutput(NamedTuple):
+    """cls_token (N, D): the class token, or the pooled vector; patch_tokens (N, T, D), row-major. Both float32."""
+
+    cls_token: Tensor
+    patch_tokens: Tensor
+
+
+class Encoder(nn.Module):
+    """A frozen vision encoder: images in, class token and patch tokens out, both after the network's final norm.
+
+    Attributes: `name`, as asked for; `width` D; `num_tokens` T; `input_size`, the square the network sees, in px.
+    """
+
+    def __init__(self, name: str, network: nn.Module, input_size: int, mean: tuple[float, ...], std: tuple[float, ...]):
+        super().__init__()
+        self.name = name
+        self.input_size = input_size
+        self.network = network.eval().requires_grad_(False)
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+        self.num_prefix_tokens = getattr(network, "num_prefix_tokens", 0)  # class token, then registers
+        self.has_class_token = self.num_prefix_tokens > 0 and getattr(network, "cls_token", None) is not None
+        # timm moves the final norm behind the pooling of some networks: their tokens have yet to pass it.
+        moved = isinstance(getattr(network, "norm", None), nn.Identity)
+        self.final_norm = getattr(network, "fc_norm", nn.Identity()) if moved else nn.Identity()
+        _, self.num_tokens, self.width = self._probe().shape
+
+    def train(self, mode: bool = True) -> Encoder:
+        """Stay in evaluation mode, whatever a parent module is set to."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> EncoderOutput:
+        """Return class token (N, D) and patch tokens (N, T, D), float32, of images (N, 3, H, W), uint8, 0-255.
+
+        Pixels/255, mean and standard deviation, THEN the resize to `input_size`, bicubic without antialias: the order
+        of the published recipe.
+        """
+        pixels = (images.float() / 255 - self.mean) / self.std
+        if pixels.shape[-2:] != (self.input_size, self.input_size):
+            pixels = F.interpolate(pixels, (self.input_size, self.input_size), mode="bicubic", align_corners=False)
+        features = self.network.forward_features(pixels)
+        tokens = self._tokens(features)
+        cls_token = tokens[:, 0] if self.has_class_token else self._pooled(features, tokens)
+        return EncoderOutput(cls_token.float(), tokens[:, self.num_prefix_tokens :].float())
+
+    def _tokens(self, features: Tensor) -> Tensor:
+        """Return all tokens (N, prefix + T, D), normalised, of a sequence or of a map, channels first or last."""
+        if features.ndim == 4:
+            channels_last = getattr(self.network, "output_fmt", None) == "NHWC"
+            features = features.flatten(1, 2) if channels_last else features.flatten(2).transpose(1, 2)
+        return self.final_norm(features)
+
+    def _pooled(self, features: Tensor, tokens: Tensor) -> Tensor:
+        """Return (N, D) as timm pools: attention pool or mean. A head that changes the width is passed by: the mean."""
+        pooled = self.network.forward_head(features, pre_logits=True)
+        same_width = pooled.shape == (tokens.shape[0], tokens.shape[-1])
+        return pooled if same_width else tokens[:, self.num_prefix_tokens :].mean(dim=1)
+
+    def _probe(self) -> Tensor:
+        """Return the patch tokens of one blank image; raises InputError for a network that has no tokens."""
+        blank = torch.zeros(1, len(self.mean), self.input_size, self.input_size, device=self.mean.device)
+        with torch.no_grad():
+            try:
+                features = self.network.forward_features(blank)
+            except (RuntimeError, AssertionError, ValueError) as error:
+                raise InputError(
+                    f"encoder {self.name}: an input of {self.input_size} px does not suit it ({_brief(error)})"
+                ) from error
+            if not isinstance(features, Tensor) or features.ndim not in (3, 4):
+                raise InputError(f"encoder {self.name}: the network has neither tokens nor a feature map")
+            return self._tokens(features)[:, self.num_prefix_tokens :]
+
+
+def load_encoders(
+    specs: str,
+    resolution: int,
+    weights: str | None = None,
+    num_tokens: int | None = None,
+    device: str | torch.device = "cpu",
+) -> list[Encoder]:
+    """Return the encoders of a comma-separated list, as `load_encoder` does each.
+
+    `weights`: as many files, comma-separated, an empty one meaning the hub. `num_tokens`: the number of latent tokens.
+    Raises InputError, naming both numbers, if an encoder has another number of tokens.
+    """
+    names = [name.strip() for name in specs.split(",")]
+    files = [file.strip() for file in weights.split(",")] if weights else [""] * len(names)
+    if len(files) != len(names):
+        raise InputError(
+            f"--enc-weights {weights}: {len(files)} files for {len(names)} encoders ({specs}); one for each"
+        )
+    encoders = []
+    for name, file in zip(names, files, strict=True):
+        encoder = load_encoder(name, resolution, file or None, device)
+        if num_tokens is not None and encoder.num_tokens != num_tokens:
+            raise InputError(_token_mismatch(encoder, num_tokens))
+        encoders.append(encoder)
+    return encoders
+
+
+def load_encoder(
+    spec: str, resolution: int, weights: str | Path | None = None, device: str | torch.device = "cpu"
+) -> Encoder:
+    """Return the frozen encoder for images of `resolution` px, with weights from a local file or else from the hub.
+
+    spec: a name of `ENCODERS` or `timm/<model name>`, either followed by options `:key=value`. `input` is the input
+    size in px as given (without it: the encoder's own, times resolution/256), `mean` and `std` the normalisation (one
+    number, or three between slashes), every other key an argument of `timm.create_model`.
+    weights: timm's layout or the authors' own (DINOv2, MAE, MoCo v3, I-JEPA), safetensors or a PyTorch file; position
+    tables are resampled to the grid. Raises InputError for anything unknown, unfitting or out of reach.
+    """
+    encoder_spec, input_size = _resolve(spec, resolution)
+    if weights is None:
+        weights = _hub_weights(spec, encoder_spec)
+    state = _read_weights(Path(weights), encoder_spec)
+    return _build(spec, encoder_spec, input_size, state, weights).to(device)
+
+
+def _token_mismatch(encoder: Encoder, num_tokens: int) -> str:
+    fitting = encoder.input_size * math.sqrt(num_tokens / encoder.num_tokens)
+    way_out = f"append :input={fitting:.0f} to its name" if fitting.is_integer() else "choose another encoder"
+    return (
+        f"encoder {encoder.name}: {encoder.num_tokens} tokens from an input of {encoder.input_size} px, but there are "
+        f"{num_tokens} latent tokens; they must be as many: {way_out}, or change the latents"
+    )
+
+
+def _resolve(spec: str, resolution: int) -> tuple[EncoderSpec, int]:
+    """Return the line of the table, or of a timm name, with the options applied, and the input size in px."""
+    name, *options = spec.split(":")
+    if name in ENCODERS:
+        line = ENCODERS[name]
+    elif name.startswith("timm/"):
+        line = EncoderSpec(_known_timm_model(name.removeprefix("timm/")))
+    else:
+        raise InputError(
+            f"encoder {name!r}: unknown{_suggestion(name, ENCODERS)}; allowed: {', '.join(ENCODERS)}, timm/<model name>"
+        )
+    given = dict(_parse_option(spec, option) for option in options)
+    fixed_input = given.pop("input", None)
+    normalisation = {key: _three_numbers(spec, key, given.pop(key)) for key in ("mean", "std") if key in given}
+    line = dataclasses.replace(line, **normalisation, options={**line.options, **given})
+    if fixed_input is not None:
+        if not isinstance(fixed_input, int) or fixed_input < 1:
+            raise InputError(f"encoder {spec}: input={fixed_input}; allowed: a whole number of px")
+        return line, fixed_input
+    input_size = line.input_size or _pretrained_cfg(line.model).input_size[-1]
+    if input_size * resolution % BASE_RESOLUTION:
+        raise InputError(
+            f"encoder {spec}: an input of {input_size} px for images of {BASE_RESOLUTION} px is no whole number of px "
+            f"at resolution {resolution}; give one by :input="
+        )
+    return line, input_size * resolution // BASE_RESOLUTION
+
+
+def _known_timm_model(name: str) -> str:
+    import timm
+
+    tagged = timm.list_models(pretrained=True)
+    plain = timm.list_models()
+    if name not in tagged and name not in plain:
+        raise InputError(
+            f"encoder 'timm/{name}': timm {timm.__version__} has no such model{_suggestion(name, tagged + plain)}"
+        )
+    return name
+
+
+def _suggestion(name: str, known: Iterable[str]) -> str:
+    spelt = {other.lower(): other for other in known}
+    near = [spelt[match] for match in difflib.get_close_matches(name.lower(), spelt, n=3, cutoff=0.6)]
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def _parse_option(spec: str, option: str) -> tuple[str, Any]:
+    """Return key and value of `key=value`, the value as the int, float or bool it looks like, else as a string."""
+    key, separator, text = option.partition("=")
+    if not separator or not key.isidentifier():
+        raise InputError(f"encoder {spec}: option {option!r}; allowed: key=value")
+    if text.lower() in ("true", "false"):
+        return key, text.lower() == "true"
+    for number in (int, float):
+        try:
+            return key, number(text)
+        except ValueError:
+            continue
+    return key, text
+
+
+def _three_numbers(spec: str, key: str, value: Any) -> tuple[float, ...]:
+    try:
+        numbers = tuple(float(part) for part in str(value).split("/"))
+    except ValueError:
+        numbers = ()
+    if len(numbers) not in (1, 3) or (key == "std" and not all(number > 0 for number in numbers)):
+        raise InputError(f"encoder {spec}: {key}={value}; allowed: one number, or three between slashes (std above 0)")
+    return numbers * (3 // len(numbers))
+
+
+def _pretrained_cfg(model: str) -> Any:
+    """Return timm's record of a model: input size, mean, std, classifier, and where its weights lie."""
+    import timm
+
+    return timm.get_pretrained_cfg(model)
+
+
+def _hub_weights(spec: str, line: EncoderSpec) -> Path:
+    """Return the local copy of the weights that timm names for a model."""
+    cfg = _pretrained_cfg(line.model)
+    instead = "Fetch that file elsewhere and name it by --enc-weights"
+    if line.local_only or not (cfg.hf_hub_id or cfg.url):
+        raise InputError(f"encoder {spec}: its weights are not on the hub; name a local file by --enc-weights")
+    if not cfg.hf_hub_id:
+        return url_file(cfg.url, instead)
+    return hub_file(cfg.hf_hub_id, cfg.hf_hub_filename or "model.safetensors", instead)
+
+
+def _read_weights(path: Path, line: EncoderSpec) -> dict[str, Any]:
+    """Return a checkpoint's parameters without classifier, in the layout they have. No code in a file is ever run."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise InputError(f"--enc-weights {path}: no such file")
+    try:
+        if path.suffix == ".safetensors":
+            checkpoint = load_file(path)
+        else:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"--enc-weights {path}: no file of weights, or one that holds code, which is never run"
+        ) from error
+    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        raise InputError(f"--enc-weights {path}: damaged, or no file of weights ({_brief(error)})") from error
+    for wrapper in ("state_dict", "model"):
+        if isinstance(checkpoint, dict) and isinstance(checkpoint.get(wrapper), dict):
+            checkpoint = checkpoint[wrapper]
+    if not isinstance(checkpoint, dict):
+        raise InputError(f"--enc-weights {path}: holds no parameters by name")
+    if line.prefix and any(str(key).startswith(line.prefix) for key in checkpoint):
+        checkpoint = {k.removeprefix(line.prefix): v for k, v in checkpoint.items() if str(k).startswith(line.prefix)}
+    classifier = _pretrained_cfg(line.model).classifier or ()
+    heads = tuple(f"{name}." for name in ((classifier,) if isinstance(classifier, str) else classifier))
+    state = {key: value for key, value in checkpoint.items() if not (heads and str(key).startswith(heads))}
+    if not state:
+        raise InputError(f"--enc-weights {path}: holds no parameters of a network without its classifier")
+    return state
+
+
+def _create(model: str, **options: Any) -> nn.Module:
+    """Return timm's network. Its named MobileNets fix their width; the function behind each name takes it, too."""
+    import timm
+    from timm.models import efficientnet
+
+    variant, _, tag = model.partition(".")
+    generator = WIDTH_GENERATORS.get(variant.split("_")[0])
+    if "channel_multiplier" not in options or generator is None:
+        return timm.create_model(model, **options)
+    return getattr(efficientnet, generator)(variant, pretrained_cfg=tag or None, **options)
+
+
+def _build(
+    spec: str, line: EncoderSpec, input_size: int, state: dict[str, Any] | None = None, source: str | Path = ""
+) -> Encoder:
+    """Return the encoder with the parameters of `state` (of the file `source`), or, without it, untrained ones."""
+    cfg = _pretrained_cfg(line.model)
+    options: dict[str, Any] = {"num_classes": 0, **line.options}
+    if cfg.fixed_input_size:
+        options.setdefault("img_size", input_size)
+    # timm's own door for parameters translates the authors' layouts and resamples position tables. Told of the same
+    # number of classes in file and network, it insists that every parameter is there and none is left over.
+    overlay = {"state_dict": state, "num_classes": options["num_classes"]}
+    try:
+        network = _create(line.model, pretrained=state is not None, pretrained_cfg_overlay=overlay, **options)
+    except (TypeError, ValueError, RuntimeError, AssertionError, KeyError) as error:
+        culprit = f"--enc-weights {source}: does not fit encoder {spec}" if state else f"encoder {spec}"
+        raise InputError(f"{culprit}: {_brief(error)}") from error
+    network.pretrained_cfg["state_dict"] = None  # timm keeps a second copy of all parameters there
+    return Encoder(spec, network, input_size, line.mean or cfg.mean, line.std or cfg.std)
+
+
+def _brief(error: Exception) -> str:
+    """Return an error's text on one line, long lists of parameters cut."""
+    return textwrap.shorten(str(error) or type(error).__name__, 400, placeholder=" ...")

@@ -1,0 +1,292 @@
+"""Frozen encoders: every line of the table, layouts of weights, preprocessing, and bad input named."""
+
+import io
+import os
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from files import InputError
+from models import encoders
+from models.encoders import ENCODERS, load_encoder, load_encoders
+from models.hub import url_file
+
+ASSETS = os.environ.get("REG_ASSETS")
+TINY_VIT = "timm/vit_tiny_patch16_224:depth=2"
+WIDTHS = {"s": 384, "b": 768, "l": 1024, "L": 1024, "h": 1280, "g": 1536}
+
+
+def random_images(count: int = 2, size: int = 64) -> torch.Tensor:
+    return torch.randint(0, 256, (count, 3, size, size), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+
+
+def save_timm(path: Path, model: str, **options) -> torch.nn.Module:
+    """Save a timm model with random weights, biases too, and return it."""
+    torch.manual_seed(0)
+    network = timm.create_model(model, **options).eval()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    save_file(network.state_dict(), path)
+    return network
+
+
+def meta_layout(parameters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return DINOv2 parameters as Meta publishes them: with the mask token that only its training needs."""
+    return {**parameters, "mask_token": torch.zeros(1, parameters["norm.weight"].numel())}
+
+
+@pytest.mark.parametrize("resolution", [256, 512])
+@pytest.mark.parametrize("name", ENCODERS)
+def test_every_line_of_the_table_gives_the_tokens_of_the_latents(name, resolution):
+    line, input_size = encoders._resolve(name, resolution)
+    with torch.device("meta"):
+        encoder = encoders._build(name, line, input_size)
+        output = encoder(torch.zeros(2, 3, resolution, resolution, dtype=torch.uint8))
+    tokens, width = (resolution // 16) ** 2, WIDTHS[name[-1]]
+    assert (encoder.num_tokens, encoder.width) == (tokens, width)
+    assert (output.cls_token.shape, output.patch_tokens.shape) == ((2, width), (2, tokens, width))
+
+
+def test_lines_name_published_weights():
+    for line in ENCODERS.values():
+        if not line.local_only:
+            assert line.model in timm.list_models(pretrained=True)
+
+
+def test_preprocessing_normalises_then_resizes_without_antialias(tmp_path):
+    network = save_timm(tmp_path / "vit.safetensors", "vit_tiny_patch16_224", depth=2, img_size=96, num_classes=0)
+    spec = f"{TINY_VIT}:input=96:mean=0.485/0.456/0.406:std=0.229/0.224/0.225"
+    encoder = load_encoder(spec, 256, tmp_path / "vit.safetensors")
+    images = random_images()
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    pixels = (images / 255 - mean[:, None, None]) / std[:, None, None]
+    with torch.no_grad():
+        features = network.forward_features(F.interpolate(pixels, (96, 96), mode="bicubic"))
+    output = encoder(images)
+    torch.testing.assert_close(output.cls_token, features[:, 0])
+    torch.testing.assert_close(output.patch_tokens, features[:, 1:])
+    assert output.cls_token.dtype == torch.float32
+
+
+def test_meta_layout_equals_timm_layout_with_the_position_table_resampled(tmp_path):
+    from timm.layers import resample_abs_pos_embed
+
+    network = save_timm(tmp_path / "timm.safetensors", "vit_small_patch14_dinov2.lvd142m", depth=2)
+    assert network.pos_embed.shape == (1, 1 + 37 * 37, 384)
+    torch.save(meta_layout(network.state_dict()), tmp_path / "meta.pth")
+    spec = "dinov2-vit-s:depth=2"
+    ours, metas = (load_encoder(spec, 256, tmp_path / name) for name in ("timm.safetensors", "meta.pth"))
+    table = resample_abs_pos_embed(network.pos_embed, [16, 16])
+    torch.testing.assert_close(metas.network.pos_embed, table)
+    images = random_images()
+    for ours_tensor, metas_tensor in zip(ours(images), metas(images), strict=True):
+        assert torch.equal(ours_tensor, metas_tensor)
+
+
+def test_meta_layout_with_registers_drops_them_from_the_tokens(tmp_path):
+    network = save_timm(tmp_path / "timm.safetensors", "vit_small_patch14_reg4_dinov2.lvd142m", depth=2)
+    parameters = meta_layout(network.state_dict())
+    # Meta adds the first row of the position table to the class token; timm has that sum already.
+    parameters["register_tokens"] = parameters.pop("reg_token")
+    parameters["pos_embed"] = torch.cat([torch.ones(1, 1, 384), parameters["pos_embed"]], dim=1)
+    parameters["cls_token"] = parameters["cls_token"] - 1
+    torch.save(parameters, tmp_path / "meta.pth")
+    spec = "dinov2reg-vit-s:depth=2"
+    ours, metas = (
+        load_encoder(spec, 256, tmp_path / name)(random_images()) for name in ("timm.safetensors", "meta.pth")
+    )
+    assert ours.patch_tokens.shape == (2, 256, 384)
+    torch.testing.assert_close(ours.patch_tokens, metas.patch_tokens)
+    torch.testing.assert_close(ours.cls_token, metas.cls_token)
+
+
+def test_moco_checkpoint_gives_its_base_encoder(tmp_path):
+    network = save_timm(tmp_path / "timm.safetensors", "vit_base_patch16_224", depth=1, num_classes=0)
+    base = {f"module.base_encoder.{key}": value for key, value in network.state_dict().items()}
+    other = {key.replace("base", "momentum"): value + 1 for key, value in base.items()}
+    head = {"module.base_encoder.head.0.weight": torch.zeros(8, 768), "module.predictor.0.weight": torch.zeros(8, 8)}
+    torch.save({"epoch": 300, "state_dict": {**base, **other, **head}}, tmp_path / "moco.pth.tar")
+    images = random_images()
+    moco = load_encoder("mocov3-vit-b:depth=1", 256, tmp_path / "moco.pth.tar")(images)
+    ours = load_encoder("mocov3-vit-b:depth=1", 256, tmp_path / "timm.safetensors")(images)
+    assert torch.equal(moco.cls_token, ours.cls_token) and torch.equal(moco.patch_tokens, ours.patch_tokens)
+
+
+@pytest.mark.parametrize(
+    ("spec", "width", "num_tokens"),
+    [
+        ("timm/resnet18", 512, 64),
+        ("timm/swin_tiny_patch4_window7_224", 768, 49),  # channels last
+        ("timm/vit_base_patch16_siglip_256:depth=1", 768, 256),  # attention pool
+        ("timm/beit_base_patch16_224:depth=1", 768, 196),  # final norm behind the pooling
+        ("timm/mobilenetv3_small_050", 288, 64),  # a head that changes the width
+    ],
+)
+def test_any_timm_model_has_tokens_and_a_vector_of_the_same_width(spec, width, num_tokens, tmp_path):
+    name, *options = spec.removeprefix("timm/").split(":")
+    save_timm(tmp_path / "w.safetensors", name, **({"depth": 1} if options else {}))
+    spec += ":input=256" if num_tokens == 64 else ""
+    encoder = load_encoder(spec, 256, tmp_path / "w.safetensors")
+    output = encoder(random_images())
+    assert output.cls_token.shape == (2, width) and output.patch_tokens.shape == (2, num_tokens, width)
+    assert (encoder.width, encoder.num_tokens) == (width, num_tokens)
+    assert output.cls_token.isfinite().all() and output.patch_tokens.isfinite().all()
+
+
+def test_tokens_of_a_feature_map_are_row_major_and_the_vector_is_their_mean(tmp_path):
+    network = save_timm(tmp_path / "w.safetensors", "resnet18")
+    encoder = load_encoder("timm/resnet18:input=128", 256, tmp_path / "w.safetensors")
+    images = random_images(size=128)
+    feature_map = network.forward_features((images / 255 - encoder.mean) / encoder.std)
+    output = encoder(images)
+    torch.testing.assert_close(output.patch_tokens[:, 4 * 1 + 2], feature_map[:, :, 1, 2])
+    torch.testing.assert_close(output.cls_token, feature_map.mean((2, 3)))
+
+
+def test_input_follows_the_resolution_unless_given():
+    assert encoders._resolve("dinov2-vit-b", 512)[1] == 448
+    assert encoders._resolve("timm/resnet18", 128)[1] == 112
+    assert encoders._resolve("timm/resnet18:input=512", 128)[1] == 512
+    with pytest.raises(InputError, match=r"no whole number of px at resolution 100"):
+        encoders._resolve("dinov2-vit-b", 100)
+
+
+def test_encoder_stays_frozen_inside_a_training_module(tmp_path):
+    save_timm(tmp_path / "w.safetensors", "resnet18")
+    encoder = load_encoder("timm/resnet18", 256, tmp_path / "w.safetensors")
+    torch.nn.ModuleList([encoder]).train()
+    before = encoder.network.bn1.running_mean.clone()
+    output = encoder(random_images())
+    assert torch.equal(encoder.network.bn1.running_mean, before) and not output.cls_token.requires_grad
+    assert not any(parameter.requires_grad for parameter in encoder.parameters())
+
+
+def test_several_encoders_and_the_number_of_tokens(tmp_path):
+    save_timm(tmp_path / "a.safetensors", "vit_tiny_patch16_224", depth=2)
+    save_timm(tmp_path / "b.safetensors", "resnet18")
+    specs, files = (
+        f"{TINY_VIT}:input=128, timm/resnet18:input=256",
+        f"{tmp_path}/a.safetensors,{tmp_path}/b.safetensors",
+    )
+    vit, resnet = load_encoders(specs, 256, files, num_tokens=64)
+    assert (vit.width, resnet.width, vit.num_tokens, resnet.num_tokens) == (192, 512, 64, 64)
+    with pytest.raises(InputError, match=r"64 tokens.* 256 latent tokens.*:input=256"):
+        load_encoders(specs, 256, files, num_tokens=256)
+    with pytest.raises(InputError, match=r"1 files for 2 encoders"):
+        load_encoders(specs, 256, f"{tmp_path}/a.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("dinov2-vitb", "did you mean dinov2-vit-b"),
+        ("clip-vit-l", "did you mean clip-vit-L"),
+        ("timm/vit_smal_patch14_dinov2", "did you mean vit_small_patch14_dinov2"),
+        ("timm/resnet18.nonsense", "no such model"),
+        ("timm/resnet18:input", "option 'input'; allowed: key=value"),
+        ("timm/resnet18:input=big", "input=big; allowed: a whole number"),
+        ("timm/resnet18:std=0", "std=0; allowed"),
+        ("mocov3-vit-b", "--enc-weights"),
+    ],
+)
+def test_misspelt_encoders_are_refused_with_the_way_out(spec, message):
+    with pytest.raises(InputError, match=message):
+        load_encoder(spec, 256)
+
+
+def test_unusable_weights_are_refused_by_name(tmp_path):
+    path = tmp_path / "w.safetensors"
+    network = save_timm(path, "vit_tiny_patch16_224", depth=2)
+    with pytest.raises(InputError, match=r"depth_=2.*depth_"):
+        load_encoder("timm/vit_tiny_patch16_224:depth_=2", 256, path)
+    with pytest.raises(InputError, match=r"w\.safetensors: does not fit .*Missing key.*blocks\.2"):
+        load_encoder("timm/vit_tiny_patch16_224:depth=3", 256, path)
+    with pytest.raises(InputError, match=r"w\.safetensors: does not fit .*Unexpected key.*blocks\.1"):
+        load_encoder("timm/vit_tiny_patch16_224:depth=1", 256, path)
+    with pytest.raises(InputError, match=r"absent: no such file"):
+        load_encoder(TINY_VIT, 256, tmp_path / "absent")
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(InputError, match=r"w\.safetensors: damaged"):
+        load_encoder(TINY_VIT, 256, path)
+    for content in ({}, {"head.weight": torch.zeros(2, 2)}, torch.zeros(2)):
+        torch.save(content, tmp_path / "empty.pth")
+        with pytest.raises(InputError, match=r"empty\.pth: holds no parameters"):
+            load_encoder(TINY_VIT, 256, tmp_path / "empty.pth")
+    torch.save(network, tmp_path / "code.pth")
+    with pytest.raises(InputError, match=r"code\.pth: .*never run"):
+        load_encoder(TINY_VIT, 256, tmp_path / "code.pth")
+
+
+def test_unreachable_hub_is_told_at_once_with_the_file_wanted(monkeypatch, tmp_path):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    start = time.monotonic()
+    with pytest.raises(InputError, match=r"timm/vit_base_patch14_dinov2.*model\.safetensors.*--enc-weights"):
+        load_encoder("dinov2-vit-b", 256)
+    assert time.monotonic() - start < 15
+
+
+def test_weights_served_by_their_authors_are_fetched_once(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "cache"))
+    served = tmp_path / "weights.pth"
+    served.write_bytes(b"some weights")
+    address = served.as_uri()
+    assert url_file(address, "").read_bytes() == b"some weights"
+    served.unlink()
+    assert url_file(address, "").read_bytes() == b"some weights"
+    with pytest.raises(InputError, match=r"127\.0\.0\.1:9/other\.pth.* cannot be reached\. Do this instead"):
+        url_file("http://127.0.0.1:9/other.pth", "Do this instead")
+
+
+def mobilenet(input_size: int) -> encoders.Encoder:
+    weights = Path(ASSETS) / "encoder" / "mobilenetv1_075.timm.safetensors"
+    spec = "timm/mobilenetv1_100:channel_multiplier=0.75:pad_type=same:bn_eps=0.001:mean=0.5:std=0.5"
+    return load_encoder(f"{spec}:input={input_size}", 256, weights)
+
+
+def photographs(archive_name: str, each: int, folders: int | None = None) -> torch.Tensor:
+    """Return squashed photographs, uint8 (folders * each, 3, 256, 256), the first `each` of every folder, in order."""
+    images, seen = [], {}
+    with zipfile.ZipFile(Path(ASSETS) / archive_name) as archive:
+        for name in sorted(name for name in archive.namelist() if name.lower().endswith((".jpeg", ".jpg"))):
+            folder = Path(name).parent
+            seen[folder] = seen.get(folder, 0) + 1
+            if seen[folder] <= each and len(seen) <= (folders or len(seen)):
+                image = Image.open(io.BytesIO(archive.read(name))).convert("RGB").resize((256, 256))
+                images.append(torch.from_numpy(np.array(image)).permute(2, 0, 1))
+    return torch.stack(images)
+
+
+@pytest.mark.assets
+@pytest.mark.skipif(not ASSETS, reason="REG_ASSETS is not set")
+def test_real_mobilenet_gives_tokens_like_dinov2_b_and_agrees_within_classes():
+    encoder = mobilenet(512)
+    output = encoder(photographs("imagenette_train_224.zip", each=3, folders=5))
+    assert (encoder.num_tokens, encoder.width) == (256, 768)
+    assert output.patch_tokens.shape == (15, 256, 768) and output.patch_tokens.isfinite().all()
+    torch.testing.assert_close(output.cls_token, output.patch_tokens.mean(1), rtol=1e-4, atol=1e-5)
+    directions = F.normalize(output.cls_token - output.cls_token.mean(0), dim=1)
+    agreement, labels = directions @ directions.T, torch.arange(5).repeat_interleave(3)
+    same = (labels[:, None] == labels) & ~torch.eye(15, dtype=torch.bool)
+    assert agreement[same].mean() > agreement[labels[:, None] != labels].mean()
+
+
+@pytest.mark.assets
+@pytest.mark.skipif(not ASSETS, reason="REG_ASSETS is not set")
+def test_real_mobilenet_vectors_carry_the_class_that_its_own_classifier_reads():
+    weights = load_file(Path(ASSETS) / "encoder" / "mobilenetv1_075.timm.safetensors")
+    images = photographs("imagenet_samples.zip", each=1, folders=60)
+    vectors = mobilenet(224)(images).cls_token
+    guesses = (vectors @ weights["classifier.weight"].T + weights["classifier.bias"]).argmax(1)
+    assert (guesses == 5 * torch.arange(60)).float().mean() > 0.7  # the photographs are of every fifth class
