@@ -1,0 +1,193 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from files import InputError
+from models.checkpoint import load_checkpoint, load_model
+from tests.conftest import NUM_CLASSES, read_rows, run_program, run_training
+from train_settings import parse_args
+
+MODES = {
+    "reg": [],
+    "repa": ["--no-cls-token"],
+    "sit": ["--no-cls-token", "--enc-type", "none"],
+    "entangled, not aligned": ["--proj-coeff", "0"],
+}
+
+
+def with_flags(flags: list[str], *more: str) -> list[str]:
+    return [*flags, "--max-train-steps", "4", "--exp-name", "run", *more]
+
+
+def terms(run, *names):
+    return [[row[name] for name in names or ("loss", "denoise", "proj", "cls", "grad_norm")] for row in read_rows(run)]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_each_mode_trains_saves_and_loads(train_flags, mode):
+    run = run_training(with_flags(train_flags, *MODES[mode], "--path-type", "cosine"))
+    rows = read_rows(run)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert all(np.isfinite(list(row.values())).all() for row in rows)
+    expected = {"reg": {"proj", "cls"}, "repa": {"proj"}, "sit": set(), "entangled, not aligned": {"cls"}}[mode]
+    assert {"proj", "cls"} & rows[0].keys() == expected
+    checkpoint = load_checkpoint(run / "checkpoints" / "0000004.pt")
+    assert checkpoint["steps"] == 4 and checkpoint["args"].exp_name == "run"
+    model = load_model(run / "checkpoints" / "0000004.pt")
+    assert (model.cls_token_dim, len(model.projectors)) == (32 if "cls" in expected else None, int("proj" in expected))
+    assert model.num_classes == NUM_CLASSES
+    assert (run / "loss.png").exists()
+
+
+def test_loss_falls(train_flags):
+    run = run_training(with_flags(train_flags, "--max-train-steps", "60", "--learning-rate", "0.003"))
+    values = np.array(terms(run, "denoise", "proj", "cls"))
+    assert (values[-10:].mean(axis=0) < values[:10].mean(axis=0) - 0.05).all()
+
+
+def test_a_resumed_run_equals_one_never_stopped(train_flags):
+    whole = run_training(with_flags(train_flags, "--exp-name", "whole", "--log-steps", "3", "--max-train-steps", "6"))
+    flags = with_flags(train_flags, "--log-steps", "3", "--checkpointing-steps", "2")
+    run_training([*flags, "--max-train-steps", "4"])
+    (whole.parent / "run" / "checkpoints" / "0000004.pt").unlink()  # as if the run had died in step 4
+    parted = run_training([*flags, "--max-train-steps", "6", "--resume", "latest"])
+    a, b = (load_checkpoint(run / "checkpoints" / "0000006.pt") for run in (whole, parted))
+    for part in ("model", "ema"):
+        assert all(torch.equal(a[part][key], b[part][key]) for key in a[part])
+    for index, state in a["opt"]["state"].items():
+        assert all(torch.equal(value, b["opt"]["state"][index][name]) for name, value in state.items())
+    assert [row["step"] for row in read_rows(parted)] == [3, 6]
+    assert terms(whole) == terms(parted)
+
+
+def test_resume_step_and_published_optimizer_layout(train_flags):
+    flags = with_flags(train_flags, "--checkpointing-steps", "2")
+    run_training(flags)
+    run = run_training([*flags, "--max-train-steps", "5", "--resume-step", "2"])
+    assert [row["step"] for row in read_rows(run)] == [1, 2, 3, 4, 5]
+    parameters = load_checkpoint(run / "checkpoints" / "0000005.pt")["opt"]["param_groups"][0]["params"]
+    assert parameters == list(range(len(parameters)))
+
+
+@pytest.mark.parametrize("more", [["--gradient-accumulation-steps", "2"], ["--mixed-precision", "bf16"]])
+def test_accumulation_and_bf16_change_rounding_only(train_flags, more):
+    plain = run_training(with_flags(train_flags, "--exp-name", "plain"))
+    other = run_training(with_flags(train_flags, *more))
+    tolerance = 1e-5 if "bf16" not in more else 0.02
+    np.testing.assert_allclose(terms(plain), terms(other), rtol=tolerance, atol=tolerance)
+
+
+def test_two_processes_give_the_losses_of_one(train_flags):
+    one = run_training(with_flags(train_flags, "--exp-name", "one"))
+    result = run_program("train.py", *with_flags(train_flags, "--exp-name", "two"), processes=2)
+    assert result.returncode == 0, result.stderr[-3000:]
+    np.testing.assert_allclose(terms(one), terms(one.parent / "two"), rtol=1e-5, atol=1e-6)
+    a, b = (load_checkpoint(one.parent / name / "checkpoints" / "0000004.pt")["ema"] for name in ("one", "two"))
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], rtol=1e-4, atol=1e-6)
+
+
+def test_grids_and_tracker(train_flags):
+    pytest.importorskip("wandb")
+    flags = ["--sampling-steps", "2", "--grid-samples", "4", "--grid-num-steps", "2", "--grid-cfg-scale", "1.5"]
+    run = run_training(with_flags(train_flags, *flags))
+    names = sorted(path.name for path in (run / "samples").iterdir())
+    assert names == ["0000002.png", "0000004.png", "reconstructions.png"]
+    grid = np.array(Image.open(run / "samples" / "reconstructions.png"))
+    assert grid.shape == (2 * 64 + 2, 2 * 64 + 2, 3)
+    first = np.array(Image.open(train_flags_data(train_flags) / "images/00000/img00000000.png"))
+    assert np.array_equal(grid[:64:4, :64:4], first)  # enlarged four times
+
+
+def train_flags_data(flags):
+    return Path(flags[flags.index("--data-dir") + 1])
+
+
+def test_defaults_are_the_papers_recipe():
+    flags = ["--exp-name", "x", "--device", "cpu"]
+    args = parse_args(flags)
+    assert (args.model, args.batch_size, args.cls, args.proj_coeff, args.ema_decay) == (
+        "SiT-XL/2",
+        256,
+        0.03,
+        0.5,
+        0.9999,
+    )
+    assert (args.learning_rate, args.max_grad_norm, args.cfg_prob, args.enc_type) == (1e-4, 1.0, 0.1, "dinov2-vit-b")
+
+
+def test_every_flag_of_the_published_script_is_taken():
+    line = """--output-dir=exps --exp-name=x --logging-dir=logs --report-to=none --sampling-steps=10000 --resume-step=0
+        --model=SiT-B/2 --num-classes=1000 --encoder-depth=4 --fused-attn --no-qk-norm --data-dir=data/imagenet
+        --resolution=256 --batch-size=256 --allow-tf32 --mixed-precision=no --epochs=1400 --max-train-steps=1000000
+        --checkpointing-steps=50000 --gradient-accumulation-steps=1 --learning-rate=1e-4 --adam-beta1=0.9
+        --adam-beta2=0.999 --adam-weight-decay=0. --adam-epsilon=1e-08 --max-grad-norm=1.0 --seed=0 --num-workers=4
+        --path-type=linear --prediction=v --cfg-prob=0.1 --enc-type=dinov2-vit-b --proj-coeff=0.5 --weighting=uniform
+        --no-legacy --cls=0.03"""
+    args = parse_args(line.split())
+    assert args.encoder_depth == 4 and args.adam_weight_decay == 0.0
+
+
+BAD = {
+    "unknown model": (["--model", "SiT-H/2"], "--model SiT-H/2 is unknown; allowed: SiT-S/2"),
+    "classes": (["--num-classes", "7"], "--num-classes is 7, but the data in .* have 3"),
+    "resolution": (["--resolution", "32"], "--resolution is 32, but the data in .* have 16"),
+    "batch": (["--gradient-accumulation-steps", "3"], r"--batch-size 8 \(global\) does not divide"),
+    "cuda": (["--device", "cuda"], "--device cuda: no CUDA device is available"),
+    "fp16": (["--mixed-precision", "fp16"], "--mixed-precision fp16 needs a CUDA device"),
+    "tokens": (["--model", "SiT-S/2"], "16 tokens .* 64 latent tokens"),
+    "slot": (["--enc-type", "none"], "--enc-type none: the class slot needs an encoder"),
+    "depth": (["--encoder-depth", "3"], r"encoder_depth 3 is outside 1 \.\. 2"),
+    "negative": (["--cls", "-1"], "--cls -1.0: must be 0 or greater"),
+    "share": (["--cfg-prob", "1"], "--cfg-prob 1.0: must be at least 0 and less than 1"),
+    "no checkpoint": (["--resume-step", "7"], r"0000007\.pt: no such checkpoint file"),
+    "both": (["--resume-step", "7", "--resume", "latest"], "give one of them"),
+    "encoder": (["--enc-type", "dinov2-vit-x"], "dinov2-vit-x"),
+    "codec": (["--sampling-steps", "1", "--vae", "no/such/folder/here"], "no/such/folder/here"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_settings_are_named_before_anything_is_written(train_flags, case, tmp_path):
+    flags, text = BAD[case]
+    if case == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is one here")
+    with pytest.raises(InputError, match=text):
+        run_training(with_flags(train_flags, *flags))
+    assert not list((tmp_path / "exps").rglob("*.pt")) and not list((tmp_path / "exps").rglob("metrics.jsonl"))
+
+
+def test_a_run_is_never_begun_again_or_mixed_with_another(train_flags):
+    flags = with_flags(train_flags)
+    run = run_training(flags)
+    before = (run / "metrics.jsonl").read_bytes()
+    with pytest.raises(InputError, match="holds a run already; go on with it by --resume latest"):
+        run_training(flags)
+    with pytest.raises(InputError, match=r"--learning-rate is 0\.5, but .* was begun with 0\.001"):
+        run_training([*flags, "--resume", "latest", "--learning-rate", "0.5"])
+    with pytest.raises(InputError, match=r"--seed is 3, but .* was begun with 0"):
+        run_training([*flags, "--resume", "latest", "--seed", "3"])
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_encoder_of_another_width_does_not_fit_the_checkpoint(train_flags, tmp_path):
+    import timm
+    from safetensors.torch import save_file
+
+    run_training(with_flags(train_flags))
+    options = {"patch_size": 4, "embed_dim": 48, "depth": 1, "num_heads": 2}
+    network = timm.create_model("vit_tiny_patch16_224", img_size=16, num_classes=0, **options)
+    save_file(network.state_dict(), tmp_path / "wide.safetensors")
+    spec = "timm/vit_tiny_patch16_224:input=16:patch_size=4:embed_dim=48:depth=1:num_heads=2"
+    more = ["--resume", "latest", "--enc-type", spec, "--enc-weights", str(tmp_path / "wide.safetensors")]
+    with pytest.raises(InputError, match=r"--enc-type is .*embed_dim=48.* was begun with .*embed_dim=32"):
+        run_training(with_flags(train_flags, *more))
+
+
+def test_errors_reach_the_user_as_one_line(train_flags):
+    result = run_program("train.py", *with_flags(train_flags, "--num-classes", "7"))
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert result.stderr.strip().splitlines()[-1].startswith("train.py: error: --num-classes is 7")

@@ -1,0 +1,174 @@
+"""The settings of a training run: train.py's flags, what they must satisfy, and which of them say what run it is."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from files import InputError
+from models.interpolant import PATHS, WEIGHTINGS
+from models.sit import SiT_models
+
+# What may differ between a run and its continuation; everything else says which run it is.
+MAY_CHANGE = {
+    "output_dir", "exp_name", "logging_dir", "report_to", "sampling_steps", "resume_step", "resume", "data_dir",
+    "allow_tf32", "mixed_precision", "epochs", "max_train_steps", "checkpointing_steps", "fused_attn", "num_workers",
+    "gradient_accumulation_steps", "log_steps", "check_data", "device", "enc_weights", "vae", "grid_samples",
+    "grid_num_steps", "grid_cfg_scale", "legacy",
+}  # fmt: skip
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Return the settings; names and meanings of the published flags are kept."""
+    parser = argparse.ArgumentParser(description="Train REG, REPA or SiT.", allow_abbrev=False)
+    switch = argparse.BooleanOptionalAction
+
+    group = parser.add_argument_group("run")
+    add = group.add_argument
+    add("--output-dir", default="exps", help="folder of all runs (%(default)s)")
+    add("--exp-name", required=True, help="name of this run, its folder in --output-dir")
+    add("--logging-dir", default="logs", help="the tracker's folder inside the run's folder (%(default)s)")
+    add("--report-to", default="none", choices=["none", "wandb", "tensorboard"], help="tracker, beside metrics.jsonl")
+    add(
+        "--log-steps",
+        type=int,
+        default=100,
+        help="steps between two rows of metrics.jsonl (%(default)s)",
+    )
+    add("--checkpointing-steps", type=int, default=50_000, help="steps between two checkpoints (%(default)s)")
+    add("--resume-step", type=int, default=0, help="go on from the checkpoint of this step; 0: start anew")
+    add("--resume", help="go on from 'latest' (start anew if there is no checkpoint yet) or from a checkpoint file")
+    add(
+        "--legacy",
+        action=switch,
+        help="the checkpoint is (not) of the older REPA layout; found by itself",
+    )
+    add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="where to train; auto: CUDA if there is one")
+
+    group = parser.add_argument_group("sample grids")
+    add = group.add_argument
+    add(
+        "--sampling-steps",
+        type=int,
+        default=10_000,
+        help="steps between two grids; 0: none, no codec needed",
+    )
+    add("--vae", help="codec that decodes the grids; default: the one that made the latents")
+    add("--grid-samples", type=int, default=36, help="images in a grid (%(default)s)")
+    add("--grid-num-steps", type=int, default=50, help="SDE steps for a grid (%(default)s)")
+    add("--grid-cfg-scale", type=float, default=1.0, help="guidance of image and class token in a grid; 1: none")
+
+    group = parser.add_argument_group("network")
+    add = group.add_argument
+    add("--model", default="SiT-XL/2", help="preset, SiT-{S,B,L,XL}/{2,4,8} (%(default)s)")
+    add("--depth", type=int, help="number of blocks instead of the preset's")
+    add("--hidden-size", type=int, help="width instead of the preset's")
+    add("--num-heads", type=int, help="attention heads instead of the preset's")
+    add("--projector-dim", type=int, default=2048, help="inner width of the projectors (%(default)s)")
+    add("--num-classes", type=int, help="number of classes; read from the data, this only checks it")
+    add(
+        "--encoder-depth",
+        type=int,
+        help="align after this block, from 1; default 4 for S, B, 8 for L, XL",
+    )
+    add("--fused-attn", action=switch, default=True, help="attention through scaled_dot_product_attention")
+    add("--qk-norm", action=switch, default=False, help="LayerNorm on queries and keys")
+    add("--cls-token", action=switch, default=True, help="class slot: with it REG, without it REPA")
+    add("--ema-decay", type=float, default=0.9999, help="decay of the averaged weights (%(default)s)")
+
+    group = parser.add_argument_group("data")
+    add = group.add_argument
+    add("--data-dir", default="data/imagenet256", help="folder with images and latents (%(default)s)")
+    add("--resolution", type=int, help="image size in px; read from the data, this only checks it")
+    add("--batch-size", type=int, default=256, help="samples of an optimiser step, over all processes (%(default)s)")
+    add("--num-workers", type=int, default=4, help="loader processes for each training process (%(default)s)")
+    add("--check-data", action=switch, default=True, help="look at every file for truncation before training")
+
+    group = parser.add_argument_group("precision")
+    add = group.add_argument
+    add("--allow-tf32", action=switch, default=True, help="TF32 in matrix products of CUDA")
+    add("--mixed-precision", choices=["no", "fp16", "bf16"], help="autocast; default fp16 on CUDA, no on the CPU")
+
+    group = parser.add_argument_group("optimisation")
+    add = group.add_argument
+    add("--epochs", type=int, default=1400, help="stop after so many passes over the data (%(default)s)")
+    add("--max-train-steps", type=int, default=400_000, help="stop after so many steps (%(default)s)")
+    add("--gradient-accumulation-steps", type=int, default=1, help="parts a process cuts its samples into")
+    add("--learning-rate", type=float, default=1e-4, help="constant (%(default)s)")
+    add("--adam-beta1", type=float, default=0.9, help="AdamW (%(default)s)")
+    add("--adam-beta2", type=float, default=0.999, help="AdamW (%(default)s)")
+    add("--adam-weight-decay", type=float, default=0.0, help="AdamW (%(default)s)")
+    add("--adam-epsilon", type=float, default=1e-8, help="AdamW (%(default)s)")
+    add("--max-grad-norm", type=float, default=1.0, help="clip the gradient's norm to this (%(default)s)")
+    add("--seed", type=int, default=0, help="of everything random (%(default)s)")
+
+    group = parser.add_argument_group("method")
+    add = group.add_argument
+    add("--path-type", default="linear", choices=PATHS, help="path between data and noise (%(default)s)")
+    add("--prediction", default="v", choices=["v"], help="what the network predicts: the velocity")
+    add("--weighting", default="uniform", choices=WEIGHTINGS, help="distribution of training times (%(default)s)")
+    add("--cfg-prob", type=float, default=0.1, help="share of labels replaced by the null class (%(default)s)")
+    add(
+        "--enc-type",
+        default="dinov2-vit-b",
+        help="frozen encoders, comma-separated; the first gives the class token",
+    )
+    add("--enc-weights", help="local weight files of the encoders, comma-separated; default: the hub")
+    add("--proj-coeff", type=float, default=0.5, help="weight of the alignment; 0: none, no projectors (%(default)s)")
+    add("--cls", type=float, default=0.03, help="weight of the class token's velocity (%(default)s)")
+    args = parser.parse_args(argv)
+    _check_args(args)
+    return args
+
+
+def _check_args(args: argparse.Namespace) -> None:
+    """Raise InputError, naming flag, value and what is allowed, for settings that no run can have."""
+    if args.model not in SiT_models:
+        raise InputError(f"--model {args.model} is unknown; allowed: {', '.join(SiT_models)}")
+    positive = ("batch_size", "max_train_steps", "epochs", "gradient_accumulation_steps", "log_steps")
+    positive += (
+        "checkpointing_steps",
+        "learning_rate",
+        "max_grad_norm",
+        "grid_samples",
+        "grid_num_steps",
+        "projector_dim",
+    )
+    for name in positive:
+        if getattr(args, name) <= 0:
+            raise InputError(f"{flag(name)} {getattr(args, name)}: must be greater than 0")
+    for name in ("sampling_steps", "resume_step", "seed", "num_workers", "proj_coeff", "cls", "adam_weight_decay"):
+        if getattr(args, name) < 0:
+            raise InputError(f"{flag(name)} {getattr(args, name)}: must be 0 or greater")
+    for name in ("ema_decay", "cfg_prob", "adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(args, name) < 1:
+            raise InputError(f"{flag(name)} {getattr(args, name)}: must be at least 0 and less than 1")
+    if args.enc_type == "none" and args.cls_token:
+        raise InputError("--enc-type none: the class slot needs an encoder; add --no-cls-token to train SiT")
+    if args.resume and args.resume_step:
+        raise InputError(f"--resume {args.resume} and --resume-step {args.resume_step}: give one of them")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: no CUDA device is available; allowed here: cpu, auto")
+    if args.report_to != "none" and importlib.util.find_spec(args.report_to) is None:
+        raise InputError(f"--report-to {args.report_to}: the package {args.report_to} is not installed")
+    on_cuda = args.device != "cpu" and torch.cuda.is_available()
+    args.mixed_precision = args.mixed_precision or ("fp16" if on_cuda else "no")
+    if args.mixed_precision == "fp16" and not on_cuda:
+        raise InputError("--mixed-precision fp16 needs a CUDA device; allowed on the CPU: no, bf16")
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def check_same_run(args: argparse.Namespace, saved: dict[str, Any], source: str | Path) -> None:
+    """Raise InputError, naming both values, where settings contradict those that a run was begun with."""
+    for name, value in vars(args).items():
+        if name in MAY_CHANGE or name not in saved or value is None or saved[name] is None:
+            continue
+        if value != saved[name]:
+            raise InputError(f"{flag(name)} is {value}, but {source} was begun with {saved[name]}")
