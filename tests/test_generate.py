@@ -1,0 +1,132 @@
+import hashlib
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from files import InputError
+from tests.conftest import NUM_CLASSES, run_generate, run_program, run_training
+from tests.test_train import MODES, with_flags
+
+
+@pytest.fixture
+def checkpoint(train_flags):
+    run = run_training(with_flags(train_flags, "--max-train-steps", "2", "--qk-norm"))
+    return run / "checkpoints" / "0000002.pt"
+
+
+def flags(checkpoint, tmp_path, name, *more):
+    line = ["--ckpt", str(checkpoint), "--sample-dir", str(tmp_path / "samples"), "--name", name, "--device", "cpu"]
+    return [*line, "--num-fid-samples", "7", "--num-steps", "3", "--per-proc-batch-size", "2", *more]
+
+
+def hashes(folder):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (folder / "images").glob("*.png")}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("sampler", [[], ["--mode", "ode", "--heun"], ["--mode", "ode", "--solver", "dopri5"]])
+def test_each_mode_generates(train_flags, tmp_path, monkeypatch, mode, sampler):
+    run = run_training(with_flags(train_flags, *MODES[mode], "--max-train-steps", "1"))
+    run_generate(flags(run / "checkpoints" / "0000001.pt", tmp_path, "a", "--cfg-scale", "1.5", *sampler), monkeypatch)
+    assert len(hashes(tmp_path / "samples" / "a")) == 7
+
+
+def test_what_a_set_holds(checkpoint, tmp_path, monkeypatch):
+    run_generate(flags(checkpoint, tmp_path, "a", "--save-cls", "--label-sampling", "balanced"), monkeypatch)
+    folder = tmp_path / "samples" / "a"
+    with np.load(folder / "samples.npz", allow_pickle=False) as archive:
+        images = archive["arr_0"]
+    assert images.shape == (7, 16, 16, 3) and images.dtype == np.uint8
+    for number in range(7):
+        assert np.array_equal(images[number], np.array(Image.open(folder / "images" / f"{number:06d}.png")))
+    cls_tokens = np.load(folder / "cls_tokens.npy")
+    assert cls_tokens.shape == (7, 32) and np.isfinite(cls_tokens).all() and cls_tokens.std() > 0
+    labels = json.loads((folder / "images" / "dataset.json").read_text())["labels"]
+    assert labels == [[f"{n:06d}.png", n % NUM_CLASSES] for n in range(7)]
+    settings = json.loads((folder / "settings.json").read_text())
+    assert settings["label_sampling"] == "balanced" and settings["steps"] == 2 and settings["vae"] == "pixel"
+    assert Image.open(folder / "grid.png").size[0] > 16
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "cls_tokens.npy", "grid.png", "images", "samples.npz", "settings.json",
+    ]  # fmt: skip
+
+
+def test_files_do_not_depend_on_processes_and_an_interrupted_set_is_completed(checkpoint, tmp_path, monkeypatch):
+    run_generate(flags(checkpoint, tmp_path, "one", "--save-cls"), monkeypatch)
+    one = tmp_path / "samples" / "one"
+    result = run_program("generate.py", *flags(checkpoint, tmp_path, "two", "--save-cls"), processes=2)
+    assert result.returncode == 0, result.stderr[-3000:]
+    two = tmp_path / "samples" / "two"
+    assert hashes(one) == hashes(two)
+    assert (one / "samples.npz").read_bytes() == (two / "samples.npz").read_bytes()
+    assert np.array_equal(np.load(one / "cls_tokens.npy"), np.load(two / "cls_tokens.npy"))
+
+    kept = one / "images" / "000000.png"
+    before, stamp = hashes(one), kept.stat().st_mtime_ns
+    for number in (2, 3, 6):
+        (one / "images" / f"{number:06d}.png").unlink()
+    run_generate(flags(checkpoint, tmp_path, "one", "--save-cls"), monkeypatch)
+    assert hashes(one) == before and kept.stat().st_mtime_ns == stamp
+
+
+def test_another_batch_size_and_more_images_leave_images_as_they_are(checkpoint, tmp_path, monkeypatch):
+    run_generate(flags(checkpoint, tmp_path, "a"), monkeypatch)
+    run_generate(flags(checkpoint, tmp_path, "b", "--per-proc-batch-size", "5", "--num-fid-samples", "9"), monkeypatch)
+    for number in range(7):
+        a, b = (
+            np.array(Image.open(tmp_path / "samples" / name / "images" / f"{number:06d}.png")).astype(int)
+            for name in "ab"
+        )
+        assert abs(a - b).max() <= 1  # one level, where rounding falls on the other side
+
+
+def test_chosen_classes(checkpoint, tmp_path, monkeypatch):
+    run_generate(flags(checkpoint, tmp_path, "a", "--classes", "2,0"), monkeypatch)
+    labels = json.loads((tmp_path / "samples/a/images/dataset.json").read_text())["labels"]
+    assert {label for _, label in labels} == {0, 2}
+
+
+def test_known_settings_may_be_repeated(checkpoint, tmp_path, monkeypatch):
+    known = "--num-classes 3 --encoder-depth 1 --resolution 16 --qk-norm --projector-embed-dims 32 --cls 32"
+    known += " --path-type linear --no-legacy --vae pixel --heun --mode ode --no-npz"
+    run_generate(flags(checkpoint, tmp_path, "a", *known.split()), monkeypatch)
+    assert not (tmp_path / "samples" / "a" / "samples.npz").exists()
+
+
+BAD = {
+    "model": (["--model", "SiT-XL/2"], "--model is SiT-XL/2, but .* holds SiT-S/4"),
+    "classes": (["--num-classes", "1000"], "--num-classes is 1000, but .* has 3"),
+    "depth": (["--encoder-depth", "8"], "--encoder-depth is 8, but .* has 1"),
+    "resolution": (["--resolution", "256"], "--resolution is 256, but .* has 16"),
+    "qk norm": (["--no-qk-norm"], "--qk-norm is False, but .* has True"),
+    "projectors": (["--projector-embed-dims", "768"], "--projector-embed-dims is 768, but .* has 32"),
+    "cls": (["--cls", "768"], "--cls is 768, but .* has 32"),
+    "path": (["--path-type", "cosine"], "--path-type is cosine, but .* has linear"),
+    "legacy": (["--legacy"], "--legacy is True, but .* has False"),
+    "class": (["--classes", "5"], r"--classes 5: the checkpoint has classes 0 \.\. 2"),
+    "class names": (["--classes", "cat"], "--classes cat: expected whole numbers"),
+    "sde solver": (["--heun"], "--solver heun is a solver of the ODE"),
+    "steps": (["--num-steps", "0"], "--num-steps 0: must be 1 or greater"),
+    "interval": (["--guidance-low", "0.9", "--guidance-high", "0.5"], "--guidance-low 0.9 is above"),
+    "checkpoint": (["--ckpt", "nowhere.pt"], r"nowhere\.pt: no such checkpoint file"),
+    "codec": (["--vae", "nowhere"], "nowhere"),
+}
+
+
+def test_contradictions_are_named(checkpoint, tmp_path, monkeypatch):
+    for more, text in BAD.values():
+        with pytest.raises(InputError, match=text):
+            run_generate(flags(checkpoint, tmp_path, "bad", *more), monkeypatch)
+    assert not (tmp_path / "samples").exists()
+
+
+def test_a_folder_of_other_settings_is_refused(checkpoint, tmp_path, monkeypatch):
+    run_generate(flags(checkpoint, tmp_path, "a"), monkeypatch)
+    before = hashes(tmp_path / "samples" / "a")
+    with pytest.raises(InputError, match="made with num_steps 3, not 4"):
+        run_generate(flags(checkpoint, tmp_path, "a", "--num-steps", "4"), monkeypatch)
+    with pytest.raises(InputError, match="made with global_seed 0, not 1"):
+        run_generate(flags(checkpoint, tmp_path, "a", "--global-seed", "1"), monkeypatch)
+    assert hashes(tmp_path / "samples" / "a") == before
