@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# REG on two CPU cores, in minutes, with nothing to download but Python packages: makes the environment, prepares real
+# handwritten digits, trains an encoder and REG on one half of them, generates, and scores against the other half.
+# Leaves demo/samples.png, demo/loss.png and demo/score.json.
+set -euo pipefail
+cd "$(dirname "$0")"
+source environment.sh
+
+OUT=demo
+rm -rf "$OUT/raw" "$OUT/data" "$OUT/exps" "$OUT/samples" # what an earlier demo left
+START=$SECONDS
+
+echo "1. digits, as photographs come: a folder for each class"
+python benchmarks/digits.py images --dest "$OUT/raw"
+
+echo "2. preprocessing: crops of 16 px, then latents (here the pixels themselves)"
+python preprocessing/convert.py --source "$OUT/raw" --dest "$OUT/data/images" --resolution 16
+python preprocessing/encode.py --source "$OUT/data/images" --dest "$OUT/data/vae-sd" --vae pixel --batch-size 128
+
+echo "3. a small vision transformer learns to read digits: it stands in for DINOv2"
+python benchmarks/digits.py encoder --dest "$OUT/encoder.safetensors"
+
+echo "4. REG: a small SiT learns to denoise digits together with the encoder's class token"
+python train.py \
+    --output-dir "$OUT/exps" \
+    --exp-name digits \
+    --data-dir "$OUT/data" \
+    --enc-type "$(python benchmarks/digits.py encoder-spec)" \
+    --enc-weights "$OUT/encoder.safetensors" \
+    --model SiT-S/4 --depth 6 --hidden-size 192 --num-heads 3 --encoder-depth 3 --projector-dim 256 \
+    --batch-size 64 \
+    --learning-rate 1e-3 \
+    --ema-decay 0.98 \
+    --max-train-steps 700 \
+    --log-steps 10 \
+    --sampling-steps 350 \
+    --checkpointing-steps 350 \
+    --num-workers 1
+
+echo "5. generation: image and class token together, from noise; no encoder is used"
+python generate.py \
+    --ckpt "$OUT/exps/digits/checkpoints/0000700.pt" \
+    --sample-dir "$OUT/samples" \
+    --name digits \
+    --num-fid-samples 900 \
+    --label-sampling balanced \
+    --num-steps 100 \
+    --per-proc-batch-size 300 \
+    --save-cls
+
+echo "6. score: a classifier and 898 digits that training never saw"
+python benchmarks/digits.py score \
+    --samples "$OUT/samples/digits" \
+    --encoder "$OUT/encoder.safetensors" \
+    --dest "$OUT/score.json"
+
+cp "$OUT/samples/digits/grid.png" "$OUT/samples.png"
+cp "$OUT/exps/digits/loss.png" "$OUT/loss.png"
+echo "demo: $((SECONDS - START)) seconds; look at $OUT/samples.png, $OUT/loss.png and $OUT/score.json"

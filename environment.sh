@@ -1,0 +1,15 @@
+# The environment that demo.sh and test.sh run in: the active one, completed where something is missing, or a .venv made
+# in this folder with the tested versions. Sourced, not run.
+
+if [ -n "${VIRTUAL_ENV:-}" ] || [ -n "${CONDA_PREFIX:-}" ]; then
+    echo "environment: ${VIRTUAL_ENV:-$CONDA_PREFIX} (active)"
+    python -m pip install --quiet --requirement requirements.txt
+else
+    echo "environment: .venv"
+    [ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
+    source .venv/bin/activate
+    if ! cat requirements.txt constraints.txt | cmp --silent - .venv/installed; then
+        python -m pip install --quiet --requirement requirements.txt --constraint constraints.txt
+        cat requirements.txt constraints.txt > .venv/installed
+    fi
+fi

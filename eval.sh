@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# Generates 50,000 images from a checkpoint and scores them as ADM does. Settings are environment variables; further
+# flags go to generate.py. Without guidance, then with the headline's:
+#
+#     CKPT=exps/reg-SiT-B-2/checkpoints/0400000.pt REF_BATCH=VIRTUAL_imagenet256_labeled.npz bash eval.sh
+#     CFG_SCALE=2.3 GUIDANCE_HIGH=0.85 CKPT=... REF_BATCH=... bash eval.sh
+#
+# The same command goes on where an interrupted one stopped. The result lies beside the images, as result.json.
+set -euo pipefail
+cd "$(dirname "$0")"
+source launch.sh
+
+CKPT=${CKPT:?names the checkpoint to evaluate}
+REF_BATCH=${REF_BATCH:?names the reference .npz, VIRTUAL_imagenet256_labeled.npz for ImageNet at 256 px}
+SAMPLE_DIR=${SAMPLE_DIR:-samples}            # folder of all sets of samples
+NUM_SAMPLES=${NUM_SAMPLES:-50000}            # images
+LABELS=${LABELS:-random}                     # random, as published, or balanced
+NUM_STEPS=${NUM_STEPS:-250}                  # SDE steps
+CFG_SCALE=${CFG_SCALE:-1.0}                  # guidance of the image; 1.0: none
+CLS_CFG_SCALE=${CLS_CFG_SCALE:-$CFG_SCALE}   # guidance of the class token
+GUIDANCE_HIGH=${GUIDANCE_HIGH:-1.0}          # guidance up to this time; 0.85 for the headline
+BATCH_SIZE=${BATCH_SIZE:-64}                 # images at a time on each GPU
+INCEPTION=${INCEPTION:-}                     # Inception weights; empty: downloaded once
+
+RUN=$(basename "$(dirname "$(dirname "$(realpath "$CKPT")")")")
+NAME=${NAME:-$RUN-$(basename "$CKPT" .pt)-$NUM_STEPS-cfg-$CFG_SCALE-$CLS_CFG_SCALE-to-$GUIDANCE_HIGH-$LABELS}
+
+launch generate.py \
+    --ckpt "$CKPT" \
+    --sample-dir "$SAMPLE_DIR" \
+    --name "$NAME" \
+    --num-fid-samples "$NUM_SAMPLES" \
+    --label-sampling "$LABELS" \
+    --mode sde \
+    --num-steps "$NUM_STEPS" \
+    --cfg-scale "$CFG_SCALE" \
+    --cls-cfg-scale "$CLS_CFG_SCALE" \
+    --guidance-high "$GUIDANCE_HIGH" \
+    --per-proc-batch-size "$BATCH_SIZE" \
+    "$@"
+
+launch evaluations/evaluator.py \
+    --ref_batch "$REF_BATCH" \
+    --sample_batch "$SAMPLE_DIR/$NAME/samples.npz" \
+    --save_path "$SAMPLE_DIR/$NAME/result.json" \
+    --labels "$LABELS" \
+    --num_steps "$NUM_STEPS" \
+    --cfg "$CFG_SCALE" \
+    --cls_cfg "$CLS_CFG_SCALE" \
+    --gh "$GUIDANCE_HIGH" \
+    ${INCEPTION:+--inception "$INCEPTION"}

@@ -1,0 +1,20 @@
+# How train.sh and eval.sh start a program on all GPUs of all machines. Sourced, not run.
+
+NUM_GPUS=${NUM_GPUS:-$(nvidia-smi --list-gpus 2>/dev/null | wc -l)} # of this machine; 0: one process on the CPU
+NUM_MACHINES=${NUM_MACHINES:-1}                                     # all with the same number of GPUs
+MACHINE_RANK=${MACHINE_RANK:-0}                                     # 0 on the head, then 1, 2, ...
+HEAD_ADDRESS=${HEAD_ADDRESS:-127.0.0.1}                             # of the machine with rank 0
+HEAD_PORT=${HEAD_PORT:-29500}                                       # a free port there
+
+launch() {
+    local processes=$((NUM_GPUS > 0 ? NUM_GPUS * NUM_MACHINES : NUM_MACHINES))
+    local flags=(--num_processes "$processes" --num_machines "$NUM_MACHINES" --machine_rank "$MACHINE_RANK")
+    flags+=(--main_process_ip "$HEAD_ADDRESS" --main_process_port "$HEAD_PORT")
+    flags+=(--mixed_precision no --dynamo_backend no) # the programs set their own
+    if ((NUM_GPUS == 0)); then
+        flags+=(--cpu)
+    elif ((processes > 1)); then
+        flags+=(--multi_gpu)
+    fi
+    accelerate launch "${flags[@]}" "$@"
+}

@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Trains on ImageNet with the published recipe. Settings are environment variables; further flags go to train.py:
+#
+#     MODEL=SiT-XL/2 DATA_DIR=/data/imagenet256 bash train.sh --seed 1
+#
+# The same command goes on where an interrupted run stopped. GPUs are found by themselves; for several machines run it
+# on each with NUM_MACHINES, MACHINE_RANK, HEAD_ADDRESS and HEAD_PORT (launch.sh).
+set -euo pipefail
+cd "$(dirname "$0")"
+source launch.sh
+
+MODEL=${MODEL:-SiT-B/2}                   # SiT-{S,B,L,XL}/{2,4,8}
+DATA_DIR=${DATA_DIR:-data/imagenet256}    # images and latents: preprocessing/README.md
+OUTPUT_DIR=${OUTPUT_DIR:-exps}            # folder of all runs
+EXP_NAME=${EXP_NAME:-reg-${MODEL//\//-}}  # this run's folder in it
+ENCODER=${ENCODER:-dinov2-vit-b}          # names: README.md
+BATCH_SIZE=${BATCH_SIZE:-256}             # over all GPUs of all machines
+STEPS=${STEPS:-400000}                    # 400 K for the tables, 4 M for the headline
+PRECISION=${PRECISION:-}                  # fp16, bf16 or no; empty: fp16 on GPUs, no on the CPU
+REPORT_TO=${REPORT_TO:-none}              # wandb, tensorboard or none
+
+launch train.py \
+    --model "$MODEL" \
+    --data-dir "$DATA_DIR" \
+    --output-dir "$OUTPUT_DIR" \
+    --exp-name "$EXP_NAME" \
+    --enc-type "$ENCODER" \
+    --batch-size "$BATCH_SIZE" \
+    --max-train-steps "$STEPS" \
+    --report-to "$REPORT_TO" \
+    ${PRECISION:+--mixed-precision "$PRECISION"} \
+    --resume latest \
+    "$@"
