@@ -4,7 +4,8 @@
     DATA/vae-sd/   (or latents)                              00000/img-mean-std-00000000.npy  (2 C, h, w), mean then std
 
 each a folder or a zip, each with dataset.json {"labels": [[name, label], ...]}. The latents' dataset.json may name
-the codec that made them; where it does not, they are Stable Diffusion's.
+the codec that made them; where it does not, they are Stable Diffusion's. Latents of the mirrored images may lie beside
+the plain ones, as 00000/img-mean-std-flip-00000000.npy.
 """
 
 from __future__ import annotations
@@ -37,10 +38,11 @@ CHECK_THREADS = 16
 class LatentDataset(Dataset):
     """Images, moments and labels of a data folder.
 
-    Item i is (image uint8 (3, R, R), moments float32 (2 C, h, w), label int64 scalar).
+    Item i is (image uint8 (3, R, R), moments float32 (2 C, h, w), label int64 scalar); item len + i is image i mirrored.
 
     Args:
         data_dir: the folder with images and latents.
+        flip: whether the latents of mirrored images are wanted as well.
 
     Attributes:
         num_classes: the largest label plus one.
@@ -50,7 +52,7 @@ class LatentDataset(Dataset):
         InputError: something is missing or does not fit together; the text names it.
     """
 
-    def __init__(self, data_dir: str | Path):
+    def __init__(self, data_dir: str | Path, flip: bool = False):
         self.data_dir = Path(data_dir)
         if not self.data_dir.is_dir():
             raise InputError(f"--data-dir {data_dir}: no such folder")
@@ -67,7 +69,13 @@ class LatentDataset(Dataset):
         self.latent_names = np.array([latent_names[i] for i in indices], dtype=np.bytes_)
         self.labels = _labels(self.images, self.latents, indices)
         self.num_classes = int(self.labels.max()) + 1
-        self.latent_format = LatentFormat.from_json(_dataset_json(self.latents).get("codec"))
+        about_latents = _dataset_json(self.latents)
+        self.latent_format = LatentFormat.from_json(about_latents.get("codec"))
+        self.flip = flip
+        if flip and not about_latents.get("flip"):
+            raise InputError(
+                f"--flip: {self.latents.path} has no mirrored latents; preprocessing/encode.py --flip makes them"
+            )
 
         image, moments = self._image(0), self._moments(0)
         self.resolution = image.shape[-1]
@@ -79,7 +87,10 @@ class LatentDataset(Dataset):
         return len(self.labels)
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
-        image, moments = self._image(i), self._moments(i)
+        mirrored, i = divmod(i, len(self))
+        image, moments = self._image(i), self._moments(i, bool(mirrored))
+        if mirrored:
+            image = image[:, :, ::-1].copy()
         if image.shape[1:] != (self.resolution, self.resolution):
             size = f"{image.shape[2]} x {image.shape[1]}"
             raise InputError(f"{self._image_path(i)}: {size}, not {self.resolution} x {self.resolution} as the first")
@@ -95,9 +106,14 @@ class LatentDataset(Dataset):
         expected = self.latents.size(self.latent_names[0].decode())
 
         def problem(i: int) -> str | None:
-            name = self.latent_names[i].decode()
-            if self.latents.size(name) != expected:
-                return f"{self._latent_path(i)}: {self.latents.size(name)} bytes, not {expected} as the first"
+            for mirrored in (False, True) if self.flip else (False,):
+                name = self._latent_name(i, mirrored)
+                if name not in self.latents:
+                    return f"{self.latents.describe(name)}: missing"
+                if self.latents.size(name) != expected:
+                    return (
+                        f"{self.latents.describe(name)}: {self.latents.size(name)} bytes, not {expected} as the first"
+                    )
             return _png_problem(self.images, self.image_names[i].decode())
 
         with ThreadPoolExecutor(CHECK_THREADS) as pool:
@@ -113,19 +129,23 @@ class LatentDataset(Dataset):
         except (OSError, SyntaxError, ValueError) as error:
             raise InputError(f"{self._image_path(i)}: broken image ({error})") from error
 
-    def _moments(self, i: int) -> np.ndarray:
-        """Return the moments of image i, float32 (2 C, h, w)."""
+    def _moments(self, i: int, mirrored: bool = False) -> np.ndarray:
+        """Return the moments of image i, or of its mirror image, float32 (2 C, h, w)."""
+        name = self._latent_name(i, mirrored)
+        path = self.latents.describe(name)
         try:
-            moments = np.load(io.BytesIO(self.latents.read(self.latent_names[i].decode())), allow_pickle=False)
+            moments = np.load(io.BytesIO(self.latents.read(name)), allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
-            raise InputError(f"{self._latent_path(i)}: broken latents ({error})") from error
+            raise InputError(f"{path}: broken latents ({error})") from error
         if moments.dtype not in (np.float32, np.float16):
-            raise InputError(f"{self._latent_path(i)}: dtype {moments.dtype}; allowed: float32, float16")
+            raise InputError(f"{path}: dtype {moments.dtype}; allowed: float32, float16")
         if moments.ndim != 3 or moments.shape[0] % 2 or moments.shape[1] != moments.shape[2]:
-            raise InputError(
-                f"{self._latent_path(i)}: shape {moments.shape}; allowed: (2 C, h, h), mean then deviation"
-            )
+            raise InputError(f"{path}: shape {moments.shape}; allowed: (2 C, h, h), mean, deviation")
         return moments.astype(np.float32, copy=False)
+
+    def _latent_name(self, i: int, mirrored: bool) -> str:
+        name = self.latent_names[i].decode()
+        return name.replace("img-mean-std-", "img-mean-std-flip-") if mirrored else name
 
     def _image_path(self, i: int) -> str:
         return self.images.describe(self.image_names[i].decode())
@@ -150,6 +170,7 @@ class GlobalBatchSampler(Sampler):
     All epochs, each shuffled by (seed, epoch), are laid end to end; step s takes samples s B .. (s + 1) B - 1 of that
     line. So no sample is left out at an epoch's end, and a run goes on where it stopped by its step alone. Each
     process takes its rows of the global batch, in `micro_batches` parts; it yields one list of indices for each part.
+    With `flip`, half of an epoch's samples, chosen by (seed, epoch), are mirror images.
     """
 
     def __init__(
@@ -161,6 +182,7 @@ class GlobalBatchSampler(Sampler):
         rank: int = 0,
         world_size: int = 1,
         micro_batches: int = 1,
+        flip: bool = False,
     ):
         if batch_size % (world_size * micro_batches):
             raise InputError(
@@ -174,6 +196,7 @@ class GlobalBatchSampler(Sampler):
         self.rank = rank
         self.world_size = world_size
         self.micro_batches = micro_batches
+        self.flip = flip
         self._epoch: tuple[int, np.ndarray] | None = None
 
     def __len__(self) -> int:
@@ -190,7 +213,11 @@ class GlobalBatchSampler(Sampler):
     def _sample_at(self, position: int) -> int:
         epoch, offset = divmod(position, self.num_samples)
         if self._epoch is None or self._epoch[0] != epoch:
-            self._epoch = (epoch, np.random.default_rng([self.seed, epoch]).permutation(self.num_samples))
+            generator = np.random.default_rng([self.seed, epoch])
+            order = generator.permutation(self.num_samples)
+            if self.flip:
+                order += self.num_samples * generator.integers(2, size=self.num_samples)
+            self._epoch = (epoch, order)
         return int(self._epoch[1][offset])
 
 

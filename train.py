@@ -147,6 +147,7 @@ def load_batches(run: Run, steps: range) -> Iterator[tuple[Tensor, Tensor, Tenso
         accelerator.process_index,
         accelerator.num_processes,
         args.gradient_accumulation_steps,
+        args.flip,
     )
     loader = DataLoader(
         run.data,
@@ -311,7 +312,7 @@ def find_checkpoint(args: argparse.Namespace, folder: Path) -> dict[str, Any] | 
 
 def open_data(args: argparse.Namespace, accelerator: Accelerator) -> LatentDataset:
     """Return the training data, checked against the flags and, on the main process, file by file."""
-    data = LatentDataset(args.data_dir)
+    data = LatentDataset(args.data_dir, args.flip)
     for name, found in (("num_classes", data.num_classes), ("resolution", data.resolution)):
         given = getattr(args, name)
         if given is not None and given != found:

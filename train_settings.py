@@ -86,6 +86,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--resolution", type=int, help="image size in px; read from the data, this only checks it")
     add("--batch-size", type=int, default=256, help="samples of an optimiser step, over all processes (%(default)s)")
     add("--num-workers", type=int, default=4, help="loader processes for each training process (%(default)s)")
+    add("--flip", action=switch, default=False, help="half of the images mirrored (preprocessing/encode.py --flip)")
     add("--check-data", action=switch, default=True, help="look at every file for truncation before training")
 
     group = parser.add_argument_group("precision")

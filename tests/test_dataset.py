@@ -59,6 +59,26 @@ def test_published_names_and_codec(data):
     assert dataset.latent_format.scale == 0.18215 and dataset.latent_size == RESOLUTION // 8
 
 
+def write_mirrored(data):
+    for path in (data / "vae-sd").rglob("img-mean-std-0*.npy"):
+        np.save(path.with_name(path.name.replace("std-", "std-flip-")), np.load(path)[:, :, ::-1])
+    edit_labels(data, lambda table: table.update(flip=True))
+
+
+def test_mirror_images(data):
+    with pytest.raises(InputError, match=r"--flip: .* has no mirrored latents"):
+        LatentDataset(data, flip=True)
+    write_mirrored(data)
+    dataset = LatentDataset(data, flip=True)
+    dataset.check()
+    assert len(dataset) == 24
+    (image, moments, label), (mirror, mirror_moments, mirror_label) = dataset[5], dataset[5 + 24]
+    assert torch.equal(image.flip(2), mirror) and torch.equal(moments.flip(2), mirror_moments) and label == mirror_label
+    (data / LATENT.replace("std-", "std-flip-")).unlink()
+    with pytest.raises(InputError, match=r"img-mean-std-flip-00000005\.npy: missing"):
+        LatentDataset(data, flip=True).check()
+
+
 def edit_labels(data, change, where="vae-sd"):
     path = data / where / "dataset.json"
     table = json.loads(path.read_text())
@@ -136,10 +156,11 @@ def test_pickled_latents_are_refused(data):
         LatentDataset(data)
 
 
-def batches(world_size=1, micro_batches=1, steps=range(7), num=10, size=8):
+def batches(world_size=1, micro_batches=1, steps=range(7), num=10, size=8, flip=False):
     """Return the global batch of each step, put together from all processes."""
     parts = [
-        list(GlobalBatchSampler(num, size, 5, steps, rank, world_size, micro_batches)) for rank in range(world_size)
+        list(GlobalBatchSampler(num, size, 5, steps, rank, world_size, micro_batches, flip))
+        for rank in range(world_size)
     ]
     return [
         [i for rank in parts for part in rank[s * micro_batches : (s + 1) * micro_batches] for i in part]
@@ -157,6 +178,13 @@ def test_every_sample_once_an_epoch_and_shuffled():
     epochs = [line[i : i + 10] for i in range(0, 40, 10)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
+
+
+def test_flips_mirror_half_and_keep_the_order():
+    plain, flipped = batches(num=100, size=100), batches(num=100, size=100, flip=True)
+    for a, b in zip(plain, flipped, strict=True):
+        assert a == [i % 100 for i in b] and 30 < sum(i >= 100 for i in b) < 70
+    assert flipped == batches(2, 5, num=100, size=100, flip=True)
 
 
 def test_resuming_continues_the_line():
