@@ -38,7 +38,7 @@ CHECK_THREADS = 16
 class LatentDataset(Dataset):
     """Images, moments and labels of a data folder.
 
-    Item i is (image uint8 (3, R, R), moments float32 (2 C, h, w), label int64 scalar); item len + i is its mirror image.
+    Item i is (image uint8 (3, R, R), moments float32 (2 C, h, w), label int64 scalar), item len + i its mirror image.
 
     Args:
         data_dir: the folder with images and latents.
