@@ -31,24 +31,24 @@ python train.py \
     --batch-size 64 \
     --learning-rate 1e-3 \
     --ema-decay 0.98 \
-    --max-train-steps 700 \
+    --max-train-steps 1000 \
     --log-steps 10 \
-    --sampling-steps 350 \
-    --checkpointing-steps 350 \
+    --sampling-steps 500 \
+    --checkpointing-steps 500 \
     --num-workers 1
 
 echo "5. generation: image and class token together, from noise; no encoder is used"
 python generate.py \
-    --ckpt "$OUT/exps/digits/checkpoints/0000700.pt" \
+    --ckpt "$OUT/exps/digits/checkpoints/0001000.pt" \
     --sample-dir "$OUT/samples" \
     --name digits \
     --num-fid-samples 900 \
     --label-sampling balanced \
-    --num-steps 100 \
+    --num-steps 50 \
     --per-proc-batch-size 300 \
     --save-cls
 
-echo "6. score: a classifier and 898 digits that training never saw"
+echo "6. score: a classifier and 899 digits that training never saw"
 python benchmarks/digits.py score \
     --samples "$OUT/samples/digits" \
     --encoder "$OUT/encoder.safetensors" \

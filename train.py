@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dataset import GlobalBatchSampler, LatentDataset
+from evaluations.in_training import TrainingEvaluation
 from files import InputError, read_json, run_cli, write_json
 from loss import REGLoss, TrainingNoise, alignment_target
 from models import ema
@@ -50,11 +51,12 @@ class Run:
     accelerator: Accelerator
     data: LatentDataset
     encoders: list[Encoder]
-    codec: Codec | None  # decodes the grids; on the main process, if they are wanted
+    codec: Codec | None  # decodes samples, where they are wanted
     model: torch.nn.Module
     ema: SiT
     optimizer: torch.optim.Optimizer
     criterion: REGLoss
+    evaluation: TrainingEvaluation | None
     log: RunLog
     step: int  # optimiser steps done
 
@@ -78,6 +80,8 @@ def train(run: Run) -> None:
             bar.set_postfix({name: f"{row[name]:.3f}" for name in ("loss", "denoise", "proj", "cls") if name in row})
         if args.sampling_steps and (run.step % args.sampling_steps == 0 or last):
             write_samples(run)
+        if args.eval_steps and (run.step % args.eval_steps == 0 or last):
+            evaluate(run)
         if run.step % args.checkpointing_steps == 0 or last:
             save(run)
     bar.close()
@@ -160,8 +164,8 @@ def load_batches(run: Run, steps: range) -> Iterator[tuple[Tensor, Tensor, Tenso
         yield tuple(tensor.to(accelerator.device, non_blocking=True) for tensor in batch)
 
 
-def save(run: Run) -> None:
-    """Write a checkpoint: the published keys, and what an exact continuation needs besides."""
+def save(run: Run, name: str | None = None) -> None:
+    """Write a checkpoint, by default named after the step: the published keys, and what a continuation needs."""
     accelerator = run.accelerator
     if accelerator.is_main_process:
         content = {
@@ -173,32 +177,51 @@ def save(run: Run) -> None:
             "scaler": None if accelerator.scaler is None else accelerator.scaler.state_dict(),
             "log": run.log.state(),
         }
-        save_checkpoint(run.folder / "checkpoints" / f"{run.step:07d}.pt", content)
+        save_checkpoint(run.folder / "checkpoints" / f"{name or f'{run.step:07d}'}.pt", content)
         run.log.draw()
     accelerator.wait_for_everyone()
+
+
+def evaluate(run: Run) -> None:
+    """Score EMA samples, write the scores to metrics.jsonl, and keep the checkpoint of the best FID as best.pt."""
+    steps, unguided = run.args.eval_num_steps, Guidance()
+    scores = run.evaluation(lambda numbers: run.codec.decode(draw_latents(run, numbers, steps, unguided)))
+    run.log.append({"step": run.step, **scores})
+    best = run.folder / "checkpoints" / "best.json"
+    run.accelerator.wait_for_everyone()  # everyone reads the best so far before it is replaced
+    is_best = not best.exists() or scores["fid"] < read_json(best)["fid"]
+    if is_best:
+        save(run, "best")
+        if run.accelerator.is_main_process:
+            write_json(best, {"step": run.step, **scores})
 
 
 def write_samples(run: Run) -> None:
     """Write a grid of EMA samples, the same noise and labels each time, to the run's folder and to the tracker."""
     if run.accelerator.is_main_process:
-        args, network = run.args, run.ema
-        numbers = range(args.grid_samples)
-        latents, _ = sample_images(
-            network,
-            labels=[number * network.num_classes // args.grid_samples for number in numbers],
-            seeds=[derive_seed(args.seed, number) for number in numbers],
-            interpolant=run.criterion.interpolant,
-            guidance=Guidance(args.grid_cfg_scale, args.grid_cfg_scale),
-            num_steps=args.grid_num_steps,
-        )
-        write_grid(run, f"{run.step:07d}", latents)
+        args = run.args
+        guidance = Guidance(args.grid_cfg_scale, args.grid_cfg_scale)
+        write_grid(run, f"{run.step:07d}", draw_latents(run, range(args.grid_samples), args.grid_num_steps, guidance))
         run.log.draw()
     run.accelerator.wait_for_everyone()
 
 
+def draw_latents(run: Run, numbers: range, num_steps: int, guidance: Guidance) -> Tensor:
+    """Return the EMA network's latents (N, C, h, w) of images given by number, each class as often as any other."""
+    latents, _ = sample_images(
+        run.ema,
+        labels=[number % run.ema.num_classes for number in numbers],
+        seeds=[derive_seed(run.args.seed, number) for number in numbers],
+        interpolant=run.criterion.interpolant,
+        guidance=guidance,
+        num_steps=num_steps,
+    )
+    return latents
+
+
 def write_reconstructions(run: Run) -> None:
     """Write a grid of real latents, decoded: what samples can look like at best, and a check of data and codec."""
-    if run.codec is not None:
+    if run.args.sampling_steps and run.accelerator.is_main_process:
         moments = torch.stack([run.data[i][1] for i in range(min(run.args.grid_samples, len(run.data)))])
         write_grid(run, "reconstructions", run.data.latent_format.sample(moments.to(run.accelerator.device), None))
 
@@ -235,8 +258,9 @@ def set_up(args: argparse.Namespace) -> Run:
     if args.enc_type != "none" and (args.cls_token or args.proj_coeff > 0):
         encoders = load_encoders(args.enc_type, data.resolution, args.enc_weights, tokens, device)
     codec = None
-    if args.sampling_steps and accelerator.is_main_process:
+    if args.eval_steps or (args.sampling_steps and accelerator.is_main_process):
         codec = load_codec(args.vae or data.latent_format.codec, device)
+    evaluation = make_evaluation(args, accelerator, encoders)
     describe_run(args, data, encoders)
     if checkpoint is not None:
         check_same_run(args, vars(checkpoint["args"]), "the checkpoint's run")
@@ -270,7 +294,9 @@ def set_up(args: argparse.Namespace) -> Run:
         step,
     )
     criterion = REGLoss(Interpolant(args.path_type), args.proj_coeff, args.cls, args.weighting)
-    return Run(args, folder, accelerator, data, encoders, codec, model, average, optimizer, criterion, log, step)
+    return Run(
+        args, folder, accelerator, data, encoders, codec, model, average, optimizer, criterion, evaluation, log, step
+    )
 
 
 def make_accelerator(args: argparse.Namespace) -> Accelerator:
@@ -320,6 +346,24 @@ def open_data(args: argparse.Namespace, accelerator: Accelerator) -> LatentDatas
     if args.check_data and accelerator.is_main_process:
         data.check(lambda files: tqdm(files, total=len(data), desc="checking the data", unit="file"))
     return data
+
+
+def make_evaluation(
+    args: argparse.Namespace, accelerator: Accelerator, encoders: list[Encoder]
+) -> TrainingEvaluation | None:
+    """Return what scores the run's samples, or None where that is not wanted."""
+    if not args.eval_steps:
+        return None
+    weights = args.enc_weights.split(",")[0] if args.enc_weights else None
+    return TrainingEvaluation(
+        accelerator,
+        args.eval_ref,
+        args.eval_samples,
+        args.eval_batch_size,
+        args.eval_inception,
+        encoders[0] if encoders else None,
+        weights or None,
+    )
 
 
 def describe_run(args: argparse.Namespace, data: LatentDataset, encoders: list[Encoder]) -> None:

@@ -18,7 +18,8 @@ MAY_CHANGE = {
     "output_dir", "exp_name", "logging_dir", "report_to", "sampling_steps", "resume_step", "resume", "data_dir",
     "allow_tf32", "mixed_precision", "epochs", "max_train_steps", "checkpointing_steps", "fused_attn", "num_workers",
     "gradient_accumulation_steps", "log_steps", "check_data", "device", "enc_weights", "vae", "grid_samples",
-    "grid_num_steps", "grid_cfg_scale", "legacy",
+    "grid_num_steps", "grid_cfg_scale", "eval_steps", "eval_ref", "eval_samples", "eval_num_steps", "eval_batch_size",
+    "eval_inception", "legacy",
 }  # fmt: skip
 
 
@@ -61,6 +62,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--grid-samples", type=int, default=36, help="images in a grid (%(default)s)")
     add("--grid-num-steps", type=int, default=50, help="SDE steps for a grid (%(default)s)")
     add("--grid-cfg-scale", type=float, default=1.0, help="guidance of image and class token in a grid; 1: none")
+
+    group = parser.add_argument_group("evaluation while training")
+    add = group.add_argument
+    add("--eval-steps", type=int, default=0, help="steps between two evaluations of EMA samples; 0: none (%(default)s)")
+    add("--eval-ref", help="reference .npz: ADM's, or made by evaluations/reference.py")
+    add("--eval-samples", type=int, default=10_000, help="samples of an evaluation (%(default)s)")
+    add("--eval-num-steps", type=int, default=250, help="SDE steps of these samples (%(default)s)")
+    add("--eval-batch-size", type=int, default=64, help="of these, at a time on each process (%(default)s)")
+    add("--eval-inception", help="Inception weights; default: the published ones, downloaded once")
 
     group = parser.add_argument_group("network")
     add = group.add_argument
@@ -142,12 +152,23 @@ def _check_args(args: argparse.Namespace) -> None:
     for name in positive:
         if getattr(args, name) <= 0:
             raise InputError(f"{flag(name)} {getattr(args, name)}: must be greater than 0")
-    for name in ("sampling_steps", "resume_step", "seed", "num_workers", "proj_coeff", "cls", "adam_weight_decay"):
+    for name in (
+        "eval_steps",
+        "sampling_steps",
+        "resume_step",
+        "seed",
+        "num_workers",
+        "proj_coeff",
+        "cls",
+        "adam_weight_decay",
+    ):
         if getattr(args, name) < 0:
             raise InputError(f"{flag(name)} {getattr(args, name)}: must be 0 or greater")
     for name in ("ema_decay", "cfg_prob", "adam_beta1", "adam_beta2"):
         if not 0 <= getattr(args, name) < 1:
             raise InputError(f"{flag(name)} {getattr(args, name)}: must be at least 0 and less than 1")
+    if args.eval_steps and not args.eval_ref:
+        raise InputError(f"--eval-steps {args.eval_steps}: needs --eval-ref, the .npz to compare with")
     if args.enc_type == "none" and args.cls_token:
         raise InputError("--enc-type none: the class slot needs an encoder; add --no-cls-token to train SiT")
     if args.resume and args.resume_step:
