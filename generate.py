@@ -4,7 +4,7 @@
 
 An image's noise and label come from the seed and the image's number alone, so the images do not depend on the number
 of processes, and an interrupted folder is completed by the same command. SAMPLE_DIR/NAME/ holds images/, samples.npz
-(arr_0, as evaluators read it), grid.png and settings.json.
+(arr_0, as evaluators read it), grid.png and samples.json.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def main() -> None:
     check_folder(folder, settings)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        write_json(folder / "settings.json", settings)
+        write_json(folder / "samples.json", settings)
     generate(args, accelerator, model, codec, labels, folder)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -284,11 +284,11 @@ def default_name(args: argparse.Namespace, checkpoint: dict[str, Any]) -> str:
 
 def check_folder(folder: Path, settings: dict[str, Any]) -> None:
     """Raise InputError, naming both values, if the folder holds images of other settings."""
-    if not (folder / "settings.json").exists():
+    if not (folder / "samples.json").exists():
         if (folder / "images").exists():
-            raise InputError(f"{folder} holds images but no settings.json; choose another --name")
+            raise InputError(f"{folder} holds images but no samples.json; choose another --name")
         return
-    for name, value in read_json(folder / "settings.json").items():
+    for name, value in read_json(folder / "samples.json").items():
         if name not in MAY_CHANGE and settings.get(name) != value:
             raise InputError(
                 f"{folder} holds images made with {name} {value}, not {settings.get(name)}; choose another --name"

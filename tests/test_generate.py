@@ -45,11 +45,11 @@ def test_what_a_set_holds(checkpoint, tmp_path, monkeypatch):
     assert cls_tokens.shape == (7, 32) and np.isfinite(cls_tokens).all() and cls_tokens.std() > 0
     labels = json.loads((folder / "images" / "dataset.json").read_text())["labels"]
     assert labels == [[f"{n:06d}.png", n % NUM_CLASSES] for n in range(7)]
-    settings = json.loads((folder / "settings.json").read_text())
+    settings = json.loads((folder / "samples.json").read_text())
     assert settings["label_sampling"] == "balanced" and settings["steps"] == 2 and settings["vae"] == "pixel"
     assert Image.open(folder / "grid.png").size[0] > 16
     assert sorted(path.name for path in folder.iterdir()) == [
-        "cls_tokens.npy", "grid.png", "images", "samples.npz", "settings.json",
+        "cls_tokens.npy", "grid.png", "images", "samples.json", "samples.npz",
     ]  # fmt: skip
 
 
