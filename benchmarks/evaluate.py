@@ -1,0 +1,197 @@
+"""Time and memory of the evaluation: our Inception network against a straightforward one, and the whole evaluator.
+
+    python benchmarks/evaluate.py --images 64                  # the networks, on this machine's CPU
+    python benchmarks/evaluate.py --device cuda --evaluate 50000
+
+The straightforward network has the same layers and weights, each convolution followed by its own batch norm, in
+PyTorch's default layout. Each measurement has a process of its own, so that peak memory is its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from evaluations.inception import SPATIAL_CHANNELS, Inception, InceptionOutput, full_precision, load_inception
+from evaluations.inception import resize_bilinear_tf1 as resize
+from evaluations.inception_graph import BATCH_NORM_EPSILON, HEAD, NUM_CLASSES, NUM_FEATURES, TRUNK, Chain, Conv, Pool
+from evaluations.inception_graph import convolutions as all_convolutions
+from evaluations.inception_weights import load_weights
+from files import InputError, run_cli, write_json
+
+RESOLUTION = 256
+
+
+class PlainInception(torch.nn.Module):
+    """The network as one would write it down: convolution, batch norm, ReLU."""
+
+    def __init__(self, weights: Path, device: str):
+        super().__init__()
+        loaded = load_weights(weights)
+        self.weights = {port: [part.to(device) for part in parts] for port, parts in loaded.convs.items()}
+        self.classifier = loaded.classifier.to(device)
+
+    def forward(self, images: Tensor) -> InceptionOutput:
+        with full_precision(images.device):
+            x = self._run(TRUNK, (resize(images.contiguous(), 299) - 128) / 128)
+            spatial = x[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
+            pool = F.avg_pool2d(self._run(HEAD, x), 8).flatten(1)
+            return InceptionOutput(pool, spatial, pool @ self.classifier.t())
+
+    def _run(self, chain: Chain, x: Tensor) -> Tensor:
+        for layer in chain:
+            if isinstance(layer, Conv):
+                kernel, gamma, beta, mean, variance = self.weights[layer.port]
+                padding = [size // 2 for size in layer.kernel] if layer.padding == "SAME" else 0
+                x = F.conv2d(x, kernel, None, layer.stride, padding)
+                x = F.relu(F.batch_norm(x, mean, variance, gamma, beta, eps=BATCH_NORM_EPSILON))
+            elif isinstance(layer, Pool):
+                padding = 1 if layer.padding == "SAME" else 0
+                if layer.op == "MaxPool":
+                    x = F.max_pool2d(x, 3, layer.stride, padding)
+                else:
+                    x = F.avg_pool2d(x, 3, layer.stride, padding, count_include_pad=False)
+            else:
+                x = torch.cat([self._run(branch, x) for branch in layer.branches], 1)
+        return x
+
+
+def main() -> None:
+    args = parse_args()
+    if args.images < 1 or args.batch_size < 1 or args.repeats < 1 or args.evaluate < 0:
+        raise InputError("--images, --batch-size and --repeats: expected 1 or more, --evaluate 0 or more")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: there is no CUDA device")
+    result: dict[str, Any] = {"machine": machine(args), "networks": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        weights = Path(args.inception) if args.inception else write_random_weights(Path(folder) / "random.pth")
+        context = multiprocessing.get_context("spawn")
+        for name in ("plain", "ours"):
+            with context.Pool(1) as process:
+                result["networks"][name] = process.apply(measure, (name, weights, vars(args)))
+        plain, ours = (result["networks"][name].pop("pool") for name in ("plain", "ours"))
+        result["relative_difference"] = float(np.linalg.norm(plain - ours) / np.linalg.norm(plain))
+        if args.evaluate:
+            result["evaluation"] = evaluate(Path(folder), weights, args)
+    show(result)
+    if args.out:
+        write_json(args.out, result)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to measure (default: cpu)")
+    parser.add_argument("--images", type=int, default=64, help="images of 256 px for each timing (default: 64)")
+    parser.add_argument("--batch-size", type=int, default=32, help="images at a time (default: 32)")
+    parser.add_argument("--repeats", type=int, default=3, help="timings, of which the best counts (default: 3)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: torch's)")
+    parser.add_argument("--inception", help="Inception weights (default: random ones, equally fast)")
+    parser.add_argument("--evaluate", type=int, default=0, help="also run the evaluator on so many (default: 0)")
+    parser.add_argument("--references", type=int, default=10_000, help="images of its reference (default: 10000)")
+    parser.add_argument("--out", help="JSON file to write")
+    return parser.parse_args()
+
+
+def measure(name: str, weights: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """Return time per image, peak memory beyond what is there before the first image, and the pool features."""
+    device = options["device"]
+    torch.set_num_threads(options["threads"])
+    network: Inception | PlainInception
+    network = load_inception(weights, device) if name == "ours" else PlainInception(weights, device)
+    pixels = np.random.default_rng(0).integers(0, 256, (options["images"], RESOLUTION, RESOLUTION, 3), dtype=np.uint8)
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+    before = peak_bytes(device)
+    seconds = []
+    for _ in range(options["repeats"] + 1):  # the first warms up
+        start = time.perf_counter()
+        pool = torch.cat([network(batch.to(device)).pool for batch in images.split(options["batch_size"])])
+        pool = pool.cpu()  # waits for the device
+        seconds.append(time.perf_counter() - start)
+    best = min(seconds[1:]) / options["images"]
+    return {"seconds_per_image": best, "peak_mib": (peak_bytes(device) - before) / 2**20, "pool": pool.numpy()}
+
+
+def peak_bytes(device: str) -> int:
+    """Return the process's peak memory so far: the device's, or the resident set."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def evaluate(folder: Path, weights: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Run evaluator.py on noise images, in a process of its own; return its seconds and peak memory."""
+    batches = {"--ref_batch": args.references, "--sample_batch": args.evaluate}
+    flags = ["--inception", str(weights), "--batch-size", str(args.batch_size), "--save_path", str(folder / "out.json")]
+    for number, (flag, count) in enumerate(batches.items()):
+        flags += [flag, str(write_noise(folder / f"batch{number}.npz", count))]
+    flags += ["--cpu"] if args.device == "cpu" else []
+    start = time.perf_counter()
+    subprocess.run([sys.executable, str(ROOT / "evaluations" / "evaluator.py"), *flags], check=True)
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+    return {"samples": args.evaluate, "references": args.references, "seconds": seconds, "peak_host_mib": peak}
+
+
+def write_noise(path: Path, count: int) -> Path:
+    """Write an .npz of `count` noise images, block by block."""
+    rng = np.random.default_rng(count)
+    with zipfile.ZipFile(path, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as member:
+        header = {"descr": "|u1", "fortran_order": False, "shape": (count, RESOLUTION, RESOLUTION, 3)}
+        np.lib.format.write_array_header_1_0(member, header)
+        for start in range(0, count, 256):
+            member.write(rng.bytes((min(start + 256, count) - start) * RESOLUTION * RESOLUTION * 3))
+    return path
+
+
+def write_random_weights(path: Path) -> Path:
+    """Write weights in the layout of the PyTorch port that keep activations at a usual size."""
+    generator = torch.Generator().manual_seed(0)
+    state = {}
+    for conv in all_convolutions(TRUNK + HEAD):
+        shape = (conv.out_channels, conv.in_channels, *conv.kernel)
+        deviation = (2 / (conv.in_channels * conv.kernel[0] * conv.kernel[1])) ** 0.5
+        state[f"{conv.port}.conv.weight"] = torch.randn(shape, generator=generator) * deviation
+        for part, value in (("weight", 1.0), ("bias", 0.1), ("running_mean", 0.0), ("running_var", 1.0)):
+            state[f"{conv.port}.bn.{part}"] = torch.full((conv.out_channels,), value)
+    state["fc.weight"] = torch.randn(NUM_CLASSES, NUM_FEATURES, generator=generator) * 0.02
+    torch.save(state, path)
+    return path
+
+
+def machine(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what the figures belong to."""
+    name = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {args.threads} threads"
+    return {"device": name, "torch": torch.__version__, "batch_size": args.batch_size, "images": args.images}
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print the table and the JSON."""
+    print(f"{result['machine']['device']}, torch {result['machine']['torch']}, images of {RESOLUTION} px")
+    print(f"{'network':10} {'ms/image':>10} {'peak MiB':>10}")
+    for name, row in result["networks"].items():
+        print(f"{name:10} {1000 * row['seconds_per_image']:10.2f} {row['peak_mib']:10.0f}")
+    if "evaluation" in result:
+        row = result["evaluation"]
+        print(f"evaluator: {row['samples']:,} samples, {row['references']:,} references: {row['seconds']:.1f} s")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    run_cli(main)

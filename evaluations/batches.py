@@ -1,0 +1,143 @@
+"""Image batches for the evaluation, read in parts: an .npz with `arr_0` as ADM's samplers write it, or a folder or zip
+of images.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from evaluations.npz import NpzFile
+from files import InputError, open_source
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+MAX_SIDE = 4096  # a longer side is taken for a damaged or hostile file
+DECODERS = 8  # threads that decode image files ahead of the network
+
+
+class ImageBatch(ABC):
+    """Images of one size: `path`, `count`, `height`, `width`; `readers` threads may read at once."""
+
+    readers = 1
+    path: Path
+    count: int
+    height: int
+    width: int
+
+    @abstractmethod
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Return the images number start ... stop - 1 as (n, H, W, 3), uint8. Raises InputError if one is damaged."""
+
+    @abstractmethod
+    def digest(self) -> str:
+        """Return the SHA-256 of the file, or of all names and contents of a folder."""
+
+    def batches(self, start: int, stop: int, size: int) -> Iterator[tuple[int, Tensor]]:
+        """Yield (number of the first, images (n, 3, H, W) uint8) over start ... stop - 1, reading ahead."""
+        pending: deque = deque()
+        with ThreadPoolExecutor(self.readers) as threads:
+            for first in range(start, stop, size):
+                pending.append((first, threads.submit(self.read, first, min(first + size, stop))))
+                if len(pending) > self.readers:
+                    yield _arrived(*pending.popleft())
+            while pending:
+                yield _arrived(*pending.popleft())
+
+
+def _arrived(first: int, future: Future) -> tuple[int, Tensor]:
+    return first, torch.from_numpy(future.result()).permute(0, 3, 1, 2)
+
+
+def open_images(path: str | Path) -> ImageBatch:
+    """Return the images of an .npz, a folder or a zip. Raises InputError, naming the path, if there are none."""
+    return NpzImages(path) if Path(path).suffix == ".npz" else FileImages(path)
+
+
+class NpzImages(ImageBatch):
+    """The array `arr_0` (N, H, W, 3), uint8, of an .npz."""
+
+    def __init__(self, path: str | Path):
+        npz = NpzFile(path)
+        shape, dtype, _ = npz.header("arr_0")
+        if dtype != np.uint8:
+            raise InputError(f"{path}: arr_0 is {dtype}, expected uint8 (pixels 0 ... 255)")
+        if len(shape) != 4 or shape[3] != 3:
+            raise InputError(f"{path}: arr_0 has shape {shape}, expected (N, H, W, 3)")
+        self.path = npz.path
+        self.count, self.height, self.width, _ = shape
+        if not self.count:
+            raise InputError(f"{path}: arr_0 holds no images")
+        _check_size(str(path), self.width, self.height)
+        self._rows = npz.rows("arr_0")
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        pixels = np.frombuffer(self._rows.read(start, stop), np.uint8)
+        return pixels.reshape(stop - start, self.height, self.width, 3).copy()  # torch wants memory it may write to
+
+    def digest(self) -> str:
+        with open(self.path, "rb") as file:
+            return _digest_of(iter(lambda: file.read(1 << 22), b""))
+
+
+class FileImages(ImageBatch):
+    """Image files of a folder or zip, in the order of their names; grey ones count as RGB."""
+
+    readers = DECODERS
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self._source = open_source(path)
+        self._names = [name for name in self._source.names if name.lower().endswith(IMAGE_SUFFIXES)]
+        self.count = len(self._names)
+        if not self.count:
+            raise InputError(f"{path}: no images; expected an .npz, or a folder or zip of {', '.join(IMAGE_SUFFIXES)}")
+        self.height, self.width = self._decode(self._names[0]).shape[:2]
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        images = np.empty((stop - start, self.height, self.width, 3), np.uint8)
+        for row, name in zip(images, self._names[start:stop], strict=True):
+            image = self._decode(name)
+            if image.shape != row.shape:
+                found, expected = f"{image.shape[1]} x {image.shape[0]}", f"{self.width} x {self.height}"
+                raise InputError(
+                    f"{self._source.describe(name)}: {found} pixels, but the first image has {expected}; "
+                    "bring them to one size with preprocessing/convert.py"
+                )
+            row[:] = image
+        return images
+
+    def digest(self) -> str:
+        return _digest_of(part for name in self._names for part in (name.encode(), self._source.read(name)))
+
+    def _decode(self, name: str) -> np.ndarray:
+        place = self._source.describe(name)
+        try:
+            with Image.open(io.BytesIO(self._source.read(name))) as image:
+                _check_size(place, *image.size)
+                if image.mode not in ("RGB", "L"):
+                    raise InputError(f"{place}: mode {image.mode}, expected 8-bit RGB or grey")
+                return np.asarray(image.convert("RGB"))
+        except (OSError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+            raise InputError(f"{place}: not a readable image ({error})") from error
+
+
+def _check_size(place: str, width: int, height: int) -> None:
+    if not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE):
+        raise InputError(f"{place}: images of {width} x {height} pixels; allowed are 1 to {MAX_SIDE} on a side")
+
+
+def _digest_of(parts: Iterator[bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()

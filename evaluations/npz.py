@@ -1,0 +1,147 @@
+"""NumPy's .npz files from strangers: each array is checked before it is believed, and large ones are read in parts.
+
+Nothing is unpickled, nothing is read whole before its size is known to be the expected one, and an array that unpacks
+to an implausible size is refused.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+import zipfile
+import zlib
+from pathlib import Path
+from typing import IO, NamedTuple
+
+import numpy as np
+
+from files import InputError
+
+MAX_RATIO = 500  # unpacked / packed; deflate reaches 1032 on constant bytes, images stay far below
+SMALL = 1 << 28  # members up to this many bytes cannot hurt, whatever their ratio
+
+_LOCAL_HEADER = struct.Struct("<26x2H")  # of a zip member; ends with the lengths of its name and its extra field
+_HEADER_READERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
+_READ_ERRORS = (OSError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError)
+
+
+class ArrayHeader(NamedTuple):
+    """Shape and type of an array, and where its data starts in its member."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    offset: int
+
+
+class NpzFile:
+    """The arrays of an .npz file. Raises InputError, naming the file, whenever it is not sound."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                self._members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+        except FileNotFoundError as error:
+            raise InputError(f"{self.path}: no such file") from error
+        except _READ_ERRORS as error:
+            raise InputError(f"{self.path}: not an .npz file, or cut short ({error})") from error
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._members
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the arrays, sorted."""
+        return sorted(self._members)
+
+    def header(self, name: str) -> ArrayHeader:
+        """Return an array's header. Raises InputError if it holds pickles, is cut short, or is a zip bomb."""
+        if name not in self._members:
+            raise InputError(f"{self.path}: no array {name!r}; it holds {', '.join(self.names) or 'nothing'}")
+        info = self._members[name]
+        if info.file_size > max(SMALL, MAX_RATIO * info.compress_size):
+            raise InputError(
+                f"{self.path}: {name!r} unpacks {info.compress_size:,} bytes to {info.file_size:,}; "
+                f"more than {MAX_RATIO} times its size is refused"
+            )
+        try:
+            with zipfile.ZipFile(self.path) as archive, archive.open(info) as member:
+                header = _parse_header(member)
+        except (*_READ_ERRORS, ValueError) as error:
+            raise InputError(f"{self.path}: {name!r} is not a readable array ({error})") from error
+        size = header.offset + math.prod(header.shape) * header.dtype.itemsize
+        if size != info.file_size:
+            raise InputError(
+                f"{self.path}: {name!r} is cut short: its header needs {size:,} bytes, it has {info.file_size:,}"
+            )
+        return header
+
+    def array(self, name: str, shape: tuple[int, ...], kind: str) -> np.ndarray:
+        """Return an array that has to be of that shape and dtype kind ("f" float, "i" integer, "U" text)."""
+        header = self.header(name)
+        if header.shape != shape or header.dtype.kind != kind:
+            raise InputError(
+                f"{self.path}: {name!r} is {header.dtype} {header.shape}, expected kind {kind!r} and shape {shape}"
+            )
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                data = archive.read(self._members[name])  # the zip's checksum is verified on the way
+        except _READ_ERRORS as error:
+            raise InputError(f"{self.path}: {name!r} is damaged ({error})") from error
+        return np.frombuffer(data, header.dtype, offset=header.offset).reshape(shape)
+
+    def rows(self, name: str) -> RowReader:
+        """Return a reader of the array's data, row by row. Close it after use."""
+        return RowReader(self.path, self._members[name], self.header(name))
+
+
+class RowReader:
+    """Reads rows of an array of at least one axis from an .npz.
+
+    A stored member, as `np.savez` writes it, is read at any place; a compressed one is unpacked up to there, so read
+    forward only.
+    """
+
+    def __init__(self, path: Path, info: zipfile.ZipInfo, header: ArrayHeader):
+        self.path, self.name = path, info.filename.removesuffix(".npy")
+        self._row = math.prod(header.shape[1:]) * header.dtype.itemsize
+        self._offset = header.offset
+        self._file: IO[bytes]
+        if info.compress_type == zipfile.ZIP_STORED:
+            self._file = open(path, "rb")  # noqa: SIM115 (closed by close)
+            self._file.seek(info.header_offset)
+            fixed = self._file.read(_LOCAL_HEADER.size)
+            self._offset += info.header_offset + len(fixed) + sum(_LOCAL_HEADER.unpack(fixed))
+        else:
+            self._file = zipfile.ZipFile(path).open(info)  # noqa: SIM115
+
+    def read(self, start: int, stop: int) -> bytes:
+        """Return the bytes of the rows start ... stop - 1. Raises InputError if they are damaged or missing."""
+        size = (stop - start) * self._row
+        try:
+            self._file.seek(self._offset + start * self._row)
+            data = self._file.read(size)
+        except (*_READ_ERRORS, ValueError) as error:
+            raise InputError(f"{self.path}: {self.name!r} is damaged ({error})") from error
+        if len(data) != size:
+            raise InputError(f"{self.path}: {self.name!r} ends early, near row {start}")
+        return data
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _parse_header(member: IO[bytes]) -> ArrayHeader:
+    version = np.lib.format.read_magic(member)
+    if version not in _HEADER_READERS:
+        raise ValueError(f"format version {version}")
+    shape, fortran_order, dtype = _HEADER_READERS[version](member)
+    if dtype.hasobject:
+        raise ValueError("it holds pickled objects, which are never loaded")
+    if fortran_order and len(shape) > 1:
+        raise ValueError("it is in Fortran order; save np.ascontiguousarray of it")
+    return ArrayHeader(shape, dtype, member.tell())

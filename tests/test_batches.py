@@ -1,0 +1,177 @@
+"""Image batches from .npz, folder and zip; what is not sound is refused by name."""
+
+import io
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from evaluations.batches import open_images
+from evaluations.npz import NpzFile
+from files import InputError
+
+
+def some_images(count: int = 5, height: int = 6, width: int = 4) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (count, height, width, 3), dtype=np.uint8)
+
+
+def write_folder(folder: Path, images: np.ndarray) -> Path:
+    folder.mkdir()
+    for number, image in enumerate(images):
+        Image.fromarray(image).save(folder / f"{number:06d}.png")
+    return folder
+
+
+def read_all(path: Path, size: int) -> np.ndarray:
+    images = open_images(path)
+    parts = [(first, batch.numpy()) for first, batch in images.batches(0, images.count, size)]
+    assert [first for first, _ in parts] == list(range(0, images.count, size))
+    return np.concatenate([part for _, part in parts]).transpose(0, 2, 3, 1)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 8])
+def test_npz_folder_and_zip_give_the_same_images(tmp_path: Path, size: int) -> None:
+    images = some_images()
+    np.savez(tmp_path / "stored.npz", images, np.arange(5))
+    np.savez_compressed(tmp_path / "packed.npz", images)
+    folder = write_folder(tmp_path / "folder", images)
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        for path in folder.iterdir():
+            archive.write(path, path.name)
+    for name in ("stored.npz", "packed.npz", "folder", "images.zip"):
+        assert np.array_equal(read_all(tmp_path / name, size), images), name
+
+
+def test_a_share_of_the_images_starts_anywhere(tmp_path: Path) -> None:
+    images = some_images()
+    np.savez_compressed(tmp_path / "packed.npz", images)
+    np.savez(tmp_path / "stored.npz", images)
+    for name in ("packed.npz", "stored.npz"):
+        ((first, batch),) = open_images(tmp_path / name).batches(3, 5, 8)
+        assert first == 3 and np.array_equal(batch.permute(0, 2, 3, 1), images[3:])
+
+
+def test_digest_follows_content_and_names(tmp_path: Path) -> None:
+    images = some_images()
+    folder, other = write_folder(tmp_path / "a", images), write_folder(tmp_path / "b", images)
+    digest = open_images(folder).digest()
+    assert open_images(other).digest() == digest and len(digest) == 64
+    (other / "000000.png").rename(other / "9.png")
+    assert open_images(other).digest() != digest
+
+
+def test_grey_images_count_as_rgb(tmp_path: Path) -> None:
+    Image.new("L", (4, 4), 7).save(tmp_path / "grey.png")
+    assert read_all(tmp_path, 1).tolist() == np.full((1, 4, 4, 3), 7).tolist()
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (some_images().astype(np.float32), "float32, expected uint8"),
+        (some_images().astype(np.int64), "int64, expected uint8"),
+        (some_images()[..., :1], r"\(5, 6, 4, 1\), expected \(N, H, W, 3\)"),
+        (some_images().transpose(0, 3, 1, 2).copy(), r"expected \(N, H, W, 3\)"),
+        (some_images()[0], "expected"),
+        (some_images()[:0], "no images"),
+        (np.zeros((1, 5000, 1, 3), np.uint8), "1 x 5000 pixels; allowed are 1 to 4096"),
+        (np.asfortranarray(some_images()), "Fortran"),
+        (np.array([{"pickled": "object"}]), "pickled objects, which are never loaded"),
+    ],
+)
+def test_other_arrays_are_refused(tmp_path: Path, array: np.ndarray, message: str) -> None:
+    np.savez(tmp_path / "batch.npz", array)
+    with pytest.raises(InputError, match=rf"(?s)batch\.npz.*{message}"):
+        open_images(tmp_path / "batch.npz")
+
+
+def test_missing_array_and_missing_file_are_named(tmp_path: Path) -> None:
+    np.savez(tmp_path / "batch.npz", images=some_images())
+    with pytest.raises(InputError, match="no array 'arr_0'; it holds images"):
+        open_images(tmp_path / "batch.npz")
+    with pytest.raises(InputError, match=r"nowhere\.npz: no such file"):
+        open_images(tmp_path / "nowhere.npz")
+    with pytest.raises(InputError, match="nowhere"):
+        open_images(tmp_path / "nowhere")
+
+
+def test_empty_truncated_and_foreign_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "batch.npz"
+    np.savez(path, some_images())
+    whole = path.read_bytes()
+    for content in (b"", whole[: len(whole) // 2], b"no zip at all"):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=r"batch\.npz: not an \.npz file, or cut short"):
+            open_images(path)
+
+
+def write_member(path: Path, content: bytes, compression: int = zipfile.ZIP_STORED) -> Path:
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        archive.writestr("arr_0.npy", content)
+    return path
+
+
+def test_an_array_shorter_than_its_header_says_is_refused(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    np.save(buffer, some_images())
+    with pytest.raises(InputError, match="cut short"):
+        open_images(write_member(tmp_path / "short.npz", buffer.getvalue()[:-10]))
+    with pytest.raises(InputError, match="not a readable array"):
+        open_images(write_member(tmp_path / "garbage.npz", b"not an array"))
+
+
+def test_a_damaged_compressed_array_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "batch.npz"
+    np.savez_compressed(path, some_images(50, 20, 20))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 255
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"damaged|ends early|not a readable array"):
+        read_all(path, 8)
+
+
+def test_zip_bombs_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "bomb.npz"
+    header = io.BytesIO()
+    description = {"descr": "|u1", "fortran_order": False, "shape": (400, 1024, 1024, 3)}
+    np.lib.format.write_array_header_1_0(header, description)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("arr_0.npy", "w") as member:
+        member.write(header.getvalue())
+        for _ in range(400):
+            member.write(bytes(1024 * 1024 * 3))
+    with pytest.raises(InputError, match=r"unpacks .* more than 500 times its size is refused"):
+        open_images(path)
+
+
+def test_statistics_of_another_shape_or_type_are_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "ref.npz", mu=np.zeros(8), sigma=np.zeros((8, 8)), text=np.array(["a"], object))
+    npz = NpzFile(tmp_path / "ref.npz")
+    assert npz.array("mu", (8,), "f").shape == (8,)
+    for name, shape, kind in (("mu", (2048,), "f"), ("sigma", (8, 8), "i"), ("text", (1,), "U")):
+        with pytest.raises(InputError, match=name):
+            npz.array(name, shape, kind)
+
+
+def test_folders_with_other_sizes_modes_or_damage_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no images"):
+        open_images(tmp_path)
+    folder = write_folder(tmp_path / "folder", some_images(3))
+    for number, (content, message) in enumerate(
+        [
+            (png(Image.new("RGB", (9, 9))), "9 x 9 pixels, but the first image has 4 x 6"),
+            (png(Image.new("RGBA", (4, 6))), "mode RGBA, expected 8-bit RGB or grey"),
+            (png(Image.new("RGB", (4, 6)))[:40], "not a readable image"),
+            (b"", "not a readable image"),
+        ]
+    ):
+        (folder / "000001.png").write_bytes(content)
+        with pytest.raises(InputError, match=rf"000001\.png: {message}"):
+            read_all(folder, 1 + number)
+
+
+def png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()

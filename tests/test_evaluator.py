@@ -1,0 +1,290 @@
+"""The evaluation end to end: against the numbers of ADM's own program, and what it says about poor input."""
+
+import contextlib
+import hashlib
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from evaluations import evaluator, plot, reference
+from evaluations.features import load_reference
+from evaluations.inception import Inception, load_inception
+from evaluations.metrics import FeatureSums, frechet_distance
+from files import InputError
+from models.encoders import load_encoder
+from tests import adm_images, adm_standin
+from tests.conftest import ENCODER, ROOT, reset_accelerate, run_program
+
+# What ADM's program (TensorFlow 2.12.1 on a CPU, scipy 1.10.1) prints for the sets of adm_images on the stand-in
+# weights; precision and recall with its float32 distances.
+ADM = {
+    "inception_score": 2.65289306640625,
+    "fid": 49.34686026195378,
+    "sfid": 656.2104050744513,
+    "precision": 0.515,
+    "recall": 0.7933333333333333,
+}
+
+
+@pytest.fixture(scope="module")
+def network() -> Inception:
+    return load_inception(adm_standin.graph_file())
+
+
+@pytest.fixture
+def ready(network: Inception, monkeypatch: pytest.MonkeyPatch) -> Inception:
+    """The stand-in network, loaded once for all tests."""
+    for program in (evaluator, reference):
+        monkeypatch.setattr(program, "load_inception", lambda path, device: network)
+    return network
+
+
+def run(program, monkeypatch: pytest.MonkeyPatch, *flags: object) -> None:
+    reset_accelerate()
+    monkeypatch.setattr(sys, "argv", ["program", "--cpu", *map(str, flags)])
+    program.main()
+
+
+def write_batch(path: Path, count: int, size: int = 16, seed: int = 0, **arrays: object) -> Path:
+    images = np.random.default_rng(seed).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+    np.savez(path, arr_0=images, **arrays)
+    return path
+
+
+def test_all_five_numbers_equal_those_of_adms_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, recipe in adm_images.SETS.items():
+        images = adm_images.images(*recipe)
+        if adm_images.digest(images) != adm_images.SHA256[name]:
+            pytest.skip("this version of Pillow draws other images; the recorded numbers are not theirs")
+        np.savez(tmp_path / f"{name}.npz", images)
+    flags = ["--ref_batch", tmp_path / "ref256_300.npz", "--sample_batch", tmp_path / "sample64_200.npz"]
+    run(evaluator, monkeypatch, *flags, "--inception", adm_standin.graph_file())
+    result = json.loads((tmp_path / "sample64_200.metrics.json").read_text())
+    found = result["metrics"]
+    for name in ("inception_score", "fid", "sfid"):
+        assert found[name] == pytest.approx(ADM[name], rel=5e-6), name
+    assert found["precision"] == pytest.approx(ADM["precision"], abs=1.01 / 200)
+    assert found["recall"] == pytest.approx(ADM["recall"], abs=1.01 / 300)
+    assert any("STAND-IN" in note for note in result["notes"])
+    assert any("64 x 64" in note and "256 x 256" in note for note in result["notes"])
+
+
+SETTINGS = {"step": 400000, "num_steps": 250, "cfg": 2.3, "cls_cfg": 2.3, "gh": 0.85, "cfg_cond": "1"}
+
+
+@pytest.fixture(scope="module")
+def evaluated(network: Inception, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small evaluation of samples.npz against ref.npz: result.json, stdout, and cache."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    write_batch(folder / "samples.npz", 7)
+    write_batch(folder / "ref.npz", 9, seed=1)
+    (folder / "samples.json").write_text('{"label_sampling": "balanced", "seed": 3}')
+    settings = [text for name, value in SETTINGS.items() for text in (f"--{name}", value)]
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(evaluator, "load_inception", lambda path, device: network)
+        run(evaluator, patch, *batches(folder), "--save_path", folder / "result.json", *settings)
+    (folder / "stdout").write_text(printed.getvalue())
+    return folder
+
+
+def batches(folder: Path) -> list[object]:
+    return ["--ref_batch", folder / "ref.npz", "--sample_batch", folder / "samples.npz", "--cache", folder / "cache"]
+
+
+def test_result_holds_settings_hashes_counts_versions_and_labels(evaluated: Path) -> None:
+    result = json.loads((evaluated / "result.json").read_text())
+    assert result["settings"] == SETTINGS
+    assert result["labels"] == "balanced" and result["samples"]["sampling"]["seed"] == 3
+    assert result["samples"]["count"] == 7 and result["reference"]["count"] == 9
+    for side in ("samples", "ref"):
+        digest = hashlib.sha256((evaluated / f"{side}.npz").read_bytes()).hexdigest()
+        assert result["samples" if side == "samples" else "reference"]["sha256"] == digest
+    assert len(result["inception"]["sha256"]) == 64 and result["machine"]["torch"] == torch.__version__
+    lines = (evaluated / "stdout").read_text().splitlines()
+    assert [line.split(":")[0] for line in lines[:5]] == ["Inception Score", "FID", "sFID", "Precision", "Recall"]
+    assert float(lines[1].split(": ")[1]) == result["metrics"]["fid"]
+    assert any("not a meaningful score" in line for line in lines)
+
+
+def test_reference_with_statistics_gives_the_same_as_its_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ready: Inception, encoder_weights: Path
+) -> None:
+    samples, images = write_batch(tmp_path / "samples.npz", 5), write_batch(tmp_path / "images.npz", 8, seed=1)
+    encoder = ["--encoder", ENCODER, "--enc-weights", encoder_weights]
+    run(reference, monkeypatch, "--source", images, "--dest", tmp_path / "ref.npz", "--num-images", 4, *encoder)
+    with np.load(tmp_path / "ref.npz") as made:
+        assert made["arr_0"].shape == (4, 16, 16, 3) and made["num_images"] == 8
+        kept, source = made["arr_0"], np.load(images)["arr_0"]
+        assert all(any(np.array_equal(image, other) for other in source) for image in kept)
+    results = []
+    for name in ("images", "ref"):
+        flags = ["--ref_batch", tmp_path / f"{name}.npz", "--sample_batch", samples]
+        run(evaluator, monkeypatch, *flags, *encoder, "--save_path", tmp_path / f"{name}.json")
+        results.append(json.loads((tmp_path / f"{name}.json").read_text()))
+    from_images, from_statistics = (result["metrics"] for result in results)
+    for name in ("fid", "sfid", "encoder_fd"):
+        assert from_statistics[name] == pytest.approx(from_images[name], rel=1e-9), name
+    assert any("FD: reference statistics from its 8 images" in note for note in results[0]["notes"])
+    assert not any("FD: reference" in note for note in results[1]["notes"])
+
+    network, sums = load_encoder(ENCODER, 16, encoder_weights), [FeatureSums(32), FeatureSums(32)]
+    for side, path in zip(sums, (images, samples), strict=True):
+        side.update(network(torch.from_numpy(np.load(path)["arr_0"]).permute(0, 3, 1, 2)).cls_token)
+    expected = frechet_distance(*(side.statistics() for side in sums))
+    assert from_images["encoder_fd"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_kept_images_of_a_reference_depend_on_the_seed_alone() -> None:
+    assert np.array_equal(reference.draw(100, 10, 0), reference.draw(100, 10, 0))
+    assert not np.array_equal(reference.draw(100, 10, 0), reference.draw(100, 10, 1))
+    assert reference.draw(5, 10, 0).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_cached_features_are_reused_and_give_the_same_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ready: Inception, evaluated: Path
+) -> None:
+    assert len(list((evaluated / "cache").iterdir())) == 2
+    monkeypatch.setattr(Inception, "forward", None)  # nothing may run the network now
+    run(evaluator, monkeypatch, *batches(evaluated), "--save_path", tmp_path / "again.json")
+    first, again = (json.loads(path.read_text()) for path in (evaluated / "result.json", tmp_path / "again.json"))
+    assert first["metrics"] == again["metrics"]
+
+
+def test_two_processes_give_the_numbers_of_one(tmp_path: Path, evaluated: Path) -> None:
+    flags = [*batches(evaluated)[:-2], "--batch-size", 3, "--save_path", tmp_path / "two.json"]
+    flags += ["--inception", adm_standin.graph_file(), "--cpu"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, "evaluations/evaluator.py", *map(str, flags)]  # accelerate launch starts one process on a CPU
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("written to") == 1  # by one process only
+    one, two = (json.loads(path.read_text()) for path in (evaluated / "result.json", tmp_path / "two.json"))
+    assert two["machine"]["processes"] == 2
+    assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------ poor input
+
+
+def test_too_few_images_leave_out_the_numbers_that_mean_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ready: Inception
+) -> None:
+    flags = ["--ref_batch", write_batch(tmp_path / "ref.npz", 3), "--save_path", tmp_path / "result.json"]
+    run(evaluator, monkeypatch, *flags, "--sample_batch", write_batch(tmp_path / "one.npz", 1))
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["metrics"]["inception_score"] == pytest.approx(1)
+    assert all(result["metrics"][name] is None for name in ("fid", "sfid", "precision", "recall"))
+    notes = "\n".join(result["notes"])
+    assert "fid: not computed, a covariance needs at least 2 images" in notes
+    assert "precision, recall: not computed, they need more than 3 images" in notes
+
+
+def test_features_that_are_not_finite_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ready: Inception
+) -> None:
+    forward = Inception.forward
+    monkeypatch.setattr(
+        Inception, "forward", lambda self, images: forward(self, images)._replace(pool=nan_pool(images))
+    )
+    flags = ["--ref_batch", write_batch(tmp_path / "ref.npz", 4), "--sample_batch", write_batch(tmp_path / "s.npz", 4)]
+    with pytest.raises(InputError, match=r"s\.npz: the network gives features that are not finite"):
+        run(evaluator, monkeypatch, *flags)
+    assert not (tmp_path / "s.metrics.json").exists()
+
+
+def nan_pool(images: torch.Tensor) -> torch.Tensor:
+    return torch.full((len(images), 2048), torch.nan)
+
+
+def test_reference_of_other_weights_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ready: Inception
+) -> None:
+    arrays = {"mu": np.zeros(2048), "sigma": np.eye(2048), "mu_s": np.zeros(2023), "sigma_s": np.eye(2023)}
+    path = write_batch(tmp_path / "ref.npz", 4, **arrays, inception=np.array("inception-0123456789abcdef"))
+    with pytest.raises(InputError, match=r"ref\.npz: its statistics were made with inception-0123456789abcdef"):
+        run(evaluator, monkeypatch, "--ref_batch", path, "--sample_batch", write_batch(tmp_path / "s.npz", 4))
+
+
+def test_reference_of_another_shape_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"'mu' is float64 \(7,\), expected .* \(2048,\)"):
+        load_reference(write_batch(tmp_path / "ref.npz", 4, mu=np.zeros(7), sigma=np.eye(7)))
+    with pytest.raises(InputError, match="no array 'sigma'"):
+        load_reference(write_batch(tmp_path / "ref.npz", 4, mu=np.zeros(2048)))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--batch-size", "0"], "--batch-size 0"),
+        (["--enc-weights", "file"], "--enc-weights file: needs --encoder"),
+        (["--inception", "nowhere.pb"], "nowhere.pb: no such file"),
+        (["--sample_batch", "nowhere.npz"], "nowhere.npz: no such file"),
+    ],
+)
+def test_bad_flags_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], message: str) -> None:
+    batch = write_batch(tmp_path / "batch.npz", 4)
+    with pytest.raises(InputError, match=message):
+        run(evaluator, monkeypatch, "--ref_batch", batch, "--sample_batch", batch, *flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--num-images", "0"], "--num-images 0"),
+        (["--seed", "-1"], "--seed -1"),
+        (["--dest", "reference"], "ends in .npz"),
+        (["--enc-weights", "file"], "needs --encoder"),
+    ],
+)
+def test_bad_flags_of_reference_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], message: str
+) -> None:
+    batch = write_batch(tmp_path / "batch.npz", 4)
+    with pytest.raises(InputError, match=message):
+        run(reference, monkeypatch, "--source", batch, "--dest", tmp_path / "ref.npz", *flags)
+
+
+def test_errors_are_one_line(tmp_path: Path) -> None:
+    done = run_program("evaluations/evaluator.py", "--ref_batch", "nowhere.npz", "--sample_batch", "nowhere.npz")
+    assert done.returncode == 2 and done.stderr.strip() == "evaluator.py: error: nowhere.npz: no such file"
+
+
+# ------------------------------------------------------------------------------------------------ the plot
+
+
+def test_plot_reads_evaluations_by_step_and_draws_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"step": 1, "loss": 1.0}, {"step": 200, "fid": 20.0}, {"step": 100, "fid": 40}, {"step": 200, "fid": 19.5}]
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    assert plot.read_curve(path, "fid") == [(100, 40.0), (200, 19.5)]
+    for name in ("fid.png", "fid.svg"):
+        monkeypatch.setattr(sys, "argv", ["plot.py", str(path), "--out", str(tmp_path / name), "--published", "B/2"])
+        plot.main()
+        assert (tmp_path / name).stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    ("content", "flags", "message"),
+    [
+        ('{"step": 1, "loss": 2}\n', [], "no line with `step` and a number `fid`"),
+        ('{"step": 1, "fid": 2}\nnot json\n', [], "line 2: not JSON"),
+        ('{"step": 1, "fid": 2}\n', ["--out", "fid.txt"], "--out fid.txt"),
+        ('{"step": 1, "fid": 2}\n', ["--names", "a", "b"], "2 names for 1 runs"),
+        ('{"step": 1, "sfid": 2}\n', ["--metric", "sfid", "--published", "B/2"], "published curves of fid only"),
+    ],
+)
+def test_plot_names_what_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str, flags: list[str], message: str
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(content)
+    monkeypatch.setattr(sys, "argv", ["plot.py", str(path), *flags])
+    with pytest.raises(InputError, match=message):
+        plot.main()

@@ -1,0 +1,55 @@
+"""Scores of EMA samples while training, on the stand-in Inception network."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from evaluations import reference
+from files import InputError
+from models.checkpoint import load_checkpoint
+from tests import adm_standin
+from tests.conftest import ENCODER, read_rows, reset_accelerate, run_training
+from tests.test_train import with_flags
+
+
+@pytest.fixture(scope="module")
+def reference_file(shared_data, encoder_weights, tmp_path_factory):
+    path = tmp_path_factory.mktemp("reference") / "ref.npz"
+    flags = ["--source", str(shared_data / "images"), "--dest", str(path)]
+    flags += ["--inception", str(adm_standin.graph_file()), "--cpu", "--batch-size", "8"]
+    flags += ["--encoder", ENCODER, "--enc-weights", str(encoder_weights)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["reference.py", *flags])
+        reset_accelerate()
+        reference.main()
+    return path
+
+
+def evaluation_flags(reference_file):
+    flags = f"--eval-steps 4 --eval-samples 6 --eval-num-steps 2 --eval-batch-size 4 --eval-ref {reference_file}"
+    return [*flags.split(), "--eval-inception", str(adm_standin.graph_file())]
+
+
+def test_scores_are_logged_the_best_is_kept_and_training_is_not_disturbed(train_flags, reference_file):
+    plain = run_training(with_flags(train_flags, "--exp-name", "plain"))
+    run = run_training(with_flags(train_flags, *evaluation_flags(reference_file)))
+    scored = [row for row in read_rows(run) if "fid" in row]
+    assert [row["step"] for row in scored] == [4]
+    assert all(np.isfinite([row["fid"], row["sfid"], row["encoder_fd"]]).all() and row["fid"] > 0 for row in scored)
+    best = json.loads((run / "checkpoints" / "best.json").read_text())
+    assert best["fid"] == min(row["fid"] for row in scored)
+    assert load_checkpoint(run / "checkpoints" / "best.pt")["steps"] == best["step"]
+    a, b = (load_checkpoint(folder / "checkpoints" / "0000004.pt")["model"] for folder in (plain, run))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_settings_that_cannot_work_are_named(train_flags, reference_file, tmp_path):
+    with pytest.raises(InputError, match="--eval-steps 2: needs --eval-ref"):
+        run_training(with_flags(train_flags, "--eval-steps", "2"))
+    np.savez(tmp_path / "bare.npz", arr_0=np.zeros((4, 16, 16, 3), np.uint8))
+    flags = [*evaluation_flags(reference_file), "--eval-ref", str(tmp_path / "bare.npz")]
+    with pytest.raises(InputError, match=r"bare\.npz: no statistics"):
+        run_training(with_flags(train_flags, *flags))
