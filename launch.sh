@@ -7,14 +7,13 @@ HEAD_ADDRESS=${HEAD_ADDRESS:-127.0.0.1}                             # of the mac
 HEAD_PORT=${HEAD_PORT:-29500}                                       # a free port there
 
 launch() {
-    local processes=$((NUM_GPUS > 0 ? NUM_GPUS * NUM_MACHINES : NUM_MACHINES))
-    local flags=(--num_processes "$processes" --num_machines "$NUM_MACHINES" --machine_rank "$MACHINE_RANK")
-    flags+=(--main_process_ip "$HEAD_ADDRESS" --main_process_port "$HEAD_PORT")
-    flags+=(--mixed_precision no --dynamo_backend no) # the programs set their own
     if ((NUM_GPUS == 0)); then
-        flags+=(--cpu)
-    elif ((processes > 1)); then
-        flags+=(--multi_gpu)
+        python "$@"
+        return
     fi
+    local flags=(--num_processes "$((NUM_GPUS * NUM_MACHINES))" --num_machines "$NUM_MACHINES")
+    flags+=(--machine_rank "$MACHINE_RANK" --main_process_ip "$HEAD_ADDRESS" --main_process_port "$HEAD_PORT")
+    flags+=(--mixed_precision no --dynamo_backend no) # the programs set their own
+    if ((NUM_GPUS * NUM_MACHINES > 1)); then flags+=(--multi_gpu); fi
     accelerate launch "${flags[@]}" "$@"
 }

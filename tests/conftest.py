@@ -122,10 +122,7 @@ def run_program(*command: str, processes: int = 1) -> subprocess.CompletedProces
     """Run a program of the repository in processes of its own."""
     launcher = [sys.executable]
     if processes > 1:
-        port = str(20000 + os.getpid() % 20000)
-        launcher += ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
-        launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-        launcher += ["--main_process_port", port]
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run([*launcher, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 

@@ -90,6 +90,12 @@ def test_two_processes_give_the_losses_of_one(train_flags):
         torch.testing.assert_close(a[key], b[key], rtol=1e-4, atol=1e-6)
 
 
+def test_an_indivisible_batch_is_refused_by_all_processes(train_flags):
+    result = run_program("train.py", *with_flags(train_flags, "--batch-size", "9"), processes=2)
+    assert result.returncode != 0
+    assert "--batch-size 9 (global) does not divide by 2 processes x 1" in result.stderr
+
+
 def test_grids_and_tracker(train_flags):
     pytest.importorskip("wandb")
     flags = ["--sampling-steps", "2", "--grid-samples", "4", "--grid-num-steps", "2", "--grid-cfg-scale", "1.5"]
