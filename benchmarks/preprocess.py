@@ -1,0 +1,99 @@
+"""From photographs to latents, timed as a user runs it: images per second and peak memory of convert.py and encode.py.
+
+    python benchmarks/preprocess.py --source imagenette.zip --vae FOLDER [--images 1000] [--json preprocess.json]
+
+Each figure is one run of the program. What a second run of the same command takes, which finds everything done, is
+start-up and is subtracted. Memory is that of the program's largest process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from files import FileSource, InputError, open_source, run_cli, write_json
+from preprocessing.listing import list_images
+from preprocessing.parallel import available_cores
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def take(source: FileSource, names: list[str], path: Path) -> Path:
+    """Write some of a source's images to a zip and return it."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for name in names:
+            archive.writestr(name, source.read(name))
+    return path
+
+
+def run_once(program: str, flags: list[object], threads: int) -> tuple[float, float]:
+    """Return the seconds that a program takes and the memory of its largest process in GB."""
+    command = [sys.executable, str(REPOSITORY / "preprocessing" / program), *map(str, flags)]
+    begun = time.perf_counter()
+    process = subprocess.Popen(
+        command,
+        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise InputError(f"{' '.join(command)} failed; run it by itself to see why")
+    unit = 1 if sys.platform == "darwin" else 1024
+    return time.perf_counter() - begun, usage.ru_maxrss * unit / 1e9
+
+
+def measure(label: str, program: str, flags: list[object], images: int, threads: int) -> dict[str, object]:
+    """Run a program twice, print and return images per second without its start-up, and its memory."""
+    seconds, memory = run_once(program, flags, threads)
+    startup, _ = run_once(program, flags, threads)
+    rate = images / (seconds - startup)
+    print(f"| {label} | {images:,} | {rate:.2f} | {startup:.1f} | {memory:.2f} |", flush=True)
+    return {"run": label, "images": images, "images_per_s": rate, "startup_s": startup, "memory_gb": memory}
+
+
+def main() -> None:
+    """Run the program."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--source", type=Path, required=True, help="folder or zip of photographs")
+    parser.add_argument("--vae", required=True, help="codec for encode.py: a name or a folder")
+    parser.add_argument("--resolution", type=int, default=256, help="side of the crops")
+    parser.add_argument("--images", type=int, help="take only so many, spread over the source (default: all)")
+    parser.add_argument("--encode-images", type=int, help="encode only so many of them (default: all)")
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, available_cores()], help="processes and threads")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 16], help="batches of encode.py to measure")
+    parser.add_argument("--json", type=Path, help="write the figures to this file as well")
+    args = parser.parse_args()
+    source = open_source(args.source)
+    names = list_images(source).names
+    names = names[:: max(1, len(names) // (args.images or len(names)))][: args.images]
+    to_encode = names[:: max(1, len(names) // (args.encode_images or len(names)))][: args.encode_images]
+    print("| run | images | images/s | start-up, s | memory, GB |\n|---|---|---|---|---|")
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        work = Path(scratch)
+        all_images, few = take(source, names, work / "all.zip"), take(source, to_encode, work / "few.zip")
+        common = ["--resolution", args.resolution]
+        for workers in args.workers:
+            flags = ["--source", all_images, "--dest", work / f"images{workers}", *common, "--workers", workers]
+            rows.append(measure(f"convert, {workers} workers", "convert.py", flags, len(names), 1))
+        run_once("convert.py", ["--source", few, "--dest", work / "few", *common], 1)
+        for threads in args.workers:
+            for size in args.batch_sizes:
+                dest = work / f"latents-{threads}-{size}"
+                flags = ["--source", work / "few", "--dest", dest, "--vae", args.vae, "--batch-size", size]
+                label = f"encode, batch {size}, {threads} threads"
+                rows.append(measure(label, "encode.py", flags, len(to_encode), threads))
+    if args.json:
+        write_json(args.json, {"cores": available_cores(), "resolution": args.resolution, "rows": rows})
+
+
+if __name__ == "__main__":
+    run_cli(main)

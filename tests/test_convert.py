@@ -1,0 +1,296 @@
+"""Photographs converted: bit for bit, bad images, labels, destinations, and a run that is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from files import InputError, open_source
+from preprocessing import convert, dataset_tools
+from preprocessing.listing import list_images
+from tests.interrupt import REPOSITORY, contents, survives_kills
+from tests.test_crops import animation, encoded, header_only_png, jpeg, oriented_jpeg, plain_adm_crop
+
+ASSETS = os.environ.get("REG_ASSETS")
+KILLS = int(os.environ.get("REG_KILLS", "3"))  # the long form: REG_KILLS=20
+EVERY = int(os.environ.get("REG_EVERY", "20"))  # every n-th sample photograph; the long form: REG_EVERY=1
+
+
+@pytest.mark.assets
+@pytest.mark.skipif(not ASSETS, reason="REG_ASSETS is not set")
+@pytest.mark.parametrize("resolution", [64, 256, 512, 1024])
+def test_photographs_are_cropped_bit_for_bit(resolution, tmp_path):
+    with zipfile.ZipFile(Path(ASSETS) / "imagenet_samples.zip") as archive:
+        names = sorted(name for name in archive.namelist() if not name.endswith("/"))[::EVERY]
+        for name in names:
+            path = tmp_path / "source" / name
+            path.parent.mkdir(parents=True)
+            path.write_bytes(archive.read(name))
+    run(tmp_path / "source", tmp_path / "out", resolution)
+    for index, name in enumerate(names):
+        with Image.open(tmp_path / "source" / name) as photograph:
+            expected = plain_adm_crop(np.asarray(photograph.convert("RGB")), resolution)
+        written = Image.open(tmp_path / f"out/00000/img{index:08d}.png")
+        assert written.mode == "RGB"
+        np.testing.assert_array_equal(np.asarray(written), expected, err_msg=name)
+
+
+BAD_IMAGES = {
+    "animated.gif": (animation("GIF"), "2 frames"),
+    "animated.webp": (animation("WEBP"), "2 frames"),
+    "pages.tiff": (animation("TIFF"), "2 frames"),
+    "float.tiff": (encoded(Image.new("F", (4, 4)), "TIFF"), "32-bit"),
+    "cut.jpg": (jpeg()[:-200], "truncated"),
+    "empty.jpg": (b"", "cannot identify"),
+    "text.png": (b"not an image", "cannot identify"),
+    "huge.png": (header_only_png(30_000, 30_000), "900000000 pixels"),
+    "thread.png": (encoded(Image.new("RGB", (1, 30_000))), "before its crop"),
+}
+
+
+def make_source(folder, classes=("cat", "dog"), each=3):
+    for number, name in enumerate(classes):
+        (folder / name).mkdir(parents=True)
+        for i in range(each):
+            (folder / name / f"{i}.jpg").write_bytes(jpeg(10 * number + i))
+    return folder
+
+
+def run(source, destination, resolution=16, *flags):
+    arguments = ["--source", source, "--dest", destination, "--resolution", resolution, "--workers", 1, *flags]
+    convert.main([str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize("name", BAD_IMAGES)
+def test_a_bad_image_stops_the_run_by_name(name, tmp_path):
+    data, reason = BAD_IMAGES[name]
+    source = make_source(tmp_path / "source")
+    (source / "dog" / name).write_bytes(data)
+    with pytest.raises(InputError, match=f"dog/{name}.*{reason}"):
+        run(source, tmp_path / "out", 256)
+    assert not (tmp_path / "out/dataset.json").exists()
+
+
+def test_bad_images_are_left_out_and_listed(tmp_path):
+    source = make_source(tmp_path / "source")
+    (source / "cat/1.jpg").write_bytes(BAD_IMAGES["cut.jpg"][0])
+    run(source, tmp_path / "out", 16, "--on-error", "skip")
+    assert (tmp_path / "out/skipped.txt").read_text().startswith("cat/1.jpg\t")
+    labels = json.loads((tmp_path / "out/dataset.json").read_text())["labels"]
+    assert [label for _, label in labels] == [0, 0, 1, 1, 1]
+    assert "00000/img00000001.png" not in dict(labels)
+    (source / "cat/1.jpg").write_bytes(jpeg())  # mended: the same command completes the set
+    run(source, tmp_path / "out", 16)
+    assert not (tmp_path / "out/skipped.txt").exists()
+    assert len(json.loads((tmp_path / "out/dataset.json").read_text())["labels"]) == 6
+
+
+def test_an_image_of_one_pixel(tmp_path):
+    (tmp_path / "source/a").mkdir(parents=True)
+    Image.new("RGB", (1, 1), (1, 2, 3)).save(tmp_path / "source/a/dot.png")
+    run(tmp_path / "source", tmp_path / "out", 256)
+    assert np.unique(np.asarray(Image.open(tmp_path / "out/00000/img00000000.png"))).tolist() == [1, 2, 3]
+
+
+def test_names_labels_and_classes(tmp_path):
+    run(make_source(tmp_path / "source", ("zebra", "ant", "bee"), 2), tmp_path / "out")
+    dataset = json.loads((tmp_path / "out/dataset.json").read_text())
+    assert dataset["classes"] == ["ant", "bee", "zebra"]
+    assert dataset["labels"] == [[f"00000/img{i:08d}.png", i // 2] for i in range(6)]
+
+
+def test_output_does_not_depend_on_workers_or_container(tmp_path):
+    source = make_source(tmp_path / "source", each=60)
+    with zipfile.ZipFile(tmp_path / "source.zip", "w") as archive:
+        for path in sorted(source.rglob("*.jpg"), reverse=True):
+            archive.write(path, f"train/{path.relative_to(source)}")
+    run(source, tmp_path / "one")
+    run(source, tmp_path / "three", 16, "--workers", "3")
+    run(tmp_path / "source.zip", tmp_path / "three.zip", 16, "--workers", "3")
+    settings = ".convert.json"
+    expected = contents(tmp_path / "one")
+    assert contents(tmp_path / "three") == expected
+    with zipfile.ZipFile(tmp_path / "three.zip") as archive:
+        assert {member.compress_type for member in archive.infolist()} == {zipfile.ZIP_STORED}
+        packed = {name: archive.read(name) for name in archive.namelist()}
+    del expected[settings], packed[settings]
+    assert packed == expected
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_our_own_layout_is_a_source(tmp_path):
+    run(make_source(tmp_path / "source"), tmp_path / "large", 32)
+    run(tmp_path / "large", tmp_path / "small", 16)
+    large, small = (json.loads((tmp_path / name / "dataset.json").read_text()) for name in ("large", "small"))
+    assert large == small
+
+
+def test_folders_around_and_inside_classes(tmp_path):
+    def labels(*names):
+        for name in names:
+            path = tmp_path / str(len(names)) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"")
+        listing = list_images(open_source(tmp_path / str(len(names))))
+        return listing.classes, listing.labels
+
+    assert labels("a.png", "b.png") == (["2"], [0, 0])
+    assert labels("train/x/a.png", "train/x/b.png", "train/y/a.png") == (["x", "y"], [0, 0, 1])
+    assert labels("x/images/0.png", "x/images/1.png", "y/images/0.png", "y/images/1.png") == (["x", "y"], [0, 0, 1, 1])
+    with pytest.raises(InputError, match="train and val both hold folders x and y"):
+        labels("train/x/0.png", "train/y/0.png", "val/x/0.png", "val/y/0.png", "val/y/1.png")
+    with pytest.raises(InputError, match=r"c\.png: lies beside class folders"):
+        labels("x/0.png", "x/1.png", "x/2.png", "y/0.png", "y/1.png", "c.png")
+
+
+def describe_labels(source, labels):
+    (source / "dataset.json").write_text(json.dumps({"labels": labels}))
+
+
+def test_dataset_json_and_class_folders(tmp_path):
+    source = make_source(tmp_path / "source", each=1)
+    describe_labels(source, [["cat/0.jpg", 1], ["dog/0.jpg", 0]])
+    with pytest.raises(InputError, match=r"cat/0.jpg: dataset.json says class 1, .* is 0"):
+        list_images(open_source(source))
+    assert list_images(open_source(source), "json").labels == [1, 0]
+    assert list_images(open_source(source), "folders").labels == [0, 1]
+    describe_labels(source, [["cat/0.jpg", 0], ["dog/0.jpg", 1]])
+    assert list_images(open_source(source)).classes == ["cat", "dog"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([["cat/0.jpg", 0]], "dog/0.jpg and 0 other images are not in dataset.json"),
+        ([["cat/0.jpg", 0], ["dog/0.jpg", 1], ["dog/9.jpg", 1]], "lists dog/9.jpg, which is not there"),
+        ([["cat/0.jpg", 0], ["cat/0.jpg", 1]], "lists cat/0.jpg twice"),
+        ([["cat/0.jpg", -1]], "is no label"),
+        ([["cat/0.jpg", True]], "is no label"),
+        (["cat/0.jpg"], "is no label"),
+    ],
+)
+def test_a_wrong_dataset_json_is_named(labels, message, tmp_path):
+    source = make_source(tmp_path / "source", each=1)
+    describe_labels(source, labels)
+    with pytest.raises(InputError, match=message):
+        list_images(open_source(source))
+
+
+def test_a_source_without_images(tmp_path):
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source/readme.txt").write_text("nothing here")
+    with pytest.raises(InputError, match="holds no images"):
+        run(tmp_path / "source", tmp_path / "out")
+    with pytest.raises(InputError, match="no such folder or zip"):
+        run(tmp_path / "missing", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("member", ["../evil.png", "/etc/evil.png", "a/../../evil.png", "..\\evil.png", "C:/evil.png"])
+def test_a_zip_with_paths_that_lead_out(member, tmp_path):
+    with zipfile.ZipFile(tmp_path / "source.zip", "w") as archive:
+        archive.writestr("a/good.jpg", jpeg())
+        archive.writestr(member, jpeg())
+    with pytest.raises(InputError, match="absolute or parent path"):
+        run(tmp_path / "source.zip", tmp_path / "out")
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_a_zip_with_two_files_of_one_name(tmp_path):
+    with zipfile.ZipFile(tmp_path / "source.zip", "w") as archive:
+        archive.writestr("a/0.jpg", jpeg(0))
+        archive.writestr("a/0.jpg", jpeg(1))
+    with pytest.raises(InputError, match=r"holds 'a/0.jpg' 2 times"):
+        run(tmp_path / "source.zip", tmp_path / "out")
+
+
+def test_a_destination_that_is_not_ours(tmp_path):
+    source = make_source(tmp_path / "source")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/thesis.txt").write_text("precious")
+    with pytest.raises(InputError, match="files that this program did not make"):
+        run(source, tmp_path / "out")
+    (tmp_path / "out.zip").write_bytes(b"precious")
+    with pytest.raises(InputError, match="was not made by this program"):
+        run(source, tmp_path / "out.zip")
+    with pytest.raises(InputError, match="is not a folder"):
+        run(source, tmp_path / "out/thesis.txt")
+    with pytest.raises(InputError, match="lies inside --source"):
+        run(source, source / "out")
+    assert (tmp_path / "out/thesis.txt").read_text() == "precious" and (
+        tmp_path / "out.zip"
+    ).read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize("name", ["out", "out.zip"])
+def test_other_settings_on_the_same_destination(name, tmp_path):
+    source, other = make_source(tmp_path / "source"), make_source(tmp_path / "other")
+    run(source, tmp_path / name)
+    before = contents(tmp_path / name)
+    with pytest.raises(InputError, match="resolution was 16, is now 32"):
+        run(source, tmp_path / name, 32)
+    with pytest.raises(InputError, match=r"source was '.*/source', is now '.*/other'"):
+        run(other, tmp_path / name)
+    run(source, tmp_path / name)
+    assert contents(tmp_path / name) == before
+
+
+def test_what_a_kill_while_packing_leaves_is_removed(tmp_path):
+    (tmp_path / ".out.zip.123.tmp").write_bytes(b"half a zip")
+    run(make_source(tmp_path / "source"), tmp_path / "out.zip")
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "out.zip"}
+
+
+@pytest.mark.parametrize("flag", ["--resolution", "--workers"])
+def test_numbers_must_be_positive(flag, tmp_path):
+    with pytest.raises(InputError, match=f"{flag} 0: must be at least 1"):
+        run(make_source(tmp_path / "source"), tmp_path / "out", 16, flag, 0)
+
+
+def test_a_disk_that_is_full_leaves_only_whole_files(tmp_path):
+    source = make_source(tmp_path / "source", each=4)
+    for i in range(4):  # noise compresses badly: one flat image fits the limit, these do not
+        Image.new("RGB", (64, 64), (i, i, i)).save(source / f"cat/{i}.png")
+    arguments = ["--source", source, "--dest", tmp_path / "out", "--resolution", "64", "--workers", "1"]
+    command = [sys.executable, REPOSITORY / "preprocessing/convert.py", *map(str, arguments)]
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, 5_000))  # noqa: E731
+    full = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit)
+    assert full.returncode == 2 and "out: cannot be written (File too large)" in full.stderr, full.stderr
+    assert "Traceback" not in full.stderr
+    left = contents(tmp_path / "out")
+    assert not [name for name in left if name.endswith(".tmp")]
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    complete = contents(tmp_path / "out")
+    assert left.items() <= complete.items() and "dataset.json" in complete
+
+
+def test_the_published_command_line(tmp_path):
+    source = make_source(tmp_path / "source")
+    (source / "cat/turned.jpg").write_bytes(oriented_jpeg())
+    door = [f"--source={source}", f"--dest={tmp_path / 'out'}", "--transform=center-crop-dhariwal", "--workers=1"]
+    dataset_tools.main(["convert", *door, "--resolution=16x16"])
+    run(source, tmp_path / "ours", 16, "--exif", "ignore")
+    assert contents(tmp_path / "out") == contents(tmp_path / "ours")
+    with pytest.raises(InputError, match="must be square"):
+        dataset_tools.main(["convert", *door, "--resolution=16x32"])
+
+
+@pytest.mark.parametrize("suffix", ["", ".zip"])
+def test_killed_and_restarted(suffix, tmp_path):
+    source = tmp_path / "source"
+    for name in ("cat", "dog"):
+        (source / name).mkdir(parents=True)
+        for i in range(150):
+            (source / name / f"{i}.jpg").write_bytes(jpeg(i, (400, 300)))
+    (tmp_path / "work").mkdir()
+    arguments = ["--source", source, "--resolution", 128, "--workers", 2]
+    assert survives_kills("preprocessing/convert.py", arguments, tmp_path / "work", suffix, KILLS) == 302

@@ -1,0 +1,162 @@
+"""verify.py finds what is wrong, and nothing where nothing is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from files import InputError
+from preprocessing import verify
+from preprocessing.destination import write_dataset_json
+from tests.test_encode import make_images
+from tests.test_encode import run as run_encode
+
+LATENT = "vae-sd/00000/img-mean-std-00000003.npy"
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Return a data set of seven pairs in pixel space, mirrored latents beside."""
+    run_encode(make_images(tmp_path / "images"), tmp_path / "vae-sd", "pixel", "--flip")
+    return tmp_path
+
+
+def run(data, *flags):
+    verify.main([str(data), "--workers", "1", *flags])
+
+
+def test_a_sound_data_set(data, capsys):
+    run(data)
+    said = capsys.readouterr().out
+    assert "7 pairs, 3 classes of 2 to 3, images 16 px" in said and "all is well" in said
+    assert "mean inf dB" in said  # pixels lose nothing
+    checksums = dict(reversed(line.split("  ")) for line in (data / "checksums.sha256").read_text().splitlines())
+    assert len(checksums) == 3 * 7 + 2
+    assert checksums[LATENT] == hashlib.sha256((data / LATENT).read_bytes()).hexdigest()
+    sheet = Image.open(data / "verify.png")
+    assert sheet.size[0] > 7 * 16
+    run(data)
+    assert "23 files, 0 differ" in capsys.readouterr().out
+
+
+def test_the_contact_sheet_shows_image_above_reconstruction(tmp_path):
+    images = torch.arange(10, dtype=torch.uint8)[:, None, None, None].expand(10, 3, 64, 64)
+    verify.contact_sheet(tmp_path / "sheet.png", images, images + 100)
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png"))[32::66, 32::66, 0]
+    assert sheet.tolist() == [
+        [0, 1, 2, 3, 4, 5, 6, 7],
+        [100, 101, 102, 103, 104, 105, 106, 107],
+        [8, 9, 255, 255, 255, 255, 255, 255],
+        [108, 109, 255, 255, 255, 255, 255, 255],
+    ]
+
+
+def spoil_moments(change):
+    def spoil(data):
+        moments = np.load(data / LATENT)
+        np.save(data / LATENT, change(moments))
+
+    return spoil
+
+
+def set_value(moments, position, value):
+    moments[position] = value
+    return moments
+
+
+def cut_image(data):
+    path = data / "images/00000/img00000003.png"
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def lose_flip(data):
+    (data / "vae-sd/00000/img-mean-std-flip-00000003.npy").unlink()
+
+
+def lose_latents(data):
+    (data / LATENT).unlink()
+
+
+def grey_image(data):
+    Image.new("L", (16, 16)).save(data / "images/00000/img00000003.png")
+
+
+def change_label(data):
+    dataset = json.loads((data / "images/dataset.json").read_text())
+    dataset["labels"][3][1] = 2
+    write_dataset_json(data / "images/dataset.json", dataset)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (cut_image, r"img00000003.png: broken image"),
+        (grey_image, r"img00000003.png: 16 x 16 pixels of mode L"),
+        (lose_flip, r"flip-00000003.npy: cannot be read"),
+        (spoil_moments(lambda m: set_value(m, (0, 0, 0), np.nan)), "00000003.npy: has values that are not finite"),
+        (spoil_moments(lambda m: set_value(m, (4, 0, 0), -0.5)), "00000003.npy: has a negative standard deviation"),
+        (spoil_moments(lambda m: m[:, 1:]), r"00000003.npy: float32 of shape \(6, 15, 16\), not \(6, 16, 16\)"),
+        (spoil_moments(lambda m: m.astype(np.int32)), "00000003.npy: int32"),
+    ],
+)
+def test_a_spoilt_file_is_named(spoil, message, data, capsys):
+    spoil(data)
+    with pytest.raises(InputError, match="1 problems"):
+        run(data)
+    assert re.search(message, capsys.readouterr().err)
+    assert not (data / "checksums.sha256").exists()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"), [(lose_latents, "have no partner"), (change_label, "index 3 has label 2 in .* and 0 in")]
+)
+def test_what_does_not_pair(spoil, message, data):
+    spoil(data)
+    with pytest.raises(InputError, match=message):
+        run(data)
+
+
+def test_a_change_since_the_checksums(data, capsys):
+    run(data)
+    spoil_moments(lambda m: set_value(m, (0, 0, 0), 0.25))(data)
+    with pytest.raises(InputError, match="1 problems"):
+        run(data)
+    assert f"{LATENT}: differs from checksums.sha256" in capsys.readouterr().err
+    run(data, "--update-checksums")
+    run(data)
+
+
+def test_latents_of_other_images(data, capsys):
+    first, last = data / "vae-sd/00000/img-mean-std-00000000.npy", data / "vae-sd/00000/img-mean-std-00000006.npy"
+    first.write_bytes(last.read_bytes())
+    for index in range(1, 7):
+        (data / f"vae-sd/00000/img-mean-std-{index:08d}.npy").write_bytes(first.read_bytes())
+    Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(data / "images/00000/img00000006.png")
+    with pytest.raises(InputError, match="1 problems"):
+        run(data)
+    assert "do not show the images" in capsys.readouterr().err
+
+
+def test_statistics_are_those_of_drawn_latents():
+    rng = np.random.default_rng(0)
+    moments = np.stack([rng.normal(1, 2, (1, 100, 100)), np.full((1, 100, 100), 0.5)], axis=1)[0]
+    found = verify.Findings(count=10_000, mean_sum=moments[:1].sum((1, 2)), square_sum=(moments**2).sum((0, 1, 2)))
+    latent_format = verify.LatentFormat("x", channels=1, factor=8, scale=0.5, shift=0.2)
+    mean, std = verify.latent_statistics(found, latent_format)
+    drawn = latent_format.sample(torch.tensor(moments)[None], torch.tensor(rng.normal(size=(1, 1, 100, 100))))
+    np.testing.assert_allclose(mean, drawn.mean(), atol=0.02)
+    np.testing.assert_allclose(std, drawn.std(), atol=0.02)
+
+
+def test_a_codec_that_cannot_be_loaded_is_no_dead_end(data):
+    with pytest.raises(InputError, match="--reconstruct 0"):
+        run(data, "--vae", "/no/such/folder")
+    run(data, "--reconstruct", "0")
+    with pytest.raises(InputError, match="--reconstruct -1"):
+        run(data, "--reconstruct", "-1")
