@@ -32,7 +32,7 @@ from pictures import image_grid, save_png
 from samplers import MODES, SOLVERS, Guidance, derive_seed, sample_images
 
 LABEL_STREAM = 2  # keeps the draw of an image's label apart from its noise, whose key is (seed, number)
-GRID_IMAGES = 64
+GRID_ROWS, GRID_COLUMNS = 8, 12  # at most; of balanced labels, a column a class where there is room
 WRITER_THREADS = 4
 PUBLISHED_VAES = {"ema": "sd-vae-ft-ema", "mse": "sd-vae-ft-mse"}
 # What may differ when an interrupted folder is completed: none of it changes an image.
@@ -300,8 +300,10 @@ def finish(args: argparse.Namespace, folder: Path, labels: list[int]) -> None:
     names = [image_path(folder, number).name for number in range(args.num_fid_samples)]
     listed = [[name, label] for name, label in zip(names, labels, strict=True)]
     write_json(folder / "images" / "dataset.json", {"labels": listed})
-    first = [np.array(Image.open(folder / "images" / name)) for name in names[:GRID_IMAGES]]
-    save_png(folder / "grid.png", image_grid(np.stack(first)))
+    classes = len(set(labels))
+    columns = classes if args.label_sampling == "balanced" and 1 < classes <= GRID_COLUMNS else GRID_COLUMNS
+    first = [np.array(Image.open(folder / "images" / name)) for name in names[: GRID_ROWS * columns]]
+    save_png(folder / "grid.png", image_grid(np.stack(first), min(columns, len(first))))
     if args.save_cls:
         join_cls_tokens(folder, args.num_fid_samples)
     if args.npz:

@@ -13,7 +13,7 @@ from PIL import Image
 from files import atomic_write
 
 MIN_TILE = 64  # px: smaller images are shown enlarged
-SMOOTHING = 0.05  # weight of the newest point in the drawn average
+SMOOTHED_SHARE = 20  # a drawn curve is averaged over one part in so many
 SMOOTHED_FROM = 50  # points; fewer are shown as they are
 
 
@@ -79,9 +79,6 @@ def loss_curves(metrics: str | Path, picture: str | Path) -> None:
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """Return the exponential average, corrected for its start as in Adam (arXiv 1412.6980, section 3)."""
-    average, smoothed = 0.0, []
-    for number, value in enumerate(values, start=1):
-        average += SMOOTHING * (value - average)
-        smoothed.append(average / (1 - (1 - SMOOTHING) ** number))
-    return np.array(smoothed)
+    """Return the mean over a window centred on each value, cut at the ends."""
+    window = np.ones(len(values) // SMOOTHED_SHARE | 1)
+    return np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")
