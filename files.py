@@ -118,7 +118,7 @@ class FileSource:
         """Return the file's bytes. Raises InputError, naming the file, if it cannot be read."""
         try:
             return self._zip().read(name) if self.is_zip else (self.path / name).read_bytes()
-        except (OSError, KeyError, zipfile.BadZipFile) as error:
+        except (OSError, KeyError, zipfile.BadZipFile, RuntimeError) as error:  # RuntimeError: encrypted
             raise InputError(f"{self.describe(name)}: cannot be read ({error})") from error
 
     def _zip(self) -> zipfile.ZipFile:
