@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -54,6 +55,7 @@ class RunLog:
         self.steps: int = state["steps"]  # that counted
         self.counts = {name: state.get(name, 0) for name in COUNTS}
         self.started = time.perf_counter() - state["seconds"]
+        self.waiting: dict[str, list[str]] = {}  # lines of files on a full disk
         self._begin_interval()
         if main:
             for path in (self.metrics, folder / "bad_steps.jsonl"):
@@ -118,18 +120,22 @@ class RunLog:
     def write_line(self, name: str, row: dict[str, Any]) -> None:
         """Append a row, which must have a step, to a file of the run's folder; it is on the disk when this returns.
 
-        A checkpoint then never outlives the rows before it, whatever the machine dies of.
+        So a checkpoint never outlives the rows before it, whatever the machine dies of. Where a disk is full, rows wait
+        in memory for the next one.
         """
-        if self.main:
-            with open(self.folder / name, "a", encoding="utf-8") as file:
-                file.write(json.dumps(_finite(row)) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+        if not self.main:
+            return
+        waiting = self.waiting.setdefault(name, [])
+        waiting.append(json.dumps(_finite(row)) + "\n")
+        with going_on_despite(f"{name} of {self.folder}"):
+            _append("".join(waiting), self.folder / name)
+            waiting.clear()
 
     def draw(self) -> None:
         """Write the loss curves."""
         if self.main and self.metrics.exists():
-            loss_curves(self.metrics, self.picture)
+            with going_on_despite(str(self.picture)):
+                loss_curves(self.metrics, self.picture)
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint needs, so that the rows of a resumed run are those of one never stopped."""
@@ -139,6 +145,29 @@ class RunLog:
         self.interval_started = time.perf_counter()
         self.steps_in_interval = 0
         self.waited = 0.0
+
+
+@contextlib.contextmanager
+def going_on_despite(what: str) -> Iterator[None]:
+    """Turn a failure to write `what`, which a run does not depend on, into a warning."""
+    try:
+        yield
+    except OSError as error:
+        print(f"warning: {what} cannot be written, training goes on: {error}", file=sys.stderr)
+
+
+def _append(text: str, path: Path) -> None:
+    """Append `text` and sync it, or leave the file as it was: half a line would spoil the next."""
+    length = path.stat().st_size if path.exists() else 0
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        if path.exists():
+            os.truncate(path, length)
+        raise
 
 
 def _keep_rows_up_to(path: Path, step: int) -> None:

@@ -25,6 +25,7 @@ from models import ema
 from models.encoders import Encoder
 from pictures import image_grid, save_png
 from preemption import EXIT_RESUMABLE, StopSignal
+from run_log import going_on_despite
 from samplers import Guidance, derive_seed, sample_images
 from train_settings import parse_args
 from train_setup import Run, set_up
@@ -56,6 +57,7 @@ def train(run: Run) -> bool:
         if run.step % args.checkpointing_steps == 0 or last or run.wishes:
             save(run)
     bar.close()
+    run.log.draw()
     run.writer.finish()
     if run.step == last_step and run.writer.failure:
         raise InputError(f"{run.writer.failure}; make room, then go on from the one before by --resume latest")
@@ -174,7 +176,6 @@ def save(run: Run) -> None:
             "log": run.log.state(),
         }
         run.writer.save(run.step, content)
-        run.log.draw()
 
 
 def write_samples(run: Run) -> None:
@@ -205,7 +206,9 @@ def write_reconstructions(run: Run) -> None:
 def write_grid(run: Run, name: str, latents: Tensor) -> None:
     """Decode latents and write them as samples/NAME.png; to the tracker as well."""
     grid = image_grid(run.codec.decode(latents.float()).permute(0, 2, 3, 1).cpu().numpy())
-    save_png(run.folder / "samples" / f"{name}.png", grid)
+    path = run.folder / "samples" / f"{name}.png"
+    with going_on_despite(str(path)):
+        save_png(path, grid)
     for tracker in run.accelerator.trackers:
         if tracker.name == "wandb":
             import wandb

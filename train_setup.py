@@ -254,6 +254,8 @@ def restore(checkpoint: dict[str, Any], model: SiT, average: SiT, optimizer: tor
         model.load_state_dict(network_weights(checkpoint, "model"))
         average.load_state_dict(network_weights(checkpoint, "ema"))
         optimizer.load_state_dict({**checkpoint["opt"], "param_groups": groups})
+        for state in optimizer.state.values():  # its own memory: the file is mapped, and may be cleared away soon
+            state.update({name: value.clone() for name, value in state.items() if value.device.type == "cpu"})
     except (RuntimeError, ValueError) as error:
         raise InputError(f"the checkpoint does not fit the network of the flags: {error}") from error
 

@@ -90,7 +90,7 @@ class CheckpointWriter:
             self.failure, self.saved_step = None, step
 
     def _prune(self, step: int) -> None:
-        """Remove old checkpoints. Those of later steps, of a part of the run that is gone over again, are not touched."""
+        """Remove old checkpoints; not those of later steps, which a run that went back will meet again."""
         if not self.keep_last:
             return
         old = [path for path in list_checkpoints(self.folder) if int(path.stem) <= step][: -self.keep_last]
