@@ -239,3 +239,14 @@ def test_too_many_bad_steps_in_a_row_end_the_run(train_flags, data, tmp_path):
     bad = [json.loads(line) for line in (folder / "bad_steps.jsonl").read_text().splitlines()]
     assert [(row["step"], row["kind"], len(row["samples"])) for row in bad] == [(s, "weights", 8) for s in (3, 4, 5)]
     verify_checkpoint(folder / "checkpoints" / "0000003.pt")
+
+
+def test_a_process_that_hangs_is_not_waited_for_for_ever(train_flags, tmp_path):
+    flags = flags_of(train_flags, "hangs", "--max-train-steps", "100000", "--timeout-minutes", "0.05")
+    training = Training(flags, tmp_path / "output.txt", processes=2)
+    training.wait_for_lines(run_folder(flags) / "metrics.jsonl", lines=2)
+    os.kill(training.processes[1].pid, signal.SIGSTOP)
+    training.processes[0].join(30)
+    status = training.processes[0].exitcode
+    training.kill()
+    assert status not in (None, 0) and "imed out" in training.text()
