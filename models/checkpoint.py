@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from files import InputError, atomic_write
+from models.exchange import is_exported, read_network
 from models.sit import ENCODER_DEPTHS, PRESETS, SiT
 
 CHECKPOINT_NAME = re.compile(r"(\d{7,})\.pt")
@@ -81,7 +82,7 @@ def load_checkpoint(path: str | Path, verify: bool = True) -> dict[str, Any]:
     """Return the content of a checkpoint, tensors on the CPU and, where the format allows, read only when used.
 
     Args:
-        path: of this or of the published code.
+        path: of this or of the published code; or what export.py wrote, a .safetensors file or a folder.
         verify: whether to compare the file with its checksum first, see `verify_checkpoint`.
 
     Raises:
@@ -89,6 +90,8 @@ def load_checkpoint(path: str | Path, verify: bool = True) -> dict[str, Any]:
             values and `argparse.Namespace`.
     """
     path = Path(path)
+    if is_exported(path):
+        return read_network(path)
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint file")
     if verify:
@@ -223,7 +226,7 @@ def load_model(path: str | Path, weights: str = "ema", device: torch.device | st
     """Return the trained network of a checkpoint file, in eval mode: all one needs in a notebook.
 
     Args:
-        path: a REG, REPA or SiT checkpoint, of this or of the published code.
+        path: a REG, REPA or SiT checkpoint, of this or of the published code, or what export.py wrote.
         weights: "ema", the averaged weights, or "model".
         device: where to.
 
