@@ -95,7 +95,7 @@ class LatentDataset(Dataset):
             size = f"{image.shape[2]} x {image.shape[1]}"
             raise InputError(f"{self._image_path(i)}: {size}, not {self.resolution} x {self.resolution} as the first")
         if moments.shape != self.moments_shape:
-            raise InputError(f"{self._latent_path(i)}: shape {moments.shape}, not {self.moments_shape} as the first")
+            raise InputError(f"{self.latent_path(i)}: shape {moments.shape}, not {self.moments_shape} as the first")
         return torch.from_numpy(image), torch.from_numpy(moments), torch.tensor(self.labels[i])
 
     def check(self, progress: Callable[[Iterator], Iterator] = iter) -> None:
@@ -120,6 +120,11 @@ class LatentDataset(Dataset):
             problems = [text for text in progress(pool.map(problem, range(len(self)))) if text]
         if problems:
             raise InputError(f"{len(problems)} broken files:\n  " + "\n  ".join(problems[:PROBLEMS_SHOWN]))
+
+    def latent_path(self, i: int) -> str:
+        """Return the path of item i's latents, as messages should show it."""
+        mirrored, i = divmod(i, len(self))
+        return self.latents.describe(self._latent_name(i, bool(mirrored)))
 
     def _image(self, i: int) -> np.ndarray:
         """Return image i, uint8 (3, R, R)."""
@@ -150,13 +155,10 @@ class LatentDataset(Dataset):
     def _image_path(self, i: int) -> str:
         return self.images.describe(self.image_names[i].decode())
 
-    def _latent_path(self, i: int) -> str:
-        return self.latents.describe(self.latent_names[i].decode())
-
     def _check_geometry(self) -> None:
         channels, fmt = self.moments_shape[0] // 2, self.latent_format
         if channels != fmt.channels:
-            raise InputError(f"{self._latent_path(0)}: {channels} channels, but codec {fmt.codec} has {fmt.channels}")
+            raise InputError(f"{self.latent_path(0)}: {channels} channels, but codec {fmt.codec} has {fmt.channels}")
         if self.resolution != self.latent_size * fmt.factor:
             raise InputError(
                 f"{self.data_dir}: images of {self.resolution} px and latents of {self.latent_size}, "

@@ -5,29 +5,32 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from files import atomic_write
 from pictures import loss_curves, read_metrics
 
+COUNTS = ("bad_steps", "overflow_steps")  # summed over the steps of a row, where all else is averaged
+
 
 class RunLog:
-    """Collects the terms of each step on their device and writes a row, their means, now and then.
+    """Collects the numbers of each step and writes a row, their means, now and then.
 
     Args:
         folder: of the run.
         batch_size: global, for images per second.
         main: whether this process writes.
-        reduce: averages a tensor over the processes.
         track: hands a row and its step to the tracker.
         state: what `state()` returned when the run was saved; None for a new run.
         step: of the run's start or continuation; rows beyond it belong to a part of the run that was lost.
+        peak_images_per_second: at which the devices would do nothing but the network's arithmetic; None if unknown.
     """
 
     def __init__(
@@ -35,37 +38,46 @@ class RunLog:
         folder: Path,
         batch_size: int,
         main: bool,
-        reduce: Callable[[Tensor], Tensor],
         track: Callable[[dict[str, float], int], None],
         state: dict[str, Any] | None = None,
         step: int = 0,
+        peak_images_per_second: float | None = None,
     ):
+        self.folder = folder
         self.metrics = folder / "metrics.jsonl"
         self.picture = folder / "loss.png"
         self.batch_size = batch_size
         self.main = main
-        self.reduce = reduce
         self.track = track
+        self.peak_images_per_second = peak_images_per_second
         state = state or {"sums": {}, "steps": 0, "seconds": 0.0}
-        self.sums: dict[str, Tensor | float] = dict(state["sums"])
-        self.steps: int = state["steps"]
+        self.sums = {name: float(value) for name, value in state["sums"].items()}
+        self.steps: int = state["steps"]  # that counted
+        self.counts = {name: state.get(name, 0) for name in COUNTS}
         self.started = time.perf_counter() - state["seconds"]
+        self.waiting: dict[str, list[str]] = {}  # lines of files on a full disk
         self._begin_interval()
         if main:
-            self._keep_rows_up_to(step)
+            for path in (self.metrics, folder / "bad_steps.jsonl"):
+                _keep_rows_up_to(path, step)
 
     @property
     def seconds(self) -> float:
         """Seconds of training, earlier parts of the run included."""
         return time.perf_counter() - self.started
 
-    def add(self, name: str, value: Tensor) -> None:
-        """Add a scalar on the device to a name's sum. Does not wait for it."""
-        self.sums[name] = self.sums.get(name, 0.0) + value.detach().float()
+    def add(self, means: dict[str, float]) -> None:
+        """Add the means of a step that counted."""
+        for name, value in means.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.steps += 1
+
+    def count(self, name: str) -> None:
+        """Count a step that did not: one of `COUNTS`."""
+        self.counts[name] += 1
 
     def end_step(self) -> None:
-        """Count one optimiser step."""
-        self.steps += 1
+        """Count one step of the clock, whether it counted or not."""
         self.steps_in_interval += 1
 
     @contextlib.contextmanager
@@ -75,20 +87,24 @@ class RunLog:
         yield
         self.waited += time.perf_counter() - start
 
-    def write_row(self, step: int, **more: float) -> dict[str, float]:
-        """Write and return the means since the last row. The one place in training that waits for the device."""
-        names = sorted(self.sums)
-        means = self.reduce(torch.stack([torch.as_tensor(self.sums[name]) for name in names])) / self.steps
+    def write_row(self, step: int, **more: float) -> dict[str, Any]:
+        """Write and return the means since the last row."""
         elapsed = time.perf_counter() - self.interval_started
+        speed = self.steps_in_interval * self.batch_size / elapsed
         row = {
             "step": step,
-            **dict(zip(names, means.tolist(), strict=True)),
+            **{name: self.sums[name] / self.steps for name in sorted(self.sums)},
+            **{name: count for name, count in self.counts.items() if count},
             **more,
-            "images_per_second": self.steps_in_interval * self.batch_size / elapsed,
+            "images_per_second": speed,
             "data_wait": self.waited / elapsed,
             "seconds": self.seconds,
         }
-        self.sums, self.steps = {}, 0
+        if self.peak_images_per_second:
+            row["mfu"] = speed / self.peak_images_per_second
+        if torch.cuda.is_available():
+            row["gpu_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        self.sums, self.steps, self.counts = {}, 0, dict.fromkeys(COUNTS, 0)
         self._begin_interval()
         self.append(row)
         return row
@@ -97,28 +113,74 @@ class RunLog:
         """Append a row to metrics.jsonl and hand it to the tracker. Numbers that are not finite become null."""
         if not self.main:
             return
-        row = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
-        with open(self.metrics, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        row = _finite(row)
+        self.write_line("metrics.jsonl", row)
         self.track({key: value for key, value in row.items() if value is not None and key != "step"}, row["step"])
+
+    def write_line(self, name: str, row: dict[str, Any]) -> None:
+        """Append a row, which must have a step, to a file of the run's folder; it is on the disk when this returns.
+
+        So a checkpoint never outlives the rows before it, whatever the machine dies of. Where a disk is full, rows wait
+        in memory for the next one.
+        """
+        if not self.main:
+            return
+        waiting = self.waiting.setdefault(name, [])
+        waiting.append(json.dumps(_finite(row)) + "\n")
+        with going_on_despite(f"{name} of {self.folder}"):
+            _append("".join(waiting), self.folder / name)
+            waiting.clear()
 
     def draw(self) -> None:
         """Write the loss curves."""
         if self.main and self.metrics.exists():
-            loss_curves(self.metrics, self.picture)
+            with going_on_despite(str(self.picture)):
+                loss_curves(self.metrics, self.picture)
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint needs, so that the rows of a resumed run are those of one never stopped."""
-        return {"sums": dict(self.sums), "steps": self.steps, "seconds": self.seconds}
+        return {"sums": dict(self.sums), "steps": self.steps, "seconds": self.seconds, **self.counts}
 
     def _begin_interval(self) -> None:
         self.interval_started = time.perf_counter()
         self.steps_in_interval = 0
         self.waited = 0.0
 
-    def _keep_rows_up_to(self, step: int) -> None:
-        if not self.metrics.exists():
-            return
-        rows = [row for row in read_metrics(self.metrics) if row["step"] <= step]
-        with atomic_write(self.metrics, "w") as file:
+
+@contextlib.contextmanager
+def going_on_despite(what: str) -> Iterator[None]:
+    """Turn a failure to write `what`, which a run does not depend on, into a warning."""
+    try:
+        yield
+    except OSError as error:
+        print(f"warning: {what} cannot be written, training goes on: {error}", file=sys.stderr)
+
+
+def _append(text: str, path: Path) -> None:
+    """Append `text` and sync it, or leave the file as it was: half a line would spoil the next."""
+    length = path.stat().st_size if path.exists() else 0
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        if path.exists():
+            os.truncate(path, length)
+        raise
+
+
+def _keep_rows_up_to(path: Path, step: int) -> None:
+    if path.exists():
+        rows = [row for row in read_metrics(path) if row["step"] <= step]
+        with atomic_write(path, "w") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def _finite(value: Any) -> Any:
+    """Return `value` with null for numbers that JSON does not know, at any depth."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

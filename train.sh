@@ -4,7 +4,11 @@
 #     MODEL=SiT-XL/2 DATA_DIR=/data/imagenet256 bash train.sh --seed 1
 #
 # The same command goes on where an interrupted run stopped. GPUs are found by themselves; for several machines run it
-# on each with NUM_MACHINES, MACHINE_RANK, HEAD_ADDRESS and HEAD_PORT (launch.sh).
+# on each with NUM_MACHINES, MACHINE_RANK, HEAD_ADDRESS and HEAD_PORT (launch.sh), or under SLURM simply
+#
+#     sbatch --nodes 4 --ntasks-per-node 1 --gpus-per-node 8 --requeue --open-mode append --signal USR1@300 --wrap "srun --kill-on-bad-exit=1 bash train.sh"
+#
+# SIGTERM or SIGUSR1 make it save and end with status 75, "can go on"; a SLURM job then puts itself back into the queue.
 set -euo pipefail
 cd "$(dirname "$0")"
 source launch.sh
@@ -19,6 +23,7 @@ STEPS=${STEPS:-400000}                    # 400 K for the tables, 4 M for the he
 PRECISION=${PRECISION:-}                  # fp16, bf16 or no; empty: fp16 on GPUs, no on the CPU
 REPORT_TO=${REPORT_TO:-none}              # wandb, tensorboard or none
 
+status=0
 launch train.py \
     --model "$MODEL" \
     --data-dir "$DATA_DIR" \
@@ -30,4 +35,9 @@ launch train.py \
     --report-to "$REPORT_TO" \
     ${PRECISION:+--mixed-precision "$PRECISION"} \
     --resume latest \
-    "$@"
+    "$@" || status=$?
+
+if ((status == EXIT_RESUMABLE && MACHINE_RANK == 0)) && [ -n "${SLURM_JOB_ID:-}" ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"

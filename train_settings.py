@@ -19,7 +19,8 @@ MAY_CHANGE = {
     "allow_tf32", "mixed_precision", "epochs", "max_train_steps", "checkpointing_steps", "fused_attn", "num_workers",
     "gradient_accumulation_steps", "log_steps", "check_data", "device", "enc_weights", "vae", "grid_samples",
     "grid_num_steps", "grid_cfg_scale", "eval_steps", "eval_ref", "eval_samples", "eval_num_steps", "eval_batch_size",
-    "eval_inception", "legacy",
+    "eval_inception", "legacy", "keep_last", "keep_every", "background_save", "retry_steps",
+    "max_bad_steps", "timeout_minutes",
 }  # fmt: skip
 
 
@@ -41,6 +42,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="steps between two rows of metrics.jsonl (%(default)s)",
     )
     add("--checkpointing-steps", type=int, default=50_000, help="steps between two checkpoints (%(default)s)")
+    add("--keep-last", type=int, default=0, help="keep so many of the newest checkpoints; 0: all (%(default)s)")
+    add("--keep-every", type=int, default=0, help="besides --keep-last, keep those of every so many steps; 0: none")
+    add("--background-save", action=switch, default=True, help="write checkpoints while training goes on, from a copy")
+    add(
+        "--retry-steps",
+        type=int,
+        default=100,
+        help="after a checkpoint that could not be written, try again so many steps later (%(default)s)",
+    )
+    add("--max-bad-steps", type=int, default=20, help="stop after so many steps in a row without a finite gradient")
+    add("--timeout-minutes", type=float, default=30, help="how long processes wait for one that has died (%(default)s)")
     add("--resume-step", type=int, default=0, help="go on from the checkpoint of this step; 0: start anew")
     add("--resume", help="go on from 'latest' (start anew if there is no checkpoint yet) or from a checkpoint file")
     add(
@@ -148,20 +160,18 @@ def _check_args(args: argparse.Namespace) -> None:
         "grid_samples",
         "grid_num_steps",
         "projector_dim",
+        "eval_samples",
+        "eval_num_steps",
+        "eval_batch_size",
+        "retry_steps",
+        "max_bad_steps",
+        "timeout_minutes",
     )
     for name in positive:
         if getattr(args, name) <= 0:
             raise InputError(f"{flag(name)} {getattr(args, name)}: must be greater than 0")
-    for name in (
-        "eval_steps",
-        "sampling_steps",
-        "resume_step",
-        "seed",
-        "num_workers",
-        "proj_coeff",
-        "cls",
-        "adam_weight_decay",
-    ):
+    from_zero = ("sampling_steps", "resume_step", "seed", "num_workers", "proj_coeff", "cls", "adam_weight_decay")
+    for name in (*from_zero, "keep_last", "keep_every", "eval_steps"):
         if getattr(args, name) < 0:
             raise InputError(f"{flag(name)} {getattr(args, name)}: must be 0 or greater")
     for name in ("ema_decay", "cfg_prob", "adam_beta1", "adam_beta2"):
@@ -173,6 +183,8 @@ def _check_args(args: argparse.Namespace) -> None:
         raise InputError("--enc-type none: the class slot needs an encoder; add --no-cls-token to train SiT")
     if args.resume and args.resume_step:
         raise InputError(f"--resume {args.resume} and --resume-step {args.resume_step}: give one of them")
+    if args.keep_every and not args.keep_last:
+        raise InputError(f"--keep-every {args.keep_every}: says what to keep besides --keep-last; give that too")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: no CUDA device is available; allowed here: cpu, auto")
     if args.report_to != "none" and importlib.util.find_spec(args.report_to) is None:

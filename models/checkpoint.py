@@ -5,44 +5,97 @@ The format is the published one, a dict with
     opt          AdamW's state, by index of the parameter
     args         the run's settings, an `argparse.Namespace`
     steps        optimiser steps done
-and what else the writer adds. A file is data: nothing in it is ever executed.
+and what else the writer adds. A file is data: nothing in it is ever executed. Beside 0050000.pt lies 0050000.pt.sha256,
+as `sha256sum --check` reads it; a file without one, such as the published ones, is checked by the sums inside the zip.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import io
 import pickle
 import re
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
 
 from files import InputError, atomic_write
+from models.exchange import is_exported, read_network
 from models.sit import ENCODER_DEPTHS, PRESETS, SiT
 
 CHECKPOINT_NAME = re.compile(r"(\d{7,})\.pt")
+READ_BYTES = 16 * 2**20
 OLD_BLOCKS = "decoder_blocks."  # older REPA checkpoints name the blocks behind the projectors so
 
 
 def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
-    """Write a checkpoint; it appears under its name only when it is complete."""
-    with atomic_write(path) as file:
-        torch.save(content, file)
-
-
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Return the content of a checkpoint, tensors on the CPU and, where the format allows, read only when used.
+    """Write a checkpoint and its checksum; it appears under its name only when it is complete.
 
     Raises:
-        InputError: no such file, truncated, of another kind, or holding anything but tensors, plain Python values and
-            `argparse.Namespace`.
+        OSError: it cannot be written; a file that was there before is still there.
+    """
+    path = Path(path)
+    with atomic_write(path) as file:
+        hashing = _HashingFile(file)
+        torch.save(content, hashing)
+        # From here to the end the file stands without a checksum, never beside that of another.
+        checksum_path(path).unlink(missing_ok=True)
+    with atomic_write(checksum_path(path), "w") as file:
+        file.write(f"{hashing.digest.hexdigest()}  {path.name}\n")
+
+
+def checksum_path(path: Path) -> Path:
+    """Return where the checksum of a checkpoint lies."""
+    return path.with_name(path.name + ".sha256")
+
+
+def verify_checkpoint(path: str | Path) -> None:
+    """Read a checkpoint through and compare it with its checksum, or a zip without one with the sums inside it.
+
+    Raises:
+        InputError: there is no such file, or its bytes are not those that were written.
     """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint file")
+    try:
+        if checksum_path(path).exists():
+            expected = checksum_path(path).read_text(encoding="utf-8", errors="replace").split(" ")[0]
+            found = _sha256(path)
+            if found != expected:
+                raise InputError(
+                    f"{path}: damaged; its SHA-256 is {found}, not {expected} as {checksum_path(path)} says"
+                )
+        elif zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if (name := archive.testzip()) is not None:
+                    raise InputError(f"{path}: damaged; the checksum of {name} in it is wrong")
+    except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+        raise InputError(f"{path}: damaged or truncated, it cannot be read through ({error})") from error
+
+
+def load_checkpoint(path: str | Path, verify: bool = True) -> dict[str, Any]:
+    """Return the content of a checkpoint, tensors on the CPU and, where the format allows, read only when used.
+
+    Args:
+        path: of this or of the published code; or what export.py wrote, a .safetensors file or a folder.
+        verify: whether to compare the file with its checksum first, see `verify_checkpoint`.
+
+    Raises:
+        InputError: no such file, damaged, truncated, of another kind, or holding anything but tensors, plain Python
+            values and `argparse.Namespace`.
+    """
+    path = Path(path)
+    if is_exported(path):
+        return read_network(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such checkpoint file")
+    if verify:
+        verify_checkpoint(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -57,10 +110,15 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     return content
 
 
+def list_checkpoints(folder: str | Path) -> list[Path]:
+    """Return the `{step:07d}.pt` files of a folder, in the order of their steps."""
+    found = [path for path in Path(folder).glob("*.pt") if CHECKPOINT_NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(path.stem))
+
+
 def latest_checkpoint(folder: str | Path) -> Path | None:
     """Return the checkpoint of the highest step in a folder of `{step:07d}.pt` files, or None."""
-    found = [path for path in Path(folder).glob("*.pt") if CHECKPOINT_NAME.fullmatch(path.name)]
-    return max(found, key=lambda path: int(path.stem), default=None)
+    return next(reversed(list_checkpoints(folder)), None)
 
 
 def network_weights(
@@ -168,7 +226,7 @@ def load_model(path: str | Path, weights: str = "ema", device: torch.device | st
     """Return the trained network of a checkpoint file, in eval mode: all one needs in a notebook.
 
     Args:
-        path: a REG, REPA or SiT checkpoint, of this or of the published code.
+        path: a REG, REPA or SiT checkpoint, of this or of the published code, or what export.py wrote.
         weights: "ema", the averaged weights, or "model".
         device: where to.
 
@@ -188,3 +246,26 @@ def _rename_old_blocks(state: dict[str, Tensor]) -> dict[str, Tensor]:
         return f"blocks.{int(number) + first}.{rest}"
 
     return {rename(key): value for key, value in state.items()}
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(READ_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+class _HashingFile(io.RawIOBase):
+    """Hands everything on to a file opened for writing, and takes its SHA-256 in passing."""
+
+    def __init__(self, file: IO[bytes]):
+        self.file = file
+        self.digest = hashlib.sha256()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        return self.file.write(data)

@@ -9,7 +9,7 @@ import copy
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -20,6 +20,10 @@ def averaged_copy(model: Module) -> Module:
 
 
 @torch.no_grad()
-def update(ema: nn.Module, model: nn.Module, decay: float = 0.9999) -> None:
-    """Move `ema` towards `model` by 1 - decay, all tensors in a few fused operations."""
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+def update(ema: nn.Module, model: nn.Module, decay: float = 0.9999, good: Tensor | None = None) -> None:
+    """Move `ema` towards `model` by 1 - decay; not at all where the scalar `good` is 0, without reading it."""
+    weights, averages = list(model.parameters()), list(ema.parameters())
+    if good is None:
+        torch._foreach_lerp_(averages, weights, 1 - decay)
+    else:
+        torch._foreach_lerp_(averages, weights, [good * (1 - decay)] * len(weights))

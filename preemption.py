@@ -1,0 +1,36 @@
+"""Being asked to stop: SIGTERM, as most schedulers send it, and SIGUSR1, SLURM's warning ahead of time.
+
+The first signal only raises a flag; training finishes its step, saves, and ends with `EXIT_RESUMABLE`. A second one
+ends the process at once. A file is never half under its name, so the last checkpoint stays good either way.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from types import FrameType
+
+EXIT_RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: "temporary failure; try again later"
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SAME_SIGNAL_SECONDS = 2.0  # a launcher passes on what the process got directly as well: that is still the first signal
+
+
+class StopSignal:
+    """Tells by `received` whether a signal has come since `listen` was called."""
+
+    def __init__(self) -> None:
+        self.received = False
+        self._first_at = 0.0
+
+    def listen(self) -> None:
+        """Take over the signals of this process."""
+        for number in SIGNALS:
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if not self.received:
+            self.received, self._first_at = True, now
+        elif now - self._first_at > SAME_SIGNAL_SECONDS:
+            os._exit(EXIT_RESUMABLE)

@@ -1,0 +1,105 @@
+"""Training runs in processes of their own that start in milliseconds: forked from a server that has torch loaded."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing import forkserver
+from pathlib import Path
+
+from tests.conftest import ROOT
+
+SECONDS = 60  # after which a test gives a process up
+
+_context = multiprocessing.get_context("forkserver")
+
+
+def _start_server() -> None:
+    """Start the server with the repository on its path, and without pools of threads, which a fork would lose."""
+    before = dict(os.environ)
+    os.environ.update(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
+    _context.set_forkserver_preload(["train", "timm", "matplotlib.backends.backend_agg"])
+    forkserver.ensure_running()
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def _train(flags: list[str], environment: dict[str, str], output: str) -> None:
+    """Do what `python train.py FLAGS` does."""
+    os.environ.update(environment)
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    import torch
+
+    import train
+    from files import run_cli
+
+    torch.set_num_threads(1)
+    sys.argv = ["train.py", *flags]
+    run_cli(train.main)
+
+
+class Training:
+    """One start of a run, on one or several processes. `output` collects what they print."""
+
+    def __init__(self, flags: list[str], output: Path, processes: int = 1):
+        _start_server()
+        self.output = output
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        self.processes = []
+        for rank in range(processes):
+            environment = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_PORT": port}
+            environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
+            arguments = (flags, environment if processes > 1 else {}, str(output))
+            self.processes.append(_context.Process(target=_train, args=arguments, daemon=True))
+        for process in self.processes:
+            process.start()
+
+    def wait(self) -> int:
+        """Wait for the end and return the exit status: that of the first process whose status is not 0."""
+        for process in self.processes:
+            process.join(SECONDS)
+            assert process.exitcode is not None, self.text()
+        return next((process.exitcode for process in self.processes if process.exitcode), 0)
+
+    def signal(self, number: signal.Signals) -> None:
+        for process in self.processes:
+            if process.is_alive():
+                os.kill(process.pid, number)
+
+    def kill(self) -> bool:
+        """Kill all with SIGKILL and return whether they were still running."""
+        running = any(process.is_alive() for process in self.processes)
+        self.signal(signal.SIGKILL)
+        for process in self.processes:
+            process.join(SECONDS)
+        return running
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Wait until a condition holds, or the processes have ended."""
+        end = time.monotonic() + SECONDS
+        while not condition() and any(process.is_alive() for process in self.processes):
+            assert time.monotonic() < end, self.text()
+            time.sleep(0.005)
+
+    def wait_for_lines(self, path: Path, lines: int = 1) -> None:
+        """Wait until a file has so many lines, or the processes have ended."""
+        self.wait_until(lambda: path.exists() and path.read_bytes().count(b"\n") >= lines)
+
+    def text(self) -> str:
+        return self.output.read_text() if self.output.exists() else ""
+
+
+def moments(seed: int, number: int, longest: float) -> list[float]:
+    """Return `number` random moments between 0 and `longest` seconds."""
+    source = random.Random(seed)
+    return [source.uniform(0, longest) for _ in range(number)]

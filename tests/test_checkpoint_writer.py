@@ -1,0 +1,153 @@
+import errno
+import random
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import files
+from files import InputError
+from models import checkpoint_writer
+from models.checkpoint import checksum_path, load_checkpoint, verify_checkpoint
+from models.checkpoint_writer import CheckpointWriter, TensorCopies
+
+CONTENT = {"ema": {"weight": torch.arange(1000.0)}, "steps": 7}
+
+
+def steps_in(folder: Path) -> list[int]:
+    return sorted(int(path.stem) for path in folder.glob("*.pt"))
+
+
+def write(writer: CheckpointWriter, *steps: int) -> None:
+    for step in steps:
+        writer.save(step, CONTENT)
+    writer.finish()
+
+
+@pytest.mark.parametrize(
+    ("keep", "left"),
+    [((0, 0), [10, 20, 30, 40, 50]), ((2, 0), [40, 50]), ((1, 20), [20, 40, 50]), ((9, 0), [10, 20, 30, 40, 50])],
+)
+def test_old_checkpoints_are_cleared_away(tmp_path, keep, left):
+    write(CheckpointWriter(tmp_path, *keep), 10, 20, 30, 40, 50)
+    assert steps_in(tmp_path) == left
+    assert len(list(tmp_path.iterdir())) == 2 * len(left)  # their checksums, and no others
+
+
+def test_going_back_does_not_clear_away_what_is_written_now(tmp_path):
+    write(CheckpointWriter(tmp_path), 100, 200, 300)
+    write(CheckpointWriter(tmp_path, keep_last=1), 150)
+    assert steps_in(tmp_path) == [150, 200, 300]
+
+
+def test_training_goes_on_while_a_file_is_written_from_a_copy(tmp_path, monkeypatch):
+    go_on = threading.Event()
+    save = checkpoint_writer.save_checkpoint
+    monkeypatch.setattr(checkpoint_writer, "save_checkpoint", lambda *a: (go_on.wait(10), save(*a)))
+    weight = torch.zeros(5)
+    writer = CheckpointWriter(tmp_path)
+    start = time.monotonic()
+    writer.save(1, {"ema": {"w": weight}, "list": [weight, 3], "none": None})
+    assert time.monotonic() - start < 5 and writer.busy and steps_in(tmp_path) == []
+    weight.fill_(9)  # the next step
+    go_on.set()
+    writer.finish()
+    content = load_checkpoint(tmp_path / "0000001.pt")
+    assert content["ema"]["w"].tolist() == [0] * 5 == content["list"][0].tolist() and content["list"][1] == 3
+
+
+def test_copies_use_their_memory_again_and_follow_a_new_shape():
+    copies = TensorCopies()
+    first = copies.take({"a": torch.ones(3)})["a"]
+    assert copies.take({"a": torch.zeros(3)})["a"] is first and first.tolist() == [0, 0, 0]
+    assert copies.take({"a": torch.ones(4)})["a"].tolist() == [1, 1, 1, 1]
+
+
+def test_without_memory_for_a_copy_the_file_is_written_at_once(tmp_path, monkeypatch):
+    def no_memory(*args, **kwargs):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    writer = CheckpointWriter(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", no_memory)
+        writer.save(1, CONTENT)
+    assert not writer.busy and steps_in(tmp_path) == [1]
+
+
+class FullDisk:
+    """A file on a disk that has no room beyond some bytes."""
+
+    def __init__(self, file, room: int):
+        self.file, self.room = file, room
+
+    def write(self, data):
+        self.room -= len(memoryview(data).cast("B")) if not isinstance(data, str) else len(data)
+        if self.room < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return self.file.write(data)
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.file.close()
+
+
+@pytest.mark.parametrize("room", [0, 100, 3000])
+@pytest.mark.parametrize("background", [True, False])
+def test_a_full_disk_is_reported_and_touches_nothing(tmp_path, monkeypatch, room, background):
+    messages = []
+    writer = CheckpointWriter(tmp_path, keep_last=1, background=background, report=messages.append)
+    write(writer, 10)
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "open", lambda *args, **more: FullDisk(open(*args, **more), room), raising=False)  # noqa: SIM115
+        write(writer, 20)
+    assert "0000020.pt cannot be written" in writer.failure and "No space left on device" in writer.failure
+    assert messages == [f"warning: {writer.failure}; earlier checkpoints are untouched"]
+    assert steps_in(tmp_path) == [10] and not list(tmp_path.glob(".*"))
+    verify_checkpoint(tmp_path / "0000010.pt")
+    write(writer, 30)
+    assert writer.failure is None and steps_in(tmp_path) == [30]
+
+
+def test_leftovers_of_a_killed_process_are_removed_and_nothing_else(tmp_path):
+    for name in (".0000020.pt.4711.tmp", ".0000020.pt.sha256.4711.tmp", "0000010.pt", "best.pt", ".hidden"):
+        (tmp_path / name).touch()
+    CheckpointWriter(tmp_path).clear_leftovers()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".hidden", "0000010.pt", "best.pt"]
+
+
+def test_the_checksum_is_what_sha256sum_reads(tmp_path):
+    import hashlib
+
+    write(CheckpointWriter(tmp_path), 10)
+    path = tmp_path / "0000010.pt"
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert checksum_path(path).read_text() == f"{digest}  0000010.pt\n"
+
+
+@pytest.mark.parametrize("with_checksum", [True, False])
+@pytest.mark.parametrize("damage", ["truncated", "flipped"])
+def test_damage_at_50_places_is_found(tmp_path, damage, with_checksum):
+    path = tmp_path / "0000010.pt"
+    write(CheckpointWriter(tmp_path), 10)
+    if not with_checksum:
+        checksum_path(path).unlink()
+    whole, source = path.read_bytes(), random.Random(0)
+    for _ in range(50):
+        place = source.randrange(len(whole))
+        if damage == "flipped" and not with_checksum:  # what the zip itself protects: the values
+            place = source.randrange(whole.index(torch.arange(1000.0).numpy().tobytes()), len(whole) // 2)
+        data = whole[:place]
+        if damage == "flipped":
+            data += bytes([whole[place] ^ (1 << source.randrange(8))]) + whole[place + 1 :]
+        path.write_bytes(data)
+        with pytest.raises(InputError, match=r"0000010\.pt"):
+            load_checkpoint(path)
+    path.write_bytes(whole)
+    assert torch.equal(load_checkpoint(path)["ema"]["weight"], CONTENT["ema"]["weight"])

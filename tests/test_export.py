@@ -1,0 +1,92 @@
+import argparse
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from export import export
+from files import InputError
+from models.autoencoder import PixelCodec
+from models.checkpoint import load_model, save_checkpoint
+from tests.conftest import ROOT, run_generate
+from tests.test_checkpoint import content, published
+from tests.test_sit import inputs, randomise, small
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A checkpoint of a network of 3 classes on 8 x 8 pixels."""
+    model = randomise(small(in_channels=3, num_classes=3)).eval()
+    saved = content(model, path_type="cosine", codec=PixelCodec().format.to_json(), resolution=8)
+    save_checkpoint(tmp_path / "0000012.pt", saved)
+    return tmp_path / "0000012.pt"
+
+
+@pytest.mark.parametrize("dest", ["network.safetensors", "folder"])
+@pytest.mark.parametrize("weights", ["ema", "model"])
+def test_an_exported_network_is_the_same(checkpoint, tmp_path, dest, weights):
+    export(checkpoint, tmp_path / dest, weights)
+    ours, theirs = load_model(checkpoint, weights), load_model(tmp_path / dest)
+    assert ours.encoder_depth == theirs.encoder_depth
+    for (name, a), (other, b) in zip(ours.state_dict().items(), theirs.state_dict().items(), strict=True):
+        assert name == other and torch.equal(a, b)
+    x, t, y, cls = inputs(ours)
+    assert all(torch.equal(a, b) for a, b in zip(ours(x, t, y, cls)[0:1], theirs(x, t, y, cls)[0:1], strict=True))
+
+
+def test_a_published_checkpoint_is_exported(tmp_path):
+    from models.sit import SiT_models
+
+    torch.save(published(SiT_models["SiT-S/2"](z_dims=[768], cls_token_dim=768)), tmp_path / "reg.pt")
+    export(tmp_path / "reg.pt", tmp_path / "folder")
+    config = json.loads((tmp_path / "folder" / "config.json").read_text())
+    assert (config["codec"]["codec"], config["steps"], config["path_type"]) == ("sd-vae-ft-mse", 400_000, "linear")
+    assert load_model(tmp_path / "folder").num_classes == 1000
+    assert "SiT-S/2" in (tmp_path / "folder" / "README.md").read_text()
+
+
+def test_the_pipeline_makes_the_images_of_generate(checkpoint, tmp_path, monkeypatch):
+    pytest.importorskip("diffusers")
+    from pipeline import REGPipeline
+
+    export(checkpoint, tmp_path / "folder")
+    pipeline = REGPipeline.from_pretrained(tmp_path / "folder")
+    pipeline.set_progress_bar_config(disable=True)
+    more = {"guidance_scale": 2.0, "guidance_interval": (0, 0.85)}
+    images = pipeline([0, 1, 2, 0, 1], num_inference_steps=4, seed=3, output_type="np", **more).images
+    flags = ["--num-fid-samples", "5", "--label-sampling", "balanced", "--num-steps", "4", "--global-seed", "3"]
+    flags += ["--cfg-scale", "2", "--guidance-high", "0.85", "--device", "cpu", "--sample-dir", str(tmp_path)]
+    run_generate([*flags, "--ckpt", str(tmp_path / "folder"), "--name", "set"], monkeypatch)
+    theirs = np.load(tmp_path / "set" / "samples.npz")["arr_0"]
+    assert np.array_equal(images, theirs) and images.std() > 0
+    assert pipeline(2, num_inference_steps=2).images[0].size == (8, 8)
+
+
+def test_damage_is_named(checkpoint, tmp_path):
+    export(checkpoint, tmp_path / "folder")
+    path = tmp_path / "folder" / "model.safetensors"
+    whole = path.read_bytes()
+    for broken in (whole[: len(whole) // 2], b"", b"\xff" * 100):
+        path.write_bytes(broken)
+        with pytest.raises(InputError, match=r"model\.safetensors: not a readable safetensors file"):
+            load_model(tmp_path / "folder")
+    path.unlink()
+    with pytest.raises(InputError, match=r"model\.safetensors: no such file"):
+        load_model(tmp_path / "folder")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"config\.json: no such file"):
+        load_model(tmp_path / "empty")
+
+
+def test_nothing_is_overwritten_and_mistakes_are_one_line(checkpoint, tmp_path):
+    (tmp_path / "there.safetensors").write_bytes(b"mine")
+    with pytest.raises(InputError, match="there is something already"):
+        export(checkpoint, tmp_path / "there.safetensors")
+    assert (tmp_path / "there.safetensors").read_bytes() == b"mine"
+    save_checkpoint(tmp_path / "odd.pt", {"args": argparse.Namespace()})
+    command = [sys.executable, "export.py", "--ckpt", str(tmp_path / "odd.pt"), "--dest", str(tmp_path / "x")]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.startswith("export.py: error: ") and not (tmp_path / "x").exists()

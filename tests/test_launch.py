@@ -1,0 +1,97 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from files import read_json
+from preemption import EXIT_RESUMABLE
+from tests.conftest import ROOT, read_rows
+
+# A stand-in for a training program: tells its rank, then ends as its argument says or waits to be told to stop.
+PROGRAM = """
+import os, signal, sys, time
+from pathlib import Path
+from preemption import StopSignal
+listener = StopSignal()
+listener.listen()
+rank = int(os.environ.get("RANK", 0))
+Path(sys.argv[1], f"{rank}").write_text(f"{os.getpid()} {os.environ.get('WORLD_SIZE')} {os.environ.get('MASTER_ADDR')}")
+what = sys.argv[2] if rank == 1 else sys.argv[3]
+if what.isdigit():
+    sys.exit(int(what))
+for _ in range(3000):
+    time.sleep(0.01)
+    if listener.received:
+        sys.exit(75)
+"""
+
+
+def launch(tmp_path, *flags: str) -> subprocess.Popen:
+    (tmp_path / "program.py").write_text(PROGRAM)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "launch.py", *flags[:-2], str(tmp_path / "program.py"), str(tmp_path), *flags[-2:]]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(path):
+    end = time.monotonic() + 20
+    while not (path.exists() and path.read_text()):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_all_end_well(tmp_path):
+    process = launch(tmp_path, "--processes", "2", "--machines", "2", "--machine-rank", "1", "0", "0")
+    assert process.wait(20) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"program.py", "2", "3"}
+    assert (tmp_path / "3").read_text().split()[1:] == ["4", "127.0.0.1"]
+
+
+def test_a_process_that_fails_ends_all_and_is_named(tmp_path):
+    process = launch(tmp_path, "--processes", "3", "7", "wait")
+    assert process.wait(20) == 7
+    assert "process 1 on" in (text := process.stderr.read()) and "ended with status 7; ending the others" in text
+
+
+def test_a_process_that_is_killed_ends_all_and_is_named(tmp_path):
+    process = launch(tmp_path, "--processes", "2", "wait", "wait")
+    wait_for(tmp_path / "1")
+    os.kill(int((tmp_path / "1").read_text().split()[0]), signal.SIGKILL)
+    assert process.wait(20) == 128 + 9
+    assert "was ended by SIGKILL" in process.stderr.read()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "0").read_text().split()[0]), 0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_reaches_all_and_the_status_comes_back(tmp_path, number):
+    process = launch(tmp_path, "--processes", "2", "wait", "wait")
+    wait_for(tmp_path / "0")
+    wait_for(tmp_path / "1")
+    process.send_signal(number)
+    assert process.wait(20) == EXIT_RESUMABLE and process.stderr.read() == ""
+
+
+def test_the_script_saves_on_a_signal_requeues_and_goes_on(train_flags, tmp_path):
+    """train.sh on the CPU under a SLURM that only notes what it is asked for."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "scontrol").write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\n')
+    (tmp_path / "bin" / "scontrol").chmod(0o755)
+    path = f"{tmp_path / 'bin'}:{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}
+    environment |= {"SLURM_JOB_ID": "4711", "EXP_NAME": "run", "NUM_GPUS": "0", "STEPS": "100000"}
+    command = ["bash", "train.sh", *train_flags]
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    folder = tmp_path / "exps" / "run"
+    wait_for(folder / "metrics.jsonl")
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(30) == EXIT_RESUMABLE, process.stderr.read()
+    assert (tmp_path / "asked").read_text() == "requeue 4711\n"
+    (saved,) = [int(path.stem) for path in (folder / "checkpoints").glob("*.pt")]
+    environment |= {"STEPS": str(saved + 2)}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=60)
+    assert [row["step"] for row in read_rows(folder)] == list(range(1, saved + 3))
+    assert read_json(folder / "args.json")["max_train_steps"] == saved + 2

@@ -1,0 +1,84 @@
+"""What a training image costs in arithmetic, what the devices could do, and on which machine and code a run started."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from models.sit import SiT
+
+# Dense matrix products in fp16 and bf16, FLOP/s, from the makers' data sheets. In TF32 these GPUs do half as many.
+PEAK_FLOPS = {
+    "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "H800": 989e12, "GH200": 989e12, "B200": 2250e12,
+    "A100": 312e12, "A800": 312e12,
+}  # fmt: skip
+PACKAGES = ("torch", "accelerate", "timm", "diffusers", "numpy")
+
+
+def training_flops(network: SiT) -> int:
+    """Return the floating-point operations of one image through a network on the meta device, forward and backward.
+
+    Counted, not estimated: matrix products and attention, projectors included, as papers count "model FLOPs".
+    """
+    x = torch.empty(1, network.in_channels, network.input_size, network.input_size, device="meta")
+    t, y = torch.empty(1, device="meta"), torch.zeros(1, dtype=torch.int64, device="meta")
+    cls = torch.empty(1, network.cls_token_dim, device="meta") if network.cls_token_dim else None
+    with FlopCounterMode(display=False) as counter:
+        out = network(x, t, y, cls_token=cls)
+        outputs = [out.velocity, *(out.projected or []), *([] if cls is None else [out.cls_velocity])]
+        sum(output.sum() for output in outputs).backward()
+    return counter.get_total_flops()
+
+
+def peak_flops(device_name: str, mixed_precision: str, allow_tf32: bool) -> float | None:
+    """Return the FLOP/s that a GPU's maker promises for a precision; None for a GPU that is not in the table."""
+    peak = next((value for name, value in PEAK_FLOPS.items() if name in device_name), None)
+    if peak is None or (mixed_precision == "no" and not allow_tf32):
+        return None
+    return peak / 2 if mixed_precision == "no" else peak
+
+
+def describe_start(args: argparse.Namespace, step: int, device: torch.device, num_processes: int) -> dict[str, Any]:
+    """Return what a later reader wants to know of one start of a run."""
+    return {
+        "step": step,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "host": socket.gethostname(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "processes": num_processes,
+        "command": shlex.join([sys.executable, *sys.argv]),
+        "seed": args.seed,
+        "commit": _git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(_git("status", "--porcelain")),
+        "python": platform.python_version(),
+        **{name: _version(name) for name in PACKAGES},
+        "cuda": torch.version.cuda,
+    }
+
+
+def _git(*command: str) -> str | None:
+    try:
+        found = subprocess.run(
+            ["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):  # no git, or the code did not come by it
+        return None
+    return found.stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
