@@ -18,7 +18,7 @@ launch() {
     local flags=(--processes "$processes" --machines "$NUM_MACHINES" --machine-rank "$MACHINE_RANK")
     flags+=(--head-address "$HEAD_ADDRESS" --head-port "$HEAD_PORT")
     ((NUM_GPUS == 0)) && flags+=(--cpu)
-    python launch.py "${flags[@]}" "$@" &
+    python training/launch.py "${flags[@]}" "$@" &
     local launcher=$!
     trap 'kill -TERM "$launcher" 2>/dev/null' TERM
     trap 'kill -USR1 "$launcher" 2>/dev/null' USR1

@@ -12,23 +12,21 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dataset import GlobalBatchSampler
-from files import InputError, run_cli
+from files import InputError, read_json, run_cli, write_json
 from loss import TrainingNoise, alignment_target
 from models import ema
 from models.encoders import Encoder
-from pictures import image_grid, save_png
-from preemption import EXIT_RESUMABLE, StopSignal
-from run_log import going_on_despite
-from samplers import Guidance, derive_seed, sample_images
-from train_settings import parse_args
-from train_setup import Run, set_up
+from samplers import derive_seed
+from training.preemption import EXIT_RESUMABLE, StopSignal
+from training.samples import score_samples, write_reconstructions, write_samples
+from training.settings import parse_args
+from training.setup import Run, set_up
 
 TRAINING_STREAM = 1  # keeps the noise of training apart from that of images, whose key is (seed, number)
 

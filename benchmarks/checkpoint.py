@@ -21,7 +21,6 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from bad_steps import BadSteps
 from files import InputError, run_cli
 from loss import REGLoss
 from models import ema
@@ -29,8 +28,9 @@ from models.checkpoint import verify_checkpoint
 from models.checkpoint_writer import CheckpointWriter
 from models.interpolant import Interpolant
 from models.sit import SiT_models
-from run_log import RunLog
-from step_reports import StepReports
+from training.bad_steps import BadSteps
+from training.run_log import RunLog
+from training.step_reports import StepReports
 
 ENCODER_WIDTH = 768
 

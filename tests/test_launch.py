@@ -7,14 +7,14 @@ import time
 import pytest
 
 from files import read_json
-from preemption import EXIT_RESUMABLE
 from tests.conftest import ROOT, read_rows
+from training.preemption import EXIT_RESUMABLE
 
 # A stand-in for a training program: tells its rank, then ends as its argument says or waits to be told to stop.
 PROGRAM = """
 import os, signal, sys, time
 from pathlib import Path
-from preemption import StopSignal
+from training.preemption import StopSignal
 listener = StopSignal()
 listener.listen()
 rank = int(os.environ.get("RANK", 0))
@@ -32,7 +32,14 @@ for _ in range(3000):
 def launch(tmp_path, *flags: str) -> subprocess.Popen:
     (tmp_path / "program.py").write_text(PROGRAM)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "launch.py", *flags[:-2], str(tmp_path / "program.py"), str(tmp_path), *flags[-2:]]
+    command = [
+        sys.executable,
+        "training/launch.py",
+        *flags[:-2],
+        str(tmp_path / "program.py"),
+        str(tmp_path),
+        *flags[-2:],
+    ]
     return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
 
 

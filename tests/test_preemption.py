@@ -5,12 +5,12 @@ import time
 
 import pytest
 
-from preemption import EXIT_RESUMABLE
 from tests.conftest import ROOT
+from training.preemption import EXIT_RESUMABLE
 
 LISTENER = """
 import time
-from preemption import StopSignal
+from training.preemption import StopSignal
 listener = StopSignal()
 listener.listen()
 print("listening", flush=True)

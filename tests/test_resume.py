@@ -18,10 +18,10 @@ import torch
 
 from files import InputError
 from models.checkpoint import checksum_path, load_checkpoint, verify_checkpoint
-from preemption import EXIT_RESUMABLE
 from tests.conftest import read_rows, run_training
 from tests.processes import Training, moments
 from tests.test_checkpoint import Malicious
+from training.preemption import EXIT_RESUMABLE
 
 KILLS = int(os.environ.get("REG_KILLS", "4"))
 STEPS = 12

@@ -8,7 +8,7 @@ from PIL import Image
 from files import InputError
 from models.checkpoint import load_checkpoint, load_model
 from tests.conftest import NUM_CLASSES, read_rows, run_program, run_training
-from train_settings import parse_args
+from training.settings import parse_args
 
 MODES = {
     "reg": [],

@@ -1,6 +1,6 @@
 """Starts a program on all devices of this machine, one process each, and ends them together.
 
-    python launch.py --processes 8 train.py --data-dir DATA ...
+    python training/launch.py --processes 8 train.py --data-dir DATA ...
 
 What torchrun does for one machine of several (the processes meet at --head-address), and what it does not: SIGTERM and
 SIGUSR1 are passed on to every process, the exit status that says "resumable" comes out as it went in, and when a
@@ -16,9 +16,11 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from files import InputError, run_cli
-from preemption import EXIT_RESUMABLE, SIGNALS
+from training.preemption import EXIT_RESUMABLE, SIGNALS
 
 GRACE_SECONDS = 20.0  # for the others to end, after one has died
 POLL_SECONDS = 0.1

@@ -14,8 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from files import InputError
-from run_log import RunLog
-from step_reports import StepReport
+from training.run_log import RunLog
+from training.step_reports import StepReport
 
 ADVICE = {
     "samples": "The files named there are at fault: look at them, or make them anew (preprocessing/encode.py).",

@@ -16,7 +16,6 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast_object_list
 from tqdm import tqdm
 
-from bad_steps import BadSteps
 from dataset import GlobalBatchSampler, LatentDataset
 from evaluations.in_training import TrainingEvaluation
 from files import InputError, read_json, write_json
@@ -28,11 +27,12 @@ from models.checkpoint_writer import CheckpointWriter
 from models.encoders import Encoder, load_encoders
 from models.interpolant import Interpolant
 from models.sit import ENCODER_DEPTHS, PRESETS, SiT, SiT_models
-from preemption import StopSignal
-from run_log import RunLog
-from step_reports import StepReports
-from throughput import describe_start, peak_flops, training_flops
-from train_settings import check_same_run, flag
+from training.bad_steps import BadSteps
+from training.preemption import StopSignal
+from training.run_log import RunLog
+from training.settings import check_same_run, flag
+from training.step_reports import StepReports
+from training.throughput import describe_start, peak_flops, training_flops
 
 
 @dataclass
@@ -120,8 +120,8 @@ def set_up(args: argparse.Namespace, stop_signal: StopSignal | None = None) -> R
         log, accelerator.gather, lambda at: sample_names(args, data, at), args.max_bad_steps, args.mixed_precision
     )
     return Run(
-        args, folder, accelerator, data, encoders, codec, evaluation, model, average, optimizer, criterion, log, step, reports,
-        bad_steps, writer, stop_signal or StopSignal(),
+        args, folder, accelerator, data, encoders, codec, evaluation, model, average, optimizer, criterion, log, step,
+        reports, bad_steps, writer, stop_signal or StopSignal(),
     )  # fmt: skip
 
 
