@@ -1,6 +1,9 @@
 import argparse
+import importlib
 import os
 import pickle
+import shutil
+import subprocess
 
 import pytest
 import torch
@@ -149,6 +152,11 @@ class Malicious:
         lambda flag: Malicious(eval, f"open({str(flag)!r}, 'w')"),
         lambda flag: Malicious(open, str(flag), "w"),
         lambda flag: Malicious(getattr, argparse.Namespace(a=1), "a"),
+        lambda flag: Malicious(subprocess.Popen, ["touch", str(flag)]),
+        lambda flag: Malicious(importlib.import_module, "antigravity"),
+        lambda flag: Malicious(shutil.copy, __file__, str(flag)),
+        lambda flag: Malicious(pickle.loads, pickle.dumps(Malicious(os.system, f"touch {flag}"))),
+        lambda flag: Malicious(os.mkdir, str(flag)),
     ],
 )
 @pytest.mark.parametrize("as_zip", [True, False])

@@ -23,7 +23,7 @@ PEAK_FLOPS = {
     "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "H800": 989e12, "GH200": 989e12, "B200": 2250e12,
     "A100": 312e12, "A800": 312e12,
 }  # fmt: skip
-PACKAGES = ("torch", "accelerate", "timm", "diffusers", "numpy")
+PACKAGES = ("accelerate", "timm", "diffusers", "numpy")
 
 
 def training_flops(network: SiT) -> int:
@@ -62,6 +62,7 @@ def describe_start(args: argparse.Namespace, step: int, device: torch.device, nu
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain")),
         "python": platform.python_version(),
+        "torch": torch.__version__,
         **{name: _version(name) for name in PACKAGES},
         "cuda": torch.version.cuda,
     }

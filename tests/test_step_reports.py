@@ -1,0 +1,141 @@
+import json
+import math
+
+import pytest
+import torch
+
+from files import InputError
+from models import ema
+from tests.conftest import read_rows
+from tests.test_sit import inputs, randomise, small
+from training.bad_steps import BadSteps
+from training.run_log import RunLog
+from training.step_reports import StepReport, StepReports
+
+
+def run_log(tmp_path, **more) -> RunLog:
+    return RunLog(tmp_path, 4, True, lambda row, step: None, **more)
+
+
+def report(step: int, loss: float = 1.0, grad_norm: float = 1.0, samples: tuple = (1.0, 1.0)) -> StepReport:
+    columns = {"loss": torch.tensor(samples), "t": torch.tensor([0.25, 0.5]), "label": torch.tensor([3, 4])}
+    return StepReport(step, {"loss": loss, "grad_norm": grad_norm}, frozenset(), columns)
+
+
+def test_reports_hold_means_over_parts_and_wishes_of_any_process():
+    def two_processes(values):  # the other one has means one higher, and asks for nothing
+        return (values + torch.cat([values[:-2] + 1, torch.zeros(2)])) / 2
+
+    reports = StepReports(two_processes, torch.device("cpu"), ("stop", "save"))
+    reports.add({"loss": torch.tensor([1.0, 2.0])}, t=torch.zeros(2))
+    reports.add({"loss": torch.tensor([3.0, 6.0])}, t=torch.ones(2))
+    reports.send(7, torch.tensor(5.0), {"stop"})
+    (found,) = reports.receive()
+    assert found.step == 7 and found.means == {"loss": 3.5, "grad_norm": 5.5} and found.wishes == {"stop"}
+    assert found.samples["loss"].tolist() == [1, 2, 3, 6] and found.samples["t"].tolist() == [0, 0, 1, 1]
+    assert found.good and reports.receive(everything=True) == []
+
+
+def test_reports_come_late_where_the_host_must_not_wait():
+    reports = StepReports(lambda values: values, torch.device("cpu"), ("stop",))
+    reports.lag = 2
+    for step in range(4):
+        reports.add({"loss": torch.zeros(1)})
+        reports.send(step, torch.tensor(float("nan") if step == 3 else 1.0), set())
+        assert [found.step for found in reports.receive()] == ([step - 2] if step >= 2 else [])
+    rest = reports.receive(everything=True)
+    assert [(found.step, found.good) for found in rest] == [(2, True), (3, False)]
+
+
+def test_an_overflow_of_fp16_is_told_apart_and_only_many_in_a_row_end_the_run(tmp_path):
+    log = run_log(tmp_path)
+    bad = BadSteps(log, lambda samples: samples, lambda step: ["a.npy", "b.npy"], 3, "fp16")
+    for step, grad_norm in enumerate([math.inf, math.nan, 1.0, math.inf]):
+        bad.note(report(step, grad_norm=grad_norm))
+    assert log.counts == {"bad_steps": 0, "overflow_steps": 3} and not (tmp_path / "bad_steps.jsonl").exists()
+    bad.note(report(4, math.nan, math.nan, samples=(1.0, math.nan)))
+    assert log.counts == {"bad_steps": 1, "overflow_steps": 3}
+    with pytest.raises(InputError, match=r"the last 3 steps, to step 5, .*fp16 overflows.*--mixed-precision bf16"):
+        bad.note(report(5, grad_norm=math.inf))
+    rows = [json.loads(line) for line in (tmp_path / "bad_steps.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["kind"]) for row in rows] == [(4, "samples"), (5, "overflow")]
+    assert rows[0]["samples"] == [{"file": "b.npy", "loss": None, "t": 0.5, "label": 4}]
+
+
+def test_a_gradient_without_a_cause_in_the_loss_is_noted_with_all_samples(tmp_path):
+    bad = BadSteps(run_log(tmp_path), lambda samples: samples, lambda step: ["a.npy", "b.npy"], 3, "bf16")
+    bad.note(report(9, grad_norm=math.inf))
+    (row,) = [json.loads(line) for line in (tmp_path / "bad_steps.jsonl").read_text().splitlines()]
+    assert row["kind"] == "gradient" and [sample["file"] for sample in row["samples"]] == ["a.npy", "b.npy"]
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_a_step_is_left_out_by_the_device_alone(scaled, poison):
+    """With a loss scaler, as fp16 has it, and without."""
+    model = randomise(small())
+    average = ema.averaged_copy(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=scaled)
+    for factor in (1.0, poison, 1.0):
+        before = [p.clone() for p in [*model.parameters(), *average.parameters()]]
+        scaler.scale(model(*inputs(model)).velocity.square().mean() * factor).backward()
+        scaler.unscale_(optimizer)
+        good = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).isfinite().float()
+        optimizer.found_inf = 1 - good
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        ema.update(average, model, 0.9, good)
+        after = [*model.parameters(), *average.parameters()]
+        same = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        assert same == (factor != 1.0) and all(p.isfinite().all() for p in after)
+    assert {state["step"].item() for state in optimizer.state.values()} == {2.0}
+    assert scaler.get_scale() == (512.0 if scaled else 1.0)
+
+
+def test_the_average_is_the_same_to_the_bit_whether_steps_are_watched():
+    model = randomise(small())
+    averages = [ema.averaged_copy(small()), ema.averaged_copy(small())]
+    averages[1].load_state_dict(averages[0].state_dict())
+    ema.update(averages[0], model)
+    ema.update(averages[1], model, good=torch.tensor(1.0))
+    assert all(torch.equal(a, b) for a, b in zip(averages[0].parameters(), averages[1].parameters(), strict=True))
+
+
+def test_rows_leave_bad_steps_out_and_survive_a_full_disk(tmp_path, monkeypatch):
+    log = run_log(tmp_path)
+    log.add({"loss": 1.0})
+    log.count("bad_steps")
+    log.add({"loss": 3.0})
+    state = log.state()
+    import run_log as module
+
+    def full(text, path):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_append", full)
+        log.write_row(3)
+    assert not (tmp_path / "metrics.jsonl").exists()
+    log.write_row(4)
+    rows = read_rows(tmp_path)
+    assert [(row["step"], row.get("loss"), row.get("bad_steps")) for row in rows] == [(3, 2.0, 1), (4, None, None)]
+    (tmp_path / "other").mkdir()
+    again = run_log(tmp_path / "other", state=state, step=3)
+    assert again.write_row(3)["loss"] == 2.0
+
+
+def test_half_a_line_is_taken_back(tmp_path, monkeypatch):
+    import run_log as module
+
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n')
+
+    def fail(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module.os, "fsync", fail)
+    with pytest.raises(OSError, match="No space left"):
+        module._append('{"step": 2}\n', path)
+    assert path.read_text() == '{"step": 1}\n'
