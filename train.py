@@ -23,7 +23,7 @@ from loss import TrainingNoise, alignment_target
 from models import ema
 from models.encoders import Encoder
 from samplers import derive_seed
-from training.preemption import EXIT_RESUMABLE, StopSignal
+from training.preemption import EXIT_RESUMABLE, StopSignal, shield_worker
 from training.samples import score_samples, write_reconstructions, write_samples
 from training.settings import parse_args
 from training.setup import Run, set_up
@@ -154,6 +154,7 @@ def load_batches(run: Run, steps: range) -> Iterator[tuple[Tensor, Tensor, Tenso
         num_workers=args.num_workers,
         pin_memory=accelerator.device.type == "cuda",
         prefetch_factor=4 if args.num_workers else None,
+        worker_init_fn=shield_worker,
     )
     for batch in loader:
         yield tuple(tensor.to(accelerator.device, non_blocking=True) for tensor in batch)

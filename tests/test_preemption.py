@@ -1,11 +1,14 @@
+import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, read_rows
+from tests.test_train import with_flags
 from training.preemption import EXIT_RESUMABLE
 
 LISTENER = """
@@ -31,3 +34,22 @@ def test_the_first_signal_waits_the_second_ends(number):
     assert process.poll() is None
     process.send_signal(number)
     assert process.wait(5) == EXIT_RESUMABLE and process.stdout.read() == ""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_every_process_of_the_job_leaves_the_loader_going(train_flags, number):
+    flags = with_flags(train_flags, "--max-train-steps", "5000", "--num-workers", "2")
+    metrics = Path(flags[flags.index("--output-dir") + 1]) / "run" / "metrics.jsonl"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *flags], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    while not metrics.exists() or metrics.read_bytes().count(b"\n") < 3:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    os.killpg(process.pid, number)
+    text = process.communicate(timeout=60)[1]
+    assert process.returncode == EXIT_RESUMABLE, text
+    (checkpoint,) = (metrics.parent / "checkpoints").glob("*.pt")
+    assert int(checkpoint.stem) >= read_rows(metrics.parent)[-1]["step"]

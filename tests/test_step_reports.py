@@ -109,7 +109,7 @@ def test_rows_leave_bad_steps_out_and_survive_a_full_disk(tmp_path, monkeypatch)
     log.count("bad_steps")
     log.add({"loss": 3.0})
     state = log.state()
-    import run_log as module
+    from training import run_log as module
 
     def full(text, path):
         raise OSError(28, "No space left on device")
@@ -127,7 +127,7 @@ def test_rows_leave_bad_steps_out_and_survive_a_full_disk(tmp_path, monkeypatch)
 
 
 def test_half_a_line_is_taken_back(tmp_path, monkeypatch):
-    import run_log as module
+    from training import run_log as module
 
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n')

@@ -34,3 +34,12 @@ class StopSignal:
             self.received, self._first_at = True, now
         elif now - self._first_at > SAME_SIGNAL_SECONDS:
             os._exit(EXIT_RESUMABLE)
+
+
+def shield_worker(worker_id: int) -> None:
+    """Keep a loader's worker going when a scheduler signals every process of a job: its trainer still needs batches.
+
+    Of SIGTERM only the first is passed over, for the loader itself ends a worker that lingers by it.
+    """
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
