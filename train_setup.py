@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import sys
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ from models.encoders import Encoder, load_encoders
 from models.interpolant import Interpolant
 from models.sit import ENCODER_DEPTHS, PRESETS, SiT, SiT_models
 from preemption import StopSignal
-from run_log import RunLog
+from run_log import RunLog, going_on_despite
 from step_reports import StepReports
 from throughput import describe_start, peak_flops, training_flops
 from train_settings import check_same_run, flag
@@ -96,7 +97,9 @@ def set_up(args: argparse.Namespace, stop_signal: StopSignal | None = None) -> R
 
     step = checkpoint["steps"] if checkpoint else 0
     if accelerator.is_main_process:
-        write_json(folder / "args.json", vars(args))
+        # A new run needs a folder it can write to; an old one goes on with a full disk.
+        with going_on_despite(str(folder / "args.json")) if step else contextlib.nullcontext():
+            write_json(folder / "args.json", vars(args))
     start_tracker(args, accelerator, folder)
     log = RunLog(
         folder,
