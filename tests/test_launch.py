@@ -3,6 +3,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -102,3 +103,27 @@ def test_the_script_saves_on_a_signal_requeues_and_goes_on(train_flags, tmp_path
     subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=60)
     assert [row["step"] for row in read_rows(folder)] == list(range(1, saved + 3))
     assert read_json(folder / "args.json")["max_train_steps"] == saved + 2
+
+
+def test_a_killed_training_process_ends_the_other_with_its_name_told(train_flags, tmp_path):
+    folder = tmp_path / "exps" / "run"
+    command = [
+        sys.executable,
+        "launch.py",
+        "--processes",
+        "2",
+        "--cpu",
+        "--head-port",
+        str(20000 + os.getpid() % 20000),
+    ]
+    command += ["train.py", *train_flags, "--exp-name", "run", "--max-train-steps", "100000", "--num-workers", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    wait_for(folder / "metrics.jsonl")
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+    first, second = sorted(map(int, children.split()))
+    os.kill(second, signal.SIGKILL)
+    assert process.wait(30) != 0
+    assert "process 1 on" in (text := process.stderr.read()) and "was ended by SIGKILL; ending the others" in text
+    with pytest.raises(ProcessLookupError):
+        os.kill(first, 0)

@@ -129,7 +129,7 @@ def test_resumed_on_another_number_of_processes(train_flags, tmp_path, before, a
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "no weights", "malicious"])
-def test_a_broken_newest_checkpoint_is_skipped(train_flags, damage, capsys):
+def test_a_broken_newest_checkpoint_is_skipped(train_flags, tmp_path, damage, capsys):
     whole = run_training(flags_of(train_flags, "whole", "--keep-last", "2"))
     flags = flags_of(train_flags, "damaged")
     folder = run_training([*flags, "--max-train-steps", "8"])
@@ -141,10 +141,13 @@ def test_a_broken_newest_checkpoint_is_skipped(train_flags, damage, capsys):
         data[len(data) // 3] ^= 4
         path.write_bytes(data)
     else:
-        torch.save({"ema": {}} if damage == "no weights" else {"args": Malicious(os.system, "touch /tmp/ran")}, path)
+        torch.save(
+            {"ema": {}} if damage == "no weights" else {"args": Malicious(os.system, f"touch {tmp_path}/ran")}, path
+        )
         checksum_path(path).unlink()
     assert_same_run(whole, run_training(flags))
     assert "warning: not going on from 0000008.pt, trying the one before it" in capsys.readouterr().err
+    assert not (tmp_path / "ran").exists()
 
 
 def test_without_a_whole_checkpoint_nothing_is_begun_anew(train_flags):
@@ -180,7 +183,7 @@ def test_a_full_disk(train_flags, tmp_path, small_disk, room_is_made):
     folder = finish([*flags, "--max-train-steps", "3"], tmp_path)
     output = tmp_path / "second.txt"
     ballast = small_disk / "ballast"
-    ballast.write_bytes(bytes(shutil.disk_usage(small_disk).free - 2_000_000))
+    ballast.write_bytes(bytes(shutil.disk_usage(small_disk).free))
     training = Training([*flags, "--max-train-steps", "100000" if room_is_made else str(STEPS)], output)
     if room_is_made:
         training.wait_until(lambda: "0000005.pt cannot be written" in training.text())

@@ -172,9 +172,10 @@ def _append(text: str, path: Path) -> None:
 
 def _keep_rows_up_to(path: Path, step: int) -> None:
     if path.exists():
-        rows = [row for row in read_metrics(path) if row["step"] <= step]
-        with atomic_write(path, "w") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+        kept = "".join(json.dumps(row) + "\n" for row in read_metrics(path) if row["step"] <= step)
+        if kept != path.read_text(encoding="utf-8"):  # a full disk shall not keep a run from going on
+            with atomic_write(path, "w") as file:
+                file.write(kept)
 
 
 def _finite(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import sys
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ from models.interpolant import Interpolant
 from models.sit import ENCODER_DEPTHS, PRESETS, SiT, SiT_models
 from training.bad_steps import BadSteps
 from training.preemption import StopSignal
-from training.run_log import RunLog
+from training.run_log import RunLog, going_on_despite
 from training.settings import check_same_run, flag
 from training.step_reports import StepReports
 from training.throughput import describe_start, peak_flops, training_flops
@@ -99,7 +100,9 @@ def set_up(args: argparse.Namespace, stop_signal: StopSignal | None = None) -> R
 
     step = checkpoint["steps"] if checkpoint else 0
     if accelerator.is_main_process:
-        write_json(folder / "args.json", vars(args))
+        # A new run needs a folder it can write to; an old one goes on with a full disk.
+        with going_on_despite(str(folder / "args.json")) if step else contextlib.nullcontext():
+            write_json(folder / "args.json", vars(args))
     start_tracker(args, accelerator, folder)
     log = RunLog(
         folder,
