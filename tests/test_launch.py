@@ -109,7 +109,7 @@ def test_a_killed_training_process_ends_the_other_with_its_name_told(train_flags
     folder = tmp_path / "exps" / "run"
     command = [
         sys.executable,
-        "launch.py",
+        "training/launch.py",
         "--processes",
         "2",
         "--cpu",
