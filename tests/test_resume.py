@@ -19,7 +19,7 @@ import torch
 from files import InputError
 from models.checkpoint import checksum_path, load_checkpoint, verify_checkpoint
 from tests.conftest import read_rows, run_training
-from tests.processes import Training, moments
+from tests.processes import SECONDS, Training, moments
 from tests.test_checkpoint import Malicious
 from training.preemption import EXIT_RESUMABLE
 
@@ -245,11 +245,11 @@ def test_too_many_bad_steps_in_a_row_end_the_run(train_flags, data, tmp_path):
 
 
 def test_a_process_that_hangs_is_not_waited_for_for_ever(train_flags, tmp_path):
-    flags = flags_of(train_flags, "hangs", "--max-train-steps", "100000", "--timeout-minutes", "0.05")
+    flags = flags_of(train_flags, "hangs", "--max-train-steps", "100000", "--timeout-minutes", "0.15")
     training = Training(flags, tmp_path / "output.txt", processes=2)
     training.wait_for_lines(run_folder(flags) / "metrics.jsonl", lines=2)
     os.kill(training.processes[1].pid, signal.SIGSTOP)
-    training.processes[0].join(30)
+    training.processes[0].join(SECONDS)
     status = training.processes[0].exitcode
     training.kill()
     assert status not in (None, 0) and "imed out" in training.text()
