@@ -11,7 +11,6 @@ the plain ones, as 00000/img-mean-std-flip-00000000.npy.
 from __future__ import annotations
 
 import io
-import json
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from files import FileSource, InputError, open_source
+from files import FileSource, InputError, open_source, read_dataset_json
 from models.autoencoder import LatentFormat
 
 IMAGE_FOLDERS = ("images", "imagenet_256_vae", "imagenet_512_vae")
@@ -69,7 +68,7 @@ class LatentDataset(Dataset):
         self.latent_names = np.array([latent_names[i] for i in indices], dtype=np.bytes_)
         self.labels = _labels(self.images, self.latents, indices)
         self.num_classes = int(self.labels.max()) + 1
-        about_latents = _dataset_json(self.latents)
+        about_latents = read_dataset_json(self.latents)
         self.latent_format = LatentFormat.from_json(about_latents.get("codec"))
         self.flip = flip
         if flip and not about_latents.get("flip"):
@@ -252,23 +251,11 @@ def _require_partners(names: dict[int, str], source: FileSource, partners: dict[
         raise InputError(f"{len(alone)} files have no partner of the same index in {where.path}; first: {first}")
 
 
-def _dataset_json(source: FileSource) -> dict:
-    if "dataset.json" not in source:
-        return {}
-    try:
-        content = json.loads(source.read("dataset.json"))
-    except ValueError as error:
-        raise InputError(f"{source.describe('dataset.json')}: not valid JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise InputError(f'{source.describe("dataset.json")}: expected {{"labels": [[name, label], ...]}}')
-    return content
-
-
 def _label_table(source: FileSource) -> dict[int, int]:
     """Return the labels that dataset.json lists, by the number in the file name."""
     table = {}
     where = source.describe("dataset.json")
-    for entry in _dataset_json(source).get("labels") or []:
+    for entry in read_dataset_json(source).get("labels") or []:
         if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str)):
             raise InputError(f"{where}: label entry {entry!r}; expected [name, label]")
         name, label = entry

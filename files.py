@@ -139,6 +139,20 @@ def open_source(path: str | Path) -> FileSource:
     return FileSource(path)
 
 
+def read_dataset_json(source: FileSource) -> dict[str, Any]:
+    """Return the content of a data set's dataset.json, {} if it has none. Raises InputError if it is not an object."""
+    if "dataset.json" not in source:
+        return {}
+    where = source.describe("dataset.json")
+    try:
+        content = json.loads(source.read("dataset.json"))
+    except ValueError as error:
+        raise InputError(f"{where}: not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise InputError(f'{where}: must be a JSON object, {{"labels": [[name, label], ...]}}')
+    return content
+
+
 def _is_visible_file(name: str) -> bool:
     return not name.endswith("/") and not any(part.startswith(".") for part in name.split("/"))
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
-from files import FileSource, InputError
+from files import FileSource, InputError, read_dataset_json
 from preprocessing.crops import SUFFIXES
 
 _NUMBERED_FOLDER = re.compile(r"\d{5}")  # our own layout: folders count files and say nothing on classes
@@ -98,19 +98,6 @@ def read_labels(source: FileSource) -> tuple[dict[str, int], list[str] | None] |
             raise InputError(f"{where}: lists {name}, which is not there")
         by_name[name] = label
     return by_name, content.get("classes")
-
-
-def read_dataset_json(source: FileSource) -> dict[str, Any]:
-    """Return the content of a source's dataset.json, {} if it has none; raise InputError if it is not a JSON object."""
-    if "dataset.json" not in source:
-        return {}
-    try:
-        content = json.loads(source.read("dataset.json"))
-    except ValueError as error:
-        raise InputError(f"{source.describe('dataset.json')}: not valid JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{source.describe('dataset.json')}: must be a JSON object")
-    return content
 
 
 def list_converted(source: FileSource) -> Listing:

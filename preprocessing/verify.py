@@ -25,11 +25,11 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dataset import LatentDataset
-from files import FileSource, InputError, atomic_write, run_cli
+from files import FileSource, InputError, atomic_write, read_dataset_json, run_cli
 from models.autoencoder import Codec, LatentFormat, load_codec
 from pictures import image_grid, save_png
 from preprocessing.crops import decode_rgb
-from preprocessing.listing import latents_name, read_dataset_json
+from preprocessing.listing import latents_name
 from preprocessing.parallel import available_cores, in_workers
 
 ITEMS_A_PIECE = 200

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from files import InputError
 from models.interpolant import PATHS, WEIGHTINGS
 from models.sit import SiT_models
 
+SWITCH = argparse.BooleanOptionalAction  # --flag and --no-flag
 # What may differ between a run and its continuation; everything else says which run it is.
 MAY_CHANGE = {
     "output_dir", "exp_name", "logging_dir", "report_to", "sampling_steps", "resume_step", "resume", "data_dir",
@@ -24,13 +26,7 @@ MAY_CHANGE = {
 }  # fmt: skip
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Return the settings; names and meanings of the published flags are kept."""
-    parser = argparse.ArgumentParser(description="Train REG, REPA or SiT.", allow_abbrev=False)
-    switch = argparse.BooleanOptionalAction
-
-    group = parser.add_argument_group("run")
-    add = group.add_argument
+def _run_flags(add: Callable) -> None:
     add("--output-dir", default="exps", help="folder of all runs (%(default)s)")
     add("--exp-name", required=True, help="name of this run, its folder in --output-dir")
     add("--logging-dir", default="logs", help="the tracker's folder inside the run's folder (%(default)s)")
@@ -44,7 +40,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--checkpointing-steps", type=int, default=50_000, help="steps between two checkpoints (%(default)s)")
     add("--keep-last", type=int, default=0, help="keep so many of the newest checkpoints; 0: all (%(default)s)")
     add("--keep-every", type=int, default=0, help="besides --keep-last, keep those of every so many steps; 0: none")
-    add("--background-save", action=switch, default=True, help="write checkpoints while training goes on, from a copy")
+    add(
+        "--background-save",
+        action=SWITCH,
+        default=True,
+        help="write checkpoints while training goes on, from a copy",
+    )
     add(
         "--retry-steps",
         type=int,
@@ -57,13 +58,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--resume", help="go on from 'latest' (start anew if there is no checkpoint yet) or from a checkpoint file")
     add(
         "--legacy",
-        action=switch,
+        action=SWITCH,
         help="the checkpoint is (not) of the older REPA layout; found by itself",
     )
     add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="where to train; auto: CUDA if there is one")
 
-    group = parser.add_argument_group("sample grids")
-    add = group.add_argument
+
+def _grid_flags(add: Callable) -> None:
     add(
         "--sampling-steps",
         type=int,
@@ -75,8 +76,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--grid-num-steps", type=int, default=50, help="SDE steps for a grid (%(default)s)")
     add("--grid-cfg-scale", type=float, default=1.0, help="guidance of image and class token in a grid; 1: none")
 
-    group = parser.add_argument_group("evaluation while training")
-    add = group.add_argument
+
+def _evaluation_flags(add: Callable) -> None:
     add("--eval-steps", type=int, default=0, help="steps between two evaluations of EMA samples; 0: none (%(default)s)")
     add("--eval-ref", help="reference .npz: ADM's, or made by evaluations/reference.py")
     add("--eval-samples", type=int, default=10_000, help="samples of an evaluation (%(default)s)")
@@ -84,8 +85,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--eval-batch-size", type=int, default=64, help="of these, at a time on each process (%(default)s)")
     add("--eval-inception", help="Inception weights; default: the published ones, downloaded once")
 
-    group = parser.add_argument_group("network")
-    add = group.add_argument
+
+def _network_flags(add: Callable) -> None:
     add("--model", default="SiT-XL/2", help="preset, SiT-{S,B,L,XL}/{2,4,8} (%(default)s)")
     add("--depth", type=int, help="number of blocks instead of the preset's")
     add("--hidden-size", type=int, help="width instead of the preset's")
@@ -97,27 +98,47 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         type=int,
         help="align after this block, from 1; default 4 for S, B, 8 for L, XL",
     )
-    add("--fused-attn", action=switch, default=True, help="attention through scaled_dot_product_attention")
-    add("--qk-norm", action=switch, default=False, help="LayerNorm on queries and keys")
-    add("--cls-token", action=switch, default=True, help="class slot: with it REG, without it REPA")
+    add(
+        "--fused-attn",
+        action=SWITCH,
+        default=True,
+        help="attention through scaled_dot_product_attention",
+    )
+    add("--qk-norm", action=SWITCH, default=False, help="LayerNorm on queries and keys")
+    add(
+        "--cls-token",
+        action=SWITCH,
+        default=True,
+        help="class slot: with it REG, without it REPA",
+    )
     add("--ema-decay", type=float, default=0.9999, help="decay of the averaged weights (%(default)s)")
 
-    group = parser.add_argument_group("data")
-    add = group.add_argument
+
+def _data_flags(add: Callable) -> None:
     add("--data-dir", default="data/imagenet256", help="folder with images and latents (%(default)s)")
     add("--resolution", type=int, help="image size in px; read from the data, this only checks it")
     add("--batch-size", type=int, default=256, help="samples of an optimiser step, over all processes (%(default)s)")
     add("--num-workers", type=int, default=4, help="loader processes for each training process (%(default)s)")
-    add("--flip", action=switch, default=False, help="half of the images mirrored (preprocessing/encode.py --flip)")
-    add("--check-data", action=switch, default=True, help="look at every file for truncation before training")
+    add(
+        "--flip",
+        action=SWITCH,
+        default=False,
+        help="half of the images mirrored (preprocessing/encode.py --flip)",
+    )
+    add(
+        "--check-data",
+        action=SWITCH,
+        default=True,
+        help="look at every file for truncation before training",
+    )
 
-    group = parser.add_argument_group("precision")
-    add = group.add_argument
-    add("--allow-tf32", action=switch, default=True, help="TF32 in matrix products of CUDA")
+
+def _precision_flags(add: Callable) -> None:
+    add("--allow-tf32", action=SWITCH, default=True, help="TF32 in matrix products of CUDA")
     add("--mixed-precision", choices=["no", "fp16", "bf16"], help="autocast; default fp16 on CUDA, no on the CPU")
 
-    group = parser.add_argument_group("optimisation")
-    add = group.add_argument
+
+def _optimisation_flags(add: Callable) -> None:
     add("--epochs", type=int, default=1400, help="stop after so many passes over the data (%(default)s)")
     add("--max-train-steps", type=int, default=400_000, help="stop after so many steps (%(default)s)")
     add("--gradient-accumulation-steps", type=int, default=1, help="parts a process cuts its samples into")
@@ -129,8 +150,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max-grad-norm", type=float, default=1.0, help="clip the gradient's norm to this (%(default)s)")
     add("--seed", type=int, default=0, help="of everything random (%(default)s)")
 
-    group = parser.add_argument_group("method")
-    add = group.add_argument
+
+def _method_flags(add: Callable) -> None:
     add("--path-type", default="linear", choices=PATHS, help="path between data and noise (%(default)s)")
     add("--prediction", default="v", choices=["v"], help="what the network predicts: the velocity")
     add("--weighting", default="uniform", choices=WEIGHTINGS, help="distribution of training times (%(default)s)")
@@ -143,6 +164,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--enc-weights", help="local weight files of the encoders, comma-separated; default: the hub")
     add("--proj-coeff", type=float, default=0.5, help="weight of the alignment; 0: none, no projectors (%(default)s)")
     add("--cls", type=float, default=0.03, help="weight of the class token's velocity (%(default)s)")
+
+
+FLAGS = {
+    "run": _run_flags,
+    "sample grids": _grid_flags,
+    "evaluation while training": _evaluation_flags,
+    "network": _network_flags,
+    "data": _data_flags,
+    "precision": _precision_flags,
+    "optimisation": _optimisation_flags,
+    "method": _method_flags,
+}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Return the settings; names and meanings of the published flags are kept."""
+    parser = argparse.ArgumentParser(description="Train REG, REPA or SiT.", allow_abbrev=False)
+    for name, add_flags in FLAGS.items():
+        add_flags(parser.add_argument_group(name).add_argument)
     args = parser.parse_args(argv)
     _check_args(args)
     return args
