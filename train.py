@@ -10,7 +10,7 @@ so a run is the same run on any number of processes, and after any interruption.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import torch
 from torch import Tensor
@@ -57,6 +57,7 @@ def train(run: Run) -> bool:
         if run.step % args.checkpointing_steps == 0 or last or run.wishes:
             save(run)
     bar.close()
+    batches.close()
     run.log.draw()
     run.writer.finish()
     if run.step == last_step and run.writer.failure:
@@ -135,7 +136,7 @@ def encode(encoders: list[Encoder], images: Tensor, with_cls: bool, align: bool)
     return cls_token, [alignment_target(*output, with_cls) for output in outputs] if align else []
 
 
-def load_batches(run: Run, steps: range) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def load_batches(run: Run, steps: range) -> Generator[tuple[Tensor, Tensor, Tensor], None, None]:
     """Yield images, moments and labels on the device, for the parts of each of `steps` that belong to this process."""
     args, accelerator = run.args, run.accelerator
     sampler = GlobalBatchSampler(

@@ -53,3 +53,10 @@ def test_a_signal_to_every_process_of_the_job_leaves_the_loader_going(train_flag
     assert process.returncode == EXIT_RESUMABLE, text
     (checkpoint,) = (metrics.parent / "checkpoints").glob("*.pt")
     assert int(checkpoint.stem) >= read_rows(metrics.parent)[-1]["step"]
+
+
+def test_a_run_with_loader_workers_ends_by_itself(train_flags):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "train.py", *with_flags(train_flags, "--num-workers", "2")]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from types import FrameType
 
@@ -39,7 +40,16 @@ class StopSignal:
 def shield_worker(worker_id: int) -> None:
     """Keep a loader's worker going when a scheduler signals every process of a job: its trainer still needs batches.
 
-    Of SIGTERM only the first is passed over, for the loader itself ends a worker that lingers by it.
+    SIGTERM ends a worker only if its trainer sent it, as the loader does with one that lingers. Where the sender cannot
+    be known (macOS), a worker falls to any.
     """
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_if_the_trainer_says_so, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_if_the_trainer_says_so(trainer: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer:
+        pass
+    os._exit(0)
