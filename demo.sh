@@ -31,15 +31,15 @@ python train.py \
     --batch-size 64 \
     --learning-rate 1e-3 \
     --ema-decay 0.98 \
-    --max-train-steps 1000 \
+    --max-train-steps 900 \
     --log-steps 10 \
-    --sampling-steps 500 \
-    --checkpointing-steps 500 \
+    --sampling-steps 450 \
+    --checkpointing-steps 450 \
     --num-workers 1
 
 echo "5. generation: image and class token together, from noise; no encoder is used"
 python generate.py \
-    --ckpt "$OUT/exps/digits/checkpoints/0001000.pt" \
+    --ckpt "$OUT/exps/digits/checkpoints/0000900.pt" \
     --sample-dir "$OUT/samples" \
     --name digits \
     --num-fid-samples 900 \

@@ -13,6 +13,3 @@ else
         cat requirements.txt constraints.txt > .venv/installed
     fi
 fi
-
-# Threads that wait asleep, not spinning: on cores that others use too, spinning makes small networks 5 to 20 times slower.
-export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
