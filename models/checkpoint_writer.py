@@ -29,7 +29,6 @@ class CheckpointWriter:
 
     Attributes:
         failure: why the last write failed; None if it did not.
-        saved_step: the step of the last checkpoint that is complete on the disk, or None.
     """
 
     def __init__(
@@ -46,7 +45,6 @@ class CheckpointWriter:
         self.background = background
         self.report = report
         self.failure: str | None = None
-        self.saved_step: int | None = None
         self._thread: threading.Thread | None = None
         self._copies = TensorCopies()
 
@@ -92,7 +90,6 @@ class CheckpointWriter:
             self.report(f"warning: {self.failure}; earlier checkpoints are untouched")
         else:
             self.failure = None
-            self.saved_step = self.saved_step if name else step
 
     def _prune(self, step: int) -> None:
         """Remove old checkpoints; not those of later steps, which a run that went back will meet again."""
