@@ -129,6 +129,11 @@ class Codec(nn.Module):
         super().__init__()
         self.format = latent_format
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The parameters' dtype, by the name that diffusers' pipelines ask for; float32 where there are none."""
+        return next((parameter.dtype for parameter in self.parameters()), torch.float32)
+
     def train(self, mode: bool = True) -> Codec:
         """Stay in evaluation mode, whatever a parent module is set to."""
         return super().train(False)

@@ -234,6 +234,11 @@ class SiT(nn.Module):
         """The label that stands for "no class"."""
         return self.num_classes
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The parameters' dtype, by the name that diffusers' pipelines ask for."""
+        return self.pos_embed.dtype
+
     def initialize_weights(self) -> None:
         """Initialise as DiT (section 3.2) does: a fresh network returns exactly zero."""
         for module in self.modules():

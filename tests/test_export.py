@@ -53,7 +53,7 @@ def test_the_pipeline_makes_the_images_of_generate(checkpoint, tmp_path, monkeyp
     from pipeline import REGPipeline
 
     export(checkpoint, tmp_path / "folder")
-    pipeline = REGPipeline.from_pretrained(tmp_path / "folder")
+    pipeline = REGPipeline.from_pretrained(tmp_path / "folder").to("cpu")
     pipeline.set_progress_bar_config(disable=True)
     more = {"guidance_scale": 2.0, "guidance_interval": (0, 0.85)}
     images = pipeline([0, 1, 2, 0, 1], num_inference_steps=4, seed=3, output_type="np", **more).images
