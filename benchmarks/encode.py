@@ -10,20 +10,16 @@ matrix product on the same device, in the same precision.
 from __future__ import annotations
 
 import argparse
-import resource
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.timing import matrix_rate, peak_memory, seconds
 from files import InputError, run_cli, write_json
 from models.autoencoder import SD_FORMAT, Codec, KLCodec, load_codec
-
-MATRIX = {"cpu": 2048, "cuda": 8192}  # large enough for the device's best rate
 
 
 def sd_architecture() -> Codec:
@@ -38,39 +34,6 @@ def sd_architecture() -> Codec:
         latent_channels=4,
     )
     return KLCodec(autoencoder, SD_FORMAT)
-
-
-def seconds(run: Callable[[], object], device: torch.device, at_least: float) -> float:
-    """Return the time of one `run`, averaged over `at_least` seconds, after one that is not counted."""
-    run()
-    synchronise(device)
-    begun, runs = time.perf_counter(), 0
-    while runs == 0 or time.perf_counter() - begun < at_least:
-        run()
-        synchronise(device)
-        runs += 1
-    return (time.perf_counter() - begun) / runs
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait for the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def peak_memory(device: torch.device) -> float:
-    """Return the most memory used so far, in GB: on a GPU its own, on a CPU the whole process's."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
-def matrix_rate(device: torch.device, at_least: float) -> float:
-    """Return the operations per second of a large float32 matrix product, in the precision that is switched on."""
-    size = MATRIX[device.type]
-    a = torch.randn(size, size, device=device)
-    return 2 * size**3 / seconds(lambda: a @ a, device, at_least)
 
 
 def measure(

@@ -1,0 +1,45 @@
+"""What all benchmarks measure with: time, memory, and the rate of a large matrix product as the device's ceiling."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+
+MATRIX = {"cpu": 2048, "cuda": 8192}  # large enough for the device's best rate
+
+
+def seconds(run: Callable[[], object], device: torch.device, at_least: float) -> float:
+    """Return the time of one `run`, averaged over `at_least` seconds, after one that is not counted."""
+    run()
+    synchronise(device)
+    begun, runs = time.perf_counter(), 0
+    while runs == 0 or time.perf_counter() - begun < at_least:
+        run()
+        synchronise(device)
+        runs += 1
+    return (time.perf_counter() - begun) / runs
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak_memory(device: torch.device) -> float:
+    """Return the most memory used so far, in GB: on a GPU its own, on a CPU the whole process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def matrix_rate(device: torch.device, at_least: float, dtype: torch.dtype = torch.float32) -> float:
+    """Return the operations per second of a large matrix product in `dtype`, in TF32 where that is switched on."""
+    size = MATRIX[device.type]
+    a = torch.randn(size, size, device=device).to(dtype)
+    return 2 * size**3 / seconds(lambda: a @ a, device, at_least)
