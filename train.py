@@ -27,6 +27,7 @@ from training.preemption import EXIT_RESUMABLE, StopSignal, shield_worker
 from training.samples import score_samples, write_reconstructions, write_samples
 from training.settings import parse_args
 from training.setup import Run, set_up
+from training.sharding import whole, whole_norm
 
 TRAINING_STREAM = 1  # keeps the noise of training apart from that of images, whose key is (seed, number)
 
@@ -85,7 +86,7 @@ def training_step(run: Run, batches: Iterator[tuple[Tensor, Tensor, Tensor]]) ->
             accelerator.backward(terms.total.mean())
             run.reports.add(terms.named(), t=rows.t, label=y)
             if accelerator.sync_gradients:
-                grad_norm = accelerator.clip_grad_norm_(run.model.parameters(), args.max_grad_norm)
+                grad_norm = whole_norm(accelerator.clip_grad_norm_(run.model.parameters(), args.max_grad_norm))
                 good = grad_norm.isfinite().float()
                 run.optimizer.optimizer.found_inf = 1 - good  # leaves out the update, decided on the device
             run.optimizer.step()
@@ -167,11 +168,12 @@ def save(run: Run, name: str | None = None) -> None:
     read_reports(run, all_sent=True)
     run.wishes.discard("save")
     run.retry_save_at = run.step + run.args.retry_steps
+    network = accelerator.unwrap_model(run.model)
+    states = {"model": network.state_dict(), "ema": run.ema.state_dict(), "opt": run.optimizer.state_dict()}
+    states = whole(states, keep=accelerator.is_main_process)  # shards come from all processes
     if accelerator.is_main_process:
         content = {
-            "model": accelerator.unwrap_model(run.model).state_dict(),
-            "ema": run.ema.state_dict(),
-            "opt": run.optimizer.state_dict(),
+            **states,
             "args": run.args,
             "steps": run.step,
             "scaler": None if accelerator.scaler is None else accelerator.scaler.state_dict(),

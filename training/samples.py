@@ -6,26 +6,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from models.sit import SiT
 from pictures import image_grid, save_png
 from samplers import Guidance, derive_seed, sample_images
 from training.run_log import going_on_despite
-from training.setup import Run
+from training.setup import Run, averaged_network
 
 
 def write_samples(run: Run) -> None:
     """Write a grid of EMA samples, the same noise and labels each time, to the run's folder and to the tracker."""
+    network = averaged_network(run)
     if run.accelerator.is_main_process:
         args = run.args
         guidance = Guidance(args.grid_cfg_scale, args.grid_cfg_scale)
-        write_grid(run, f"{run.step:07d}", draw_latents(run, range(args.grid_samples), args.grid_num_steps, guidance))
+        latents = draw_latents(run, network, range(args.grid_samples), args.grid_num_steps, guidance)
+        write_grid(run, f"{run.step:07d}", latents)
         run.log.draw()
     run.accelerator.wait_for_everyone()
 
 
 def score_samples(run: Run) -> dict[str, float]:
     """Return the scores of EMA samples, made without guidance by all processes."""
-    steps, unguided = run.args.eval_num_steps, Guidance()
-    return run.evaluation(lambda numbers: run.codec.decode(draw_latents(run, numbers, steps, unguided)))
+    network, steps, unguided = averaged_network(run), run.args.eval_num_steps, Guidance()
+    return run.evaluation(lambda numbers: run.codec.decode(draw_latents(run, network, numbers, steps, unguided)))
 
 
 def write_reconstructions(run: Run) -> None:
@@ -36,11 +39,11 @@ def write_reconstructions(run: Run) -> None:
         write_grid(run, "reconstructions", run.data.latent_format.sample(moments.to(run.accelerator.device), None))
 
 
-def draw_latents(run: Run, numbers: range, num_steps: int, guidance: Guidance) -> Tensor:
+def draw_latents(run: Run, network: SiT, numbers: range, num_steps: int, guidance: Guidance) -> Tensor:
     """Return the EMA network's latents (N, C, h, w) of images given by number, each class as often as any other."""
     latents, _ = sample_images(
-        run.ema,
-        labels=[number % run.ema.num_classes for number in numbers],
+        network,
+        labels=[number % network.num_classes for number in numbers],
         seeds=[derive_seed(run.args.seed, number) for number in numbers],
         interpolant=run.criterion.interpolant,
         guidance=guidance,

@@ -22,7 +22,7 @@ MAY_CHANGE = {
     "gradient_accumulation_steps", "log_steps", "check_data", "device", "enc_weights", "vae", "grid_samples",
     "grid_num_steps", "grid_cfg_scale", "eval_steps", "eval_ref", "eval_samples", "eval_num_steps", "eval_batch_size",
     "eval_inception", "legacy", "keep_last", "keep_every", "background_save", "retry_steps",
-    "max_bad_steps", "timeout_minutes",
+    "max_bad_steps", "timeout_minutes", "fsdp",
 }  # fmt: skip
 
 
@@ -53,6 +53,12 @@ def _run_flags(add: Callable) -> None:
         help="after a checkpoint that could not be written, try again so many steps later (%(default)s)",
     )
     add("--max-bad-steps", type=int, default=20, help="stop after so many steps in a row without a finite gradient")
+    add(
+        "--fsdp",
+        action=SWITCH,
+        default=False,
+        help="share weights, averages and AdamW's state out among the processes (FSDP), where one GPU cannot hold them",
+    )
     add("--timeout-minutes", type=float, default=30, help="how long processes wait for one that has died (%(default)s)")
     add("--resume-step", type=int, default=0, help="go on from the checkpoint of this step; 0: start anew")
     add("--resume", help="go on from 'latest' (start anew if there is no checkpoint yet) or from a checkpoint file")

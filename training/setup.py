@@ -32,6 +32,7 @@ from training.bad_steps import BadSteps
 from training.preemption import StopSignal
 from training.run_log import RunLog, going_on_despite
 from training.settings import check_same_run, flag
+from training.sharding import check_sharding, count_parameters, device_mesh, shard, shard_like, whole
 from training.step_reports import StepReports
 from training.throughput import describe_start, peak_flops, training_flops
 
@@ -64,6 +65,7 @@ class Run:
 def set_up(args: argparse.Namespace, stop_signal: StopSignal | None = None) -> Run:
     """Return a run ready to train. Without a `stop_signal` nothing but its end stops it."""
     accelerator = make_accelerator(args)
+    check_sharding(accelerator, args.fsdp)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
     folder = Path(args.output_dir) / args.exp_name
     checkpoint = find_checkpoint(args, folder, accelerator)
@@ -82,8 +84,16 @@ def set_up(args: argparse.Namespace, stop_signal: StopSignal | None = None) -> R
     if checkpoint is not None:
         check_same_run(args, vars(checkpoint["args"]), "the checkpoint's run")
 
-    model = build_network(args).to(device)
+    model = build_network(args)
     average = ema.averaged_copy(model)
+    if checkpoint is not None:
+        restore_weights(checkpoint, model, average)
+    if args.fsdp:
+        mesh = device_mesh(accelerator)
+        shard(model, mesh)
+        shard(average, mesh)
+    else:
+        model, average = model.to(device), average.to(device)
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=args.learning_rate,
@@ -93,8 +103,10 @@ def set_up(args: argparse.Namespace, stop_signal: StopSignal | None = None) -> R
         fused=True,  # the one kind that leaves out a step on the device's own word
     )
     if checkpoint is not None:
-        restore(checkpoint, model, average, optimizer)
-    model, optimizer = accelerator.prepare(model, optimizer)
+        restore_optimizer(checkpoint, optimizer, model)
+    if not args.fsdp:
+        model = accelerator.prepare(model)
+    optimizer = accelerator.prepare(optimizer)
     if checkpoint is not None and accelerator.scaler is not None and checkpoint.get("scaler"):
         accelerator.scaler.load_state_dict(checkpoint["scaler"])
 
@@ -113,7 +125,8 @@ def set_up(args: argparse.Namespace, stop_signal: StopSignal | None = None) -> R
         step,
         peak_images_per_second(args, accelerator),
     )
-    log.write_line("starts.jsonl", describe_start(args, step, device, accelerator.num_processes))
+    start = describe_start(args, step, device, accelerator.num_processes)
+    log.write_line("starts.jsonl", start | count_parameters(model))
     writer = CheckpointWriter(folder / "checkpoints", args.keep_last, args.keep_every, args.background_save, tqdm.write)
     if accelerator.is_main_process:
         writer.clear_leftovers()
@@ -270,18 +283,36 @@ def build_network(args: argparse.Namespace) -> SiT:
         raise InputError(f"--model {args.model} with the given sizes: {error}") from error
 
 
-def restore(checkpoint: dict[str, Any], model: SiT, average: SiT, optimizer: torch.optim.Optimizer) -> None:
-    """Load weights, averaged weights and the optimiser's state, strictly."""
-    # Published checkpoints, and older ones of ours, come from another implementation of the same AdamW.
-    groups = [{**group, "fused": True, "foreach": None} for group in checkpoint["opt"]["param_groups"]]
+def restore_weights(checkpoint: dict[str, Any], model: SiT, average: SiT) -> None:
+    """Load weights and averaged weights, strictly."""
     try:
         model.load_state_dict(network_weights(checkpoint, "model"))
         average.load_state_dict(network_weights(checkpoint, "ema"))
-        optimizer.load_state_dict({**checkpoint["opt"], "param_groups": groups})
+    except RuntimeError as error:
+        raise InputError(f"the checkpoint does not fit the network of the flags: {error}") from error
+
+
+def restore_optimizer(checkpoint: dict[str, Any], optimizer: torch.optim.Optimizer, model: SiT) -> None:
+    """Load the optimiser's state, strictly."""
+    # Published checkpoints, and older ones of ours, come from another implementation of the same AdamW.
+    groups = [{**group, "fused": True, "foreach": None} for group in checkpoint["opt"]["param_groups"]]
+    try:
+        state = shard_like(checkpoint["opt"]["state"], model)
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
         for state in optimizer.state.values():  # its own memory: the file is mapped, and may be cleared away soon
             state.update({name: value.clone() for name, value in state.items() if value.device.type == "cpu"})
-    except (RuntimeError, ValueError) as error:
-        raise InputError(f"the checkpoint does not fit the network of the flags: {error}") from error
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise InputError(f"the checkpoint's optimiser does not fit the network of the flags: {error}") from error
+
+
+def averaged_network(run: Run) -> SiT:
+    """Return the EMA network for sampling; of a sharded run a whole copy on each process. Call it on all processes."""
+    if not run.args.fsdp:
+        return run.ema
+    with torch.device("meta"):
+        network = build_network(run.args)
+    network.load_state_dict(whole(run.ema.state_dict()), assign=True)
+    return network.to(run.accelerator.device).eval().requires_grad_(False)
 
 
 def peak_images_per_second(args: argparse.Namespace, accelerator: Accelerator) -> float | None:

@@ -1,0 +1,91 @@
+"""A sharded run is the run of one process, in other memory."""
+
+import json
+import signal
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from files import InputError
+from models.checkpoint import load_checkpoint, load_model
+from tests.conftest import read_rows, run_training
+from tests.processes import Training
+from tests.test_resume import LAST, STEPS, assert_same_run, finish, flags_of, poison, run_folder
+from training.preemption import EXIT_RESUMABLE
+
+pytestmark = pytest.mark.skipif(
+    not (torch.cuda.is_available() or hasattr(torch.cpu.Stream, "record_event")),
+    reason="this torch shards on GPUs only",
+)
+LOGGED = ("step", "loss", "denoise", "proj", "cls", "grad_norm")
+
+
+def assert_close_runs(one, other):
+    ours, theirs = ([[row[name] for name in LOGGED] for row in read_rows(run)] for run in (one, other))
+    assert len(ours) == STEPS
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+    a, b = (load_checkpoint(run / "checkpoints" / LAST) for run in (one, other))
+    for part in ("model", "ema"):
+        assert list(a[part]) == list(b[part])
+        for key, value in a[part].items():
+            torch.testing.assert_close(value, b[part][key], rtol=1e-4, atol=1e-5)
+    assert a["opt"]["state"].keys() == b["opt"]["state"].keys()
+    for index, state in a["opt"]["state"].items():
+        for name, value in state.items():
+            torch.testing.assert_close(value, b["opt"]["state"][index][name], rtol=1e-3, atol=1e-5)
+
+
+def test_same_losses_and_same_file_as_ddp_and_one_process(train_flags, tmp_path):
+    more = ("--log-steps", "1", "--sampling-steps", str(STEPS), "--grid-samples", "2", "--grid-num-steps", "3")
+    alone = finish(flags_of(train_flags, "alone", *more), tmp_path)
+    ddp = finish(flags_of(train_flags, "ddp", *more), tmp_path, processes=2)
+    sharded = finish(flags_of(train_flags, "sharded", "--fsdp", *more), tmp_path, processes=2)
+    assert_close_runs(alone, sharded)
+    assert_close_runs(ddp, sharded)
+    model = load_model(sharded / "checkpoints" / LAST)  # rebuilt from the file alone
+    assert sum(p.numel() for p in model.parameters()) == sum(
+        p.numel() for p in load_model(alone / "checkpoints" / LAST).parameters()
+    )
+    starts = [json.loads((run / "starts.jsonl").read_text()) for run in (ddp, sharded)]
+    assert starts[0]["parameters"] == starts[0]["parameters_kept"] == starts[1]["parameters"]
+    assert starts[1]["parameters_kept"] == pytest.approx(starts[1]["parameters"] / 2, rel=0.02)
+    grids = [np.array(Image.open(run / "samples" / f"{STEPS:07d}.png"), dtype=int) for run in (alone, sharded)]
+    assert np.abs(grids[0] - grids[1]).max() <= 1
+
+
+@pytest.mark.parametrize("more", [(), ("--gradient-accumulation-steps", "2", "--mixed-precision", "bf16")])
+def test_stopped_and_resumed_bit_for_bit(train_flags, tmp_path, more):
+    whole = finish(flags_of(train_flags, "whole", "--fsdp", *more), tmp_path, processes=2)
+    flags = flags_of(train_flags, "stopped", "--fsdp", *more, "--log-steps", "1")
+    training = Training([*flags, "--checkpointing-steps", "100"], tmp_path / "output.txt", processes=2)
+    training.wait_for_lines(run_folder(flags) / "metrics.jsonl", lines=4)
+    training.signal(signal.SIGTERM)
+    assert training.wait() == EXIT_RESUMABLE, training.text()
+    finish(flags, tmp_path, processes=2)
+    (run_folder(flags) / "metrics.jsonl").write_bytes((whole / "metrics.jsonl").read_bytes())
+    assert_same_run(whole, run_folder(flags))
+
+
+@pytest.mark.parametrize(("before", "after"), [("--fsdp", "--no-fsdp"), ("--no-fsdp", "--fsdp"), ("--fsdp", None)])
+def test_a_checkpoint_is_gone_on_with_in_the_other_way(train_flags, tmp_path, before, after):
+    whole = finish(flags_of(train_flags, "whole", "--log-steps", "1"), tmp_path)
+    flags = flags_of(train_flags, "changed", "--log-steps", "1")
+    finish([*flags, before, "--max-train-steps", "5"], tmp_path, processes=2)
+    finish([*flags, after] if after else flags, tmp_path, processes=2 if after else 1)
+    assert_close_runs(whole, run_folder(flags))
+
+
+def test_a_poisoned_sample_is_left_out(train_flags, data, tmp_path):
+    poison(data, 7, float("nan"))
+    flags = flags_of(train_flags, "poisoned", "--fsdp", "--data-dir", str(data))
+    checkpoint = load_checkpoint(finish(flags, tmp_path, processes=2) / "checkpoints" / LAST)
+    for part in ("model", "ema"):
+        assert all(tensor.isfinite().all() for tensor in checkpoint[part].values())
+    assert {state["step"].item() for state in checkpoint["opt"]["state"].values()} == {STEPS - 4}
+
+
+def test_one_process_has_nobody_to_share_with(train_flags):
+    with pytest.raises(InputError, match="--fsdp with 1 process"):
+        run_training(flags_of(train_flags, "alone", "--fsdp"))

@@ -1,0 +1,88 @@
+"""Networks too large for every GPU to hold whole: weights, averages and AdamW's state cut up among the processes (FSDP:
+PyTorch FSDP, arXiv 2304.11277; ZeRO, arXiv 1910.02054, stage 3), by torch's `fully_shard`.
+
+Files hold whole tensors, so a checkpoint is the same whether its run was sharded or not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from files import InputError
+from models.sit import SiT
+
+
+def check_sharding(accelerator: Accelerator, fsdp: bool) -> None:
+    """Raise InputError if the processes cannot shard, or were told to shard by somebody else."""
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise InputError(
+            f"accelerate is configured for {accelerator.distributed_type.value}; allowed is --fsdp instead"
+        )
+    if fsdp and accelerator.num_processes == 1:
+        raise InputError("--fsdp with 1 process: there is nobody to share with; allowed: 2 processes or more")
+    if fsdp and accelerator.device.type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):
+        raise InputError(f"--fsdp on the CPU with torch {torch.__version__}: needs a later one; on GPUs 2.6 will do")
+
+
+def device_mesh(accelerator: Accelerator) -> DeviceMesh:
+    """Return all processes in one row."""
+    return init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+
+
+def shard(network: SiT, mesh: DeviceMesh) -> None:
+    """Move a network, the same on all processes, to the mesh's devices, each its share. A block is gathered when it is
+    to compute, while the one before it computes, and let go afterwards."""
+    for block in network.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(network, mesh=mesh)
+
+
+def shard_like(state: dict[int, dict[str, Tensor]], network: SiT) -> dict[int, dict[str, Tensor]]:
+    """Return an optimiser's state, by index of the parameter, cut up as the network's parameters are."""
+    parameters = list(network.parameters())
+
+    def cut(value: Tensor, parameter: Tensor) -> Tensor:
+        if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
+            return value
+        return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+
+    return {
+        index: {name: cut(value, parameters[index]) for name, value in values.items()}
+        for index, values in state.items()
+    }
+
+
+def count_parameters(network: torch.nn.Module) -> dict[str, int]:
+    """Return how many parameters a network has, and how many of them this process keeps."""
+    parameters = list(network.parameters())
+    kept = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
+    return {"parameters": sum(p.numel() for p in parameters), "parameters_kept": sum(p.numel() for p in kept)}
+
+
+def whole_norm(norm: Tensor) -> Tensor:
+    """Return a gradient's norm on the device, of all shards where it is sharded. Nothing waits for it."""
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def whole(value: Any, keep: bool = True) -> Any:
+    """Return `value`, nested dicts and lists, with whole tensors on the CPU in place of shards; all else as it is.
+
+    To be called on all processes. Without `keep` a process only gives its shares, and has None where shards were.
+    """
+    if isinstance(value, DTensor):
+        gathered = value.full_tensor()
+        return gathered.cpu() if keep else None
+    if isinstance(value, Mapping):
+        return {key: whole(item, keep) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(whole(item, keep) for item in value)
+    return value
