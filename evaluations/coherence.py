@@ -1,7 +1,7 @@
 """Coherence: does the class token that was generated with an image say what the encoder says of that image?
 
-REG (arXiv 2507.01467) generates image and class token together, but reports the image alone. Here the generated token is
-compared with the encoder's token of the decoded image: by its cosine, beside what the same cosine is with the tokens of
+REG (arXiv 2507.01467) generates image and class token together, but reports the image alone. Here the generated token
+is compared with the encoder's token of the decoded image: by its cosine, beside what the same cosine is with tokens of
 other images and with the mean token of its class, and by how often the nearest class mean is that of its label. Class
 means are those of real images.
 
