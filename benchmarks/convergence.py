@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from benchmarks.comparison import report
 from benchmarks.comparison.presets import ABLATIONS, PRESETS, Files, Preset, run
-from benchmarks.comparison.scoring import Judges, Sampling, Scorer
+from benchmarks.comparison.scoring import Judges, Sampling, Scorer, load_images
 from files import InputError, read_json, run_cli, write_json
 from models.checkpoint import list_checkpoints
 from pictures import read_metrics
@@ -120,7 +120,12 @@ def chosen_preset(args: argparse.Namespace) -> Preset:
 
 def chosen_rows(args: argparse.Namespace, files: Files) -> dict[str, str]:
     """Return the flags of each row by its name."""
-    return ABLATIONS[args.ablation]
+    if args.ablation != "encoder":
+        return ABLATIONS[args.ablation]
+    rows = {}
+    for name, (spec, weights) in files.encoders.items():
+        rows[f"encoder {name}"] = f"--enc-type {spec}" + (f" --enc-weights {weights}" if weights else "")
+    return rows
 
 
 def check_same_comparison(path: Path, preset: Preset, files: Files) -> None:
@@ -139,7 +144,7 @@ def check_same_comparison(path: Path, preset: Preset, files: Files) -> None:
 
 
 def row_flags(preset: Preset, files: Files, flags: str) -> list[str]:
-    """Return train.py's flags of a row, less folder, name, seed and length. What the row gives comes last and counts."""
+    """Return train.py's flags of a row, less folder, name, seed and length; what the row itself gives comes last."""
     spec, weights = next(iter(files.encoders.values()))
     encoder = ["--enc-type", spec, *(["--enc-weights", weights] if weights else [])]
     common = ["--data-dir", str(files.data), "--sampling-steps", "0", *encoder]
@@ -239,8 +244,6 @@ def collect(
 ) -> dict[str, Any]:
     """Return everything measured, as it goes into the JSON."""
     scorer = cached_scorer(files.judges)
-    from benchmarks.comparison.scoring import load_images
-
     real, labels = load_images(files.data / "images")
     return {
         "preset": args.preset,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -134,8 +135,6 @@ def _encode(data: Path, vae: str) -> None:
 
 def run(command: list[str], log: Path | None = None, threads: int | None = None) -> None:
     """Run a program of this repository to its end; its output goes to `log`. Raises InputError if it fails."""
-    import os
-
     environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
     output = None
     if log is not None:

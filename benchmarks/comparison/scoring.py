@@ -47,7 +47,7 @@ class Judges:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How many images a score is of, and how they are made: by an ODE, whose only noise is the start, the same for all."""
+    """How many images a score is of, and how they are made: by an ODE, whose only noise is the start, alike for all."""
 
     images: int
     num_steps: int
