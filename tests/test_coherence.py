@@ -1,9 +1,11 @@
 """Coherence of generated class tokens: against its formulas, written out pair by pair."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from evaluations import coherence
 from evaluations.coherence import CentreSums, CoherenceSums
 from files import InputError
 
@@ -64,16 +66,26 @@ def test_tokens_of_other_classes_are_not_right():
     assert scores(centres[labels], wrong, labels, centres)["cls_tokens_right"] == 1
 
 
-def test_centres_are_class_means_and_a_class_without_images_is_named():
+def test_images_of_a_class_without_real_ones_are_left_out():
+    generated, encoded, labels, centres = tokens(5)
+    with_gap = torch.cat([centres, torch.full((1, D), torch.nan)])
+    sums = CoherenceSums(D)
+    sums.update(generated, encoded, labels, with_gap)
+    sums.update(generated[:3], encoded[:3], torch.full((3,), K), with_gap)
+    assert sums.scores() == scores(generated, encoded, labels, centres)
+
+
+def test_centre_images_are_equally_many_of_each_class(monkeypatch):
+    monkeypatch.setattr(coherence, "CENTRE_IMAGES", 6)
+    assert coherence.centre_images(np.array([0, 0, 0, 4, 4, 2, 0, 4])) == [0, 1, 3, 4, 5]
+
+
+def test_centres_are_class_means():
     generated, _, labels, _ = tokens(4)
     sums = CentreSums(K, D)
     for rows in torch.arange(N).split(7):
         sums.update(generated[rows], labels[rows])
     expected = torch.stack([generated[labels == k].double().mean(0) for k in range(K)])
     torch.testing.assert_close(sums.centres(), expected)
-    with pytest.raises(InputError, match=f"class {K} has no real image"):
-        more = CentreSums(K + 1, D)
-        more.update(generated, labels)
-        more.centres()
     with pytest.raises(InputError, match="at least 2 images, there are 0"):
         CoherenceSums(D).scores()

@@ -59,6 +59,7 @@ class Run:
     stop_signal: StopSignal
     wishes: set[str] = field(default_factory=set)  # what any process asked all for: "stop", "save"
     retry_save_at: int = 0  # the step from which on a failed checkpoint is tried again
+    class_centres: torch.Tensor | None = None  # the mean token of each class, once an evaluation has asked for it
 
 
 def set_up(args: argparse.Namespace, stop_signal: StopSignal | None = None) -> Run:
