@@ -23,6 +23,7 @@ from accelerate import Accelerator
 from PIL import Image
 from tqdm import tqdm
 
+from evaluations.coherence_report import CoherenceReport
 from files import InputError, atomic_write, read_json, run_cli, write_json
 from models.autoencoder import Codec, LatentFormat, load_codec
 from models.checkpoint import build_model, is_legacy, load_checkpoint
@@ -38,6 +39,7 @@ PUBLISHED_VAES = {"ema": "sd-vae-ft-ema", "mse": "sd-vae-ft-mse"}
 # What may differ when an interrupted folder is completed: none of it changes an image.
 MAY_CHANGE = {
     "sample_dir", "name", "per_proc_batch_size", "num_fid_samples", "device", "local_rank", "npz", "fused_attn",
+    "coherence", "enc_weights",
 }  # fmt: skip
 
 
@@ -53,6 +55,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--name", help="folder of this set in --sample-dir; default: made of the settings")
     add("--npz", action=switch, default=True, help="also write samples.npz")
     add("--save-cls", action=switch, default=False, help="also write the generated class tokens, cls_tokens.npy (N, D)")
+    add("--coherence", help="training data: also write how well class tokens agree with their images, coherence.json")
+    add("--enc-weights", help="weights file of the encoder that --coherence asks; default: the run's")
 
     add = parser.add_argument_group("what to generate").add_argument
     add("--num-fid-samples", type=int, default=50_000, help="number of images (%(default)s)")
@@ -110,6 +114,7 @@ def _check_args(args: argparse.Namespace) -> None:
     if args.heun and args.solver == "dopri5":
         raise InputError("--heun contradicts --solver dopri5")
     args.solver = "heun" if args.heun else args.solver
+    args.save_cls = args.save_cls or args.coherence is not None
     if args.mode == "sde" and args.solver != "euler":
         raise InputError(f"--solver {args.solver} is a solver of the ODE; add --mode ode")
     if args.cls_cfg_scale is None:
@@ -135,6 +140,9 @@ def main() -> None:
     args.path_type = args.path_type or saved.get("path_type", "linear")
     check_against_checkpoint(args, checkpoint, model, latent_format)
     codec = load_decoder(args, latent_format, accelerator.device)
+    coherence = None
+    if args.coherence is not None:
+        coherence = CoherenceReport(checkpoint, args.coherence, args.enc_weights, accelerator.device, args.ckpt)
 
     folder = Path(args.sample_dir) / (args.name or default_name(args, checkpoint))
     labels = image_labels(args, model.num_classes)
@@ -147,6 +155,10 @@ def main() -> None:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         finish(args, folder, labels)
+        if coherence is not None:
+            tokens = np.load(folder / "cls_tokens.npy", allow_pickle=False)
+            images = [image_path(folder, number) for number in range(args.num_fid_samples)]
+            write_json(folder / "coherence.json", coherence(images, tokens, labels))
         print(folder / "samples.npz" if args.npz else folder / "images")
     accelerator.wait_for_everyone()
     accelerator.end_training()

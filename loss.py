@@ -17,6 +17,11 @@ from torch import Tensor
 
 from models.interpolant import Interpolant
 
+# What can be entangled with the latents (REG, the ablation of the entangled signal): the first encoder's class token,
+# the mean of its patch tokens, the mean of the latents, a learnt token that is not denoised, nothing.
+ENTANGLED = ("class", "patch-mean", "latent-mean", "learnable", "none")
+FROM_ENCODER = ("class", "patch-mean")
+
 
 @dataclass(frozen=True)
 class LossTerms:
@@ -109,9 +114,9 @@ class TrainingNoise:
 
     t: Tensor  # (B,) in [0, 1]
     noise: Tensor  # (B, C, h, w)
-    cls_noise: Tensor | None  # (B, D)
     latent_noise: Tensor  # (B, C, h, w), draws the latents from their moments
     label_drop: Tensor  # (B,) bool
+    cls_noise: Tensor | None  # (B, D)
 
     @classmethod
     def draw(
@@ -129,9 +134,10 @@ class TrainingNoise:
         return cls(
             t=interpolant.sample_time(batch_size, weighting, **on),
             noise=torch.randn(batch_size, *latent_shape, **on),
-            cls_noise=torch.randn(batch_size, cls_token_dim, **on) if cls_token_dim else None,
             latent_noise=torch.randn(batch_size, *latent_shape, **on),
             label_drop=torch.rand(batch_size, **on) < label_drop_prob,
+            # Drawn last: with and without a class slot, everything else is the same.
+            cls_noise=torch.randn(batch_size, cls_token_dim, **on) if cls_token_dim else None,
         )
 
     def rows(self, first: int, last: int) -> TrainingNoise:
@@ -168,5 +174,24 @@ def alignment(projected: Sequence[Tensor], encoder_tokens: Sequence[Tensor]) -> 
 
 def alignment_target(cls_token: Tensor, patch_tokens: Tensor, with_cls: bool) -> Tensor:
     """Return what the network's tokens are aligned with: patch tokens (N, T, D), the class token (N, D) put first
-    where the network has a class slot, (N, 1 + T, D) (REG, section 3)."""
+    where the network has a slot, (N, 1 + T, D) (REG, section 3).
+
+    Whatever the slot holds, its target is the class token: the entangled signals of the paper's ablation then differ in
+    nothing else.
+    """
     return torch.cat([cls_token.unsqueeze(1), patch_tokens], dim=1) if with_cls else patch_tokens
+
+
+def entangled_token(kind: str, encoded: tuple[Tensor, Tensor] | None, x: Tensor | None) -> Tensor | None:
+    """Return the clean token (N, D) float32 that is denoised with the latents; None for a kind that has none.
+
+    Args:
+        kind: of `ENTANGLED`.
+        encoded: class token (N, D) and patch tokens (N, T, D) of the first encoder; needed for `FROM_ENCODER`.
+        x: clean latents (N, C, h, w); their mean over positions has D = C.
+    """
+    if kind == "class":
+        return encoded[0].float()
+    if kind == "patch-mean":
+        return encoded[1].float().mean(dim=1)
+    return x.float().mean(dim=(2, 3)) if kind == "latent-mean" else None

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from dataset import GlobalBatchSampler
 from files import InputError, read_json, run_cli, write_json
-from loss import TrainingNoise, alignment_target
+from loss import TrainingNoise, alignment_target, entangled_token
 from models import ema
 from models.encoders import Encoder
 from samplers import derive_seed
@@ -79,7 +79,7 @@ def training_step(run: Run, batches: Iterator[tuple[Tensor, Tensor, Tensor]]) ->
         x = run.data.latent_format.sample(moments, rows.latent_noise)
         with accelerator.accumulate(run.model):
             with accelerator.autocast():
-                cls_token, encoder_tokens = encode(run.encoders, images, args.cls_token, args.proj_coeff > 0)
+                cls_token, encoder_tokens = encode(run.encoders, images, x, args.entangle, args.proj_coeff > 0)
                 terms = run.criterion(
                     run.model, x, y, cls_token, encoder_tokens, rows.t, rows.noise, rows.cls_noise, rows.label_drop
                 )
@@ -130,11 +130,13 @@ def step_noise(run: Run) -> TrainingNoise:
 
 
 @torch.no_grad()
-def encode(encoders: list[Encoder], images: Tensor, with_cls: bool, align: bool) -> tuple[Tensor | None, list[Tensor]]:
-    """Return the class token (N, D) of the first encoder and the alignment targets of all, for uint8 images."""
+def encode(
+    encoders: list[Encoder], images: Tensor, x: Tensor, entangle: str, align: bool
+) -> tuple[Tensor | None, list[Tensor]]:
+    """Return what is entangled with latents x, (N, D) or None, and the alignment targets of uint8 images."""
     outputs = [encoder(images) for encoder in encoders]
-    cls_token = outputs[0].cls_token.float() if with_cls else None
-    return cls_token, [alignment_target(*output, with_cls) for output in outputs] if align else []
+    cls_token = entangled_token(entangle, outputs[0] if outputs else None, x)
+    return cls_token, [alignment_target(*output, entangle != "none") for output in outputs] if align else []
 
 
 def load_batches(run: Run, steps: range) -> Generator[tuple[Tensor, Tensor, Tensor], None, None]:

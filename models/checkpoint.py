@@ -160,7 +160,7 @@ def architecture(
     try:
         hidden_size, in_channels, patch_size, _ = state["x_embedder.proj.weight"].shape
         rows = state["pos_embed"].shape[1]
-        cls_weight = state.get("cls_projectors2.weight")
+        cls_weight, slot_token = state.get("cls_projectors2.weight"), state.get("slot_token")
         depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
         projectors = sorted(key for key in state if re.fullmatch(r"projectors\.\d+\.4\.weight", key))
         q_norm = state.get("blocks.0.attn.q_norm.weight")
@@ -168,7 +168,7 @@ def architecture(
         mlp_ratio = state["blocks.0.mlp.fc1.weight"].shape[0] / hidden_size
     except (KeyError, ValueError, IndexError) as error:
         raise InputError(f"{source}: not a SiT's weights ({error} is missing or odd)") from error
-    grid_size = round((rows - (cls_weight is not None)) ** 0.5)
+    grid_size = round((rows - (cls_weight is not None or slot_token is not None)) ** 0.5)
     size = next((name for name, (d, width, _) in PRESETS.items() if (d, width) == (depth, hidden_size)), None)
     num_heads = hidden_size // len(q_norm) if q_norm is not None else getattr(args, "num_heads", None)
     num_heads = num_heads or (PRESETS[size][2] if size else None)
@@ -189,6 +189,7 @@ def architecture(
         "projector_dim": state[projectors[0]].shape[1] if projectors else 2048,
         "cls_token_dim": None if cls_weight is None else cls_weight.shape[1],
         "qk_norm": q_norm is not None,
+        "learnable_token": slot_token is not None,
     }
 
 

@@ -10,6 +10,7 @@ Names and order of the parameters are those of the published checkpoints, ugly o
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -177,6 +178,8 @@ class SiT(nn.Module):
         z_dims: width of each encoder to be aligned with; empty for no projectors.
         projector_dim: inner width of the projectors.
         cls_token_dim: width of the class token (the first encoder's); None for no class slot.
+        learnable_token: put a learnt token, the same for all images, into the slot instead: it takes part in attention
+            and alignment, but is neither noised nor denoised (REG, the ablation of the entangled signal).
         qk_norm: LayerNorm on queries and keys.
         fused_attn: attention through scaled_dot_product_attention.
 
@@ -201,8 +204,12 @@ class SiT(nn.Module):
         cls_token_dim: int | None = 768,
         qk_norm: bool = False,
         fused_attn: bool = True,
+        learnable_token: bool = False,
     ):
         super().__init__()
+        seed = int(torch.randint(2**62, (), device="cpu"))  # before PyTorch's own initialisation draws, which varies
+        if learnable_token and cls_token_dim:
+            raise ValueError(f"cls_token_dim {cls_token_dim} and learnable_token: there is one slot for one of them")
         _check_sizes(input_size, patch_size, hidden_size, num_heads, depth, encoder_depth if z_dims else 1)
         self.input_size = input_size
         self.patch_size = patch_size
@@ -214,7 +221,7 @@ class SiT(nn.Module):
         self.grid_size = input_size // patch_size
 
         # Registration order is part of the checkpoint format: the optimiser's state is kept by index.
-        rows = self.grid_size**2 + (1 if self.cls_token_dim else 0)
+        rows = self.grid_size**2 + (1 if self.cls_token_dim or learnable_token else 0)
         self.pos_embed = nn.Parameter(torch.zeros(1, rows, hidden_size), requires_grad=False)
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
@@ -227,7 +234,8 @@ class SiT(nn.Module):
         if self.cls_token_dim:
             self.cls_projectors2 = nn.Linear(self.cls_token_dim, hidden_size)  # embeds the noisy class token ...
             self.wg_norm = nn.LayerNorm(hidden_size, eps=NORM_EPS)  # ... and normalises it
-        self.initialize_weights()
+        self.slot_token = nn.Parameter(torch.zeros(1, 1, hidden_size)) if learnable_token else None
+        self.initialize_weights(seed)
 
     @property
     def null_class(self) -> int:
@@ -239,11 +247,21 @@ class SiT(nn.Module):
         """The parameters' dtype, by the name that diffusers' pipelines ask for."""
         return self.pos_embed.dtype
 
-    def initialize_weights(self) -> None:
-        """Initialise as DiT (section 3.2) does: a fresh network returns exactly zero."""
-        for module in self.modules():
+    def initialize_weights(self, seed: int) -> None:
+        """Initialise as DiT (section 3.2) does: a fresh network returns exactly zero.
+
+        Each weight has a random stream of its own, made of `seed` and its name. So networks of the same seed share what
+        they have in common, whichever of slot and projectors they have: REG, REPA and SiT start alike.
+        """
+        if self.pos_embed.is_meta:
+            return
+
+        def stream(name: str) -> torch.Generator:
+            return torch.Generator(self.pos_embed.device).manual_seed(seed + zlib.crc32(name.encode()))
+
+        for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
+                nn.init.xavier_uniform_(module.weight, generator=stream(name))
                 nn.init.zeros_(module.bias)
 
         # Fixed positions; the class token, which stands first, has none.
@@ -252,12 +270,15 @@ class SiT(nn.Module):
             self.pos_embed[0, -len(table) :].copy_(table)
 
         # The patch embedding is a linear layer in the shape of a convolution.
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(self.x_embedder.proj.weight.shape[0], -1))
-        nn.init.zeros_(self.x_embedder.proj.bias)
+        patches = self.x_embedder.proj
+        nn.init.xavier_uniform_(patches.weight.view(patches.weight.shape[0], -1), generator=stream("x_embedder"))
+        nn.init.zeros_(patches.bias)
 
-        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02, generator=stream("y_embedder"))
+        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02, generator=stream("t_embedder.mlp.0"))
+        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02, generator=stream("t_embedder.mlp.2"))
+        if self.slot_token is not None:
+            nn.init.normal_(self.slot_token, std=0.02, generator=stream("slot_token"))
 
         # adaLN-Zero: every block begins as the identity, every output as zero.
         for layer in [*self.blocks, self.final_layer]:
@@ -312,6 +333,8 @@ class SiT(nn.Module):
         x = self.x_embedder(x)  # (N, T, D)
         if cls_token is not None:
             x = torch.cat([self.wg_norm(self.cls_projectors2(cls_token)).unsqueeze(1), x], dim=1)
+        elif self.slot_token is not None:
+            x = torch.cat([self.slot_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
         x = x + self.pos_embed  # (N, 1 + T, D)
         c = self.t_embedder(t) + self.y_embedder(self.drop_labels(y, label_drop))  # (N, D)
 
@@ -320,6 +343,8 @@ class SiT(nn.Module):
             x = block(x, c)  # (N, 1 + T, D)
             if project and number == self.encoder_depth:
                 projected = [projector(x) for projector in self.projectors]  # [(N, 1 + T, z_dim)]
+        if self.slot_token is not None:
+            x = x[:, 1:]  # it has served the other tokens, and has no velocity of its own
         patches, cls_velocity = self.final_layer(x, c, has_cls=cls_token is not None)  # (N, T, p p C), (N, cls_dim)
         return SiTOutput(self.unpatchify(patches), projected, cls_velocity)
 

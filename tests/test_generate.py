@@ -3,9 +3,12 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from files import InputError
+from models.checkpoint import load_checkpoint
+from models.encoders import load_encoder
 from tests.conftest import NUM_CLASSES, run_generate, run_program, run_training
 from tests.test_train import MODES, with_flags
 
@@ -120,6 +123,21 @@ def test_contradictions_are_named(checkpoint, tmp_path, monkeypatch):
         with pytest.raises(InputError, match=text):
             run_generate(flags(checkpoint, tmp_path, "bad", *more), monkeypatch)
     assert not (tmp_path / "samples").exists()
+
+
+def test_coherence_of_samples(checkpoint, shared_data, tmp_path, monkeypatch):
+    run_generate(flags(checkpoint, tmp_path, "a", "--coherence", str(shared_data)), monkeypatch)
+    scores = json.loads((tmp_path / "samples/a/coherence.json").read_text())
+    tokens = np.load(tmp_path / "samples/a/cls_tokens.npy")
+    args = load_checkpoint(checkpoint)["args"]
+    encoder = load_encoder(args.enc_type, 16, args.enc_weights)
+    paths = sorted((tmp_path / "samples/a/images").glob("*.png"))
+    pixels = torch.from_numpy(np.stack([np.array(Image.open(path)) for path in paths])).permute(0, 3, 1, 2)
+    cosines = torch.cosine_similarity(torch.from_numpy(tokens), encoder(pixels).cls_token)
+    assert scores["coherence"] == pytest.approx(cosines.mean().item(), abs=1e-5)
+    assert set(scores) == {"coherence", "coherence_shuffled", "coherence_class_mean", "cls_tokens_right"}
+    with pytest.raises(InputError, match="--data-dir nowhere: no such folder"):
+        run_generate(flags(checkpoint, tmp_path, "b", "--coherence", "nowhere"), monkeypatch)
 
 
 def test_a_folder_of_other_settings_is_refused(checkpoint, tmp_path, monkeypatch):

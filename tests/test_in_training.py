@@ -46,6 +46,14 @@ def test_scores_are_logged_the_best_is_kept_and_training_is_not_disturbed(train_
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
+def test_coherence_is_logged_where_the_slot_holds_an_encoders_token(train_flags, reference_file):
+    names = {"coherence", "coherence_shuffled", "coherence_class_mean", "cls_tokens_right"}
+    for kind, expected in (("class", names), ("patch-mean", names), ("latent-mean", set()), ("none", set())):
+        flags = with_flags(train_flags, *evaluation_flags(reference_file), "--entangle", kind, "--exp-name", kind)
+        scored = next(row for row in read_rows(run_training(flags)) if "fid" in row)
+        assert names & scored.keys() == expected and all(-1 <= scored[name] <= 1 for name in expected)
+
+
 def test_settings_that_cannot_work_are_named(train_flags, reference_file, tmp_path):
     with pytest.raises(InputError, match="--eval-steps 2: needs --eval-ref"):
         run_training(with_flags(train_flags, "--eval-steps", "2"))

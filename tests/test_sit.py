@@ -191,7 +191,37 @@ def test_class_token_reaches_every_output():
     assert not torch.allclose(first.cls_velocity, second.cls_velocity)
 
 
+def test_networks_of_a_seed_share_what_they_have_in_common():
+    whole = small().state_dict()
+    for options in ({"cls_token_dim": None}, {"z_dims": []}, {"cls_token_dim": None, "learnable_token": True}):
+        state = small(**options).state_dict()
+        shared = [key for key in state if key in whole and state[key].shape == whole[key].shape]
+        assert len(shared) > 40 and all(torch.equal(state[key], whole[key]) for key in shared)
+    assert not torch.equal(
+        SiT(8, hidden_size=32, depth=1, num_heads=2, encoder_depth=1).blocks[0].attn.qkv.weight,
+        SiT(8, hidden_size=32, depth=1, num_heads=2, encoder_depth=1).blocks[0].attn.qkv.weight,
+    )
+
+
+def test_a_learnt_token_serves_the_others_and_has_no_velocity():
+    model = randomise(small(cls_token_dim=None, learnable_token=True)).eval()
+    x, t, y, _ = inputs(model)
+    out = model(x, t, y)
+    assert out.velocity.shape == x.shape and out.cls_velocity is None
+    assert out.projected[0].shape == (3, 17, 24)  # it is aligned as a class token is
+    out.velocity.sum().backward()
+    assert model.slot_token.grad.any()
+    plain = small(cls_token_dim=None)
+    plain.load_state_dict(
+        {k: v for k, v in model.state_dict().items() if k != "slot_token"} | {"pos_embed": model.pos_embed[:, 1:]}
+    )
+    assert not torch.allclose(plain.eval()(x, t, y).velocity, out.velocity)
+    assert [name for name, _ in model.named_parameters() if "slot" in name or "cls" in name] == ["slot_token"]
+
+
 def test_wrong_use_is_named():
+    with pytest.raises(ValueError, match="cls_token_dim 24 and learnable_token: there is one slot"):
+        small(learnable_token=True)
     with pytest.raises(ValueError, match="has a class slot of width 24, but cls_token is missing"):
         small()(torch.zeros(1, 4, 8, 8), torch.zeros(1), torch.zeros(1, dtype=torch.int64))
     with pytest.raises(ValueError, match="has no class slot, but cls_token is given"):

@@ -7,8 +7,11 @@ from PIL import Image
 
 from files import InputError
 from models.checkpoint import load_checkpoint, load_model
+from models.interpolant import Interpolant
+from samplers import sample_images
 from tests.conftest import NUM_CLASSES, read_rows, run_program, run_training
 from training.settings import parse_args
+from training.setup import build_network
 
 MODES = {
     "reg": [],
@@ -40,6 +43,54 @@ def test_each_mode_trains_saves_and_loads(train_flags, mode):
     assert (model.cls_token_dim, len(model.projectors)) == (32 if "cls" in expected else None, int("proj" in expected))
     assert model.num_classes == NUM_CLASSES
     assert (run / "loss.png").exists()
+
+
+ENTANGLED = {"class": (32, 32), "patch-mean": (32, 32), "latent-mean": (3, 3), "learnable": (None, None)}
+
+
+@pytest.mark.parametrize("kind", ENTANGLED)
+@pytest.mark.parametrize("align", [True, False])
+def test_each_entangled_signal_trains_saves_loads_and_samples(train_flags, kind, align):
+    more = [] if align else ["--proj-coeff", "0"]
+    run = run_training(with_flags(train_flags, "--entangle", kind, *more))
+    width, _ = ENTANGLED[kind]
+    rows = read_rows(run)
+    assert ("cls" in rows[0], "proj" in rows[0]) == (width is not None, align)
+    path = run / "checkpoints" / "0000004.pt"
+    model = load_model(path)
+    assert model.cls_token_dim == width and (model.slot_token is not None) == (kind == "learnable")
+    assert model.pos_embed.shape[1] == 17
+    latents, cls_tokens = sample_images(model, [0, 1], [1, 2], Interpolant(), num_steps=3)
+    assert latents.isfinite().all() and (cls_tokens is None if width is None else cls_tokens.shape == (2, width))
+    if kind == "learnable":  # it learns, through what the other tokens read from it
+        fresh = build_network(load_checkpoint(path)["args"])
+        assert not torch.equal(load_model(path, "model").slot_token, fresh.slot_token)
+
+
+def test_entangling_nothing_is_repa(train_flags):
+    one = run_training(with_flags(train_flags, "--entangle", "none"))
+    other = run_training(with_flags(train_flags, "--no-cls-token", "--exp-name", "other"))
+    assert terms(one, "loss", "denoise", "proj") == terms(other, "loss", "denoise", "proj")
+    resumed = run_training(
+        with_flags(train_flags, "--no-cls-token", "--resume", "latest", "--max-train-steps", "5")
+    )  # the two flags say the same
+    assert len(read_rows(resumed)) == 5
+
+
+def test_the_methods_start_alike(train_flags):
+    """A step's data, times and noise, and the initial weights, are the same with and without slot and projectors."""
+    first, weights = {}, {}
+    for mode, flags in MODES.items():
+        flags = with_flags(
+            train_flags, *flags, "--exp-name", mode, "--max-train-steps", "1", "--learning-rate", "1e-30"
+        )
+        run = run_training(flags)
+        first[mode] = terms(run, "denoise")
+        weights[mode] = build_network(load_checkpoint(run / "checkpoints" / "0000001.pt")["args"]).state_dict()
+    assert len({str(value) for value in first.values()}) == 1
+    for state in weights.values():
+        shared = [key for key in state if key in weights["reg"] and key != "pos_embed"]
+        assert len(shared) > 20 and all(torch.equal(state[key], weights["reg"][key]) for key in shared)
 
 
 def test_loss_falls(train_flags):
@@ -146,6 +197,12 @@ BAD = {
     "fp16": (["--mixed-precision", "fp16"], "--mixed-precision fp16 needs a CUDA device"),
     "tokens": (["--model", "SiT-S/2"], "16 tokens .* 64 latent tokens"),
     "slot": (["--enc-type", "none"], "--enc-type none: the class slot needs an encoder"),
+    "patch mean": (
+        ["--enc-type", "none", "--entangle", "patch-mean"],
+        "--enc-type none: the class slot needs an encoder",
+    ),
+    "slot twice": (["--entangle", "class", "--no-cls-token"], "--entangle class contradicts --no-cls-token"),
+    "no slot": (["--entangle", "none", "--cls-token"], "--entangle none contradicts --cls-token"),
     "depth": (["--encoder-depth", "3"], r"encoder_depth 3 is outside 1 \.\. 2"),
     "negative": (["--cls", "-1"], "--cls -1.0: must be 0 or greater"),
     "share": (["--cfg-prob", "1"], "--cfg-prob 1.0: must be at least 0 and less than 1"),

@@ -5,10 +5,15 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
 
+from evaluations.coherence import CentreSums, CoherenceSums, centre_images
+from loss import FROM_ENCODER, entangled_token
 from models.sit import SiT
 from pictures import image_grid, save_png
 from samplers import Guidance, derive_seed, sample_images
+from training.preemption import shield_worker
 from training.run_log import going_on_despite
 from training.setup import Run, averaged_network
 
@@ -19,16 +24,50 @@ def write_samples(run: Run) -> None:
     if run.accelerator.is_main_process:
         args = run.args
         guidance = Guidance(args.grid_cfg_scale, args.grid_cfg_scale)
-        latents = draw_latents(run, network, range(args.grid_samples), args.grid_num_steps, guidance)
+        latents, _ = draw_latents(run, network, range(args.grid_samples), args.grid_num_steps, guidance)
         write_grid(run, f"{run.step:07d}", latents)
         run.log.draw()
     run.accelerator.wait_for_everyone()
 
 
 def score_samples(run: Run) -> dict[str, float]:
-    """Return the scores of EMA samples, made without guidance by all processes."""
-    network, steps, unguided = averaged_network(run), run.args.eval_num_steps, Guidance()
-    return run.evaluation(lambda numbers: run.codec.decode(draw_latents(run, network, numbers, steps, unguided)))
+    """Return the scores of EMA samples, made without guidance by all processes; with an encoder's token in the class
+    slot, the samples' coherence as well (evaluations/coherence.py)."""
+    network, device, entangle = averaged_network(run), run.accelerator.device, run.args.entangle
+    sums = CoherenceSums(run.ema.cls_token_dim, device) if entangle in FROM_ENCODER else None
+    if sums is not None and run.class_centres is None:
+        run.class_centres = class_centres(run)
+
+    def draw(numbers: range) -> Tensor:
+        latents, cls_tokens = draw_latents(run, network, numbers, run.args.eval_num_steps, Guidance())
+        images = run.codec.decode(latents)
+        if sums is not None:
+            encoded = entangled_token(entangle, run.encoders[0](images), None)
+            sums.update(cls_tokens, encoded, torch.tensor(image_labels(run, numbers), device=device), run.class_centres)
+        return images
+
+    scores = run.evaluation(draw)
+    if sums is not None:
+        sums.load(run.accelerator.reduce(sums.state(), "sum"))
+        scores |= sums.scores()
+    return scores
+
+
+def class_centres(run: Run) -> Tensor:
+    """Return the mean token of each class over real training images, (K, D), which all processes read together."""
+    accelerator, sums = run.accelerator, CentreSums(run.ema.num_classes, run.ema.cls_token_dim, run.accelerator.device)
+    mine = centre_images(run.data.labels)[accelerator.process_index :: accelerator.num_processes]
+    loader = DataLoader(
+        Subset(run.data, mine),
+        run.args.eval_batch_size,
+        num_workers=run.args.num_workers,
+        worker_init_fn=shield_worker,
+    )
+    for images, _, labels in tqdm(loader, desc="class means", disable=not accelerator.is_main_process):
+        output = run.encoders[0](images.to(accelerator.device))
+        sums.update(entangled_token(run.args.entangle, output, None), labels.to(accelerator.device))
+    sums.load(accelerator.reduce(sums.state(), "sum"))
+    return sums.centres()
 
 
 def write_reconstructions(run: Run) -> None:
@@ -39,17 +78,23 @@ def write_reconstructions(run: Run) -> None:
         write_grid(run, "reconstructions", run.data.latent_format.sample(moments.to(run.accelerator.device), None))
 
 
-def draw_latents(run: Run, network: SiT, numbers: range, num_steps: int, guidance: Guidance) -> Tensor:
-    """Return the EMA network's latents (N, C, h, w) of images given by number, each class as often as any other."""
-    latents, _ = sample_images(
+def image_labels(run: Run, numbers: range) -> list[int]:
+    """Return the labels of images given by number: each class as often as any other."""
+    return [number % run.ema.num_classes for number in numbers]
+
+
+def draw_latents(
+    run: Run, network: SiT, numbers: range, num_steps: int, guidance: Guidance
+) -> tuple[Tensor, Tensor | None]:
+    """Return the EMA network's latents (N, C, h, w) and class tokens (N, D) or None, of images given by number."""
+    return sample_images(
         network,
-        labels=[number % network.num_classes for number in numbers],
+        labels=image_labels(run, numbers),
         seeds=[derive_seed(run.args.seed, number) for number in numbers],
         interpolant=run.criterion.interpolant,
         guidance=guidance,
         num_steps=num_steps,
     )
-    return latents
 
 
 def write_grid(run: Run, name: str, latents: Tensor) -> None:

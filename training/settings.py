@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from files import InputError
+from loss import ENTANGLED, FROM_ENCODER
 from models.interpolant import PATHS, WEIGHTINGS
 from models.sit import SiT_models
 
@@ -114,8 +115,7 @@ def _network_flags(add: Callable) -> None:
     add(
         "--cls-token",
         action=SWITCH,
-        default=True,
-        help="class slot: with it REG, without it REPA",
+        help="class slot: with it REG, without it REPA (the same as --entangle none)",
     )
     add("--ema-decay", type=float, default=0.9999, help="decay of the averaged weights (%(default)s)")
 
@@ -168,6 +168,13 @@ def _method_flags(add: Callable) -> None:
         help="frozen encoders, comma-separated; the first gives the class token",
     )
     add("--enc-weights", help="local weight files of the encoders, comma-separated; default: the hub")
+    add(
+        "--entangle",
+        choices=ENTANGLED,
+        help="what the class slot holds, denoised with the latents: the first encoder's class token (the default), the "
+        "mean of its patch tokens, the mean of the latents; a learnt token, not denoised; or no slot. Whatever it "
+        "holds, it is aligned with the class token",
+    )
     add("--proj-coeff", type=float, default=0.5, help="weight of the alignment; 0: none, no projectors (%(default)s)")
     add("--cls", type=float, default=0.03, help="weight of the class token's velocity (%(default)s)")
 
@@ -225,7 +232,12 @@ def _check_args(args: argparse.Namespace) -> None:
             raise InputError(f"{flag(name)} {getattr(args, name)}: must be at least 0 and less than 1")
     if args.eval_steps and not args.eval_ref:
         raise InputError(f"--eval-steps {args.eval_steps}: needs --eval-ref, the .npz to compare with")
-    if args.enc_type == "none" and args.cls_token:
+    if args.entangle and args.cls_token is not None and args.cls_token != (args.entangle != "none"):
+        given = "--cls-token" if args.cls_token else "--no-cls-token"
+        raise InputError(f"--entangle {args.entangle} contradicts {given}; give one of them")
+    args.entangle = args.entangle or ("none" if args.cls_token is False else "class")
+    args.cls_token = args.entangle != "none"
+    if args.enc_type == "none" and args.entangle in FROM_ENCODER:
         raise InputError("--enc-type none: the class slot needs an encoder; add --no-cls-token to train SiT")
     if args.resume and args.resume_step:
         raise InputError(f"--resume {args.resume} and --resume-step {args.resume_step}: give one of them")

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from dataset import GlobalBatchSampler, LatentDataset
 from evaluations.in_training import TrainingEvaluation
 from files import InputError, read_json, write_json
-from loss import REGLoss
+from loss import FROM_ENCODER, REGLoss
 from models import ema
 from models.autoencoder import Codec, load_codec
 from models.checkpoint import is_legacy, list_checkpoints, load_checkpoint, network_weights
@@ -60,6 +60,7 @@ class Run:
     stop_signal: StopSignal
     wishes: set[str] = field(default_factory=set)  # what any process asked all for: "stop", "save"
     retry_save_at: int = 0  # the step from which on a failed checkpoint is tried again
+    class_centres: torch.Tensor | None = None  # the mean token of each class, once an evaluation has asked for it
 
 
 def set_up(args: argparse.Namespace, stop_signal: StopSignal | None = None) -> Run:
@@ -74,7 +75,7 @@ def set_up(args: argparse.Namespace, stop_signal: StopSignal | None = None) -> R
 
     tokens = (data.latent_size // int(args.model.rsplit("/")[1])) ** 2
     encoders = []
-    if args.enc_type != "none" and (args.cls_token or args.proj_coeff > 0):
+    if args.enc_type != "none" and (args.entangle in FROM_ENCODER or args.proj_coeff > 0):
         encoders = load_encoders(args.enc_type, data.resolution, args.enc_weights, tokens, device)
     codec = None
     if args.eval_steps or (args.sampling_steps and accelerator.is_main_process):
@@ -257,7 +258,11 @@ def describe_run(args: argparse.Namespace, data: LatentDataset, encoders: list[E
     args.in_channels, args.latent_size = data.latent_format.channels, data.latent_size
     args.codec = data.latent_format.to_json()
     args.z_dims = [encoder.width for encoder in encoders] if args.proj_coeff > 0 else []
-    args.cls_token_dim = encoders[0].width if args.cls_token else None
+    args.cls_token_dim = None  # so it stays for a learnt token: it has no clean one to be denoised towards
+    if args.entangle in FROM_ENCODER:
+        args.cls_token_dim = encoders[0].width
+    elif args.entangle == "latent-mean":
+        args.cls_token_dim = args.in_channels
 
 
 def build_network(args: argparse.Namespace) -> SiT:
@@ -278,6 +283,7 @@ def build_network(args: argparse.Namespace) -> SiT:
             cls_token_dim=args.cls_token_dim,
             qk_norm=args.qk_norm,
             fused_attn=args.fused_attn,
+            learnable_token=args.entangle == "learnable",
         )
     except ValueError as error:
         raise InputError(f"--model {args.model} with the given sizes: {error}") from error

@@ -1,0 +1,170 @@
+"""What is compared, and at which size: the rows of each table as flags of train.py, and the presets with their data."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from benchmarks import digits
+from benchmarks.comparison.judge import train_judge
+from benchmarks.comparison.scoring import Judges, Sampling, load_images
+from files import InputError, open_source
+from pictures import save_png
+
+ROOT = Path(__file__).resolve().parents[2]
+
+SIT, REPA, REG = "SiT", "REPA", "REG"
+# A row is a name and the flags in which it departs from REG.
+METHODS = {SIT: "--entangle none --proj-coeff 0", REPA: "--entangle none", REG: ""}
+ABLATIONS = {
+    "methods": METHODS,
+    # The paper's tables: entangled signal, the two parts alone, coefficient of the class token, depth of alignment.
+    "entangle": {
+        REPA: METHODS[REPA],
+        "learnable token": "--entangle learnable",
+        "latent mean": "--entangle latent-mean",
+        "patch mean": "--entangle patch-mean",
+        REG: METHODS[REG],
+    },
+    "parts": {**METHODS, "not aligned": "--proj-coeff 0"},
+    "cls": {**{f"cls {value}": f"--cls {value}" for value in ("0.01", "0.1", "0.3")}, REG: METHODS[REG]},
+    "depth": {f"depth {block}": f"--encoder-depth {block}" for block in (1, 2, 3, 4)},
+}
+
+
+@dataclass(frozen=True)
+class Files:
+    """What `Preset.prepare` made: the data to train on, what judges, and the encoders by name."""
+
+    data: Path
+    judges: Judges
+    encoders: dict[str, tuple[str, str | None]]  # specification and weights; the first is every row's own
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One size of the comparison.
+
+    Args:
+        flags: of train.py, the same for all rows.
+        steps: at which checkpoints are scored; the last one ends the training.
+        seeds: of training.
+        sampling: see `Sampling`.
+        timing_steps: of the short runs that measure the time of a step.
+        prepare: makes data, encoder and judge in a folder.
+    """
+
+    flags: str
+    steps: tuple[int, ...]
+    seeds: tuple[int, ...]
+    sampling: Sampling
+    timing_steps: int
+    prepare: Callable[[Path, argparse.Namespace], Files]
+
+
+def prepare_digits(folder: Path, args: argparse.Namespace) -> Files:
+    """Make the digits: one half to train on, with an encoder of it; the other half held out, with a judge of it."""
+    for name, (scans, labels) in zip(("train", "held_out"), digits.load_halves(), strict=True):
+        if not (folder / name / "images" / "dataset.json").exists():
+            for number, (scan, label) in enumerate(zip(scans, labels, strict=True)):
+                save_png(folder / "raw" / name / str(label) / f"{number:04d}.png", Image.fromarray(scan))
+            _convert(folder / "raw" / name, folder / name / "images", digits.RESOLUTION)
+    _encode(folder / "train", "pixel")
+    encoders = {}
+    for name, steps in (("400 steps", 400), ("40 steps", 40)):
+        weights = folder / f"encoder-{steps}.safetensors"
+        if not weights.exists():
+            digits.train_encoder(weights, steps)
+        encoders[name] = (digits.ENCODER_SPEC, str(weights))
+    judge = folder / "judge.pt"
+    if not judge.exists():
+        train_judge(judge, *load_images(folder / "held_out" / "images"), digits.RESOLUTION, [32, 64, 64], 600)
+    spec, weights = encoders["400 steps"]
+    judges = Judges(folder / "held_out" / "images", judge, spec, weights, "pixel", "cpu")
+    return Files(folder / "train", judges, encoders)
+
+
+def prepare_photographs(folder: Path, args: argparse.Namespace) -> Files:
+    """Split a data set of photographs, class folders in a folder or zip, and make both halves and the judge."""
+    if not args.source:
+        raise InputError("--source is missing: the photographs, class folders in a folder or zip")
+    for half, name in enumerate(("train", "held_out")):
+        if not (folder / name / "images" / "dataset.json").exists():
+            _extract_half(Path(args.source), folder / "raw" / name, half, args.images)
+            _convert(folder / "raw" / name, folder / name / "images", 256)
+    _encode(folder / "train", args.vae)
+    device = "cuda" if args.device == "cuda" else "cpu"
+    judge = folder / "judge.pt"
+    if not judge.exists():
+        held_out = load_images(folder / "held_out" / "images")
+        train_judge(judge, *held_out, 96, [32, 64, 128, 256], args.judge_steps, device)
+    judges = Judges(folder / "held_out" / "images", judge, args.enc_type, args.enc_weights, args.vae, device)
+    return Files(folder / "train", judges, {args.enc_type: (args.enc_type, args.enc_weights)})
+
+
+def _extract_half(source: Path, dest: Path, half: int, limit: int | None) -> None:
+    """Write every second photograph of each class, from `half` on and at most `limit` of a class, to class folders."""
+    files = open_source(source)
+    classes: dict[str, list[str]] = {}
+    for name in files.names:
+        if Path(name).suffix.lower() in (".jpg", ".jpeg", ".png"):
+            classes.setdefault(Path(name).parent.name, []).append(name)
+    for label, names in classes.items():
+        for name in names[half::2][:limit]:
+            path = dest / label / Path(name).with_suffix(".png").name
+            if not path.exists():
+                save_png(path, Image.open(io.BytesIO(files.read(name))).convert("RGB"))
+
+
+def _convert(source: Path, dest: Path, resolution: int) -> None:
+    run(["preprocessing/convert.py", "--source", str(source), "--dest", str(dest), "--resolution", str(resolution)])
+
+
+def _encode(data: Path, vae: str) -> None:
+    if not (data / "vae-sd" / "dataset.json").exists():
+        run(["preprocessing/encode.py", "--source", str(data / "images"), "--dest", str(data / "vae-sd"), "--vae", vae])
+
+
+def run(command: list[str], log: Path | None = None, threads: int | None = None) -> None:
+    """Run a program of this repository to its end; its output goes to `log`. Raises InputError if it fails."""
+    environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
+    output = None
+    if log is not None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        output = open(log, "ab")  # noqa: SIM115 - closed below
+    try:
+        done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, stdout=output, stderr=output)
+    finally:
+        if output is not None:
+            output.close()
+    if done.returncode:
+        raise InputError(f"{' '.join(command)} failed with status {done.returncode}" + (f"; see {log}" if log else ""))
+
+
+PRESETS = {
+    "digits": Preset(
+        flags="--model SiT-S/4 --depth 4 --hidden-size 128 --num-heads 4 --encoder-depth 2 --projector-dim 256 "
+        "--batch-size 64 --learning-rate 1e-3 --ema-decay 0.99 --num-workers 0 --device cpu",
+        steps=(100, 200, 300, 400, 600, 800, 1200, 1600, 2000),
+        seeds=(0, 1, 2),
+        sampling=Sampling(images=900, num_steps=10, batch_size=300),
+        timing_steps=60,
+        prepare=prepare_digits,
+    ),
+    "imagenette": Preset(
+        flags="--model SiT-S/2 --batch-size 64 --learning-rate 3e-4 --ema-decay 0.999 --num-workers 8",
+        steps=(500, 1000, 1500, 2000, 3000, 4000),
+        seeds=(0,),
+        sampling=Sampling(images=2000, num_steps=25, batch_size=100),
+        timing_steps=100,
+        prepare=prepare_photographs,
+    ),
+}

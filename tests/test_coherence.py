@@ -1,0 +1,91 @@
+"""Coherence of generated class tokens: against its formulas, written out pair by pair."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from evaluations import coherence
+from evaluations.coherence import CentreSums, CoherenceSums
+from files import InputError
+
+N, D, K = 20, 6, 4
+
+
+def tokens(seed):
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(N) % K
+    centres = torch.randn(K, D, generator=generator)
+    near = centres[labels] + 0.3 * torch.randn(N, D, generator=generator)
+    return near, near + 0.3 * torch.randn(N, D, generator=generator), labels, centres
+
+
+def scores(generated, encoded, labels, centres, batch=N):
+    sums = CoherenceSums(D)
+    for rows in torch.arange(N).split(batch):
+        sums.update(generated[rows], encoded[rows], labels[rows], centres)
+    return sums.scores()
+
+
+def test_scores_written_out():
+    generated, encoded, labels, centres = tokens(0)
+    found = scores(generated, encoded, labels, centres)
+    cosines = F.cosine_similarity(generated[:, None], encoded[None], dim=-1)
+    others = cosines[~torch.eye(N, dtype=torch.bool)]
+    nearest = [min(range(K), key=lambda k: (token - centres[k]).norm().item()) for token in generated]
+    assert found["coherence"] == pytest.approx(cosines.diagonal().mean().item(), abs=1e-6)
+    assert found["coherence_shuffled"] == pytest.approx(others.mean().item(), abs=1e-6)
+    to_mean = F.cosine_similarity(generated, centres[labels]).mean().item()
+    assert found["coherence_class_mean"] == pytest.approx(to_mean, abs=1e-6)
+    assert found["cls_tokens_right"] == sum(a == b for a, b in zip(nearest, labels.tolist(), strict=True)) / N
+
+
+def test_equal_tokens_agree_whatever_their_length_and_others_less():
+    generated, _, labels, centres = tokens(1)
+    found = scores(generated, 7 * generated, labels, centres)
+    assert found["coherence"] == pytest.approx(1)
+    assert found["coherence_shuffled"] < 0.9
+
+
+def test_batches_and_processes_add_up():
+    generated, encoded, labels, centres = tokens(2)
+    whole, parts = scores(generated, encoded, labels, centres), scores(generated, encoded, labels, centres, batch=3)
+    assert whole == pytest.approx(parts)
+    processes = [CoherenceSums(D) for _ in range(2)]
+    for sums, rows in zip(processes, torch.arange(N).split(N // 2), strict=True):
+        sums.update(generated[rows], encoded[rows], labels[rows], centres)
+    together = CoherenceSums(D)
+    together.load({name: value + processes[1].state()[name] for name, value in processes[0].state().items()})
+    assert together.scores() == pytest.approx(whole)
+
+
+def test_tokens_of_other_classes_are_not_right():
+    _, _, labels, centres = tokens(3)
+    wrong = centres[(labels + 1) % K]
+    assert scores(wrong, wrong, labels, centres)["cls_tokens_right"] == 0
+    assert scores(centres[labels], wrong, labels, centres)["cls_tokens_right"] == 1
+
+
+def test_images_of_a_class_without_real_ones_are_left_out():
+    generated, encoded, labels, centres = tokens(5)
+    with_gap = torch.cat([centres, torch.full((1, D), torch.nan)])
+    sums = CoherenceSums(D)
+    sums.update(generated, encoded, labels, with_gap)
+    sums.update(generated[:3], encoded[:3], torch.full((3,), K), with_gap)
+    assert sums.scores() == scores(generated, encoded, labels, centres)
+
+
+def test_centre_images_are_equally_many_of_each_class(monkeypatch):
+    monkeypatch.setattr(coherence, "CENTRE_IMAGES", 6)
+    assert coherence.centre_images(np.array([0, 0, 0, 4, 4, 2, 0, 4])) == [0, 1, 3, 4, 5]
+
+
+def test_centres_are_class_means():
+    generated, _, labels, _ = tokens(4)
+    sums = CentreSums(K, D)
+    for rows in torch.arange(N).split(7):
+        sums.update(generated[rows], labels[rows])
+    expected = torch.stack([generated[labels == k].double().mean(0) for k in range(K)])
+    torch.testing.assert_close(sums.centres(), expected)
+    with pytest.raises(InputError, match="at least 2 images, there are 0"):
+        CoherenceSums(D).scores()

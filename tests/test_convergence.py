@@ -1,0 +1,200 @@
+"""The comparison of methods: its arithmetic against curves whose factor is known; a whole one on a toy preset."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks import convergence
+from benchmarks.comparison import presets, report
+from benchmarks.comparison.judge import load_judge, train_judge
+from benchmarks.comparison.presets import ABLATIONS, Files
+from benchmarks.comparison.scoring import Judges, Sampling
+from files import InputError
+from tests.conftest import ENCODER
+from training.settings import parse_args
+
+POWERS = [100, 200, 400, 800, 1600]
+
+
+def power_law(constant, exponent=1.0):
+    return [(step, constant * step**-exponent) for step in POWERS]
+
+
+def test_speed_up_of_power_laws_is_exact():
+    """Distance c / steps: four times smaller a constant means four times fewer steps, between evaluations too."""
+    assert report.speed_up(power_law(800), power_law(200)) == pytest.approx(4)
+    assert report.speed_up(power_law(800), power_law(300)) == pytest.approx(8 / 3)
+    assert report.speed_up(power_law(800), power_law(800)) == pytest.approx(1)
+    assert report.speed_up(power_law(200), power_law(800)) is None  # never gets that near
+
+
+def test_steps_to_reach_at_the_ends_and_on_the_way_back_up():
+    curve = [(100, 8.0), (200, 4.0), (400, 6.0), (800, 2.0)]
+    assert report.steps_to_reach(curve, 9) == 100
+    assert report.steps_to_reach(curve, 4) == 200
+    assert report.steps_to_reach(curve, 1) is None
+    assert report.steps_to_reach(curve, 2) == pytest.approx(800)
+    # A slower method that had its last distance before is charged for the first time it had it.
+    assert report.speed_up([(100, 4.0), (200, 4.0)], [(100, 8.0), (200, 4.0)]) == pytest.approx(0.5)
+
+
+def fake_result():
+    def run(constant, slot):
+        rows = []
+        for step, distance in power_law(constant):
+            scores = {"step": step, "distance": distance, "encoder_distance": 1.0, "right": 0.5}
+            if slot:
+                scores |= dict.fromkeys(
+                    ("coherence", "coherence_shuffled", "coherence_class_mean", "cls_tokens_right"), 0.5
+                )
+            rows.append(scores)
+        return rows
+
+    constants = {"SiT": 1600, "REPA": 800, "REG": 200}
+    return {
+        "rows": dict.fromkeys(constants, ""),
+        "seeds": [0, 1],
+        "seconds_per_step": {"SiT": 0.1, "REPA": 0.15, "REG": 0.2},
+        "real": {"distance": 0.05, "encoder_distance": 0.1, "right": 0.99},
+        "scores": {
+            row: {str(seed): run(constant * (1 + 0.5 * seed), row == "REG") for seed in (0, 1)}
+            for row, constant in constants.items()
+        },
+    }
+
+
+def test_factors_by_steps_and_by_time_and_table():
+    result = fake_result()
+    result["speed_ups"] = report.speed_ups(result)
+    factors = {(pair["slower"], pair["faster"]): pair for pair in result["speed_ups"]}
+    assert set(factors) == {("SiT", "REPA"), ("SiT", "REG"), ("REPA", "REG")}
+    assert factors["SiT", "REG"]["steps"] == pytest.approx(8)
+    assert factors["SiT", "REG"]["time"] == pytest.approx(4)
+    assert factors["REPA", "REG"]["steps_of_each_seed"] == pytest.approx([4, 4])
+    text = report.table(result)
+    assert "| after 1600 steps |" in text and "SiT (1.25): REG | 8.00 | 8.00, 8.00 | 4.00 |" in text
+
+
+def test_report_is_written(tmp_path):
+    result = fake_result()
+    runs = {(row, seed): tmp_path / row for row in result["rows"] for seed in result["seeds"]}
+    for folder in runs.values():
+        for step in POWERS:
+            (folder / "grids").mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (20, 10)).save(folder / "grids" / f"{step:07d}.png")
+    report.write(tmp_path, "toy", result, runs)
+    assert json.loads((tmp_path / "toy.json").read_text())["speed_ups"]
+    assert Image.open(tmp_path / "toy.png").size[0] > 1000 and Image.open(tmp_path / "toy-samples.png").size[0] > 1000
+    assert (tmp_path / "toy.md").read_text() == report.table({**result, "speed_ups": report.speed_ups(result)})
+
+
+def test_every_row_of_every_ablation_is_a_command_line_of_train():
+    for rows in ABLATIONS.values():
+        for flags in rows.values():
+            args = parse_args(["--exp-name", "x", "--device", "cpu", *flags.split()])
+            assert args.cls_token == (args.entangle != "none")
+
+
+def test_judge_learns_and_loads(tmp_path):
+    labels = torch.arange(60) % 3
+    images = torch.zeros(60, 3, 8, 8, dtype=torch.uint8)
+    images[torch.arange(60), labels] = 200
+    train_judge(tmp_path / "judge.pt", images, labels, 8, [8, 8], steps=30)
+    features, logits = load_judge(tmp_path / "judge.pt")(images)
+    assert features.shape == (60, 8) and (logits.argmax(1) == labels).all()
+    with pytest.raises(InputError, match=r"none\.pt: no such file"):
+        load_judge(tmp_path / "none.pt")
+
+
+@pytest.fixture
+def toy(shared_data, encoder_weights, tmp_path, monkeypatch):
+    """A preset that takes seconds."""
+
+    def prepare(folder, args):
+        if not (folder / "judge.pt").exists():
+            images = torch.randint(0, 256, (12, 3, 16, 16), dtype=torch.uint8)
+            train_judge(folder / "judge.pt", images, torch.arange(12) % 3, 16, [4, 4], steps=3)
+        weights = str(encoder_weights)
+        judges = Judges(shared_data / "images", folder / "judge.pt", ENCODER, weights, "pixel", "cpu")
+        return Files(shared_data, judges, {"own": (ENCODER, weights)})
+
+    preset = dataclasses.replace(
+        presets.PRESETS["digits"],
+        flags="--model SiT-S/4 --depth 2 --hidden-size 32 --num-heads 2 --encoder-depth 1 --projector-dim 16 "
+        "--batch-size 8 --num-workers 0 --device cpu --learning-rate 1e-3 --ema-decay 0.9",
+        steps=(2, 4),
+        seeds=(0,),
+        sampling=Sampling(images=6, num_steps=2, batch_size=3),
+        timing_steps=4,
+        prepare=prepare,
+    )
+    monkeypatch.setitem(convergence.PRESETS, "digits", preset)
+    monkeypatch.setattr(convergence, "TIMING_ROUNDS", 1)
+    monkeypatch.setattr(convergence, "work_off", lambda jobs, parallel: [convergence.do(job) for job in jobs])
+    # In this process, so that a whole comparison takes seconds.
+    monkeypatch.setattr(convergence, "run", lambda command, log, threads: train_here(command))
+    return ["convergence.py", "--out", str(tmp_path / "out")]
+
+
+def train_here(command):
+    from tests.conftest import run_training
+
+    run_training(command[1:])
+
+
+def test_a_comparison_runs_goes_on_and_is_not_mixed_with_another(toy, monkeypatch, tmp_path):
+    out = tmp_path / "out"
+    monkeypatch.setattr("sys.argv", toy)
+    convergence.main()
+    result = json.loads((out / "digits-methods.json").read_text())
+    for row, seeds in result["scores"].items():
+        assert [scores["step"] for scores in seeds["0"]] == [2, 4]
+        assert all(np.isfinite(list(scores.values())).all() for scores in seeds["0"])
+        assert ("coherence" in seeds["0"][0]) == (row == "REG")
+    assert all(seconds > 0 for seconds in result["seconds_per_step"].values())
+    kept = sorted(path.name for path in (out / "runs" / "reg-seed0" / "checkpoints").glob("*.pt"))
+    assert kept == ["0000004.pt"]
+
+    # One score lost: that one is made again, and nothing else.
+    path = out / "runs" / "sit-seed0" / "scores.json"
+    before = json.loads(path.read_text())
+    path.write_text(json.dumps(before[:1]))
+    trained = []
+    monkeypatch.setattr(convergence, "run", lambda command, log, threads: trained.append(command))
+    convergence.main()
+    after = json.loads(path.read_text())
+    assert not trained and [s["distance"] for s in after] == [s["distance"] for s in before]
+
+    with pytest.raises(InputError, match=r"holds a comparison with steps \[2, 4\], not \[2, 6\]"):
+        monkeypatch.setattr("sys.argv", [*toy, "--steps", "2,6"])
+        convergence.main()
+
+
+def test_methods_share_data_noise_and_initial_weights(toy, monkeypatch, tmp_path):
+    """The first loss of the latents is the same number for all three: same images, times, noise, zero output."""
+    monkeypatch.setattr("sys.argv", toy)
+    first = {}
+    monkeypatch.setattr(convergence, "run", lambda command, log, threads: train_here([*command, "--log-steps", "1"]))
+    convergence.main()
+    for row in ("sit", "repa", "reg"):
+        lines = (tmp_path / "out" / "runs" / f"{row}-seed0" / "metrics.jsonl").read_text().splitlines()
+        first[row] = json.loads(lines[0])["denoise"]
+    assert first["sit"] == first["repa"] == first["reg"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (["--steps", "1,x"], "--steps 1,x: expected whole numbers, comma-separated"),
+        (["--parallel", "0"], "--parallel 0: must be 1 or greater"),
+        (["--preset", "imagenette"], "--source is missing"),
+    ],
+)
+def test_bad_settings_are_named(flags, text, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["convergence.py", "--out", str(tmp_path), *flags])
+    with pytest.raises(InputError, match=text):
+        convergence.main()
