@@ -296,7 +296,7 @@ class SiT(nn.Module):
 
         Args:
             x: noisy latents (N, C, H, W).
-            t: times (N,) in [0, 1].
+            t: times (N,) in [0, 1], or (1,) for the whole batch.
             y: labels (N,) int64, 0 .. num_classes (the last is the null class).
             cls_token: noisy class token (N, cls_token_dim); needed if and only if the network has a class slot.
             label_drop: (N,) bool, which labels to replace by the null class; None: see `drop_labels`.
@@ -313,7 +313,7 @@ class SiT(nn.Module):
         if cls_token is not None:
             x = torch.cat([self.wg_norm(self.cls_projectors2(cls_token)).unsqueeze(1), x], dim=1)
         x = x + self.pos_embed  # (N, 1 + T, D)
-        c = self.t_embedder(t) + self.y_embedder(self.drop_labels(y, label_drop))  # (N, D)
+        c = (self.t_embedder(t) + self.y_embedder(self.drop_labels(y, label_drop))).to(x.dtype)  # (N, D)
 
         projected = None
         for number, block in enumerate(self.blocks, start=1):
