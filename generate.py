@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,18 +22,22 @@ from accelerate import Accelerator
 from PIL import Image
 from tqdm import tqdm
 
+from devices import AUTO, batch_size, check_batch_size, largest_batch, to_host
 from evaluations.coherence_report import CoherenceReport
 from files import InputError, atomic_write, read_json, run_cli, write_json
 from models.autoencoder import Codec, LatentFormat, load_codec
 from models.checkpoint import build_model, is_legacy, load_checkpoint
+from models.inference import NETWORK_DTYPES, CudaGraphs, compile_blocks, convert
 from models.interpolant import PATHS, Interpolant
 from models.sit import PATCH_SIZES, PRESETS, SiT
-from pictures import image_grid, save_png
+from pictures import image_grid, save_png, write_npz
 from samplers import MODES, SOLVERS, Guidance, derive_seed, sample_images
 
 LABEL_STREAM = 2  # keeps the draw of an image's label apart from its noise, whose key is (seed, number)
 GRID_ROWS, GRID_COLUMNS = 8, 12  # at most; of balanced labels, a column a class where there is room
 WRITER_THREADS = 4
+LARGEST_BATCH = 256  # that --per-proc-batch-size auto tries: more makes no GPU faster
+CPU_BATCH = 8
 PUBLISHED_VAES = {"ema": "sd-vae-ft-ema", "mse": "sd-vae-ft-mse"}
 # What may differ when an interrupted folder is completed: none of it changes an image.
 MAY_CHANGE = {
@@ -77,8 +80,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--guidance-high", type=float, default=1.0, help="guidance up to this time, 1 is noise (%(default)s)")
 
     add = parser.add_argument_group("machine").add_argument
-    add("--per-proc-batch-size", type=int, default=32, help="images at a time on each process (%(default)s)")
+    add(
+        "--per-proc-batch-size",
+        type=batch_size,
+        default=32,
+        help="images at a time on each process (%(default)s); auto: as many as the GPU's memory holds",
+    )
     add("--mixed-precision", default="no", choices=["no", "fp16", "bf16"], help="autocast of the network (%(default)s)")
+    add(
+        "--network-dtype",
+        default="float32",
+        choices=NETWORK_DTYPES,
+        help="the network's weights and arithmetic; the sampler's state is float64 (%(default)s)",
+    )
+    add("--compile", action=switch, default=False, help="compile the network's blocks; takes a minute at first")
+    add("--cuda-graphs", action=switch, default=False, help="replay network calls as CUDA graphs: for small batches")
     add("--tf32", action=switch, default=True, help="TF32 in matrix products of CUDA")
     add("--fused-attn", action=switch, default=True, help="attention through scaled_dot_product_attention")
     add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="where; auto: CUDA if there is one")
@@ -104,7 +120,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def _check_args(args: argparse.Namespace) -> None:
-    for name in ("num_fid_samples", "num_steps", "per_proc_batch_size"):
+    check_batch_size("--per-proc-batch-size", args.per_proc_batch_size)
+    for name in ("num_fid_samples", "num_steps"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or greater")
     if args.global_seed < 0:
@@ -121,8 +138,16 @@ def _check_args(args: argparse.Namespace) -> None:
         args.cls_cfg_scale = args.cfg_scale
     if args.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: no CUDA device is available; allowed here: cpu, auto")
-    if args.mixed_precision == "fp16" and (args.device == "cpu" or not torch.cuda.is_available()):
-        raise InputError("--mixed-precision fp16 needs a CUDA device; allowed on the CPU: no, bf16")
+    on_cuda = args.device != "cpu" and torch.cuda.is_available()
+    for name, full in (("mixed_precision", "no"), ("network_dtype", "float32")):
+        if getattr(args, name) == "fp16" and not on_cuda:
+            flag = f"--{name.replace('_', '-')}"
+            raise InputError(f"{flag} fp16 needs a CUDA device; allowed on the CPU: {full}, bf16")
+    if args.cuda_graphs and not on_cuda:
+        raise InputError("--cuda-graphs needs a CUDA device")
+    if args.mixed_precision != "no" and (args.network_dtype != "float32" or args.cuda_graphs):
+        other = "--cuda-graphs" if args.cuda_graphs else f"--network-dtype {args.network_dtype}"
+        raise InputError(f"--mixed-precision {args.mixed_precision} does not go with {other}; allowed with it: no")
 
 
 def main() -> None:
@@ -144,6 +169,9 @@ def main() -> None:
     if args.coherence is not None:
         coherence = CoherenceReport(checkpoint, args.coherence, args.enc_weights, accelerator.device, args.ckpt)
 
+    convert(model, NETWORK_DTYPES[args.network_dtype])
+    if args.per_proc_batch_size == AUTO:
+        args.per_proc_batch_size = find_batch_size(args, accelerator, model, codec)
     folder = Path(args.sample_dir) / (args.name or default_name(args, checkpoint))
     labels = image_labels(args, model.num_classes)
     settings = {**vars(args), "steps": checkpoint.get("steps"), "checkpoint_bytes": Path(args.ckpt).stat().st_size}
@@ -167,40 +195,75 @@ def main() -> None:
 def generate(
     args: argparse.Namespace, accelerator: Accelerator, model: SiT, codec: Codec, labels: list[int], folder: Path
 ) -> None:
-    """Write the images that are not there yet. Batches are the same for any number of processes; each takes its own."""
+    """Write the images that are not there yet. Batches are the same for any number of processes; each takes its own.
+
+    While a batch is sampled, the images of the one before are copied, compressed and written.
+    """
     interpolant = Interpolant(args.path_type)
     guidance = Guidance(args.cfg_scale, args.cls_cfg_scale, args.guidance_low, args.guidance_high)
+    if args.compile:
+        compile_blocks(model)
+    network = CudaGraphs(model) if args.cuda_graphs else model
+    # A smaller last batch would be compiled or captured for a single use: it is filled up.
+    rows = args.per_proc_batch_size if args.compile or args.cuda_graphs else 1
     batches = missing_batches(args, folder)
     mine = batches[accelerator.process_index :: accelerator.num_processes]
     bar = tqdm(total=sum(map(len, mine)), unit="img", disable=not accelerator.is_main_process, desc="generating")
-    with ThreadPoolExecutor(WRITER_THREADS) as pool:
+    with ThreadPoolExecutor(WRITER_THREADS) as pool, bar:
         writing: list[Future] = []
         for numbers in mine:
+            drawn = [*numbers, *[numbers[-1]] * (rows - len(numbers))]
             with accelerator.autocast():
                 latents, cls_tokens = sample_images(
                     model,
-                    [labels[number] for number in numbers],
-                    [derive_seed(args.global_seed, number) for number in numbers],
+                    [labels[number] for number in drawn],
+                    [derive_seed(args.global_seed, number) for number in drawn],
                     interpolant,
                     guidance,
                     args.mode,
                     args.solver,
                     args.num_steps,
+                    network=network,
                 )
-            images = codec.decode(latents.float()).permute(0, 2, 3, 1).cpu().numpy()
-            for future in writing:  # of the batch before: written while this one was made
-                future.result()
+            images = to_host(codec.decode(latents[: len(numbers)].float()))
+            for future in writing:  # of the batch before
+                bar.update(future.result())
+            writing = [pool.submit(write_image, folder, images, row, number) for row, number in enumerate(numbers)]
             if args.save_cls:
-                with atomic_write(cls_part(folder, numbers)) as file:
-                    np.save(file, cls_tokens.float().cpu().numpy())
-            writing = [
-                pool.submit(save_png, image_path(folder, number), Image.fromarray(image))
-                for number, image in zip(numbers, images, strict=True)
-            ]
-            bar.update(len(numbers))
+                writing.append(pool.submit(write_cls, folder, to_host(cls_tokens[: len(numbers)].float()), numbers))
         for future in writing:
-            future.result()
-    bar.close()
+            bar.update(future.result())
+
+
+def find_batch_size(args: argparse.Namespace, accelerator: Accelerator, model: SiT, codec: Codec) -> int:
+    """Return how many images at a time fit into every process's GPU, guidance and decoding included."""
+    if accelerator.device.type != "cuda":
+        return CPU_BATCH
+
+    guidance = Guidance(args.cfg_scale, args.cls_cfg_scale)
+
+    def attempt(count: int) -> None:
+        network = CudaGraphs(model) if args.cuda_graphs else model
+        numbers = [0] * count
+        with accelerator.autocast():
+            latents, _ = sample_images(model, numbers, numbers, Interpolant(), guidance, num_steps=1, network=network)
+        codec.decode(latents.float())
+
+    found = torch.tensor([largest_batch(attempt, LARGEST_BATCH)], device=accelerator.device)
+    return int(accelerator.gather(found).min())
+
+
+def write_image(folder: Path, images: Callable[[], np.ndarray], row: int, number: int) -> int:
+    """Write image `number`, which is `row` of the images that are arriving; return 1, the images written."""
+    save_png(image_path(folder, number), Image.fromarray(images()[row].transpose(1, 2, 0)))
+    return 1
+
+
+def write_cls(folder: Path, cls_tokens: Callable[[], np.ndarray], numbers: range) -> int:
+    """Write the class tokens of a batch; return 0, the images written."""
+    with atomic_write(cls_part(folder, numbers)) as file:
+        np.save(file, cls_tokens())
+    return 0
 
 
 def image_labels(args: argparse.Namespace, num_classes: int) -> list[int]:
@@ -275,7 +338,7 @@ def load_decoder(args: argparse.Namespace, latent_format: LatentFormat, device: 
     if args.vae is None and name == PUBLISHED_VAES["mse"]:
         name = PUBLISHED_VAES["ema"]
     args.vae = name
-    codec = load_codec(name, device)
+    codec = load_codec(name, device).to(memory_format=torch.channels_last)
     for what in ("channels", "factor"):
         ours, needed = getattr(codec.format, what), getattr(latent_format, what)
         if ours != needed:
@@ -336,18 +399,6 @@ def join_cls_tokens(folder: Path, total: int) -> None:
     with atomic_write(joined) as file:
         np.save(file, np.stack([rows[number] for number in range(total)]))
     shutil.rmtree(folder / "cls", ignore_errors=True)
-
-
-def write_npz(file: Any, images: Iterator[np.ndarray], shape: tuple[int, ...]) -> None:
-    """Write uint8 images one by one as `arr_0` of an uncompressed .npz: 50,000 of them need not fit into memory."""
-    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-    with (
-        zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
-        archive.open("arr_0.npy", "w", force_zip64=True) as member,
-    ):
-        np.lib.format.write_array_header_1_0(member, header)
-        for image in tqdm(images, total=shape[0], desc="samples.npz", unit="img"):
-            member.write(np.ascontiguousarray(image, dtype=np.uint8).tobytes())
 
 
 if __name__ == "__main__":

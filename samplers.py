@@ -10,7 +10,9 @@ network is called in its own dtype. Random numbers are passed in.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -51,11 +53,12 @@ class GuidedVelocity:
     """The velocity of a network under guidance, as samplers want it.
 
     Args:
-        model: the network, see `SiT.forward`.
+        model: the network, see `SiT.forward`; it computes no projectors, and gets one time for the whole batch.
         y: labels (N,) int64.
         null_class: the label that stands for "no class".
         guidance: scales and interval.
-        dtype: what the network is called in; the result is float64.
+        dtype: what the network is called in, except for the time, which half precision would blur by as much as a
+            step of 250; the result is float64.
     """
 
     model: Callable[..., tuple]
@@ -66,20 +69,24 @@ class GuidedVelocity:
 
     def __call__(self, x: Tensor, cls: Tensor | None, t: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return velocities of x (N, C, H, W) and cls (N, D), float64, at one time `t`, a float64 scalar on the CPU."""
-        if not self.guidance.active(t.item()):
+        guided = self.guidance.active(t.item())
+        t = torch.full((1,), t.item(), dtype=torch.float32, device=x.device)
+        x, cls = x.to(self.dtype), None if cls is None else cls.to(self.dtype)
+        if not guided:
             return self._call(x, cls, t, self.y)
-        y = torch.cat([self.y, torch.full_like(self.y, self.null_class)])
-        twice_cls = None if cls is None else torch.cat([cls, cls])
-        v, v_cls = self._call(torch.cat([x, x]), twice_cls, t, y)
+        v, v_cls = self._call(torch.cat([x, x]), None if cls is None else torch.cat([cls, cls]), t, self._both_labels)
         v = _guide(v, self.guidance.scale)
         if v_cls is not None:
             v_cls = _guide(v_cls, self.guidance.cls_scale) if self.guidance.cls_scale > 0 else v_cls.chunk(2)[0]
         return v, v_cls
 
+    @cached_property
+    def _both_labels(self) -> Tensor:
+        """Labels and as many null classes, (2 N,)."""
+        return torch.cat([self.y, torch.full_like(self.y, self.null_class)])
+
     def _call(self, x: Tensor, cls: Tensor | None, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
-        times = torch.full((len(x),), t.item(), dtype=self.dtype, device=x.device)
-        cls = None if cls is None else cls.to(self.dtype)
-        v, _, v_cls = self.model(x.to(self.dtype), times, y, cls_token=cls, project=False)
+        v, _, v_cls = self.model(x, t, y, cls_token=cls, project=False)
         return v.double(), None if v_cls is None else v_cls.double()
 
 
@@ -203,7 +210,7 @@ class ImageNoise:
     """Noise that belongs to images, not to batches: each image has a generator of its own (as in EDM2).
 
     Drawn on the CPU, so that an image does not depend on the device either. Each call draws, for every image, first
-    the latents' noise and then the class token's.
+    the latents' noise and then the class token's. For a GPU, the next call's noise is drawn while it computes.
 
     Args:
         seeds: one for each image of the batch, see `derive_seed`.
@@ -223,10 +230,21 @@ class ImageNoise:
         self.shape = shape
         self.cls_token_dim = cls_token_dim
         self.device = torch.device(device)
+        # On the CPU itself it would only take time from the network.
+        self._background = ThreadPoolExecutor(1) if self.device.type == "cuda" else None
+        self._coming: Future[tuple[Tensor, Tensor | None]] | None = None
 
     def __call__(self) -> tuple[Tensor, Tensor | None]:
         """Return standard normals (N, C, H, W) and (N, D) or None, float64."""
-        pinned = self.device.type == "cuda"  # the copy then runs beside the network
+        x, cls = self._draw() if self._coming is None else self._coming.result()
+        if self._background is not None:
+            self._coming = self._background.submit(self._draw)
+        x = x.to(self.device, non_blocking=True)
+        return x, None if cls is None else cls.to(self.device, non_blocking=True)
+
+    def _draw(self) -> tuple[Tensor, Tensor | None]:
+        """Return the next noise on the CPU; for a GPU in pinned memory, which is copied beside the network's work."""
+        pinned = self.device.type == "cuda"
         x = torch.empty(len(self.generators), *self.shape, dtype=torch.float64, pin_memory=pinned)
         cls = None
         if self.cls_token_dim:
@@ -235,8 +253,7 @@ class ImageNoise:
             x[i].normal_(generator=generator)
             if cls is not None:
                 cls[i].normal_(generator=generator)
-        x = x.to(self.device, non_blocking=True)
-        return x, None if cls is None else cls.to(self.device, non_blocking=True)
+        return x, cls
 
 
 def derive_seed(*key: int) -> int:
@@ -293,8 +310,9 @@ def sample_images(
     mode: str = "sde",
     solver: str = "euler",
     num_steps: int = 250,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     progress: Progress = iter,
+    network: Callable[..., tuple] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return the latents (N, C, H, W) and class tokens (N, D) or None, float64, of images given by label and seed.
 
@@ -303,12 +321,14 @@ def sample_images(
         labels: one for each image, 0 .. num_classes.
         seeds: one for each image, see `derive_seed`: the image is the same in any batch.
         interpolant: the path the model was trained on.
-        guidance, mode, solver, num_steps, dtype, progress: see `sample` and `GuidedVelocity`.
+        guidance, mode, solver, num_steps, progress: see `sample` and `GuidedVelocity`.
+        dtype: what the network is called in; default: its own.
+        network: what to call in the model's place, such as `models.inference.CudaGraphs` of it.
     """
     device = next(model.parameters()).device
     y = torch.tensor(labels, dtype=torch.int64, device=device)
     shape = (model.in_channels, model.input_size, model.input_size)
     noise = ImageNoise(seeds, shape, model.cls_token_dim, device)
-    velocity = GuidedVelocity(model, y, model.null_class, guidance, dtype)
+    velocity = GuidedVelocity(network or model, y, model.null_class, guidance, dtype or model.dtype)
     with torch.inference_mode():
         return sample(velocity, noise, interpolant, mode, solver, num_steps, progress)

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
+from devices import batch_size, check_batch_size
 from evaluations.batches import ImageBatch, open_images
 from evaluations.extract import Extractor
 from evaluations.features import (
@@ -50,8 +51,7 @@ SETTINGS = ("step", "num_steps", "cfg", "cls_cfg", "gh", "cfg_cond")
 
 def main() -> None:
     args = parse_args()
-    if args.batch_size < 1:
-        raise InputError(f"--batch-size {args.batch_size}: expected 1 or more")
+    check_batch_size("--batch-size", args.batch_size)
     if args.enc_weights and not args.encoder:
         raise InputError(f"--enc-weights {args.enc_weights}: needs --encoder, which says whose weights they are")
     started = time.perf_counter()
@@ -100,7 +100,12 @@ def parse_args() -> argparse.Namespace:
     networks.add_argument("--encoder", help="also the Frechet distance in this encoder's class tokens (dinov2-vit-l)")
     networks.add_argument("--enc-weights", help="weights file of --encoder (default: the encoder's own download)")
     running = parser.add_argument_group("running")
-    running.add_argument("--batch-size", type=int, default=32, help="images at a time and process (default: 32)")
+    running.add_argument(
+        "--batch-size",
+        type=batch_size,
+        default=32,
+        help="images at a time and process (default: 32); auto: as many as the GPU's memory holds",
+    )
     running.add_argument("--cache", help="folder in which features are kept, and found again for the same images")
     running.add_argument("--cpu", action="store_true", help="use the CPU although there is a GPU")
     recorded = parser.add_argument_group("recorded with the result; they change no number")

@@ -11,18 +11,24 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 from tqdm import tqdm
 
+from devices import AUTO, largest_batch
 from evaluations.batches import ImageBatch
 from evaluations.features import Extraction, FeatureCache
 from evaluations.inception import full_precision
 from files import InputError
 
+CPU_BATCH = 32
+LARGEST_BATCH = 512  # that an automatic batch size tries: more makes no GPU faster
 Kind = TypeVar("Kind", bound=Extraction)
 
 
 class Extractor:
-    """Extracts features with all processes; the result is whole on the main one only. Hashes images meanwhile."""
+    """Extracts features with all processes; the result is whole on the main one only. Hashes images meanwhile.
 
-    def __init__(self, accelerator: Accelerator, batch_size: int, cache: str | None = None):
+    batch_size: images at a time, or AUTO for as many as the GPU's memory holds, which each process finds for itself.
+    """
+
+    def __init__(self, accelerator: Accelerator, batch_size: int | str, cache: str | None = None):
         self.accelerator, self.batch_size = accelerator, batch_size
         self.device, self.is_main = accelerator.device, accelerator.is_main_process
         self._cache = FeatureCache(cache) if cache else None
@@ -67,11 +73,22 @@ class Extractor:
 
     def _run(self, network: nn.Module, images: ImageBatch, extraction: Extraction) -> None:
         start, stop = self._shard(images, self.accelerator.process_index)
+        size = self._find_batch_size(network, images) if self.batch_size == AUTO else self.batch_size
         bar = tqdm(total=stop - start, desc=images.path.name, unit="image", disable=not self.is_main)
         with bar, full_precision(self.device):
-            for first, batch in images.batches(start, stop, self.batch_size):
+            for first, batch in images.batches(start, stop, size):
                 extraction.update(network(batch.to(self.device)), first)
                 bar.update(len(batch))
+
+    def _find_batch_size(self, network: nn.Module, images: ImageBatch) -> int:
+        if self.device.type != "cuda":
+            return CPU_BATCH
+
+        def attempt(count: int) -> None:
+            network(torch.zeros(count, 3, images.height, images.width, dtype=torch.uint8, device=self.device))
+
+        with full_precision(self.device):
+            return largest_batch(attempt, min(LARGEST_BATCH, images.count))
 
     def _share(self, images: ImageBatch, extraction: Extraction) -> None:
         """Add up the sums of all processes, and gather the features that are kept."""

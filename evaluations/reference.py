@@ -21,6 +21,7 @@ import numpy as np
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from devices import batch_size, check_batch_size
 from evaluations.batches import ImageBatch, open_images
 from evaluations.extract import Extractor
 from evaluations.features import EncoderExtraction, InceptionExtraction, encoder_name
@@ -69,17 +70,22 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--inception", help="Inception weights, .pb or PyTorch port (default: downloaded once)")
     parser.add_argument("--encoder", help="also the statistics of this encoder's class tokens, e.g. dinov2-vit-l")
     parser.add_argument("--enc-weights", help="weights file of --encoder (default: the encoder's own download)")
-    parser.add_argument("--batch-size", type=int, default=32, help="images at a time and process (default: 32)")
+    parser.add_argument(
+        "--batch-size",
+        type=batch_size,
+        default=32,
+        help="images at a time and process (default: 32); auto: as many as the GPU's memory holds",
+    )
     parser.add_argument("--cpu", action="store_true", help="use the CPU although there is a GPU")
     return parser.parse_args()
 
 
 def check_args(args: argparse.Namespace) -> None:
     """Raise InputError for values that cannot be meant."""
+    check_batch_size("--batch-size", args.batch_size)
     for flag, value, lowest in (
         ("--num-images", args.num_images, 1),
         ("--seed", args.seed, 0),
-        ("--batch-size", args.batch_size, 1),
     ):
         if value < lowest:
             raise InputError(f"{flag} {value}: expected {lowest} or more")

@@ -22,6 +22,7 @@ from models.hub import hub_file
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+DECODED_PIXELS = 2**21  # at a time, 32 images of 256 px: far more, and activations pass 2^31 values
 SD_SCALE = 0.18215  # makes Stable Diffusion's latents about unit variance (arXiv 2112.10752, appendix G)
 
 
@@ -156,7 +157,11 @@ class Codec(nn.Module):
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Return images (N, 3, H, W), uint8 = clamp(127.5 x + 127.5, 0, 255) of the decoded latents (N, C, h, w)."""
-        pixels = self._image(self.format.unscale(latents.float()))
+        at_once = max(1, DECODED_PIXELS // (latents.shape[-2] * latents.shape[-1] * self.format.factor**2))
+        return torch.cat([self._pixels(part) for part in latents.float().split(at_once)])
+
+    def _pixels(self, latents: Tensor) -> Tensor:
+        pixels = self._image(self.format.unscale(latents))
         return self._quantise((127.5 * pixels + 127.5).clamp(0, 255))
 
     def _moments(self, pixels: Tensor) -> Tensor:

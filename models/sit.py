@@ -317,7 +317,7 @@ class SiT(nn.Module):
 
         Args:
             x: noisy latents (N, C, H, W).
-            t: times (N,) in [0, 1].
+            t: times (N,) in [0, 1], or (1,) for the whole batch.
             y: labels (N,) int64, 0 .. num_classes (the last is the null class).
             cls_token: noisy class token (N, cls_token_dim); needed if and only if the network has a class slot.
             label_drop: (N,) bool, which labels to replace by the null class; None: see `drop_labels`.
@@ -336,7 +336,7 @@ class SiT(nn.Module):
         elif self.slot_token is not None:
             x = torch.cat([self.slot_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
         x = x + self.pos_embed  # (N, 1 + T, D)
-        c = self.t_embedder(t) + self.y_embedder(self.drop_labels(y, label_drop))  # (N, D)
+        c = (self.t_embedder(t) + self.y_embedder(self.drop_labels(y, label_drop))).to(x.dtype)  # (N, D)
 
         projected = None
         for number, block in enumerate(self.blocks, start=1):

@@ -29,12 +29,15 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from devices import AUTO, batch_size, check_batch_size, largest_batch
 from files import FileSource, InputError, open_source, run_cli
 from models.autoencoder import Codec, load_codec
 from preprocessing.crops import decode_rgb
 from preprocessing.destination import Destination, explain_write_errors
 from preprocessing.listing import Listing, image_index, latents_name, list_converted
 
+BATCH_SIZE, CPU_BATCH_SIZE = 32, 1  # a CPU's caches hold no more
+LARGEST_BATCH = 128  # that --batch-size auto tries: more makes no GPU faster
 WRITES_IN_FLIGHT = 3  # batches: enough to hide the disk, few enough to need little memory
 
 
@@ -145,8 +148,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--batch-size",
-        type=int,
-        help="images encoded at once, on each device (default: 32 on a GPU; 1 on a CPU, whose caches hold no more)",
+        type=batch_size,
+        help=f"images encoded at once, on each device (default: {BATCH_SIZE} on a GPU, {CPU_BATCH_SIZE} on a CPU); "
+        "auto: as many as the GPU's memory holds, which may be others when an interrupted run goes on",
     )
     parser.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="number format of the files")
     parser.add_argument(
@@ -162,8 +166,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--workers", type=int, default=2, help="processes that read images, for each device")
     args = parser.parse_args(argv)
-    if args.batch_size is not None and args.batch_size < 1:
-        raise InputError(f"--batch-size {args.batch_size}: must be at least 1")
+    if args.batch_size is not None:
+        check_batch_size("--batch-size", args.batch_size)
     if args.workers < 0:
         raise InputError(f"--workers {args.workers}: must be 0 (read in the main process) or more")
     if args.dest.resolve().is_relative_to(args.source.resolve()):
@@ -201,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         accelerator.wait_for_everyone()
         if destination.is_zip and args.dest.exists():
             return
-        batches = plan(listing.names, args.batch_size or (32 if device.type == "cuda" else 1), args.flip)
+        batches = plan(listing.names, find_batch_size(args.batch_size, accelerator, codec, resolution), args.flip)
         # Shared out before looking at what is there: what one process sees may be changing by another's hand.
         mine = batches[accelerator.process_index :: accelerator.num_processes]
         missing = [batch for batch in mine if not all(destination.has(name) for name in batch.outputs)]
@@ -210,6 +214,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             finish(destination, listing, codec, args.flip)
+
+
+def find_batch_size(wanted: int | str | None, accelerator: Accelerator, codec: Codec, resolution: int) -> int:
+    """Return how many images to encode at once, the same on every process."""
+    on_gpu = accelerator.device.type == "cuda"
+    if wanted != AUTO or not on_gpu:
+        return wanted if isinstance(wanted, int) else BATCH_SIZE if on_gpu else CPU_BATCH_SIZE
+
+    def attempt(count: int) -> None:
+        codec.encode(torch.zeros(count, 3, resolution, resolution, dtype=torch.uint8, device=accelerator.device))
+
+    found = torch.tensor([largest_batch(attempt, LARGEST_BATCH)], device=accelerator.device)
+    return int(accelerator.gather(found).min())
 
 
 def finish(destination: Destination, listing: Listing, codec: Codec, flip: bool) -> None:

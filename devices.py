@@ -1,0 +1,62 @@
+"""What the programs want of a device: the largest batch that fits into its memory, copies that nobody waits for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from files import InputError
+
+AUTO = "auto"  # as the value of a --...-batch-size: `largest_batch`
+
+
+def batch_size(text: str) -> int | str:
+    """Return a number of images, or AUTO: the type of a flag."""
+    return text if text == AUTO else int(text)
+
+
+def check_batch_size(flag: str, value: int | str) -> None:
+    """Raise InputError, naming the flag, for a number below 1."""
+    if value != AUTO and value < 1:
+        raise InputError(f"{flag} {value}: must be at least 1, or {AUTO}")
+
+
+def largest_batch(attempt: Callable[[int], object], largest: int) -> int:
+    """Return the first of `largest`, half of it, a quarter, ... with which `attempt` has enough GPU memory.
+
+    Raises:
+        InputError: not even 1 fits.
+    """
+    size = largest
+    while True:
+        try:
+            attempt(size)
+            return size
+        except torch.cuda.OutOfMemoryError as error:
+            if size == 1:
+                raise InputError(f"the GPU's memory does not hold the work on a single image ({error})") from error
+        finally:
+            torch.cuda.empty_cache()  # does nothing where there is no GPU in use
+        size //= 2
+
+
+def to_host(tensor: Tensor) -> Callable[[], np.ndarray]:
+    """Start copying a tensor to the host; return what waits for the copy and gives it.
+
+    The GPU goes on meanwhile with what it is told next, and any thread may wait.
+    """
+    if tensor.device.type != "cuda":
+        return tensor.numpy
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    copied = torch.cuda.Event(blocking=True)  # waits asleep
+    copied.record()
+
+    def arrived() -> np.ndarray:
+        copied.synchronize()
+        return host.numpy()
+
+    return arrived

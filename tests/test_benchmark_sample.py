@@ -1,0 +1,43 @@
+"""The sampling benchmark runs and its report is complete; no time is asserted."""
+
+import json
+import sys
+
+import pytest
+
+from benchmarks import sample
+from files import InputError
+
+TINY = "--device cpu --model SiT-S/8 --resolution 64 --batch-size 2 --steps 20 --timed-steps 1 --rounds 1"
+TINY += " --deviation-steps 3 --pairs 2 --seconds 0.01 --no-decode --no-compile"
+
+
+def run(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["sample.py", *TINY.split(), *map(str, flags)])
+    sample.main()
+
+
+def test_the_report_is_complete(tmp_path, monkeypatch, capsys):
+    run(monkeypatch, "--json", tmp_path / "sample.json")
+    result = json.loads((tmp_path / "sample.json").read_text())
+    rows = result["rows"]
+    assert [row["setting"] for row in rows] == [
+        "published setting", "+ fused attention", "+ no projectors, time once", "+ network in bf16",
+    ]  # fmt: skip
+    for row in rows:
+        assert all(row[name] > 0 for name in ("step_plain", "step_guided", "images_per_s", "ratio", "utilisation"))
+    assert rows[0]["ratio"] == 1 and rows[0]["max_deviation"] == 0
+    assert 0 <= rows[2]["rms_deviation"] < 1e-5 < rows[3]["rms_deviation"] < 0.05
+    assert result["class_slot"]["flops"] > 0 and len(result["class_slot"]["latency_quartiles"]) == 2
+    assert result["settings"]["batch_size"] == 2 and result["gflop"] > 0 and result["peak_memory_gb"] > 0
+    assert capsys.readouterr().out.count("| + ") == 3
+
+
+def test_bad_flags_are_named(monkeypatch):
+    for flags, text in (
+        (["--rounds", 0], "--rounds 0: must be at least 1"),
+        (["--batch-size", 0], "--batch-size 0: must be at least 1, or auto"),
+        (["--resolution", 20], "--resolution 20: must be a multiple of 8"),
+    ):
+        with pytest.raises(InputError, match=text):
+            run(monkeypatch, *flags)

@@ -1,0 +1,72 @@
+"""What makes sampling fast changes an image by rounding alone."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+
+from models.inference import CudaGraphs, compile_blocks, convert
+from models.interpolant import Interpolant
+from samplers import Guidance, sample_images
+from tests.test_samplers import trained_looking_network
+
+GUIDANCE = Guidance(2.0, 2.0, 0.0, 0.5)
+
+
+def images(model, count=3, **options):
+    return sample_images(
+        model, [n % 5 for n in range(count)], list(range(count)), Interpolant(), GUIDANCE, num_steps=4, **options
+    )
+
+
+@pytest.fixture(params=[6, None])
+def model(request):
+    return trained_looking_network(request.param)
+
+
+def test_half_precision_keeps_time_and_state(model):
+    expected, _ = images(model)
+    names = list(model.state_dict())
+    model = convert(model, torch.bfloat16)
+    assert list(model.state_dict()) == names and model.dtype == torch.bfloat16
+    for name, tensor in model.state_dict().items():
+        assert tensor.dtype == (torch.float32 if name.startswith("t_embedder") else torch.bfloat16), name
+    latents, _ = images(model)
+    assert latents.dtype == torch.float64
+    assert not torch.equal(latents, expected)
+    assert (latents - expected).std() < 0.02 * expected.std()
+
+
+def test_half_precision_tells_neighbouring_times_apart(model):
+    model = convert(model, torch.bfloat16)
+    t = torch.tensor([0.8000, 0.8039])  # one step of 250
+    a, b = model.t_embedder(t)
+    assert torch.allclose(a - b, (model.t_embedder.float()(t[:1]) - model.t_embedder(t[1:]))[0], atol=1e-6)
+    assert not torch.equal(a, b)
+
+
+def test_compiled_blocks_give_the_same_images_and_are_compiled_once_a_shape(model):
+    expected = images(model)
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compile_blocks(model, backend=counter)
+    first = images(model)
+    compiled = counter.frame_count
+    assert 0 < compiled <= 2 * (len(model.blocks) + 1)  # inside and outside the guidance interval
+    second = images(model)
+    assert counter.frame_count == compiled
+    for found in (first, second):
+        torch.testing.assert_close(found[0], expected[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("count", [1, 3])
+def test_cuda_graphs_give_the_same_images(model, count):
+    model = model.cuda()
+    graphs = CudaGraphs(model)
+    for shift in (0, 1):  # a second batch of the same shape, through the same graphs
+        labels = [(n + shift) % 5 for n in range(count)]
+        drawn = [
+            sample_images(model, labels, list(range(count)), Interpolant(), GUIDANCE, num_steps=4, network=network)
+            for network in (model, graphs)
+        ]
+        torch.testing.assert_close(drawn[0][0], drawn[1][0])
