@@ -23,8 +23,8 @@ from loss import TrainingNoise, alignment_target
 from models import ema
 from models.encoders import Encoder
 from samplers import derive_seed
-from training.prefetch import to_device
 from training.preemption import EXIT_RESUMABLE, StopSignal, shield_worker
+from training.prefetch import to_device
 from training.samples import score_samples, write_reconstructions, write_samples
 from training.settings import parse_args
 from training.setup import Run, set_up

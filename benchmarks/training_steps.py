@@ -6,7 +6,6 @@ weights they have the same losses, up to rounding, and differ in how they get th
 
 from __future__ import annotations
 
-import argparse
 import copy
 import itertools
 from collections.abc import Iterator
@@ -27,8 +26,8 @@ from models.encoders import load_encoders, untrained_encoder
 from models.interpolant import Interpolant
 from training.bad_steps import BadSteps
 from training.compiling import compile_training
-from training.prefetch import to_device
 from training.preemption import StopSignal
+from training.prefetch import to_device
 from training.run_log import RunLog
 from training.settings import parse_args
 from training.setup import Run, build_network, describe_run, make_accelerator
@@ -68,6 +67,7 @@ class Workload:
             latent_format=SD_FORMAT, latent_size=size, resolution=resolution, num_classes=NUM_CLASSES
         )
         self.encoders = []
+        torch.manual_seed(args.seed)  # untrained encoders are the same ones each time
         if args.enc_type != "none":
             tokens = (size // int(args.model.rsplit("/")[1])) ** 2
             self.encoders = (
@@ -81,7 +81,8 @@ class Workload:
         self.start = [parameter.detach().cpu().clone() for parameter in self.network.parameters()]
         recipe = {"lr": args.learning_rate, "weight_decay": args.adam_weight_decay}
         self.optimizers = {
-            fused: torch.optim.AdamW(self.network.parameters(), fused=fused or None, **recipe) for fused in (False, True)
+            fused: torch.optim.AdamW(self.network.parameters(), fused=fused or None, **recipe)
+            for fused in (False, True)
         }
         self.prepared_optimizer = self.accelerator.prepare(self.optimizers[True])
         self.pool = [synthetic_batch(args.batch_size, resolution, number) for number in range(batches)]
@@ -207,7 +208,9 @@ class PlainForm:
         with torch.autocast(device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None):
             cls_token, targets = train.encode(work.encoders, images, args.cls_token, args.proj_coeff > 0)
             given = (x, y, cls_token, targets, noise.t, noise.noise, noise.cls_noise, noise.label_drop)
-            terms = self.criterion(network, *given) if "loss" in self.on else looped_loss(self.criterion, network, *given)
+            terms = (
+                self.criterion(network, *given) if "loss" in self.on else looped_loss(self.criterion, network, *given)
+            )
             loss = terms.total.mean()
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
@@ -223,7 +226,8 @@ class PlainForm:
         if "log" in self.on:
             self.unread.append(torch.stack(values))
         else:
-            self.log.add({"loss": [value.item() for value in values][0]})
+            read = [value.item() for value in values]
+            self.log.add({"loss": read[0]})
         self.number += 1
 
     def finish(self) -> list[float]:

@@ -16,9 +16,7 @@ from models.encoders import Encoder
 from models.sit import SiT
 
 
-def compile_training(
-    network: SiT, encoders: Sequence[Encoder], criterion: REGLoss, backend: str = "inductor"
-) -> None:
+def compile_training(network: SiT, encoders: Sequence[Encoder], criterion: REGLoss, backend: str = "inductor") -> None:
     """Compile, in place, the regions of a training step; they are built at their first use.
 
     A region that cannot be one graph is an error, not a slower step, and shapes are taken as fixed: every step of a run
