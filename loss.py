@@ -38,9 +38,9 @@ class LossTerms:
         return {name: term for name, term in terms.items() if term is not None}
 
 
-@dataclass(frozen=True)
+@dataclass
 class REGLoss:
-    """The loss with its coefficients.
+    """The loss with its coefficients. What it computes before and after the network stands in `mix` and `compare`.
 
     Args:
         interpolant: the path.
@@ -82,16 +82,37 @@ class REGLoss:
         """
         t = self.interpolant.sample_time(len(x), self.weighting, device=x.device) if t is None else t
         noise = torch.randn_like(x) if noise is None else noise
-        x_t = self.interpolant.interpolate(x, noise, t)
-        cls_t = None
-        if cls_token is not None:
-            cls_noise = torch.randn_like(cls_token) if cls_noise is None else cls_noise
-            cls_t = self.interpolant.interpolate(cls_token, cls_noise, t)
-
+        if cls_token is not None and cls_noise is None:
+            cls_noise = torch.randn_like(cls_token)
+        x_t, cls_t = self.mix(x, noise, cls_token, cls_noise, t)
         velocity, projected, cls_velocity = model(
             x_t, t, y, cls_token=cls_t, label_drop=label_drop, project=bool(encoder_tokens)
         )
+        return LossTerms(
+            *self.compare(velocity, projected, cls_velocity, x, noise, cls_token, cls_noise, encoder_tokens, t)
+        )
 
+    def mix(
+        self, x: Tensor, noise: Tensor, cls_token: Tensor | None, cls_noise: Tensor | None, t: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return what the network gets to see, noisy latents (N, C, H, W) and the noisy class token (N, D) or None."""
+        x_t = self.interpolant.interpolate(x, noise, t)
+        cls_t = None if cls_token is None else self.interpolant.interpolate(cls_token, cls_noise, t)
+        return x_t, cls_t
+
+    def compare(
+        self,
+        velocity: Tensor,
+        projected: Sequence[Tensor] | None,
+        cls_velocity: Tensor | None,
+        x: Tensor,
+        noise: Tensor,
+        cls_token: Tensor | None,
+        cls_noise: Tensor | None,
+        encoder_tokens: Sequence[Tensor],
+        t: Tensor,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+        """Return the fields of `LossTerms`, from the network's three outputs and what they should have been."""
         denoise = squared_error(velocity, self.interpolant.velocity_target(x, noise, t))
         proj = alignment(projected, encoder_tokens) if encoder_tokens else None
         cls = None
@@ -102,7 +123,7 @@ class REGLoss:
             total = total + self.proj_coeff * proj
         if cls is not None:
             total = total + self.cls_coeff * cls
-        return LossTerms(denoise, proj, cls, total)
+        return denoise, proj, cls, total
 
 
 @dataclass(frozen=True)

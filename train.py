@@ -24,6 +24,7 @@ from models import ema
 from models.encoders import Encoder
 from samplers import derive_seed
 from training.preemption import EXIT_RESUMABLE, StopSignal, shield_worker
+from training.prefetch import to_device
 from training.samples import score_samples, write_reconstructions, write_samples
 from training.settings import parse_args
 from training.setup import Run, set_up
@@ -160,8 +161,7 @@ def load_batches(run: Run, steps: range) -> Generator[tuple[Tensor, Tensor, Tens
         prefetch_factor=4 if args.num_workers else None,
         worker_init_fn=shield_worker,
     )
-    for batch in loader:
-        yield tuple(tensor.to(accelerator.device, non_blocking=True) for tensor in batch)
+    yield from to_device(loader, accelerator.device)
 
 
 def save(run: Run, name: str | None = None) -> None:

@@ -11,6 +11,7 @@ config.json says channels, factor, scale and shift.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,12 @@ class LatentFormat:
 
 def _per_channel(value: float | tuple[float, ...], like: Tensor) -> float | Tensor:
     """Return a number as it is, and one number for each channel as (C, 1, 1), to broadcast over (N, C, h, w)."""
-    return like.new_tensor(value)[:, None, None] if isinstance(value, tuple) else value
+    return _on_device(value, like.device, like.dtype) if isinstance(value, tuple) else value
+
+
+@functools.lru_cache(maxsize=8)  # copying it to a GPU each time would make each training step wait
+def _on_device(value: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.tensor(value, device=device, dtype=dtype)[:, None, None]
 
 
 SD_FORMAT = LatentFormat(codec="sd-vae-ft-mse", channels=4, factor=8, scale=SD_SCALE, shift=0.0)

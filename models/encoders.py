@@ -198,6 +198,11 @@ def load_encoder(
     return _build(spec, encoder_spec, input_size, state, weights).to(device)
 
 
+def untrained_encoder(spec: str, resolution: int, device: str | torch.device = "cpu") -> Encoder:
+    """Return what `load_encoder` returns, but with random weights: as fast as the trained one, and as large."""
+    return _build(spec, *_resolve(spec, resolution)).to(device)
+
+
 def _token_mismatch(encoder: Encoder, num_tokens: int) -> str:
     fitting = encoder.input_size * math.sqrt(num_tokens / encoder.num_tokens)
     way_out = f"append :input={fitting:.0f} to its name" if fitting.is_integer() else "choose another encoder"

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 TIME_FREQUENCIES = 256  # width of the sinusoidal features of t (DiT)
 NORM_EPS = 1e-6
@@ -183,6 +184,10 @@ class SiT(nn.Module):
         qk_norm: LayerNorm on queries and keys.
         fused_attn: attention through scaled_dot_product_attention.
 
+    Attributes:
+        activation_checkpointing: off at first; set to True, the blocks keep their inputs alone for the backward pass,
+            which computes the rest a second time. Less memory, more time, the same gradients.
+
     Raises:
         ValueError: sizes that do not go together.
     """
@@ -219,6 +224,7 @@ class SiT(nn.Module):
         self.encoder_depth = encoder_depth
         self.cls_token_dim = cls_token_dim or None
         self.grid_size = input_size // patch_size
+        self.activation_checkpointing = False
 
         # Registration order is part of the checkpoint format: the optimiser's state is kept by index.
         rows = self.grid_size**2 + (1 if self.cls_token_dim or learnable_token else 0)
@@ -340,13 +346,19 @@ class SiT(nn.Module):
 
         projected = None
         for number, block in enumerate(self.blocks, start=1):
-            x = block(x, c)  # (N, 1 + T, D)
+            x = self._run_block(block, x, c)  # (N, 1 + T, D)
             if project and number == self.encoder_depth:
                 projected = [projector(x) for projector in self.projectors]  # [(N, 1 + T, z_dim)]
         if self.slot_token is not None:
             x = x[:, 1:]  # it has served the other tokens, and has no velocity of its own
         patches, cls_velocity = self.final_layer(x, c, has_cls=cls_token is not None)  # (N, T, p p C), (N, cls_dim)
         return SiTOutput(self.unpatchify(patches), projected, cls_velocity)
+
+    def _run_block(self, block: SiTBlock, x: Tensor, c: Tensor) -> Tensor:
+        if not (self.activation_checkpointing and torch.is_grad_enabled()):
+            return block(x, c)
+        # Nothing in a block is random, so there is no random state to keep.
+        return checkpoint(block, x, c, use_reentrant=False, preserve_rng_state=False)
 
 
 def _projector(hidden_size: int, projector_dim: int, z_dim: int) -> nn.Sequential:

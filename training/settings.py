@@ -23,7 +23,7 @@ MAY_CHANGE = {
     "gradient_accumulation_steps", "log_steps", "check_data", "device", "enc_weights", "vae", "grid_samples",
     "grid_num_steps", "grid_cfg_scale", "eval_steps", "eval_ref", "eval_samples", "eval_num_steps", "eval_batch_size",
     "eval_inception", "legacy", "keep_last", "keep_every", "background_save", "retry_steps",
-    "max_bad_steps", "timeout_minutes", "fsdp",
+    "max_bad_steps", "timeout_minutes", "fsdp", "compile", "activation_checkpointing",
 }  # fmt: skip
 
 
@@ -179,6 +179,16 @@ def _method_flags(add: Callable) -> None:
     add("--cls", type=float, default=0.03, help="weight of the class token's velocity (%(default)s)")
 
 
+def _speed_flags(add: Callable) -> None:
+    add("--compile", action=SWITCH, default=False, help="compile network, loss and encoders; changes rounding only")
+    add(
+        "--activation-checkpointing",
+        action=SWITCH,
+        default=False,
+        help="less memory, more time, the same gradients: blocks are computed again in the backward pass",
+    )
+
+
 FLAGS = {
     "run": _run_flags,
     "sample grids": _grid_flags,
@@ -186,6 +196,7 @@ FLAGS = {
     "network": _network_flags,
     "data": _data_flags,
     "precision": _precision_flags,
+    "speed": _speed_flags,
     "optimisation": _optimisation_flags,
     "method": _method_flags,
 }

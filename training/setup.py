@@ -29,6 +29,7 @@ from models.encoders import Encoder, load_encoders
 from models.interpolant import Interpolant
 from models.sit import ENCODER_DEPTHS, PRESETS, SiT, SiT_models
 from training.bad_steps import BadSteps
+from training.compiling import compile_training
 from training.preemption import StopSignal
 from training.run_log import RunLog, going_on_despite
 from training.settings import check_same_run, flag
@@ -87,6 +88,7 @@ def set_up(args: argparse.Namespace, stop_signal: StopSignal | None = None) -> R
 
     model = build_network(args)
     average = ema.averaged_copy(model)
+    model.activation_checkpointing = args.activation_checkpointing
     if checkpoint is not None:
         restore_weights(checkpoint, model, average)
     if args.fsdp:
@@ -132,6 +134,8 @@ def set_up(args: argparse.Namespace, stop_signal: StopSignal | None = None) -> R
     if accelerator.is_main_process:
         writer.clear_leftovers()
     criterion = REGLoss(Interpolant(args.path_type), args.proj_coeff, args.cls, args.weighting)
+    if args.compile:
+        compile_training(accelerator.unwrap_model(model), encoders, criterion)
     reports = StepReports(lambda values: accelerator.reduce(values, "mean"), device, ("stop", "save"))
     bad_steps = BadSteps(
         log, accelerator.gather, lambda at: sample_names(args, data, at), args.max_bad_steps, args.mixed_precision
@@ -151,7 +155,10 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
         log_with=None if args.report_to == "none" else args.report_to,
         project_dir=str(Path(args.output_dir) / args.exp_name / args.logging_dir),
         kwargs_handlers=[
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            # Each step has the same graph; with accumulation, parts that do not reduce gradients take turns with one.
+            DistributedDataParallelKwargs(
+                gradient_as_bucket_view=True, static_graph=args.gradient_accumulation_steps == 1
+            ),
             InitProcessGroupKwargs(timeout=timedelta(minutes=args.timeout_minutes)),
         ],
     )

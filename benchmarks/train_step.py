@@ -1,0 +1,262 @@
+"""How fast a training step is: written plainly, with one switch after the other, and as train.py has it.
+
+    python benchmarks/train_step.py --model SiT-XL/2 --batch-size 256 --precision bf16 --json train_step.json
+
+One run, synthetic images and latents of real size; encoders have random weights unless --enc-weights names a file,
+which changes nothing in their speed. Forms take turns, and the median over the rounds counts, so that whatever else the
+machine does meets all alike. Several models, batch sizes, resolutions and precisions make a table of their products.
+FLOPs are counted by torch for network (three passes) and encoders (one), without what checkpointing computes again;
+utilisation compares with a large matrix product of the same precision, measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.timing import matrix_rate, peak_memory, synchronise
+from benchmarks.training_steps import SWITCHES, OurForm, PlainForm, Workload
+from files import InputError, run_cli, write_json
+from training.settings import SWITCH
+
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FORMS = ("plain", "switches", "ours", "compile", "checkpointing")
+LOSSES_COMPARED = 2  # steps from the same weights, before any form is timed
+
+
+@dataclass
+class Row:
+    """One form's figures; None where it does not fit into memory."""
+
+    model: str
+    batch_size: int
+    resolution: int
+    precision: str
+    class_slot: bool
+    form: str
+    seconds: float | None = None  # of one step, median
+    images_per_second: float | None = None
+    ratio: float | None = None  # to the plain form in float32, or else to the plain form
+    utilisation: float | None = None
+    memory_gb: float | None = None
+    data_wait: float | None = None
+    warm_up_seconds: float | None = None  # the first steps, compiling included
+    losses: list[float] = field(default_factory=list)
+    flops_per_image: dict[str, int] = field(default_factory=dict)
+    gradient_bytes: int = 0
+
+
+def main() -> None:
+    """Measure as the command line says."""
+    args = parse_args()
+    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    rates: dict[str, float] = {}
+    rows: list[Row] = []
+    for model, batch_size, resolution, precision in itertools.product(
+        args.model, args.batch_size, args.resolution, args.precision
+    ):
+        if precision not in rates:
+            rates[precision] = matrix_rate(device, args.matrix_seconds, DTYPES[precision])
+        for cls_token in [True, False] if args.slot_price else [args.cls_token]:
+            rows += measure(args, model, batch_size, resolution, precision, cls_token, rates[precision])
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"\n{where}, torch {torch.__version__}, encoder {args.encoder}; matrix products:", end=" ")
+    print(", ".join(f"{name} {rate / 1e12:.2f} TFLOP/s" for name, rate in rates.items()) + "\n")
+    print(table(rows))
+    if args.json:
+        settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+        content = {"device": where, "torch": torch.__version__, "matrix_flops": rates, "settings": settings}
+        write_json(args.json, {**content, "rows": [asdict(row) for row in rows]})
+
+
+def parse_args() -> argparse.Namespace:
+    """Return the checked settings."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--model", nargs="+", default=["SiT-B/2"], help="presets (%(default)s)")
+    add("--batch-size", type=int, nargs="+", default=[8], help="images of a step (%(default)s)")
+    add("--resolution", type=int, nargs="+", default=[256], help="of the images, px (%(default)s)")
+    add("--precision", nargs="+", choices=DTYPES, default=["no"], help="autocast, for all forms alike (%(default)s)")
+    add("--forms", nargs="+", choices=FORMS, default=list(FORMS[:-1]), help="which to measure (%(default)s)")
+    add("--encoder", default="dinov2-vit-b", help="as train.py's --enc-type; none: SiT's loss alone (%(default)s)")
+    add("--enc-weights", help="its file; default: random weights")
+    add("--cls-token", action=SWITCH, default=True, help="with the class slot (REG) or without (REPA)")
+    add("--slot-price", action="store_true", help="measure both, with and without the class slot")
+    add("--depth", type=int, help="number of blocks instead of the preset's")
+    add("--rounds", type=int, default=5, help="how often each form has its turn (%(default)s)")
+    add("--steps", type=int, default=2, help="training steps of a turn (%(default)s)")
+    add("--matrix-seconds", type=float, default=3, help="for the matrix product (%(default)s)")
+    add("--largest-batch", action="store_true", help="look for the largest batch of the last form first, and take that")
+    add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: CUDA if there is one")
+    add("--backend", default="inductor", help="of torch.compile (%(default)s)")
+    add("--profile", type=Path, help="write a trace of the last form's steps here, and print its operations")
+    add("--json", type=Path, help="write the figures to this file as well")
+    args = parser.parse_args()
+    if min(*args.batch_size, *args.resolution, args.rounds, args.steps) < 1:
+        raise InputError("--batch-size, --resolution, --rounds and --steps must be at least 1")
+    if args.encoder == "none" and (args.cls_token or args.slot_price):
+        raise InputError("--encoder none: the class slot needs an encoder; add --no-cls-token")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: no CUDA device is available; allowed here: cpu, auto")
+    if args.largest_batch and (args.device == "cpu" or not torch.cuda.is_available()):
+        raise InputError("--largest-batch: needs a CUDA device, whose memory has an end that can be tried")
+    return args
+
+
+def measure(args, model: str, batch_size: int, resolution: int, precision: str, cls_token: bool, rate: float):
+    """Return the rows of one workload."""
+    if args.largest_batch:
+        batch_size = largest_batch(args, model, batch_size, resolution, precision, cls_token)
+    work = workload(args, model, batch_size, resolution, precision, cls_token)
+    flops, parameters = work.flops(), sum(p.numel() for p in work.network.parameters() if p.requires_grad)
+    forms = build_forms(args, work, precision)
+    rows = [
+        Row(model, batch_size, resolution, precision, cls_token, form.name, flops_per_image=flops,
+            gradient_bytes=4 * parameters)
+        for form in forms
+    ]  # fmt: skip
+    turns: dict[str, list[tuple[float, float]]] = {form.name: [] for form in forms}
+    bar = tqdm(total=len(forms) * (args.rounds + 1), desc=f"{model}, batch {batch_size}, {precision}", unit="turn")
+    for form, row in zip(forms, rows, strict=True):
+        warm_up(work, form, row)
+        bar.update()
+    able = [pair for pair in zip(forms, rows, strict=True) if pair[1].losses]
+    for _ in range(args.rounds):
+        for form, row in able:
+            turns[form.name].append(turn(work, form, row, args.steps))
+            bar.update()
+    bar.close()
+    for _, row in able:
+        row.seconds = statistics.median(seconds for seconds, _ in turns[row.form])
+        row.data_wait = statistics.median(wait for _, wait in turns[row.form])
+        row.images_per_second = batch_size / row.seconds
+        row.utilisation = sum(flops.values()) * row.images_per_second / rate
+        row.ratio = able[0][1].seconds / row.seconds
+    if args.profile and able:
+        profile(work, able[-1][0], args.profile)
+    return rows
+
+
+def workload(args, model: str, batch_size: int, resolution: int, precision: str, cls_token: bool) -> Workload:
+    """Return the workload of one combination of settings."""
+    flags = ["--model", model, "--batch-size", str(batch_size), "--mixed-precision", precision]
+    flags += ["--device", args.device, "--enc-type", args.encoder]
+    flags += [] if cls_token else ["--no-cls-token"]
+    flags += ["--depth", str(args.depth), "--encoder-depth", "1"] if args.depth else []
+    return Workload(flags, resolution, encoder_weights=args.enc_weights)
+
+
+def build_forms(args: argparse.Namespace, work: Workload, precision: str) -> list[PlainForm | OurForm]:
+    """Return the forms asked for; the first is what the others are compared with."""
+    forms: list[PlainForm | OurForm] = []
+    if "plain" in args.forms:
+        forms += [PlainForm(work, precision="no")] if precision != "no" and work.device.type == "cpu" else []
+        forms += [PlainForm(work)]
+    if "switches" in args.forms:
+        names = tuple(SWITCHES)
+        forms += [PlainForm(work, names[:count]) for count in range(1, len(names) + 1)]
+    if "ours" in args.forms:
+        forms += [OurForm(work)]
+    if "compile" in args.forms:
+        forms += [OurForm(work, compiled=True, backend=args.backend)]
+    if "checkpointing" in args.forms:
+        forms += [OurForm(work, "compile" in args.forms, checkpointing=True, backend=args.backend)]
+    return forms
+
+
+def warm_up(work: Workload, form: PlainForm | OurForm, row: Row) -> None:
+    """Take a form's first steps from the common start and note their losses; none if they do not fit into memory."""
+    work.reset()
+    form.restart()
+    begun = time.perf_counter()
+    try:
+        for _ in range(LOSSES_COMPARED):
+            form.step()
+        row.losses = form.finish()
+    except torch.OutOfMemoryError:
+        work.reset()
+        torch.cuda.empty_cache()
+    row.warm_up_seconds = time.perf_counter() - begun
+
+
+def turn(work: Workload, form: PlainForm | OurForm, row: Row, steps: int) -> tuple[float, float]:
+    """Return the seconds of one step and the share of them spent waiting for data, over `steps` steps."""
+    if work.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    synchronise(work.device)
+    form.log.waited, begun = 0.0, time.perf_counter()
+    for _ in range(steps):
+        form.step()
+    synchronise(work.device)
+    elapsed = time.perf_counter() - begun
+    if work.device.type == "cuda":  # a form of its own would not hold the other optimiser's state
+        row.memory_gb = peak_memory(work.device) - work.optimizer_bytes(not form.fused) / 1e9
+    form.finish()
+    return elapsed / steps, form.log.waited / elapsed
+
+
+def largest_batch(args, model: str, first: int, resolution: int, precision: str, cls_token: bool) -> int:
+    """Return the largest batch, up to an eighth, with which the last form can take steps."""
+
+    def fits(batch_size: int) -> bool:
+        torch.cuda.empty_cache()
+        work = workload(args, model, batch_size, resolution, precision, cls_token)
+        form = build_forms(args, work, precision)[-1]
+        row = Row(model, batch_size, resolution, precision, cls_token, form.name)
+        warm_up(work, form, row)
+        return bool(row.losses)
+
+    if not fits(first):
+        raise InputError(f"--batch-size {first}: does not fit into memory; --largest-batch starts from one that does")
+    good, bad = first, 2 * first
+    while fits(bad):
+        good, bad = bad, 2 * bad
+    while bad - good > max(1, good // 8):
+        middle = (good + bad) // 2
+        good, bad = (middle, bad) if fits(middle) else (good, middle)
+    return good
+
+
+def profile(work: Workload, form: PlainForm | OurForm, path: Path) -> None:
+    """Write a trace of three of a form's steps and print the operations that take longest."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    activities += [torch.profiler.ProfilerActivity.CUDA] if work.device.type == "cuda" else []
+    with torch.profiler.profile(activities=activities) as profiler:
+        for _ in range(3):
+            form.step()
+        synchronise(work.device)
+    profiler.export_chrome_trace(str(path))
+    longest = "self_cuda_time_total" if work.device.type == "cuda" else "self_cpu_time_total"
+    print(f"\n{form.name}:\n{profiler.key_averages().table(sort_by=longest, row_limit=25, max_name_column_width=60)}")
+
+
+def table(rows: list[Row]) -> str:
+    """Return the rows as Markdown."""
+    lines = [
+        "| model | batch | px | precision | class slot | form | s/step | images/s | ratio | utilisation | memory, GB "
+        "| waiting for data |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        about = [row.model, row.batch_size, row.resolution, row.precision, "yes" if row.class_slot else "no", row.form]
+        if row.seconds is None:
+            figures = ["does not fit", *["-"] * 5]
+        else:
+            figures = [f"{row.seconds:.3f}", f"{row.images_per_second:.2f}", f"{row.ratio:.2f}"]
+            figures += [f"{row.utilisation:.1%}", "-" if row.memory_gb is None else f"{row.memory_gb:.1f}"]
+            figures += [f"{row.data_wait:.1%}"]
+        lines.append("| " + " | ".join(str(cell) for cell in about + figures) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,102 @@
+"""The benchmarks of training run and are complete. No time is asserted: what they measure is not a test's business."""
+
+import json
+import sys
+from itertools import pairwise
+
+import pytest
+import torch
+
+from benchmarks import losses, scaling, train_step
+from benchmarks.training_steps import SWITCHES
+from files import InputError
+
+TINY = ["--model", "SiT-S/8", "--depth", "1", "--batch-size", "2", "--device", "cpu"]
+ENCODER = "timm/vit_tiny_patch16_224:input=64:patch_size=64:depth=1:embed_dim=24:num_heads=2"
+
+
+def run(monkeypatch: pytest.MonkeyPatch, program, *flags: str) -> None:
+    monkeypatch.setattr(sys, "argv", [program.__name__, *flags])
+    program.main()
+
+
+def test_forms_of_a_training_step_have_the_same_losses(monkeypatch, tmp_path, capsys):
+    torch._dynamo.reset()
+    flags = "--resolution 64 --rounds 1 --steps 1 --matrix-seconds 0 --backend eager --precision no bf16"
+    forms = "--forms plain switches ours compile checkpointing"
+    path = tmp_path / "steps.json"
+    run(monkeypatch, train_step, *TINY, *flags.split(), *forms.split(), "--encoder", ENCODER, "--json", str(path))
+    written = json.loads(path.read_text())
+    rows = {
+        precision: [row for row in written["rows"] if row["precision"] == precision] for precision in ("no", "bf16")
+    }
+    assert [row["form"] for row in rows["no"]] == [
+        "plain",
+        *(f"+ {name}" for name in SWITCHES.values()),
+        "train.py",
+        "train.py --compile",
+        "train.py --compile --activation-checkpointing",
+    ]
+    assert [row["form"] for row in rows["bf16"]][:2] == ["plain, precision no", "plain"]
+    for precision, tolerance in (("no", 1e-5), ("bf16", 2e-2)):
+        first = rows[precision][0]["losses"]
+        assert len(first) == 2 and first[0] != first[1]
+        assert all(row["losses"] == pytest.approx(first, rel=tolerance) for row in rows[precision])
+    assert all(row["seconds"] > 0 and row["images_per_second"] > 0 for row in written["rows"])
+    flops = written["rows"][0]["flops_per_image"]
+    assert flops["network"] > flops["encoders"] > 0 and written["matrix_flops"]["bf16"] > 0
+    table = capsys.readouterr().out
+    assert table.count("| SiT-S/8 | 2 | 64 |") == len(written["rows"])
+
+    run(monkeypatch, scaling, "--json", str(path))
+    assert capsys.readouterr().out.count("| SiT-S/8, 64 px, batch 2,") == 2 * len(scaling.GPUS)
+
+
+def test_the_class_slot_is_priced(monkeypatch, tmp_path):
+    path = tmp_path / "slot.json"
+    flags = "--resolution 64 --rounds 1 --steps 1 --matrix-seconds 0 --forms ours --slot-price"
+    run(monkeypatch, train_step, *TINY, *flags.split(), "--encoder", ENCODER, "--json", str(path))
+    slot, none = json.loads(path.read_text())["rows"]
+    assert slot["class_slot"] and not none["class_slot"]
+    assert slot["flops_per_image"]["network"] > none["flops_per_image"]["network"]
+    assert slot["gradient_bytes"] > none["gradient_bytes"]
+
+
+def test_losses_of_all_forms_stay_together(monkeypatch, tmp_path, capsys):
+    torch._dynamo.reset()
+    path, picture = tmp_path / "losses.json", tmp_path / "losses.png"
+    flags = f"--resolution 64 --batches 2 --steps 6 --backend eager --json {path} --picture {picture}"
+    run(monkeypatch, losses, *TINY, *flags.split(), "--encoder", ENCODER)
+    found = json.loads(path.read_text())["losses"]
+    reference = found["plain, float32"]
+    assert len(found) == 7 and all(len(values) == 6 for values in found.values())
+    for name, values in found.items():
+        assert values == pytest.approx(reference, rel=2e-2 if name.endswith("bf16") else 1e-4), name
+    assert found["plain, bf16"] != reference
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().out.count("\n|") >= len(found)
+
+
+def test_more_gpus_are_never_predicted_to_be_more_than_proportional():
+    network = scaling.Network(8, 360e9, 320e9, 1e-5)
+    assert scaling.step_time(network, 1, 0.4, 2.7e9, 0.9) == 0.4
+    times = [scaling.step_time(network, gpus, 0.4, 2.7e9, 0.9) for gpus in scaling.GPUS]
+    assert all(a <= b for a, b in pairwise(times)) and times[-1] < 0.44
+    assert scaling.step_time(network, 256, 0.01, 2.7e9, 0.9) > 0.02
+    by_hand = 2 * 7 / 8 * 2.7e9 / 360e9 + 2 * 7 * 1e-5
+    assert network.all_reduce(8, 2.7e9) == pytest.approx(by_hand)
+
+
+@pytest.mark.parametrize(
+    ("program", "flags", "text"),
+    [
+        (train_step, ["--encoder", "none"], "--encoder none: the class slot needs an encoder"),
+        (train_step, ["--rounds", "0"], "must be at least 1"),
+        (train_step, ["--device", "cpu", "--largest-batch"], "--largest-batch: needs a CUDA device"),
+        (scaling, ["--step-seconds", "1"], "give either --json or both"),
+        (losses, ["--steps", "0"], "must be at least 1"),
+    ],
+)
+def test_bad_settings_are_named(monkeypatch, program, flags, text):
+    with pytest.raises(InputError, match=text):
+        run(monkeypatch, program, *flags)

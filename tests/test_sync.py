@@ -1,0 +1,145 @@
+"""Nothing in a training step makes the host wait for the device: it reads no number and copies no value of its own."""
+
+import itertools
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import train
+from models import ema
+from models.autoencoder import LatentFormat
+from tests.conftest import reset_accelerate
+
+AGAINST_THE_STEP = {
+    "item": lambda good: good.item(),
+    "float": lambda good: float(good),
+    "bool": lambda good: 1 if good else 0,
+    "tolist": lambda good: good.tolist(),
+    "numpy": lambda good: good.numpy(),
+    "nonzero": lambda good: good.nonzero(),
+    "bool index": lambda good: torch.ones(1)[good.view(1) > 0],
+    "host value": lambda good: good * torch.tensor(1.0),
+}
+
+
+class Waits:
+    """While it is entered, notes what would make the host wait if the tensors were a GPU's."""
+
+    def __init__(self):
+        self.found = found = []
+        ops = torch.ops.aten
+        reads = {ops._local_scalar_dense, ops.is_nonzero, ops.nonzero, ops.masked_select, ops._unique2, ops.equal}
+        methods = {torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.cpu}
+        copies = {torch.tensor, torch.as_tensor, torch.Tensor.new_tensor}
+
+        class Dispatched(TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                bool_index = function.overloadpacket is ops.index and any(
+                    index is not None and index.dtype == torch.bool for index in args[1]
+                )
+                if function.overloadpacket in reads or bool_index:
+                    found.append(str(function))
+                return function(*args, **(kwargs or {}))
+
+        class Called(TorchFunctionMode):
+            def __torch_function__(self, function, types, args=(), kwargs=None):
+                if function in methods or function in copies:
+                    found.append(function.__name__)
+                return function(*args, **(kwargs or {}))
+
+        self.modes = (Dispatched(), Called())
+
+    def __enter__(self):
+        for mode in self.modes:
+            mode.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        for mode in reversed(self.modes):
+            mode.__exit__(*error)
+
+
+def start(flags: list[str]):
+    """Return a run and its batches, on the device already."""
+    reset_accelerate()
+    run = train.set_up(train.parse_args([*flags, "--exp-name", "run", "--no-check-data"]))
+    run.model.train()
+    batches = itertools.cycle(list(itertools.islice(train.load_batches(run, range(2)), 2)))
+    train.training_step(run, batches)  # the first one makes the optimiser's state
+    run.step += 1
+    return run, batches
+
+
+@pytest.mark.parametrize("more", ["", "--mixed-precision bf16", "--gradient-accumulation-steps 2", "--qk-norm"])
+def test_a_step_reads_nothing(train_flags, more):
+    run, batches = start([*train_flags, *more.split()])
+    with Waits() as waits:
+        for _ in range(3):
+            train.training_step(run, batches)
+            run.step += 1
+    assert waits.found == []
+
+
+@pytest.mark.parametrize("how", AGAINST_THE_STEP)
+def test_a_read_that_creeps_in_is_found(train_flags, monkeypatch, how):
+    run, batches = start(train_flags)
+    update = ema.update
+
+    def careless(average, model, decay, good):
+        AGAINST_THE_STEP[how](good)
+        update(average, model, decay, good)
+
+    monkeypatch.setattr(ema, "update", careless)
+    with Waits() as waits:
+        train.training_step(run, batches)
+    assert waits.found
+
+
+def test_reports_are_read_once_a_step_two_steps_late(train_flags):
+    run, batches = start(train_flags)
+    train.read_reports(run, all_sent=True)
+    run.reports.lag, reads = 2, []
+    for _ in range(5):
+        train.training_step(run, batches)
+        run.step += 1
+        with Waits() as waits:
+            train.read_reports(run)
+        reads.append(waits.found)
+    assert reads == [[], [], ["tolist"], ["tolist"], ["tolist"]]
+
+
+def test_latents_with_a_scale_for_each_channel_copy_it_to_the_device_once():
+    form = LatentFormat("own", 2, 8, scale=(2.0, 3.0), shift=(0.5, -1.0))
+    moments, noise = torch.ones(1, 4, 2, 2), torch.ones(1, 2, 2, 2)
+    first = form.sample(moments, noise)
+    with Waits() as waits:
+        form.sample(moments, noise)
+    assert waits.found == []
+    assert first[0, :, 0, 0].tolist() == [3.0, 9.0]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("more", ["fp16", "bf16", "no", "bf16 --compile", "bf16 --activation-checkpointing"])
+def test_a_step_on_a_gpu_never_synchronises(train_flags, more):
+    precision, *switches = more.split()
+    run, batches = start([*train_flags, "--device", "cuda", "--mixed-precision", precision, *switches])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(5):
+            train.training_step(run, batches)
+            run.step += 1
+            train.read_reports(run)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_batches_arrive_whole_on_a_gpu():
+    from training.prefetch import to_device
+
+    device = torch.device("cuda")
+    batches = [(torch.full((1 << 20,), float(number)).pin_memory(),) for number in range(8)]
+    sums = [(copy * 1).sum() for (copy,) in to_device(batches, device)]
+    assert [total.item() for total in sums] == [number * float(1 << 20) for number in range(8)]
