@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast_object_list
 from tqdm import tqdm
 
@@ -86,33 +87,7 @@ def set_up(args: argparse.Namespace, stop_signal: StopSignal | None = None) -> R
     if checkpoint is not None:
         check_same_run(args, vars(checkpoint["args"]), "the checkpoint's run")
 
-    model = build_network(args)
-    average = ema.averaged_copy(model)
-    model.activation_checkpointing = args.activation_checkpointing
-    if checkpoint is not None:
-        restore_weights(checkpoint, model, average)
-    if args.fsdp:
-        mesh = device_mesh(accelerator)
-        shard(model, mesh)
-        shard(average, mesh)
-    else:
-        model, average = model.to(device), average.to(device)
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
-        eps=args.adam_epsilon,
-        fused=True,  # the one kind that leaves out a step on the device's own word
-    )
-    if checkpoint is not None:
-        restore_optimizer(checkpoint, optimizer, model)
-    if not args.fsdp:
-        model = accelerator.prepare(model)
-    optimizer = accelerator.prepare(optimizer)
-    if checkpoint is not None and accelerator.scaler is not None and checkpoint.get("scaler"):
-        accelerator.scaler.load_state_dict(checkpoint["scaler"])
-
+    model, average, optimizer = prepare_networks(args, accelerator, checkpoint)
     step = checkpoint["steps"] if checkpoint else 0
     if accelerator.is_main_process:
         # A new run needs a folder it can write to; an old one goes on with a full disk.
@@ -294,6 +269,39 @@ def build_network(args: argparse.Namespace) -> SiT:
         )
     except ValueError as error:
         raise InputError(f"--model {args.model} with the given sizes: {error}") from error
+
+
+def prepare_networks(
+    args: argparse.Namespace, accelerator: Accelerator, checkpoint: dict[str, Any] | None
+) -> tuple[torch.nn.Module, SiT, AcceleratedOptimizer]:
+    """Return the network, its average and the optimiser as the processes use them, fresh or from a checkpoint."""
+    model = build_network(args)
+    average = ema.averaged_copy(model)
+    model.activation_checkpointing = args.activation_checkpointing
+    if checkpoint is not None:
+        restore_weights(checkpoint, model, average)
+    if args.fsdp:
+        mesh = device_mesh(accelerator)
+        shard(model, mesh)
+        shard(average, mesh)
+    else:
+        model, average = model.to(accelerator.device), average.to(accelerator.device)
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay,
+        eps=args.adam_epsilon,
+        fused=True,  # the one kind that leaves out a step on the device's own word
+    )
+    if checkpoint is not None:
+        restore_optimizer(checkpoint, optimizer, model)
+    if not args.fsdp:
+        model = accelerator.prepare(model)
+    optimizer = accelerator.prepare(optimizer)
+    if checkpoint is not None and accelerator.scaler is not None and checkpoint.get("scaler"):
+        accelerator.scaler.load_state_dict(checkpoint["scaler"])
+    return model, average, optimizer
 
 
 def restore_weights(checkpoint: dict[str, Any], model: SiT, average: SiT) -> None:
