@@ -19,7 +19,7 @@ NUM_STEPS=${NUM_STEPS:-250}                  # SDE steps
 CFG_SCALE=${CFG_SCALE:-1.0}                  # guidance of the image; 1.0: none
 CLS_CFG_SCALE=${CLS_CFG_SCALE:-$CFG_SCALE}   # guidance of the class token
 GUIDANCE_HIGH=${GUIDANCE_HIGH:-1.0}          # guidance up to this time; 0.85 for the headline
-BATCH_SIZE=${BATCH_SIZE:-64}                 # images at a time on each GPU
+BATCH_SIZE=${BATCH_SIZE:-64}                 # images at a time on each GPU; auto: all that fit
 INCEPTION=${INCEPTION:-}                     # Inception weights; empty: downloaded once
 
 RUN=$(basename "$(dirname "$(dirname "$(realpath "$CKPT")")")")

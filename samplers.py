@@ -10,9 +10,9 @@ network is called in its own dtype. Random numbers are passed in.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ Progress = Callable[[Iterator], Iterator]
 MODES = ("sde", "ode")
 SOLVERS = ("euler", "heun", "dopri5")
 SDE_LAST_TIME = 0.04  # the SDE's last step goes from here to 0 without noise (SiT, appendix; REG's setting)
+GPU_NOISE_THREADS = 4  # one takes 7 ms for 64 images of 256 px, longer than small networks do
 ODE_TOLERANCE = 1e-6  # absolute and relative, of the adaptive solver (SiT, section 4)
 
 
@@ -210,13 +211,15 @@ class ImageNoise:
     """Noise that belongs to images, not to batches: each image has a generator of its own (as in EDM2).
 
     Drawn on the CPU, so that an image does not depend on the device either. Each call draws, for every image, first
-    the latents' noise and then the class token's. For a GPU, the next call's noise is drawn while it computes.
+    the latents' noise and then the class token's.
 
     Args:
         seeds: one for each image of the batch, see `derive_seed`.
         shape: of one image's latents (C, H, W).
         cls_token_dim: width of the class token, or None.
         device: where the noise is wanted.
+        threads: that draw the next call's noise meanwhile; default: 4 for a GPU, none on the CPU, where they would
+            only take time from the network.
     """
 
     def __init__(
@@ -225,35 +228,44 @@ class ImageNoise:
         shape: tuple[int, int, int],
         cls_token_dim: int | None,
         device: torch.device | str = "cpu",
+        threads: int | None = None,
     ):
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.shape = shape
         self.cls_token_dim = cls_token_dim
         self.device = torch.device(device)
-        # On the CPU itself it would only take time from the network.
-        self._background = ThreadPoolExecutor(1) if self.device.type == "cuda" else None
-        self._coming: Future[tuple[Tensor, Tensor | None]] | None = None
+        self.threads = threads if threads is not None else GPU_NOISE_THREADS * (self.device.type == "cuda")
+        self._pool = ThreadPoolExecutor(self.threads) if self.threads else None
+        self._coming = self._start()
 
     def __call__(self) -> tuple[Tensor, Tensor | None]:
         """Return standard normals (N, C, H, W) and (N, D) or None, float64."""
-        x, cls = self._draw() if self._coming is None else self._coming.result()
-        if self._background is not None:
-            self._coming = self._background.submit(self._draw)
+        x, cls, drawing = self._coming
+        for part in drawing:
+            part()
+        self._coming = self._start()
         x = x.to(self.device, non_blocking=True)
         return x, None if cls is None else cls.to(self.device, non_blocking=True)
 
-    def _draw(self) -> tuple[Tensor, Tensor | None]:
-        """Return the next noise on the CPU; for a GPU in pinned memory, which is copied beside the network's work."""
-        pinned = self.device.type == "cuda"
-        x = torch.empty(len(self.generators), *self.shape, dtype=torch.float64, pin_memory=pinned)
+    def _start(self) -> tuple[Tensor, Tensor | None, list[Callable[[], None]]]:
+        """Return tensors on the CPU, and what has to be called before there is noise in them."""
+        pinned = self.device.type == "cuda"  # the copy then runs beside the network
+        count = len(self.generators)
+        x = torch.empty(count, *self.shape, dtype=torch.float64, pin_memory=pinned)
         cls = None
         if self.cls_token_dim:
-            cls = torch.empty(len(self.generators), self.cls_token_dim, dtype=torch.float64, pin_memory=pinned)
-        for i, generator in enumerate(self.generators):
-            x[i].normal_(generator=generator)
+            cls = torch.empty(count, self.cls_token_dim, dtype=torch.float64, pin_memory=pinned)
+        if self._pool is None:
+            return x, cls, [partial(self._fill, x, cls, range(count))]
+        parts = [range(first, count, self.threads) for first in range(self.threads)]
+        return x, cls, [self._pool.submit(self._fill, x, cls, rows).result for rows in parts]
+
+    @torch.inference_mode()  # the caller's mode does not reach the threads
+    def _fill(self, x: Tensor, cls: Tensor | None, rows: range) -> None:
+        for i in rows:
+            x[i].normal_(generator=self.generators[i])
             if cls is not None:
-                cls[i].normal_(generator=generator)
-        return x, cls
+                cls[i].normal_(generator=self.generators[i])
 
 
 def derive_seed(*key: int) -> int:
@@ -326,7 +338,8 @@ def sample_images(
         network: what to call in the model's place, such as `models.inference.CudaGraphs` of it.
     """
     device = next(model.parameters()).device
-    y = torch.tensor(labels, dtype=torch.int64, device=device)
+    # Pinned, as a copy from other memory would wait for the work on the batch before.
+    y = torch.tensor(labels, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
     shape = (model.in_channels, model.input_size, model.input_size)
     noise = ImageNoise(seeds, shape, model.cls_token_dim, device)
     velocity = GuidedVelocity(network or model, y, model.null_class, guidance, dtype or model.dtype)

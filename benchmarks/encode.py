@@ -1,25 +1,45 @@
-"""How fast a codec encodes: one image at a time against batches, and both against the device's arithmetic.
+"""How fast a codec encodes and decodes: written plainly, then with each switch added in turn, all in one run.
 
-    python benchmarks/encode.py [--vae FOLDER] [--device cuda] [--tf32] [--json encode.json]
+    python benchmarks/encode.py [--vae FOLDER] [--device cuda] [--dtype fp16] [--json encode.json]
 
 Without --vae it measures Stable Diffusion's architecture with random weights, which takes the same time as the real
-ones. The share of the arithmetic limit is the encoder's floating-point operations per second against those of a large
-matrix product on the same device, in the same precision.
+ones. Plainly means float32 (on a GPU TF32), channels first, one image at a time. Utilisation compares the codec's
+floating-point operations per second with those of a large matrix product on the same device, in the same precision.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import statistics
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.timing import matrix_rate, peak_memory, seconds
+from benchmarks.timing import in_turns, matrix_rate, peak_memory
+from devices import AUTO, batch_size, check_batch_size, largest_batch
 from files import InputError, run_cli, write_json
 from models.autoencoder import SD_FORMAT, Codec, KLCodec, load_codec
+from models.inference import NETWORK_DTYPES
+
+LARGEST_BATCH = 128
+
+
+class Setting(NamedTuple):
+    """One row: a codec, how many images it gets at a time, and the precision of its arithmetic."""
+
+    name: str
+    codec: Codec
+    batch_size: int
+    dtype: str
 
 
 def sd_architecture() -> Codec:
@@ -36,53 +56,141 @@ def sd_architecture() -> Codec:
     return KLCodec(autoencoder, SD_FORMAT)
 
 
+def build_settings(plain: Codec, args: argparse.Namespace) -> list[Setting]:
+    """Return the rows; encode.py and generate.py work as the third, with the batch size they are given."""
+    settings = [
+        Setting("one image at a time", plain, 1, "float32"),
+        Setting("+ batch", plain, args.batch_size, "float32"),
+    ]
+    last = copy.deepcopy(plain).to(memory_format=torch.channels_last)
+    settings.append(Setting("+ channels last", last, args.batch_size, "float32"))
+    if args.dtype != "float32":
+        last = copy.deepcopy(last).to(NETWORK_DTYPES[args.dtype])
+        settings.append(Setting(f"+ network in {args.dtype}", last, args.batch_size, args.dtype))
+    if args.compile:
+        last = copy.deepcopy(last)
+        for part in (last.autoencoder.encoder, last.autoencoder.decoder):
+            part.compile(dynamic=False)
+        settings.append(Setting("+ compiled", last, args.batch_size, settings[-1].dtype))
+    return settings
+
+
+def encode(codec: Codec, images: Tensor, device: torch.device, count: int) -> Tensor:
+    """Return moments in the host's memory, of uint8 images there, `count` at a time."""
+    return torch.cat([codec.encode(part.to(device, non_blocking=True)) for part in images.split(count)]).cpu()
+
+
+def decode(codec: Codec, latents: Tensor, device: torch.device, count: int) -> Tensor:
+    """Return uint8 images in the host's memory, of latents on the device, `count` at a time."""
+    return torch.cat([codec.decode(part) for part in latents.split(count)]).cpu()
+
+
 def measure(
-    codec: Codec, resolution: int, batch_size: int, device: torch.device, at_least: float
-) -> tuple[float, float]:
-    """Return images per second and peak memory in GB, from uint8 images in memory to moments in memory."""
-    images = torch.randint(0, 256, (batch_size, 3, resolution, resolution), dtype=torch.uint8)
-    if device.type == "cuda":
-        images = images.pin_memory()
-        torch.cuda.reset_peak_memory_stats()
-    time_each = seconds(lambda: codec.encode(images.to(device, non_blocking=True)).cpu(), device, at_least)
-    return batch_size / time_each, peak_memory(device)
+    work: Callable[..., Tensor], inputs: Tensor, settings: list[Setting], flops: int, args: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Return a row for each setting, of encoding or decoding `inputs`; `flops`: of one image."""
+    device = torch.device(args.device)
+    runs, results, memory = {}, {}, {}
+    for setting in tqdm(settings, desc="first runs", unit="setting"):
+        runs[setting.name] = partial(work, setting.codec, inputs, device, setting.batch_size)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        results[setting.name] = runs[setting.name]().float()
+        memory[setting.name] = peak_memory(device)
+    times = in_turns(runs, device, args.rounds)
+    ceilings = {dtype: matrix_rate(device, 1, NETWORK_DTYPES[dtype]) for dtype in {each.dtype for each in settings}}
+    plain, rows = results[settings[0].name], []
+    for setting in settings:
+        rate = len(inputs) / statistics.median(times[setting.name])
+        difference = results[setting.name] - plain
+        rows.append(
+            {
+                "work": work.__name__,
+                "setting": setting.name,
+                "batch": setting.batch_size,
+                "images_per_s": rate,
+                "ratio": rate / rows[0]["images_per_s"] if rows else 1.0,
+                "utilisation": rate * flops / ceilings[setting.dtype],
+                "memory_gb": memory[setting.name],
+                "max_deviation": difference.abs().max().item(),
+                "rms_deviation": (difference.square().mean() / plain.square().mean()).sqrt().item(),
+            }
+        )
+    return rows
+
+
+def count_flops(codec: Codec, images: Tensor, latents: Tensor) -> dict[str, int]:
+    """Return the floating-point operations of encoding and of decoding one image, counted."""
+    found = {}
+    for name, run in (("encode", lambda: codec.encode(images[:1])), ("decode", lambda: codec.decode(latents[:1]))):
+        with FlopCounterMode(display=False) as counter:
+            run()
+        found[name] = counter.get_total_flops()
+    return found
+
+
+def parse_args() -> argparse.Namespace:
+    """Return the settings."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    switch = argparse.BooleanOptionalAction
+    parser.add_argument("--vae", help="codec to measure (default: Stable Diffusion's architecture, random weights)")
+    parser.add_argument("--resolution", type=int, default=256, help="side of the images (%(default)s)")
+    parser.add_argument(
+        "--batch-size", type=batch_size, default=32, help="images at a time; auto: all that fit (%(default)s)"
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
+    parser.add_argument(
+        "--dtype", default="float32", choices=NETWORK_DTYPES, help="half precision; float32: none (%(default)s)"
+    )
+    parser.add_argument("--compile", action=switch, default=True, help="measure the compiled codec as well")
+    parser.add_argument("--tf32", action=switch, default=True, help="let a GPU use TF32, as encode.py does by default")
+    parser.add_argument("--rounds", type=int, default=3, help="timings of each setting (%(default)s)")
+    parser.add_argument("--json", type=Path, help="write the figures to this file as well")
+    args = parser.parse_args()
+    check_batch_size("--batch-size", args.batch_size)
+    if min(args.rounds, args.resolution) < 1:
+        raise InputError("--rounds and --resolution must be at least 1")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: there is no CUDA device")
+    if args.vae == "pixel":
+        raise InputError("--vae pixel: it computes nothing that could be measured")
+    return args
 
 
 def main() -> None:
     """Run the program."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--vae", help="codec to measure (default: Stable Diffusion's architecture, random weights)")
-    parser.add_argument("--resolution", type=int, default=256, help="side of the images")
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 16, 32, 64], help="batches to measure")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to encode")
-    parser.add_argument("--tf32", action="store_true", help="let a GPU use TF32, as encode.py does by default")
-    parser.add_argument("--seconds", type=float, default=5, help="least time of each measurement")
-    parser.add_argument("--json", type=Path, help="write the figures to this file as well")
-    args = parser.parse_args()
-    if min(args.batch_sizes) < 1 or args.resolution < 1:
-        raise InputError("--batch-sizes and --resolution must be at least 1")
-    device = torch.device(args.device)
+    args = parse_args()
+    device, side = torch.device(args.device), args.resolution
+    on_gpu = device.type == "cuda"
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = args.tf32
-    codec = load_codec(args.vae) if args.vae else sd_architecture()
-    codec = codec.to(device=device, memory_format=torch.channels_last)
-    with FlopCounterMode(display=False) as counter:
-        codec.encode(torch.zeros(1, 3, args.resolution, args.resolution, dtype=torch.uint8, device=device))
-    operations = counter.get_total_flops()
-    limit = matrix_rate(device, args.seconds)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{args.vae or 'SD-VAE, random weights'}, {args.resolution} px: {operations / 1e9:.1f} GFLOP an image")
-    print(f"{name}, TF32 {'on' if args.tf32 else 'off'}, matrix product {limit / 1e12:.2f} TFLOP/s\n")
-    print("| batch | images/s | share of the arithmetic limit | peak memory, GB |\n|---|---|---|---|")
-    rows = []
-    for batch_size in args.batch_sizes:
-        rate, memory = measure(codec, args.resolution, batch_size, device, args.seconds)
-        rows.append(
-            {"batch": batch_size, "images_per_s": rate, "share": rate * operations / limit, "memory_gb": memory}
+    torch.manual_seed(0)
+    codec = (load_codec(args.vae) if args.vae else sd_architecture()).to(device)
+    if args.batch_size == AUTO:
+        blank = torch.zeros(LARGEST_BATCH, 3, side, side, dtype=torch.uint8, device=device)
+        args.batch_size = largest_batch(lambda n: codec.encode(blank[:n]), LARGEST_BATCH) if on_gpu else 1
+    images = torch.randint(0, 256, (args.batch_size, 3, side, side), dtype=torch.uint8)
+    shape = (codec.format.channels, side // codec.format.factor, side // codec.format.factor)
+    latents = torch.randn(args.batch_size, *shape, device=device)
+    flops = count_flops(codec, images.to(device), latents)
+    settings = build_settings(codec, args)
+    rows = measure(encode, images.pin_memory() if on_gpu else images, settings, flops["encode"], args)
+    rows += measure(decode, latents, settings, flops["decode"], args)
+
+    name = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
+    counts = ", ".join(f"{work} {count / 1e9:.1f} GFLOP" for work, count in flops.items())
+    print(f"{args.vae or 'SD-VAE, random weights'}, {side} px, an image: {counts}")
+    print(f"{name}, torch {torch.__version__}, TF32 {'on' if args.tf32 else 'off'}\n")
+    print("| work | setting | batch | images/s | ratio | utilisation | peak memory, GB | deviation | rms |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        print(
+            f"| {row['work']} | {row['setting']} | {row['batch']} | {row['images_per_s']:.2f} | {row['ratio']:.2f} "
+            f"| {row['utilisation']:.0%} | {row['memory_gb']:.2f} | {row['max_deviation']:.1e} "
+            f"| {row['rms_deviation']:.1e} |"
         )
-        print(f"| {batch_size} | {rate:.2f} | {rate * operations / limit:.0%} | {memory:.2f} |", flush=True)
     if args.json:
-        settings = {key: value for key, value in vars(args).items() if key != "json"}
-        write_json(args.json, {"hardware": name, "gflop": operations / 1e9, "limit": limit, **settings, "rows": rows})
+        used = {key: value for key, value in vars(args).items() if key != "json"}
+        write_json(args.json, {"hardware": name, "torch": torch.__version__, "flops": flops, **used, "rows": rows})
 
 
 if __name__ == "__main__":

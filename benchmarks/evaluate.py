@@ -28,7 +28,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.timing import matrix_rate, peak_memory
+from devices import AUTO, batch_size, check_batch_size, largest_batch
+from evaluations.extract import CPU_BATCH
 from evaluations.inception import SPATIAL_CHANNELS, Inception, InceptionOutput, full_precision, load_inception
 from evaluations.inception import resize_bilinear_tf1 as resize
 from evaluations.inception_graph import BATCH_NORM_EPSILON, HEAD, NUM_CLASSES, NUM_FEATURES, TRUNK, Chain, Conv, Pool
@@ -42,7 +46,7 @@ RESOLUTION = 256
 class PlainInception(torch.nn.Module):
     """The network as one would write it down: convolution, batch norm, ReLU."""
 
-    def __init__(self, weights: Path, device: str):
+    def __init__(self, weights: Path, device: torch.device):
         super().__init__()
         loaded = load_weights(weights)
         self.weights = {port: [part.to(device) for part in parts] for port, parts in loaded.convs.items()}
@@ -75,8 +79,9 @@ class PlainInception(torch.nn.Module):
 
 def main() -> None:
     args = parse_args()
-    if args.images < 1 or args.batch_size < 1 or args.repeats < 1 or args.evaluate < 0:
-        raise InputError("--images, --batch-size and --repeats: expected 1 or more, --evaluate 0 or more")
+    check_batch_size("--batch-size", args.batch_size)
+    if args.images < 1 or args.repeats < 1 or args.evaluate < 0:
+        raise InputError("--images and --repeats: expected 1 or more, --evaluate 0 or more")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: there is no CUDA device")
     result: dict[str, Any] = {"machine": machine(args), "networks": {}}
@@ -99,7 +104,9 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to measure (default: cpu)")
     parser.add_argument("--images", type=int, default=64, help="images of 256 px for each timing (default: 64)")
-    parser.add_argument("--batch-size", type=int, default=32, help="images at a time (default: 32)")
+    parser.add_argument(
+        "--batch-size", type=batch_size, default=32, help="images at a time; auto: all that fit (default: 32)"
+    )
     parser.add_argument("--repeats", type=int, default=3, help="timings, of which the best counts (default: 3)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: torch's)")
     parser.add_argument("--inception", help="Inception weights (default: random ones, equally fast)")
@@ -110,29 +117,42 @@ def parse_args() -> argparse.Namespace:
 
 
 def measure(name: str, weights: Path, options: dict[str, Any]) -> dict[str, Any]:
-    """Return time per image, peak memory beyond what is there before the first image, and the pool features."""
-    device = options["device"]
+    """Return time per image, utilisation, peak memory beyond what is there before, and the pool features."""
+    device = torch.device(options["device"])
     torch.set_num_threads(options["threads"])
     network: Inception | PlainInception
     network = load_inception(weights, device) if name == "ours" else PlainInception(weights, device)
     pixels = np.random.default_rng(0).integers(0, 256, (options["images"], RESOLUTION, RESOLUTION, 3), dtype=np.uint8)
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
-    before = peak_bytes(device)
+    before = peak_memory(device)
+    flops = count_flops(network, images[:1].to(device))
+    size = options["batch_size"]
+    if size == AUTO:
+        on_gpu = device.type == "cuda"
+        size = largest_batch(lambda count: network(images[:count].to(device)), len(images)) if on_gpu else CPU_BATCH
     seconds = []
     for _ in range(options["repeats"] + 1):  # the first warms up
         start = time.perf_counter()
-        pool = torch.cat([network(batch.to(device)).pool for batch in images.split(options["batch_size"])])
+        pool = torch.cat([network(batch.to(device)).pool for batch in images.split(size)])
         pool = pool.cpu()  # waits for the device
         seconds.append(time.perf_counter() - start)
     best = min(seconds[1:]) / options["images"]
-    return {"seconds_per_image": best, "peak_mib": (peak_bytes(device) - before) / 2**20, "pool": pool.numpy()}
+    with full_precision(device):
+        ceiling = matrix_rate(device, 1)
+    return {
+        "seconds_per_image": best,
+        "batch_size": size,
+        "utilisation": flops / best / ceiling,
+        "peak_gb": peak_memory(device) - before,
+        "pool": pool.numpy(),
+    }
 
 
-def peak_bytes(device: str) -> int:
-    """Return the process's peak memory so far: the device's, or the resident set."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+def count_flops(network: torch.nn.Module, image: Tensor) -> int:
+    """Return the floating-point operations of one image, counted."""
+    with FlopCounterMode(display=False) as counter:
+        network(image)
+    return counter.get_total_flops()
 
 
 def evaluate(folder: Path, weights: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -184,9 +204,14 @@ def machine(args: argparse.Namespace) -> dict[str, Any]:
 def show(result: dict[str, Any]) -> None:
     """Print the table and the JSON."""
     print(f"{result['machine']['device']}, torch {result['machine']['torch']}, images of {RESOLUTION} px")
-    print(f"{'network':10} {'ms/image':>10} {'peak MiB':>10}")
+    print("| network | ms an image | ratio | utilisation | peak memory, GB |")
+    print("|---|---|---|---|---|")
     for name, row in result["networks"].items():
-        print(f"{name:10} {1000 * row['seconds_per_image']:10.2f} {row['peak_mib']:10.0f}")
+        ratio = result["networks"]["plain"]["seconds_per_image"] / row["seconds_per_image"]
+        print(
+            f"| {name} | {1000 * row['seconds_per_image']:.2f} | {ratio:.2f} | {row['utilisation']:.0%} "
+            f"| {row['peak_gb']:.2f} |"
+        )
     if "evaluation" in result:
         row = result["evaluation"]
         print(f"evaluator: {row['samples']:,} samples, {row['references']:,} references: {row['seconds']:.1f} s")

@@ -16,9 +16,9 @@ import copy
 import importlib.util
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.encode import sd_architecture
-from benchmarks.timing import matrix_rate, peak_memory, seconds, synchronise
+from benchmarks.timing import in_turns, matrix_rate, peak_memory, seconds
 from devices import AUTO, batch_size, check_batch_size, largest_batch
 from files import InputError, run_cli, write_json
 from models.checkpoint import load_model
@@ -73,14 +73,6 @@ class Bench:
         return sample_images(
             setting.model, labels, seeds, Interpolant(), guidance, num_steps=num_steps, network=setting.network
         )[0]
-
-    def seconds_per_step(self, setting: Setting, guidance: Guidance) -> float:
-        """Return the time of one step, the noise and the float64 state included."""
-        synchronise(self.device)
-        begun = time.perf_counter()
-        self.sample(setting, guidance, self.args.timed_steps)
-        synchronise(self.device)
-        return (time.perf_counter() - begun) / self.args.timed_steps
 
 
 def random_network(name: str, resolution: int, fused_attn: bool = True, cls_token_dim: int | None = CLASS_WIDTH) -> SiT:
@@ -141,21 +133,18 @@ def network_flops(model: SiT) -> int:
 
 def measure(bench: Bench, settings: list[Setting]) -> list[dict[str, Any]]:
     """Return a row for each setting: seconds of a step outside and inside the guidance interval, memory, deviation."""
-    args, always = bench.args, Guidance(max(bench.args.cfg_scale, 1.1))
-    kinds = {"plain": Guidance(), "guided": always}
-    times: dict[str, dict[str, list[float]]] = {each.name: {kind: [] for kind in kinds} for each in settings}
-    memory, latents = {}, {}
+    args = bench.args
+    kinds = {"step_plain": Guidance(), "step_guided": Guidance(max(args.cfg_scale, 1.1))}
+    memory, latents, runs = {}, {}, {}
     for setting in tqdm(settings, desc="first runs", unit="setting"):  # compiles, captures, and is not timed
         before = reset_memory(bench.device)
         latents[setting.name] = bench.sample(setting, bench.guidance, args.deviation_steps)
-        for guidance in kinds.values():
-            bench.seconds_per_step(setting, guidance)
+        for kind, guidance in kinds.items():
+            runs[setting.name, kind] = partial(bench.sample, setting, guidance, args.timed_steps)
+            runs[setting.name, kind]()
         weights = sum(tensor.nbytes for tensor in setting.model.state_dict().values()) / 1e9
         memory[setting.name] = peak_memory(bench.device) - before + weights if before else None
-    for number in tqdm(range(args.rounds), desc="rounds", unit="round"):
-        for setting in settings[:: 1 if number % 2 else -1]:
-            for kind, guidance in kinds.items():
-                times[setting.name][kind].append(bench.seconds_per_step(setting, guidance))
+    times = in_turns(runs, bench.device, args.rounds)
     expected = latents[settings[0].name]
     rows = []
     for setting in settings:
@@ -163,7 +152,7 @@ def measure(bench: Bench, settings: list[Setting]) -> list[dict[str, Any]]:
         rows.append(
             {
                 "setting": setting.name,
-                **{f"step_{kind}": statistics.median(found) for kind, found in times[setting.name].items()},
+                **{kind: statistics.median(times[setting.name, kind]) / args.timed_steps for kind in kinds},
                 "memory_gb": memory[setting.name],
                 "max_deviation": difference.abs().max().item(),
                 "rms_deviation": (difference.square().mean() / expected.square().mean()).sqrt().item(),
@@ -216,17 +205,15 @@ def class_slot_price(bench: Bench) -> dict[str, Any]:
     """
     args = bench.args
     flops, fastest = [], []
+    torch._dynamo.reset()  # which keeps but a few compilations of one function
     for cls_token_dim in (None, CLASS_WIDTH):
         model = random_network(args.model, args.resolution, False, cls_token_dim).to(bench.device)
         flops.append(network_flops(model))
         fastest.append(build_settings(model, args)[-1])
-        for guidance in (Guidance(), bench.guidance):
-            bench.seconds_per_step(fastest[-1], guidance)
-    ratios = []
-    for number in tqdm(range(args.pairs), desc="with and without class slot", unit="pair"):
-        order = (0, 1) if number % 2 else (1, 0)
-        found = {which: bench.seconds_per_step(fastest[which], bench.guidance) for which in order}
-        ratios.append(found[1] / found[0] - 1)
+        bench.sample(fastest[-1], bench.guidance, args.deviation_steps)  # compiles, captures
+    runs = {which: partial(bench.sample, fastest[which], bench.guidance, args.deviation_steps) for which in (0, 1)}
+    times = in_turns(runs, bench.device, args.pairs)
+    ratios = [with_slot / without - 1 for without, with_slot in zip(times[0], times[1], strict=True)]
     quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
     return {"flops": flops[1] / flops[0] - 1, "latency": quartiles[1], "latency_quartiles": quartiles[::2]}
 
@@ -307,14 +294,13 @@ def main() -> None:
         plain = random_network(args.model, args.resolution, fused_attn=False)
     flops = network_flops(plain)
     plain = plain.to(bench.device)
+    on_gpu = bench.device.type == "cuda"
     if args.batch_size == AUTO:
         first, guided = Setting("", plain, as_published(plain)), Guidance(2.0)
-        on_gpu = bench.device.type == "cuda"
         args.batch_size = largest_batch(lambda n: bench.sample(first, guided, 1, n), LARGEST_BATCH) if on_gpu else 8
     rows = measure(bench, build_settings(plain, args))
     decode = decoding_seconds(bench)
     add_rates(rows, bench, flops, decode)
-    on_gpu = bench.device.type == "cuda"
     result = {
         "hardware": torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads",
         "torch": torch.__version__,

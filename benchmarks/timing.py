@@ -5,9 +5,13 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from typing import TypeVar
 
 import torch
+from tqdm import tqdm
+
+Name = TypeVar("Name", bound=Hashable)
 
 MATRIX = {"cpu": 2048, "cuda": 8192}  # large enough for the device's best rate
 
@@ -22,6 +26,19 @@ def seconds(run: Callable[[], object], device: torch.device, at_least: float) ->
         synchronise(device)
         runs += 1
     return (time.perf_counter() - begun) / runs
+
+
+def in_turns(runs: dict[Name, Callable[[], object]], device: torch.device, rounds: int) -> dict[Name, list[float]]:
+    """Return the times of each run, one a round. They take turns: what else the machine does meets all alike."""
+    times: dict[Name, list[float]] = {name: [] for name in runs}
+    for number in tqdm(range(rounds), desc="timing", unit="round"):
+        for name in list(runs)[:: 1 if number % 2 else -1]:
+            synchronise(device)
+            begun = time.perf_counter()
+            runs[name]()
+            synchronise(device)
+            times[name].append(time.perf_counter() - begun)
+    return times
 
 
 def synchronise(device: torch.device) -> None:

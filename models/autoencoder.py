@@ -158,7 +158,7 @@ class Codec(nn.Module):
             raise InputError(
                 f"images of {height} x {width} px: codec {self.format.codec} needs multiples of {factor} px"
             )
-        return self._moments(images.float() / 127.5 - 1).float()
+        return self._moments((images.float() / 127.5 - 1).to(self.dtype)).float()
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -167,7 +167,7 @@ class Codec(nn.Module):
         return torch.cat([self._pixels(part) for part in latents.float().split(at_once)])
 
     def _pixels(self, latents: Tensor) -> Tensor:
-        pixels = self._image(self.format.unscale(latents))
+        pixels = self._image(self.format.unscale(latents).to(self.dtype)).float()
         return self._quantise((127.5 * pixels + 127.5).clamp(0, 255))
 
     def _moments(self, pixels: Tensor) -> Tensor:

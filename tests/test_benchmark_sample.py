@@ -1,12 +1,13 @@
-"""The sampling benchmark runs and its report is complete; no time is asserted."""
+"""The benchmarks of sampling and of codecs run and their reports are complete; no time is asserted."""
 
 import json
 import sys
 
 import pytest
 
-from benchmarks import sample
+from benchmarks import encode, sample
 from files import InputError
+from tests.test_autoencoder import save_kl
 
 TINY = "--device cpu --model SiT-S/8 --resolution 64 --batch-size 2 --steps 20 --timed-steps 1 --rounds 1"
 TINY += " --deviation-steps 3 --pairs 2 --seconds 0.01 --no-decode --no-compile"
@@ -41,3 +42,19 @@ def test_bad_flags_are_named(monkeypatch):
     ):
         with pytest.raises(InputError, match=text):
             run(monkeypatch, *flags)
+
+
+def test_the_codecs_report_is_complete(tmp_path, monkeypatch):
+    flags = f"--vae {save_kl(tmp_path / 'codec')} --device cpu --resolution 32 --batch-size 2 --rounds 1 --no-compile"
+    flags += f" --dtype bf16 --json {tmp_path / 'encode.json'}"
+    monkeypatch.setattr(sys, "argv", ["encode.py", *flags.split()])
+    encode.main()
+    result = json.loads((tmp_path / "encode.json").read_text())
+    settings = ["one image at a time", "+ batch", "+ channels last", "+ network in bf16"]
+    assert [(row["work"], row["setting"]) for row in result["rows"]] == [
+        (work, setting) for work in ("encode", "decode") for setting in settings
+    ]
+    for row in result["rows"]:
+        assert all(row[name] > 0 for name in ("images_per_s", "ratio", "utilisation", "memory_gb"))
+        assert row["rms_deviation"] < (0.1 if "bf16" in row["setting"] else 0.01)
+    assert result["flops"]["encode"] > 0 and result["flops"]["decode"] > 0

@@ -88,6 +88,13 @@ def test_batch_size_changes_no_more_than_rounding(tmp_path, kl_codec):
             np.testing.assert_allclose(load(tmp_path / str(size), index), load(tmp_path / "1", index), atol=1e-5)
 
 
+def test_batch_size_found_by_itself(tmp_path, kl_codec):
+    images = make_images(tmp_path / "images")
+    for size in ("auto", 1):
+        run(images, tmp_path / str(size), kl_codec, "--batch-size", size)
+    assert contents(tmp_path / "auto") == contents(tmp_path / "1")  # on a CPU, one by one
+
+
 def test_half_precision_files(tmp_path, kl_codec):
     images = make_images(tmp_path / "images", 2)
     run(images, tmp_path / "full", kl_codec)

@@ -63,6 +63,8 @@ def test_the_pipeline_makes_the_images_of_generate(checkpoint, tmp_path, monkeyp
     theirs = np.load(tmp_path / "set" / "samples.npz")["arr_0"]
     assert np.array_equal(images, theirs) and images.std() > 0
     assert pipeline(2, num_inference_steps=2).images[0].size == (8, 8)
+    half = pipeline.to(torch.bfloat16)([0, 1, 2, 0, 1], num_inference_steps=4, seed=3, output_type="np", **more).images
+    assert 0 < abs(half.astype(int) - images).mean() < 3  # levels of 255
 
 
 def test_damage_is_named(checkpoint, tmp_path):

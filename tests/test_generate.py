@@ -98,6 +98,40 @@ def test_known_settings_may_be_repeated(checkpoint, tmp_path, monkeypatch):
     assert not (tmp_path / "samples" / "a" / "samples.npz").exists()
 
 
+def read_images(folder):
+    return np.stack([np.array(Image.open(path)) for path in sorted((folder / "images").glob("*.png"))]).astype(int)
+
+
+def test_half_precision_changes_images_little_and_is_part_of_the_settings(checkpoint, tmp_path, monkeypatch):
+    run_generate(flags(checkpoint, tmp_path, "full"), monkeypatch)
+    run_generate(flags(checkpoint, tmp_path, "half", "--network-dtype", "bf16"), monkeypatch)
+    full, half = (read_images(tmp_path / "samples" / name) for name in ("full", "half"))
+    assert 0 < abs(full - half).mean() < 2  # levels of 255
+    assert json.loads((tmp_path / "samples/half/samples.json").read_text())["network_dtype"] == "bf16"
+    with pytest.raises(InputError, match="made with network_dtype bf16, not float32"):
+        run_generate(flags(checkpoint, tmp_path, "half"), monkeypatch)
+
+
+def test_the_last_batch_is_filled_up_for_a_compiled_network(checkpoint, tmp_path, monkeypatch):
+    sizes = set()
+    monkeypatch.setattr(
+        "generate.compile_blocks", lambda model: model.register_forward_pre_hook(lambda _, x: sizes.add(len(x[0])))
+    )
+    run_generate(flags(checkpoint, tmp_path, "plain", "--save-cls"), monkeypatch)
+    assert not sizes
+    more = ["--compile", "--save-cls", "--cfg-scale", "1.0"]
+    run_generate(flags(checkpoint, tmp_path, "filled", *more), monkeypatch)  # 7 images, 2 at a time
+    assert sizes == {2}
+    plain, filled = (tmp_path / "samples" / name for name in ("plain", "filled"))
+    assert abs(read_images(plain) - read_images(filled)).max() <= 1
+    np.testing.assert_allclose(np.load(plain / "cls_tokens.npy"), np.load(filled / "cls_tokens.npy"), atol=1e-5)
+
+
+def test_the_batch_size_is_found(checkpoint, tmp_path, monkeypatch):
+    run_generate(flags(checkpoint, tmp_path, "a", "--per-proc-batch-size", "auto"), monkeypatch)
+    assert json.loads((tmp_path / "samples/a/samples.json").read_text())["per_proc_batch_size"] == 8
+
+
 BAD = {
     "model": (["--model", "SiT-XL/2"], "--model is SiT-XL/2, but .* holds SiT-S/4"),
     "classes": (["--num-classes", "1000"], "--num-classes is 1000, but .* has 3"),
@@ -113,6 +147,13 @@ BAD = {
     "sde solver": (["--heun"], "--solver heun is a solver of the ODE"),
     "steps": (["--num-steps", "0"], "--num-steps 0: must be 1 or greater"),
     "interval": (["--guidance-low", "0.9", "--guidance-high", "0.5"], "--guidance-low 0.9 is above"),
+    "batch": (["--per-proc-batch-size", "0"], "--per-proc-batch-size 0: must be at least 1, or auto"),
+    "half": (["--network-dtype", "fp16"], "--network-dtype fp16 needs a CUDA device"),
+    "graphs": (["--cuda-graphs"], "--cuda-graphs needs a CUDA device"),
+    "two precisions": (
+        ["--mixed-precision", "bf16", "--network-dtype", "bf16"],
+        "--mixed-precision bf16 does not go with --network-dtype bf16",
+    ),
     "checkpoint": (["--ckpt", "nowhere.pt"], r"nowhere\.pt: no such checkpoint file"),
     "codec": (["--vae", "nowhere"], "nowhere"),
 }

@@ -108,7 +108,8 @@ class Affine(torch.nn.Module):
     def forward(self, x, t, y, cls_token=None, label_drop=None, project=True):
         assert not project
         self.batches.append(len(x))
-        self.dtypes = {x.dtype, t.dtype, cls_token.dtype}
+        self.dtypes = {x.dtype, cls_token.dtype}
+        assert t.shape == (1,) and t.dtype == torch.float32  # in half precision too
         shift = y.to(x.dtype)
         return x + shift.view(-1, 1, 1, 1), None, cls_token + shift.view(-1, 1)
 
@@ -201,6 +202,28 @@ def test_noise_belongs_to_the_image():
     first = ImageNoise([6], (1, 2, 2), 3)()
     assert torch.equal(first[0][0], torch.empty(1, 2, 2).double().normal_(generator=generator))  # image first
     assert torch.equal(first[1][0], torch.empty(3).double().normal_(generator=generator))
+
+
+def test_threads_draw_the_same_noise():
+    plain, threaded = (ImageNoise([5, 6, 7], (1, 2, 2), 3, threads=threads) for threads in (0, 2))
+    for _ in range(3):
+        with torch.inference_mode():  # as in `sample_images`
+            (x, cls), (x_2, cls_2) = plain(), threaded()
+        assert torch.equal(x, x_2) and torch.equal(cls, cls_2)
+
+
+def test_one_time_for_the_batch_equals_the_same_time_for_each_image():
+    model = trained_looking_network()
+    x, y, cls, t = torch.randn(3, 4, 4, 4), torch.tensor([0, 1, 5]), torch.randn(3, 6), torch.tensor([0.3])
+    once, each = model(x, t, y, cls), model(x, t.expand(3), y, cls)
+    torch.testing.assert_close(once.velocity, each.velocity)
+    torch.testing.assert_close(once.cls_velocity, each.cls_velocity)
+
+
+def test_labels_of_both_halves_are_made_once():
+    velocity = guided(scale=2.0)
+    assert velocity._both_labels is velocity._both_labels
+    assert velocity._both_labels.tolist() == [1, 2, 10, 10]
 
 
 def test_seeds_differ():
