@@ -6,12 +6,14 @@ One run, synthetic images and latents of real size; encoders have random weights
 which changes nothing in their speed. Forms take turns, and the median over the rounds counts, so that whatever else the
 machine does meets all alike. Several models, batch sizes, resolutions and precisions make a table of their products.
 FLOPs are counted by torch for network (three passes) and encoders (one), without what checkpointing computes again;
-utilisation compares with a large matrix product of the same precision, measured in the same run.
+utilisation compares with a large matrix product of the same precision, measured in the same run. Memory on a CPU is
+the whole process's: measure one form and size at a time to learn what that one takes.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import statistics
 import sys
@@ -23,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.timing import matrix_rate, peak_memory, synchronise
+from benchmarks.timing import matrix_rate, peak_memory, reset_peak_memory, synchronise
 from benchmarks.training_steps import SWITCHES, OurForm, PlainForm, Workload
 from files import InputError, run_cli, write_json
 from training.settings import SWITCH
@@ -59,6 +61,7 @@ def main() -> None:
     """Measure as the command line says."""
     args = parse_args()
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    torch.backends.cuda.matmul.allow_tf32 = True  # as train.py's default has it
     rates: dict[str, float] = {}
     rows: list[Row] = []
     for model, batch_size, resolution, precision in itertools.product(
@@ -147,7 +150,10 @@ def measure(args, model: str, batch_size: int, resolution: int, precision: str, 
 
 
 def workload(args, model: str, batch_size: int, resolution: int, precision: str, cls_token: bool) -> Workload:
-    """Return the workload of one combination of settings."""
+    """Return the workload of one combination of settings, with the memory of the last one freed."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     flags = ["--model", model, "--batch-size", str(batch_size), "--mixed-precision", precision]
     flags += ["--device", args.device, "--enc-type", args.encoder]
     flags += [] if cls_token else ["--no-cls-token"]
@@ -190,16 +196,15 @@ def warm_up(work: Workload, form: PlainForm | OurForm, row: Row) -> None:
 
 def turn(work: Workload, form: PlainForm | OurForm, row: Row, steps: int) -> tuple[float, float]:
     """Return the seconds of one step and the share of them spent waiting for data, over `steps` steps."""
-    if work.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    reset_peak_memory(work.device)
     synchronise(work.device)
     form.log.waited, begun = 0.0, time.perf_counter()
     for _ in range(steps):
         form.step()
     synchronise(work.device)
     elapsed = time.perf_counter() - begun
-    if work.device.type == "cuda":  # a form of its own would not hold the other optimiser's state
-        row.memory_gb = peak_memory(work.device) - work.optimizer_bytes(not form.fused) / 1e9
+    # A form of its own would not hold the other optimiser's state.
+    row.memory_gb = peak_memory(work.device) - work.optimizer_bytes(not form.fused) / 1e9
     form.finish()
     return elapsed / steps, form.log.waited / elapsed
 
@@ -208,7 +213,6 @@ def largest_batch(args, model: str, first: int, resolution: int, precision: str,
     """Return the largest batch, up to an eighth, with which the last form can take steps."""
 
     def fits(batch_size: int) -> bool:
-        torch.cuda.empty_cache()
         work = workload(args, model, batch_size, resolution, precision, cls_token)
         form = build_forms(args, work, precision)[-1]
         row = Row(model, batch_size, resolution, precision, cls_token, form.name)
@@ -235,7 +239,7 @@ def profile(work: Workload, form: PlainForm | OurForm, path: Path) -> None:
             form.step()
         synchronise(work.device)
     profiler.export_chrome_trace(str(path))
-    longest = "self_cuda_time_total" if work.device.type == "cuda" else "self_cpu_time_total"
+    longest = "self_device_time_total" if work.device.type == "cuda" else "self_cpu_time_total"
     print(f"\n{form.name}:\n{profiler.key_averages().table(sort_by=longest, row_limit=25, max_name_column_width=60)}")
 
 
@@ -243,17 +247,17 @@ def table(rows: list[Row]) -> str:
     """Return the rows as Markdown."""
     lines = [
         "| model | batch | px | precision | class slot | form | s/step | images/s | ratio | utilisation | memory, GB "
-        "| waiting for data |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| waiting for data | loss, step 2 |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         about = [row.model, row.batch_size, row.resolution, row.precision, "yes" if row.class_slot else "no", row.form]
         if row.seconds is None:
-            figures = ["does not fit", *["-"] * 5]
+            figures = ["does not fit", *["-"] * 6]
         else:
             figures = [f"{row.seconds:.3f}", f"{row.images_per_second:.2f}", f"{row.ratio:.2f}"]
-            figures += [f"{row.utilisation:.1%}", "-" if row.memory_gb is None else f"{row.memory_gb:.1f}"]
-            figures += [f"{row.data_wait:.1%}"]
+            figures += [f"{row.utilisation:.1%}", f"{row.memory_gb:.1f}"]
+            figures += [f"{row.data_wait:.1%}", f"{row.losses[-1]:.5f}"]
         lines.append("| " + " | ".join(str(cell) for cell in about + figures) + " |")
     return "\n".join(lines)
 
