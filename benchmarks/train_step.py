@@ -78,9 +78,12 @@ def main() -> None:
     rows: list[Row] = []
     for settings in itertools.product(args.model, args.batch_size, args.resolution, args.precision):
         case = Case(*settings)
-        if case.precision not in rates:
-            rates[case.precision] = matrix_rate(device, args.matrix_seconds, DTYPES[case.precision])
-        rows += measure(args, case, rates[case.precision])
+        found = matrix_rate(device, args.matrix_seconds, DTYPES[case.precision])
+        rates[case.precision] = max(found, rates.get(case.precision, 0))  # before each case: the ceiling is the best
+        rows += measure(args, case)
+    for row in rows:
+        if row.images_per_second:
+            row.utilisation = sum(row.flops_per_image.values()) * row.images_per_second / rates[row.precision]
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"\n{where}, torch {torch.__version__}, encoder {args.encoder}; matrix products:", end=" ")
     print(", ".join(f"{name} {rate / 1e12:.2f} TFLOP/s" for name, rate in rates.items()) + "\n")
@@ -125,8 +128,8 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def measure(args: argparse.Namespace, case: Case, rate: float) -> list[Row]:
-    """Return the rows of one case; `rate`: of the matrix product, FLOP/s."""
+def measure(args: argparse.Namespace, case: Case) -> list[Row]:
+    """Return the rows of one case, without their utilisation."""
     slots = [True, False] if args.slot_price else [args.cls_token]
     if args.largest_batch:
         case = largest_batch(args, case, slots[0])
@@ -147,7 +150,6 @@ def measure(args: argparse.Namespace, case: Case, rate: float) -> list[Row]:
         row.seconds = statistics.median(seconds for seconds, _ in turns[number])
         row.data_wait = statistics.median(wait for _, wait in turns[number])
         row.images_per_second = case.batch_size / row.seconds
-        row.utilisation = sum(row.flops_per_image.values()) * row.images_per_second / rate
         row.ratio = pairs[able[0]][1].seconds / row.seconds
     if args.profile and able:
         profile(pairs[able[-1]][0], args.profile)
