@@ -31,7 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--model", default="SiT-S/2", help="preset (%(default)s)")
-    add("--depth", type=int, help="number of blocks instead of the preset's")
+    add("--depth", type=int, default=4, help="number of blocks (%(default)s)")
     add("--batch-size", type=int, default=8, help="images of a step (%(default)s)")
     add("--resolution", type=int, default=128, help="of the images, px (%(default)s)")
     add("--batches", type=int, default=8, help="different batches, in turn (%(default)s)")
@@ -45,8 +45,8 @@ def main() -> None:
     add("--json", type=Path, help="write the losses to this file")
     add("--picture", type=Path, help="draw them into this PNG")
     args = parser.parse_args()
-    if min(args.steps, args.batch_size, args.batches) < 1:
-        raise InputError("--steps, --batch-size and --batches must be at least 1")
+    if min(args.steps, args.batch_size, args.batches, args.depth) < 1:
+        raise InputError("--steps, --batch-size, --batches and --depth must be at least 1")
     losses = {**train_all(args, "no"), **train_all(args, args.precision)}
     print(table(losses))
     if args.json:
@@ -60,7 +60,7 @@ def train_all(args: argparse.Namespace, precision: str) -> dict[str, list[float]
     """Return the losses of each form's steps in one precision, by name; the first is plain."""
     flags = f"--model {args.model} --batch-size {args.batch_size} --mixed-precision {precision} --device {args.device}"
     flags += f" --enc-type {args.encoder} --learning-rate {args.learning_rate} --no-allow-tf32"
-    flags += f" --depth {args.depth} --encoder-depth 1" if args.depth else ""
+    flags += f" --depth {args.depth} --encoder-depth 1"
     work = Workload(flags.split(), args.resolution, args.batches, args.enc_weights)
     losses = {}
     for name, make, first in (

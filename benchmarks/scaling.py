@@ -1,12 +1,14 @@
-"""What more GPUs would bring: the time of a training step on 1 to 256 of them, from one measured on one GPU.
+"""What more GPUs would bring: the time of a training step on 1 to 256 of them, from steps measured on one GPU.
 
-    python benchmarks/scaling.py --json train_step.json
+    python benchmarks/scaling.py --json train_step.json [--global-batch 256]
     python benchmarks/scaling.py --step-seconds 0.4 --batch-size 256 --gradient-bytes 2737436160
 
-On paper, not measured. Each GPU keeps its batch; gradients (float32) are all-reduced in two rings, inside a machine and
-between machines: a ring of n moves 2 (n - 1) / n of the bytes over its slowest link (Patarasuk and Yuan, 2009). DDP
-reduces bucket by bucket while the backward pass, two thirds of a step, still runs; what does not fit into --overlap of
-that time, and the last bucket in any case, makes the step longer. Stragglers and the reading of data are left out.
+On paper, not measured. Each GPU keeps its batch, or shares --global-batch with the others; a step takes a fixed time
+and a time for each image, told apart where the JSON has several batch sizes, else all counts as the images'. Gradients
+(float32) are all-reduced in two rings, inside a machine and between machines: a ring of n moves 2 (n - 1) / n of the
+bytes over its slowest link (Patarasuk and Yuan, 2009). DDP reduces bucket by bucket while the backward pass, two thirds
+of a step, still runs; what does not fit into --overlap of that time, and the last bucket in any case, makes the step
+longer. Stragglers and the reading of data are left out.
 """
 
 from __future__ import annotations
@@ -50,6 +52,17 @@ def step_time(network: Network, gpus: int, step: float, gradients: float, overla
     return step + max((buckets - 1) * one - overlap * BACKWARD * step, 0) + one
 
 
+@dataclass(frozen=True)
+class Measured:
+    """A step on one GPU: seconds apart from the images, seconds of an image, images, bytes of gradients."""
+
+    name: str
+    fixed: float
+    per_image: float
+    batch_size: int
+    gradients: float
+
+
 def main() -> None:
     """Print the prediction."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -58,21 +71,17 @@ def main() -> None:
     add("--step-seconds", type=float, help="instead of --json: a step on one GPU")
     add("--batch-size", type=int, default=256, help="with --step-seconds: images of that step (%(default)s)")
     add("--gradient-bytes", type=float, help="with --step-seconds: 4 for each parameter")
+    add("--global-batch", type=int, help="images of a step over all GPUs; default: each keeps the measured batch")
     add("--gpus-per-machine", type=int, default=8, help="(%(default)s)")
     add(
         "--inside",
         type=float,
         default=360,
-        help="GB/s of a GPU to its machine's others, assumed (%(default)s: NVLink 4)",
+        help="GB/s of a GPU to others of its machine, assumed (%(default)s)",
     )
     add("--between", type=float, default=320, help="GB/s of a machine to others, assumed (%(default)s: 8 x 400 Gb/s)")
     add("--latency", type=float, default=10, help="microseconds a hop, assumed (%(default)s)")
-    add(
-        "--overlap",
-        type=float,
-        default=0.9,
-        help="share of the backward pass that reducing can hide behind (%(default)s)",
-    )
+    add("--overlap", type=float, default=0.9, help="share of the backward pass to reduce behind (%(default)s)")
     args = parser.parse_args()
     if (args.json is None) == (args.step_seconds is None or args.gradient_bytes is None):
         raise InputError("give either --json or both --step-seconds and --gradient-bytes")
@@ -81,27 +90,44 @@ def main() -> None:
         f"assumed: {args.gpus_per_machine} GPUs a machine, {args.inside:g} GB/s inside, {args.between:g} GB/s between "
         f"machines, {args.latency:g} us a hop, {args.overlap:.0%} of the backward pass to hide behind\n"
     )
-    print("| workload | GPUs | all-reduce, ms | step, ms | images/s | efficiency |\n|---|---|---|---|---|---|")
-    for name, step, batch_size, gradients in workloads(args):
+    print("| workload | GPUs | batch, each | all-reduce, ms | step, ms | images/s | efficiency |")
+    print("|---|---|---|---|---|---|---|")
+    for one in read_measured(args.json) if args.json else given(args):
+        alone = (one.fixed + one.per_image * one.batch_size) / one.batch_size
         for gpus in GPUS:
-            seconds = step_time(network, gpus, step, gradients, args.overlap)
-            reduce = network.all_reduce(gpus, gradients)
+            batch = args.global_batch / gpus if args.global_batch else one.batch_size
+            if batch < 1:
+                continue
+            seconds = step_time(network, gpus, one.fixed + one.per_image * batch, one.gradients, args.overlap)
+            rate = gpus * batch / seconds
             print(
-                f"| {name} | {gpus} | {1e3 * reduce:.1f} | {1e3 * seconds:.1f} | {gpus * batch_size / seconds:.0f} "
-                f"| {step / seconds:.1%} |"
+                f"| {one.name} | {gpus} | {batch:g} | {1e3 * network.all_reduce(gpus, one.gradients):.1f} "
+                f"| {1e3 * seconds:.1f} | {rate:.0f} | {rate * alone / gpus:.1%} |"
             )
 
 
-def workloads(args: argparse.Namespace) -> list[tuple[str, float, int, float]]:
-    """Return name, seconds of a step, batch and bytes of gradients of what was measured or given."""
-    if not args.json:
-        return [("given", args.step_seconds, args.batch_size, args.gradient_bytes)]
-    fastest: dict[str, tuple[str, float, int, float]] = {}
-    for row in read_json(args.json)["rows"]:
+def given(args: argparse.Namespace) -> list[Measured]:
+    """Return the step that the command line describes."""
+    return [Measured("given", 0, args.step_seconds / args.batch_size, args.batch_size, args.gradient_bytes)]
+
+
+def read_measured(path: Path) -> list[Measured]:
+    """Return the fastest form of each model, resolution and precision in a file of benchmarks/train_step.py."""
+    forms: dict[tuple[str, str], list[tuple[int, float, int]]] = {}
+    for row in read_json(path)["rows"]:
         slot = "" if row["class_slot"] else ", no class slot"
-        name = f"{row['model']}, {row['resolution']} px, batch {row['batch_size']}, {row['precision']}{slot}"
-        if row["seconds"] and (name not in fastest or row["seconds"] < fastest[name][1]):
-            fastest[name] = (name, row["seconds"], row["batch_size"], row["gradient_bytes"])
+        name = f"{row['model']}, {row['resolution']} px, {row['precision']}{slot}"
+        if row["seconds"]:
+            points = forms.setdefault((name, row["form"]), [])
+            points.append((row["batch_size"], row["seconds"], row["gradient_bytes"]))
+    fastest: dict[str, Measured] = {}
+    for (name, _), points in forms.items():
+        (least, time_of_least, _), (batch, seconds, gradients) = min(points), max(points)
+        per_image = (seconds - time_of_least) / (batch - least) if batch > least else seconds / batch
+        found = Measured(name, max(seconds - per_image * batch, 0), per_image, batch, gradients)
+        before = fastest.get(name)
+        if before is None or seconds / batch < before.fixed / before.batch_size + before.per_image:
+            fastest[name] = found
     return list(fastest.values())
 
 

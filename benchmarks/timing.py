@@ -6,6 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Hashable
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -45,6 +46,14 @@ def synchronise(device: torch.device) -> None:
     """Wait for the device."""
     if device.type == "cuda":
         torch.cuda.synchronize()
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Let `peak_memory` begin anew, where the system can: on CUDA devices and on Linux."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    elif Path("/proc/self/clear_refs").exists():
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): the peak resident set is now the present one
 
 
 def peak_memory(device: torch.device) -> float:

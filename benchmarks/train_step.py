@@ -6,24 +6,28 @@ One run, synthetic images and latents of real size; encoders have random weights
 which changes nothing in their speed. Forms take turns, and the median over the rounds counts, so that whatever else the
 machine does meets all alike. Several models, batch sizes, resolutions and precisions make a table of their products.
 FLOPs are counted by torch for network (three passes) and encoders (one), without what checkpointing computes again;
-utilisation compares with a large matrix product of the same precision, measured in the same run.
+utilisation compares with a large matrix product of the same precision, measured in the same run. Memory on a CPU is
+the whole process's: measure one form and size at a time to learn what that one takes.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import statistics
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.timing import matrix_rate, peak_memory, synchronise
+from benchmarks.timing import matrix_rate, peak_memory, reset_peak_memory, synchronise
 from benchmarks.training_steps import SWITCHES, OurForm, PlainForm, Workload
 from files import InputError, run_cli, write_json
 from training.settings import SWITCH
@@ -31,6 +35,16 @@ from training.settings import SWITCH
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FORMS = ("plain", "switches", "ours", "compile", "checkpointing")
 LOSSES_COMPARED = 2  # steps from the same weights, before any form is timed
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained."""
+
+    model: str
+    batch_size: int
+    resolution: int
+    precision: str
 
 
 @dataclass
@@ -59,15 +73,17 @@ def main() -> None:
     """Measure as the command line says."""
     args = parse_args()
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    torch.backends.cuda.matmul.allow_tf32 = True  # as train.py's default has it
     rates: dict[str, float] = {}
     rows: list[Row] = []
-    for model, batch_size, resolution, precision in itertools.product(
-        args.model, args.batch_size, args.resolution, args.precision
-    ):
-        if precision not in rates:
-            rates[precision] = matrix_rate(device, args.matrix_seconds, DTYPES[precision])
-        for cls_token in [True, False] if args.slot_price else [args.cls_token]:
-            rows += measure(args, model, batch_size, resolution, precision, cls_token, rates[precision])
+    for settings in itertools.product(args.model, args.batch_size, args.resolution, args.precision):
+        case = Case(*settings)
+        found = matrix_rate(device, args.matrix_seconds, DTYPES[case.precision])
+        rates[case.precision] = max(found, rates.get(case.precision, 0))  # before each case: the ceiling is the best
+        rows += measure(args, case)
+    for row in rows:
+        if row.images_per_second:
+            row.utilisation = sum(row.flops_per_image.values()) * row.images_per_second / rates[row.precision]
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"\n{where}, torch {torch.__version__}, encoder {args.encoder}; matrix products:", end=" ")
     print(", ".join(f"{name} {rate / 1e12:.2f} TFLOP/s" for name, rate in rates.items()) + "\n")
@@ -112,54 +128,53 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def measure(args, model: str, batch_size: int, resolution: int, precision: str, cls_token: bool, rate: float):
-    """Return the rows of one workload."""
+def measure(args: argparse.Namespace, case: Case) -> list[Row]:
+    """Return the rows of one case, without their utilisation."""
+    slots = [True, False] if args.slot_price else [args.cls_token]
     if args.largest_batch:
-        batch_size = largest_batch(args, model, batch_size, resolution, precision, cls_token)
-    work = workload(args, model, batch_size, resolution, precision, cls_token)
-    flops, parameters = work.flops(), sum(p.numel() for p in work.network.parameters() if p.requires_grad)
-    forms = build_forms(args, work, precision)
-    rows = [
-        Row(model, batch_size, resolution, precision, cls_token, form.name, flops_per_image=flops,
-            gradient_bytes=4 * parameters)
-        for form in forms
-    ]  # fmt: skip
-    turns: dict[str, list[tuple[float, float]]] = {form.name: [] for form in forms}
-    bar = tqdm(total=len(forms) * (args.rounds + 1), desc=f"{model}, batch {batch_size}, {precision}", unit="turn")
-    for form, row in zip(forms, rows, strict=True):
-        warm_up(work, form, row)
+        case = largest_batch(args, case, slots[0])
+    free_memory()
+    pairs = [pair for slot in slots for pair in build_rows(args, case, slot)]
+    turns: list[list[tuple[float, float]]] = [[] for _ in pairs]
+    bar = tqdm(total=len(pairs) * (args.rounds + 1), desc=f"{case.model}, batch {case.batch_size}", unit="turn")
+    able = []
+    for number, (form, row) in enumerate(pairs):
+        able += [number] if fits(form, warm_up, row) else []
         bar.update()
-    able = [pair for pair in zip(forms, rows, strict=True) if pair[1].losses]
     for _ in range(args.rounds):
-        for form, row in able:
-            turns[form.name].append(turn(work, form, row, args.steps))
-            bar.update()
+        able = [number for number in able if fits(pairs[number][0], turn, pairs[number][1], args.steps, turns[number])]
+        bar.update(len(able))
     bar.close()
-    for _, row in able:
-        row.seconds = statistics.median(seconds for seconds, _ in turns[row.form])
-        row.data_wait = statistics.median(wait for _, wait in turns[row.form])
-        row.images_per_second = batch_size / row.seconds
-        row.utilisation = sum(flops.values()) * row.images_per_second / rate
-        row.ratio = able[0][1].seconds / row.seconds
+    for number in able:
+        row = pairs[number][1]
+        row.seconds = statistics.median(seconds for seconds, _ in turns[number])
+        row.data_wait = statistics.median(wait for _, wait in turns[number])
+        row.images_per_second = case.batch_size / row.seconds
+        row.ratio = pairs[able[0]][1].seconds / row.seconds
     if args.profile and able:
-        profile(work, able[-1][0], args.profile)
-    return rows
+        profile(pairs[able[-1]][0], args.profile)
+    return [row for _, row in pairs]
 
 
-def workload(args, model: str, batch_size: int, resolution: int, precision: str, cls_token: bool) -> Workload:
-    """Return the workload of one combination of settings."""
-    flags = ["--model", model, "--batch-size", str(batch_size), "--mixed-precision", precision]
+def build_rows(args: argparse.Namespace, case: Case, class_slot: bool) -> list[tuple[PlainForm | OurForm, Row]]:
+    """Return the forms asked for, each with the row for its figures; the forms share one workload."""
+    flags = ["--model", case.model, "--batch-size", str(case.batch_size), "--mixed-precision", case.precision]
     flags += ["--device", args.device, "--enc-type", args.encoder]
-    flags += [] if cls_token else ["--no-cls-token"]
+    flags += [] if class_slot else ["--no-cls-token"]
     flags += ["--depth", str(args.depth), "--encoder-depth", "1"] if args.depth else []
-    return Workload(flags, resolution, encoder_weights=args.enc_weights)
+    work = Workload(flags, case.resolution, encoder_weights=args.enc_weights)
+    parameters = sum(parameter.numel() for parameter in work.network.parameters() if parameter.requires_grad)
+    about = {"flops_per_image": work.flops(), "gradient_bytes": 4 * parameters}
+    forms = build_forms(args, work)
+    return [(form, Row(**asdict(case), class_slot=class_slot, form=form.name, **about)) for form in forms]
 
 
-def build_forms(args: argparse.Namespace, work: Workload, precision: str) -> list[PlainForm | OurForm]:
+def build_forms(args: argparse.Namespace, work: Workload) -> list[PlainForm | OurForm]:
     """Return the forms asked for; the first is what the others are compared with."""
     forms: list[PlainForm | OurForm] = []
     if "plain" in args.forms:
-        forms += [PlainForm(work, precision="no")] if precision != "no" and work.device.type == "cpu" else []
+        on_cpu = work.device.type == "cpu"
+        forms += [PlainForm(work, precision="no")] if on_cpu and work.args.mixed_precision != "no" else []
         forms += [PlainForm(work)]
     if "switches" in args.forms:
         names = tuple(SWITCHES)
@@ -173,61 +188,73 @@ def build_forms(args: argparse.Namespace, work: Workload, precision: str) -> lis
     return forms
 
 
-def warm_up(work: Workload, form: PlainForm | OurForm, row: Row) -> None:
-    """Take a form's first steps from the common start and note their losses; none if they do not fit into memory."""
-    work.reset()
+def fits(form: PlainForm | OurForm, action: Callable[..., None], *given: Any) -> bool:
+    """Call `action(form, ...)` and return whether memory sufficed."""
+    try:
+        action(form, *given)
+    except torch.OutOfMemoryError:
+        form.work.network.zero_grad()
+        free_memory()
+        return False
+    return True
+
+
+def warm_up(form: PlainForm | OurForm, row: Row) -> None:
+    """Take a form's first steps from the common start and note their losses."""
+    form.work.reset()
     form.restart()
     begun = time.perf_counter()
-    try:
-        for _ in range(LOSSES_COMPARED):
-            form.step()
-        row.losses = form.finish()
-    except torch.OutOfMemoryError:
-        work.reset()
-        torch.cuda.empty_cache()
+    for _ in range(LOSSES_COMPARED):
+        form.step()
+    row.losses = form.finish()
     row.warm_up_seconds = time.perf_counter() - begun
 
 
-def turn(work: Workload, form: PlainForm | OurForm, row: Row, steps: int) -> tuple[float, float]:
-    """Return the seconds of one step and the share of them spent waiting for data, over `steps` steps."""
-    if work.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+def turn(form: PlainForm | OurForm, row: Row, steps: int, turns: list[tuple[float, float]]) -> None:
+    """Take `steps` steps; append the seconds of one and the share of them spent waiting for data to `turns`."""
+    work = form.work
+    reset_peak_memory(work.device)
     synchronise(work.device)
     form.log.waited, begun = 0.0, time.perf_counter()
     for _ in range(steps):
         form.step()
     synchronise(work.device)
     elapsed = time.perf_counter() - begun
-    if work.device.type == "cuda":  # a form of its own would not hold the other optimiser's state
-        row.memory_gb = peak_memory(work.device) - work.optimizer_bytes(not form.fused) / 1e9
+    # A form of its own would not hold the other optimiser's state.
+    row.memory_gb = peak_memory(work.device) - work.optimizer_bytes(not form.fused) / 1e9
     form.finish()
-    return elapsed / steps, form.log.waited / elapsed
+    turns.append((elapsed / steps, form.log.waited / elapsed))
 
 
-def largest_batch(args, model: str, first: int, resolution: int, precision: str, cls_token: bool) -> int:
-    """Return the largest batch, up to an eighth, with which the last form can take steps."""
+def largest_batch(args: argparse.Namespace, case: Case, class_slot: bool) -> Case:
+    """Return the case with the largest batch, up to an eighth, with which the last form can take steps."""
 
-    def fits(batch_size: int) -> bool:
-        torch.cuda.empty_cache()
-        work = workload(args, model, batch_size, resolution, precision, cls_token)
-        form = build_forms(args, work, precision)[-1]
-        row = Row(model, batch_size, resolution, precision, cls_token, form.name)
-        warm_up(work, form, row)
-        return bool(row.losses)
+    def suffices(batch_size: int) -> bool:
+        free_memory()
+        form, row = build_rows(args, replace(case, batch_size=batch_size), class_slot)[-1]
+        return fits(form, warm_up, row)
 
-    if not fits(first):
-        raise InputError(f"--batch-size {first}: does not fit into memory; --largest-batch starts from one that does")
-    good, bad = first, 2 * first
-    while fits(bad):
+    good, bad = case.batch_size, 2 * case.batch_size
+    if not suffices(good):
+        raise InputError(f"--batch-size {good}: does not fit into memory; --largest-batch starts from one that does")
+    while suffices(bad):
         good, bad = bad, 2 * bad
     while bad - good > max(1, good // 8):
         middle = (good + bad) // 2
-        good, bad = (middle, bad) if fits(middle) else (good, middle)
-    return good
+        good, bad = (middle, bad) if suffices(middle) else (good, middle)
+    return replace(case, batch_size=good)
 
 
-def profile(work: Workload, form: PlainForm | OurForm, path: Path) -> None:
+def free_memory() -> None:
+    """Give back what forms no longer in use have held."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def profile(form: PlainForm | OurForm, path: Path) -> None:
     """Write a trace of three of a form's steps and print the operations that take longest."""
+    work = form.work
     activities = [torch.profiler.ProfilerActivity.CPU]
     activities += [torch.profiler.ProfilerActivity.CUDA] if work.device.type == "cuda" else []
     with torch.profiler.profile(activities=activities) as profiler:
@@ -235,7 +262,7 @@ def profile(work: Workload, form: PlainForm | OurForm, path: Path) -> None:
             form.step()
         synchronise(work.device)
     profiler.export_chrome_trace(str(path))
-    longest = "self_cuda_time_total" if work.device.type == "cuda" else "self_cpu_time_total"
+    longest = "self_device_time_total" if work.device.type == "cuda" else "self_cpu_time_total"
     print(f"\n{form.name}:\n{profiler.key_averages().table(sort_by=longest, row_limit=25, max_name_column_width=60)}")
 
 
@@ -243,17 +270,17 @@ def table(rows: list[Row]) -> str:
     """Return the rows as Markdown."""
     lines = [
         "| model | batch | px | precision | class slot | form | s/step | images/s | ratio | utilisation | memory, GB "
-        "| waiting for data |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| waiting for data | loss, step 2 |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         about = [row.model, row.batch_size, row.resolution, row.precision, "yes" if row.class_slot else "no", row.form]
         if row.seconds is None:
-            figures = ["does not fit", *["-"] * 5]
+            figures = ["does not fit", *["-"] * 6]
         else:
             figures = [f"{row.seconds:.3f}", f"{row.images_per_second:.2f}", f"{row.ratio:.2f}"]
-            figures += [f"{row.utilisation:.1%}", "-" if row.memory_gb is None else f"{row.memory_gb:.1f}"]
-            figures += [f"{row.data_wait:.1%}"]
+            figures += [f"{row.utilisation:.1%}", f"{row.memory_gb:.1f}"]
+            figures += [f"{row.data_wait:.1%}", f"{row.losses[-1]:.5f}"]
         lines.append("| " + " | ".join(str(cell) for cell in about + figures) + " |")
     return "\n".join(lines)
 

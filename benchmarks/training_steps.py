@@ -132,6 +132,7 @@ class OurForm:
 
     def __init__(self, work: Workload, compiled: bool = False, checkpointing: bool = False, backend: str = "inductor"):
         self.name = "train.py" + " --compile" * compiled + " --activation-checkpointing" * checkpointing
+        self.work = work
         network, encoders = work.twin(work.network), [work.twin(encoder) for encoder in work.encoders]
         network.activation_checkpointing = checkpointing
         args, accelerator = work.args, work.accelerator
@@ -140,11 +141,12 @@ class OurForm:
             compile_training(network, encoders, criterion, backend)
         log = ListLog(args.batch_size)
         self.run = Run(
-            args, Path("."), accelerator, work.data, encoders, None, None, accelerator.prepare(network), work.average,
-            work.prepared_optimizer, criterion, log, 0,
-            StepReports(lambda values: accelerator.reduce(values, "mean"), work.device, ("stop", "save")),
-            BadSteps(log, accelerator.gather, lambda step: [], args.max_bad_steps, args.mixed_precision),
-            SimpleNamespace(failure=None), StopSignal(),
+            args=args, folder=Path("."), accelerator=accelerator, data=work.data, encoders=encoders, codec=None,
+            evaluation=None, model=accelerator.prepare(network), ema=work.average, optimizer=work.prepared_optimizer,
+            criterion=criterion, log=log, step=0,
+            reports=StepReports(lambda values: accelerator.reduce(values, "mean"), work.device, ("stop", "save")),
+            bad_steps=BadSteps(log, accelerator.gather, lambda step: [], args.max_bad_steps, args.mixed_precision),
+            writer=SimpleNamespace(failure=None), stop_signal=StopSignal(),
         )  # fmt: skip
         self.log = log
         self.source = to_device(work.batches(pinned=True), work.device)

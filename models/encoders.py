@@ -104,7 +104,10 @@ class Encoder(nn.Module):
         # timm moves the final norm behind the pooling of some networks: their tokens have yet to pass it.
         moved = isinstance(getattr(network, "norm", None), nn.Identity)
         self.final_norm = getattr(network, "fc_norm", nn.Identity()) if moved else nn.Identity()
-        _, self.num_tokens, self.width = self._probe().shape
+        features = self._probe()
+        if features.ndim == 4:  # convolutions are faster so, on CPUs and, in half precision, on GPUs
+            self.network.to(memory_format=torch.channels_last)
+        _, self.num_tokens, self.width = self._tokens(features)[:, self.num_prefix_tokens :].shape
 
     def train(self, mode: bool = True) -> Encoder:
         """Stay in evaluation mode, whatever a parent module is set to."""
@@ -139,7 +142,7 @@ class Encoder(nn.Module):
         return pooled if same_width else tokens[:, self.num_prefix_tokens :].mean(dim=1)
 
     def _probe(self) -> Tensor:
-        """Return the patch tokens of one blank image; raises InputError for a network that has no tokens."""
+        """Return the network's features of one blank image; raises InputError for a network that has no tokens."""
         blank = torch.zeros(1, len(self.mean), self.input_size, self.input_size, device=self.mean.device)
         with torch.no_grad():
             try:
@@ -150,7 +153,7 @@ class Encoder(nn.Module):
                 ) from error
             if not isinstance(features, Tensor) or features.ndim not in (3, 4):
                 raise InputError(f"encoder {self.name}: the network has neither tokens nor a feature map")
-            return self._tokens(features)[:, self.num_prefix_tokens :]
+            return features
 
 
 def load_encoders(

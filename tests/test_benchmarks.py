@@ -49,7 +49,7 @@ def test_forms_of_a_training_step_have_the_same_losses(monkeypatch, tmp_path, ca
     assert table.count("| SiT-S/8 | 2 | 64 |") == len(written["rows"])
 
     run(monkeypatch, scaling, "--json", str(path))
-    assert capsys.readouterr().out.count("| SiT-S/8, 64 px, batch 2,") == 2 * len(scaling.GPUS)
+    assert capsys.readouterr().out.count("| SiT-S/8, 64 px, ") == 2 * len(scaling.GPUS)
 
 
 def test_the_class_slot_is_priced(monkeypatch, tmp_path):
@@ -83,8 +83,23 @@ def test_more_gpus_are_never_predicted_to_be_more_than_proportional():
     times = [scaling.step_time(network, gpus, 0.4, 2.7e9, 0.9) for gpus in scaling.GPUS]
     assert all(a <= b for a, b in pairwise(times)) and times[-1] < 0.44
     assert scaling.step_time(network, 256, 0.01, 2.7e9, 0.9) > 0.02
+    assert network.all_reduce(1, 2.7e9) == 0
     by_hand = 2 * 7 / 8 * 2.7e9 / 360e9 + 2 * 7 * 1e-5
     assert network.all_reduce(8, 2.7e9) == pytest.approx(by_hand)
+
+
+def test_fixed_and_growing_time_of_a_step_are_told_apart(monkeypatch, tmp_path, capsys):
+    path = tmp_path / "steps.json"
+    common = {"model": "SiT-B/2", "resolution": 256, "precision": "bf16", "class_slot": True, "gradient_bytes": 4e8}
+    points = [("plain", 8, 2.0), ("plain", 16, 4.0), ("train.py", 8, 0.9), ("train.py", 16, 1.7), ("other", 32, None)]
+    rows = [{**common, "form": form, "batch_size": batch, "seconds": seconds} for form, batch, seconds in points]
+    path.write_text(json.dumps({"rows": rows}))
+    (found,) = scaling.read_measured(path)
+    assert (found.fixed, found.per_image, found.batch_size) == pytest.approx((0.1, 0.1, 16))
+    run(monkeypatch, scaling, "--json", str(path), "--global-batch", "16", "--overlap", "1")
+    lines = capsys.readouterr().out.splitlines()[4:]
+    assert [line.split("|")[3].strip() for line in lines] == ["16", "8", "4", "2", "1"]
+    assert float(lines[1].split("|")[5]) == pytest.approx(900, rel=0.01)
 
 
 @pytest.mark.parametrize(

@@ -25,10 +25,15 @@ def compile_with(monkeypatch, backend: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "more", ["", "--no-cls-token --enc-type none", "--mixed-precision bf16 --activation-checkpointing"]
+    ("backend", "more"),
+    [
+        ("eager", ""),
+        ("eager", "--no-cls-token --enc-type none"),
+        ("aot_eager", "--mixed-precision bf16 --activation-checkpointing"),
+    ],
 )
-def test_a_compiled_run_has_the_losses_of_a_plain_one(train_flags, monkeypatch, more):
-    compile_with(monkeypatch, "aot_eager")
+def test_a_compiled_run_has_the_losses_of_a_plain_one(train_flags, monkeypatch, backend, more):
+    compile_with(monkeypatch, backend)
     plain = run_training(with_flags(train_flags, "--exp-name", "plain", *more.split()))
     names = ("loss", "denoise", "grad_norm")
     compiled = run_training(with_flags(train_flags, "--compile", *more.split()))
@@ -38,29 +43,23 @@ def test_a_compiled_run_has_the_losses_of_a_plain_one(train_flags, monkeypatch, 
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
-def test_all_blocks_share_one_graph_and_no_step_compiles_again(train_flags, monkeypatch):
-    """The first two steps may compile; an error is raised if a later one does."""
+def test_all_blocks_share_one_graph_and_no_step_after_the_first_compiles(train_flags, monkeypatch):
     compile_with(monkeypatch, "eager")
-    graphs = []
+    step, graphs = train.training_step, torch._dynamo.utils.counters["stats"]
+    added = []
+
+    def watched(run, batches):
+        before = graphs["unique_graphs"]
+        with torch._dynamo.config.patch(error_on_recompile=run.step > 0):
+            step(run, batches)
+        added.append(graphs["unique_graphs"] - before)
+
+    monkeypatch.setattr(train, "training_step", watched)
     for depth in ("2", "4"):
         torch._dynamo.reset()
-        torch._dynamo.utils.counters.clear()
-        steps = training_step = train.training_step
-        taken = []
-
-        def step(run, batches, taken=taken, training_step=training_step):
-            taken.append(run.step)
-            with torch._dynamo.config.patch(error_on_recompile=len(taken) > 1):
-                before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-                training_step(run, batches)
-                assert len(taken) == 1 or torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
-
-        with monkeypatch.context() as patch:
-            patch.setattr(train, "training_step", step)
-            run_training(with_flags(train_flags, "--compile", "--depth", depth, "--exp-name", f"depth{depth}"))
-        assert train.training_step is steps and len(taken) == 4
-        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-    assert graphs[0] == graphs[1] > 3
+        run_training(with_flags(train_flags, "--compile", "--depth", depth, "--exp-name", f"depth{depth}"))
+    assert len(added) == 8 and added[0] == added[4] > 3
+    assert not any(added[1:4] + added[5:])
 
 
 def test_compiling_changes_no_name_and_no_average():
@@ -71,8 +70,9 @@ def test_compiling_changes_no_name_and_no_average():
     assert ema.averaged_copy(network).blocks[0]._compiled_call_impl is None
 
 
-def test_generated_code_gives_the_same_block():
+def test_generated_code_gives_the_same_block(monkeypatch, tmp_path):
     """The real compiler, on the one region that most of a step goes through; regions are built at their first use."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     results = []
     for compiled in (False, True):
         network = randomise(small(depth=1, encoder_depth=1))
