@@ -20,6 +20,8 @@ import math
 import multiprocessing
 import os
 import re
+import shlex
+import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -31,8 +33,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from tqdm import tqdm
 
-from benchmarks.comparison import report
-from benchmarks.comparison.presets import ABLATIONS, PRESETS, Files, Preset, run
+from benchmarks.comparison import imagenet, report
+from benchmarks.comparison.presets import ABLATIONS, METHODS, PRESETS, REG, Files, Preset, ablations, run
 from benchmarks.comparison.scoring import Judges, Sampling, Scorer, load_images
 from files import InputError, read_json, run_cli, write_json
 from models.checkpoint import list_checkpoints
@@ -57,7 +59,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Compare how fast SiT, REPA and REG converge.", allow_abbrev=False)
     add = parser.add_argument
     add("--preset", default="digits", choices=[*PRESETS, "imagenet"], help="data and size (%(default)s)")
-    add("--ablation", default="methods", choices=[*ABLATIONS, "encoder"], help="the rows of the table (%(default)s)")
+    add("--ablation", default="methods", choices=ABLATIONS, help="the rows of the table (%(default)s)")
     add("--out", type=Path, required=True, help="folder of data, runs and report; the same one goes on")
     add("--parallel", type=int, default=1, help="runs at a time (%(default)s)")
     add("--seeds", help="of training, comma-separated, instead of the preset's")
@@ -75,6 +77,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         choices=["auto", "cpu", "cuda"],
         help="imagenette: where; auto: CUDA if there is one",
     )
+    add("--model", default="SiT-B/2", help="imagenet: the network (%(default)s)")
+    add("--data-dir", default="data/imagenet256", help="imagenet: the data (%(default)s)")
+    add("--eval-ref", default="VIRTUAL_imagenet256_labeled.npz", help="imagenet: ADM's reference (%(default)s)")
+    add("--run", action="store_true", help="imagenet: also run the commands, one after the other")
     args = parser.parse_args(argv)
     for name in ("seeds", "steps"):
         if (text := getattr(args, name)) is not None:
@@ -94,10 +100,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     """Compare as the command line says."""
     args = parse_args()
+    if args.preset == "imagenet":
+        compare_on_a_cluster(args)
+        return
     begun = time.perf_counter()
     preset = chosen_preset(args)
     files = preset.prepare(args.out / "data", args)
-    rows = chosen_rows(args, files)
+    rows = chosen_rows(args, preset, files)
     check_same_comparison(args.out / "settings.json", preset, files)
     jobs = {(row, seed): make_job(args, preset, files, row, rows[row], seed) for seed in preset.seeds for row in rows}
     measure_steps(args, preset, files, rows)
@@ -109,6 +118,18 @@ def main() -> None:
     report.write(args.out, f"{args.preset}-{args.ablation}", result, {key: job.folder for key, job in jobs.items()})
 
 
+def compare_on_a_cluster(args: argparse.Namespace) -> None:
+    """Print the commands of the paper's size, or run them one after the other; report as far as the runs have got."""
+    commands = imagenet.commands(args)
+    for command in commands.values():
+        print(shlex.join(command))
+        if args.run:
+            subprocess.run(command, cwd=Path(__file__).resolve().parents[1], check=True)
+    if (result := imagenet.collect(args)) is not None:
+        runs = {(row, seed): args.out / imagenet.run_name(row, seed) for row, seed in commands}
+        report.write(args.out, f"imagenet-{args.ablation}", result, runs)
+
+
 def chosen_preset(args: argparse.Namespace) -> Preset:
     """Return the preset with what the command line changes."""
     preset = PRESETS[args.preset]
@@ -118,14 +139,11 @@ def chosen_preset(args: argparse.Namespace) -> Preset:
     )
 
 
-def chosen_rows(args: argparse.Namespace, files: Files) -> dict[str, str]:
+def chosen_rows(args: argparse.Namespace, preset: Preset, files: Files) -> dict[str, str]:
     """Return the flags of each row by its name."""
-    if args.ablation != "encoder":
-        return ABLATIONS[args.ablation]
-    rows = {}
-    for name, (spec, weights) in files.encoders.items():
-        rows[f"encoder {name}"] = f"--enc-type {spec}" + (f" --enc-weights {weights}" if weights else "")
-    return rows
+    if args.ablation == "encoder":
+        return {**files.other_encoders, REG: METHODS[REG]}
+    return ablations(preset.depths, preset.coefficients, {})[args.ablation]
 
 
 def check_same_comparison(path: Path, preset: Preset, files: Files) -> None:
@@ -145,7 +163,7 @@ def check_same_comparison(path: Path, preset: Preset, files: Files) -> None:
 
 def row_flags(preset: Preset, files: Files, flags: str) -> list[str]:
     """Return train.py's flags of a row, less folder, name, seed and length; what the row itself gives comes last."""
-    spec, weights = next(iter(files.encoders.values()))
+    spec, weights = files.judges.encoder, files.judges.encoder_weights
     encoder = ["--enc-type", spec, *(["--enc-weights", weights] if weights else [])]
     common = ["--data-dir", str(files.data), "--sampling-steps", "0", *encoder]
     return [*common, *preset.flags.split(), *flags.split()]
@@ -153,7 +171,7 @@ def row_flags(preset: Preset, files: Files, flags: str) -> list[str]:
 
 def make_job(args: argparse.Namespace, preset: Preset, files: Files, row: str, flags: str, seed: int) -> Job:
     """Return the run of a row and a seed."""
-    name = f"{row.lower().replace(' ', '-')}-seed{seed}"
+    name = imagenet.run_name(row, seed)
     length = ["--max-train-steps", str(preset.steps[-1]), "--checkpointing-steps", str(math.gcd(*preset.steps))]
     folder = (args.out / "runs" / name).resolve()
     where = ["--output-dir", str(folder.parent), "--exp-name", name, "--seed", str(seed), "--resume", "latest"]
@@ -247,6 +265,7 @@ def collect(
     real, labels = load_images(files.data / "images")
     return {
         "preset": args.preset,
+        "metric": "Frechet distance, independent judge",
         "ablation": args.ablation,
         "flags": preset.flags,
         "rows": rows,

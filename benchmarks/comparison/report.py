@@ -98,7 +98,7 @@ def speed_ups(result: dict[str, Any]) -> list[dict[str, Any]]:
 def table(result: dict[str, Any]) -> str:
     """Return the outcome as Markdown: last scores of each row, mean and standard deviation over seeds; the factors."""
     columns = {
-        "distance": "Frechet distance, judge",
+        "distance": result["metric"],
         "encoder_distance": "encoder",
         "right": "read as its label",
         "coherence": "coherence",
@@ -113,11 +113,9 @@ def table(result: dict[str, Any]) -> str:
         ends = [seed[-1] for seed in result["scores"][row].values()]
         cells = [_mean_and_spread([end[key] for end in ends if key in end]) for key in columns]
         lines.append(f"| {row} | " + " | ".join(cells) + f" | {result['seconds_per_step'][row]:.3f} |")
-    real = result["real"]
-    lines.append(
-        f"| real images (the half trained on) | {real['distance']:.2f} | {real['encoder_distance']:.2f} | "
-        f"{real['right']:.3f} | | | | | |"
-    )
+    if real := result["real"]:
+        cells = [f"{real[key]:.3f}" if key in real else "" for key in columns]
+        lines.append("| real images, the half trained on | " + " | ".join(cells) + " | |")
     lines += ["", "| to reach the last distance of | it needs times fewer steps | each seed | times less time |"]
     lines.append("|---|---|---|---|")
     for pair in result["speed_ups"]:
@@ -149,8 +147,9 @@ def draw(result: dict[str, Any], path: Path) -> None:
                 _band(coherence, found, 1, colour, f"{row}: {label}", style)
     _read_off(result, by_steps)
     for axes, label in ((by_steps, "training steps"), (by_time, "seconds of training")):
-        axes.axhline(result["real"]["distance"], color="black", linestyle=":", linewidth=1, label="real images")
-        axes.set(xlabel=label, ylabel="Frechet distance, independent judge", xscale="log", yscale="log")
+        if result["real"]:
+            axes.axhline(result["real"]["distance"], color="black", linestyle=":", linewidth=1, label="real images")
+        axes.set(xlabel=label, ylabel=result["metric"], xscale="log", yscale="log")
     coherence.set(xlabel="training steps", ylabel="cosine of the generated token with the encoder's", xscale="log")
     for axes in (by_steps, by_time, coherence):
         axes.grid(which="both", alpha=0.3)
@@ -183,7 +182,7 @@ def _read_off(result: dict[str, Any], axes: plt.Axes) -> None:
 
 def draw_samples(result: dict[str, Any], runs: dict[tuple[str, int], Path], path: Path) -> None:
     """Put the grids of the first seed side by side: a column a row of the table, a line a step; same noise, labels."""
-    seed = result["seeds"][0]
+    seed, grids = result["seeds"][0], "samples" if result["preset"] == "imagenet" else "grids"
     steps = [scores["step"] for scores in next(iter(result["scores"].values()))[str(seed)]]
     shown = [steps[i] for i in sorted({round(k) for k in np.linspace(0, len(steps) - 1, GRIDS_SHOWN)})]
     figure, axes = plt.subplots(
@@ -192,7 +191,7 @@ def draw_samples(result: dict[str, Any], runs: dict[tuple[str, int], Path], path
     )  # fmt: skip
     for line, step in zip(axes, shown, strict=True):
         for cell, row in zip(line, result["rows"], strict=True):
-            cell.imshow(Image.open(runs[row, seed] / "grids" / f"{step:07d}.png"), interpolation="nearest")
+            cell.imshow(Image.open(runs[row, seed] / grids / f"{step:07d}.png"), interpolation="nearest")
             cell.set_title(f"{row}, {step} steps", fontsize="small")
             cell.axis("off")
     figure.canvas.draw()
