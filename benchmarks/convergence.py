@@ -61,10 +61,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--preset", default="digits", choices=[*PRESETS, "imagenet"], help="data and size (%(default)s)")
     add("--ablation", default="methods", choices=ABLATIONS, help="the rows of the table (%(default)s)")
     add("--out", type=Path, required=True, help="folder of data, runs and report; the same one goes on")
+    add("--report", type=Path, help="folder of table, figure and JSON; default: --out")
     add("--parallel", type=int, default=1, help="runs at a time (%(default)s)")
     add("--seeds", help="of training, comma-separated, instead of the preset's")
     add("--steps", help="at which checkpoints are scored, comma-separated, instead of the preset's")
     add("--samples", type=int, help="images of a score, instead of the preset's")
+    add("--timing-steps", type=int, help="length of the runs that measure a step's time, instead of the preset's")
+    add("--flags", default="", help="further flags of train.py, the same for all rows, in quotes")
     add("--source", help="imagenette: photographs, class folders in a folder or zip")
     add("--images", type=int, help="imagenette: at most so many photographs of a class in each half")
     add("--judge-steps", type=int, default=2000, help="imagenette: training steps of the judge (%(default)s)")
@@ -87,13 +90,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             if not re.fullmatch(r"\d+(,\d+)*", text):
                 raise InputError(f"--{name} {text}: expected whole numbers, comma-separated")
             setattr(args, name, tuple(sorted({int(part) for part in text.split(",")})))
-    for name in ("parallel", "samples", "images", "judge_steps"):
+    for name in ("parallel", "samples", "images", "judge_steps", "timing_steps"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise InputError(f"--{name.replace('_', '-')} {value}: must be 1 or greater")
     if args.steps and args.steps[0] < 1:
         raise InputError(f"--steps {args.steps[0]}: must be 1 or greater")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    args.report = args.report or args.out
     return args
 
 
@@ -115,7 +119,7 @@ def main() -> None:
     seconds = (read_json(elapsed)["seconds"] if elapsed.exists() else 0) + time.perf_counter() - begun
     write_json(elapsed, {"seconds": seconds})
     result = collect(args, preset, files, rows, jobs, seconds)
-    report.write(args.out, f"{args.preset}-{args.ablation}", result, {key: job.folder for key, job in jobs.items()})
+    report.write(args.report, f"{args.preset}-{args.ablation}", result, {key: job.folder for key, job in jobs.items()})
 
 
 def compare_on_a_cluster(args: argparse.Namespace) -> None:
@@ -127,7 +131,7 @@ def compare_on_a_cluster(args: argparse.Namespace) -> None:
             subprocess.run(command, cwd=Path(__file__).resolve().parents[1], check=True)
     if (result := imagenet.collect(args)) is not None:
         runs = {(row, seed): args.out / imagenet.run_name(row, seed) for row, seed in commands}
-        report.write(args.out, f"imagenet-{args.ablation}", result, runs)
+        report.write(args.report, f"imagenet-{args.ablation}", result, runs)
 
 
 def chosen_preset(args: argparse.Namespace) -> Preset:
@@ -135,7 +139,12 @@ def chosen_preset(args: argparse.Namespace) -> Preset:
     preset = PRESETS[args.preset]
     sampling = dataclasses.replace(preset.sampling, images=args.samples or preset.sampling.images)
     return dataclasses.replace(
-        preset, steps=args.steps or preset.steps, seeds=args.seeds or preset.seeds, sampling=sampling
+        preset,
+        flags=f"{preset.flags} {args.flags}".strip(),
+        steps=args.steps or preset.steps,
+        seeds=args.seeds or preset.seeds,
+        sampling=sampling,
+        timing_steps=args.timing_steps or preset.timing_steps,
     )
 
 
@@ -165,7 +174,7 @@ def row_flags(preset: Preset, files: Files, flags: str) -> list[str]:
     """Return train.py's flags of a row, less folder, name, seed and length; what the row itself gives comes last."""
     spec, weights = files.judges.encoder, files.judges.encoder_weights
     encoder = ["--enc-type", spec, *(["--enc-weights", weights] if weights else [])]
-    common = ["--data-dir", str(files.data), "--sampling-steps", "0", *encoder]
+    common = ["--data-dir", str(files.data), "--sampling-steps", "0", "--device", files.judges.device, *encoder]
     return [*common, *preset.flags.split(), *flags.split()]
 
 
@@ -241,7 +250,12 @@ def measure_steps(args: argparse.Namespace, preset: Preset, files: Files, rows: 
         for row, flags in tqdm(missing.items(), desc=f"timing, round {turn + 1}", unit="row"):
             folder = (args.out / "timing" / f"{row.lower().replace(' ', '-')}-{turn}").resolve()
             where = ["--output-dir", str(folder.parent), "--exp-name", folder.name, "--resume", "latest"]
-            length = ["--max-train-steps", str(preset.timing_steps), "--log-steps", str(preset.timing_steps // 4)]
+            length = [
+                "--max-train-steps",
+                str(preset.timing_steps),
+                "--log-steps",
+                str(max(1, preset.timing_steps // 4)),
+            ]
             command = ["train.py", *row_flags(preset, files, flags), *where, *length, "--no-check-data"]
             run(command, folder.with_suffix(".log"), threads)
             batch_size = read_json(folder / "args.json")["batch_size"]
