@@ -16,6 +16,7 @@ from pictures import save_png
 
 matplotlib.use("Agg")  # no screen needed
 import matplotlib.pyplot as plt
+from matplotlib.ticker import NullFormatter, ScalarFormatter
 
 Curve = list[tuple[int, float]]  # steps and distance, by step
 COLOURS = ("tab:gray", "tab:blue", "tab:red", "tab:green", "tab:purple", "tab:orange")
@@ -152,6 +153,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
         axes.set(xlabel=label, ylabel=result["metric"], xscale="log", yscale="log")
     coherence.set(xlabel="training steps", ylabel="cosine of the generated token with the encoder's", xscale="log")
     for axes in (by_steps, by_time, coherence):
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(which="both", alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize="small")
@@ -176,8 +179,9 @@ def _read_off(result: dict[str, Any], axes: plt.Axes) -> None:
         slow = steps_to_reach(mean_curve(curves(result, pair["slower"])), pair["level"])
         ends = (slow / pair["steps"], pair["level"]), (slow, pair["level"])
         axes.annotate("", *ends, arrowprops={"arrowstyle": "->", "color": "black"})
-        text = f"{pair['steps']:.1f} times fewer steps than {pair['slower']}"
-        axes.annotate(text, ends[0], xytext=(4, 4), textcoords="offset points", fontsize="small")
+        text = f"{pair['steps']:.1f} x"
+        middle = math.sqrt(ends[0][0] * ends[1][0]), pair["level"]
+        axes.annotate(text, middle, xytext=(0, 3), textcoords="offset points", fontsize="small", ha="center")
 
 
 def draw_samples(result: dict[str, Any], runs: dict[tuple[str, int], Path], path: Path) -> None:
