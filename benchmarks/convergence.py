@@ -113,12 +113,12 @@ def main() -> None:
     rows = chosen_rows(args, preset, files)
     check_same_comparison(args.out / "settings.json", preset, files)
     jobs = {(row, seed): make_job(args, preset, files, row, rows[row], seed) for seed in preset.seeds for row in rows}
-    measure_steps(args, preset, files, rows)
-    work_off(list(jobs.values()), args.parallel)
-    elapsed = args.out / f"elapsed-{args.ablation}.json"
-    seconds = (read_json(elapsed)["seconds"] if elapsed.exists() else 0) + time.perf_counter() - begun
-    write_json(elapsed, {"seconds": seconds})
-    result = collect(args, preset, files, rows, jobs, seconds)
+    try:
+        measure_steps(args, preset, files, rows)
+        work_off(list(jobs.values()), args.parallel)
+    finally:
+        spent = add_time(args.out / f"elapsed-{args.ablation}.json", time.perf_counter() - begun)
+    result = {**collect(args, preset, files, rows, jobs), **spent}
     report.write(args.report, f"{args.preset}-{args.ablation}", result, {key: job.folder for key, job in jobs.items()})
 
 
@@ -132,6 +132,16 @@ def compare_on_a_cluster(args: argparse.Namespace) -> None:
     if (result := imagenet.collect(args)) is not None:
         runs = {(row, seed): args.out / imagenet.run_name(row, seed) for row, seed in commands}
         report.write(args.report, f"imagenet-{args.ablation}", result, runs)
+
+
+def add_time(path: Path, seconds: float) -> dict[str, float]:
+    """Return the time that all calls so far have taken, by the clock and of processors, and keep it in a file."""
+    used = os.times()  # those of the children count once they have ended
+    spent = {"seconds": seconds, "cpu_seconds": used.user + used.system + used.children_user + used.children_system}
+    if path.exists():
+        spent = {name: value + read_json(path)[name] for name, value in spent.items()}
+    write_json(path, spent)
+    return spent
 
 
 def chosen_preset(args: argparse.Namespace) -> Preset:
@@ -272,7 +282,6 @@ def collect(
     files: Files,
     rows: dict[str, str],
     jobs: dict[tuple[str, int], Job],
-    seconds: float,
 ) -> dict[str, Any]:
     """Return everything measured, as it goes into the JSON."""
     scorer = cached_scorer(files.judges)
@@ -288,7 +297,6 @@ def collect(
         "encoder": files.judges.encoder,
         "real": scorer.score_images(real, labels),
         "seconds_per_step": {row: read_json(args.out / "seconds_per_step.json")[row] for row in rows},
-        "seconds": seconds,
         "torch": torch.__version__,
         "threads": next(iter(jobs.values())).threads,
         "parallel": args.parallel,

@@ -164,10 +164,10 @@ def run(command: list[str], log: Path | None = None, threads: int | None = None)
 PRESETS = {
     "digits": Preset(
         flags="--model SiT-S/4 --depth 4 --hidden-size 128 --num-heads 4 --encoder-depth 2 --projector-dim 256 "
-        "--batch-size 32 --learning-rate 1e-3 --ema-decay 0.99 --num-workers 0",
-        steps=(200, 400, 600, 800, 1000, 1200, 1600, 2000),
+        "--batch-size 32 --learning-rate 2e-3 --ema-decay 0.99 --num-workers 0",
+        steps=(400, 600, 800, 1000, 1200, 1600, 2000, 2400),
         seeds=(0, 1, 2),
-        sampling=Sampling(images=900, num_steps=10, batch_size=300),
+        sampling=Sampling(images=600, num_steps=8, batch_size=300),
         timing_steps=60,
         depths=(1, 3, 4),
         coefficients=("0.003", "0.01", "0.1", "0.3"),
