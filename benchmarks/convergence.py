@@ -74,12 +74,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--vae", default="taesd", help="imagenette: codec, a name or a folder (%(default)s)")
     add("--enc-type", default="dinov2-vit-b", help="imagenette: the encoder (%(default)s)")
     add("--enc-weights", help="imagenette: its weights file; default: the hub")
-    add(
-        "--device",
-        default="auto",
-        choices=["auto", "cpu", "cuda"],
-        help="imagenette: where; auto: CUDA if there is one",
-    )
+    add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="imagenette: where; auto: CUDA, if any")
     add("--model", default="SiT-B/2", help="imagenet: the network (%(default)s)")
     add("--data-dir", default="data/imagenet256", help="imagenet: the data (%(default)s)")
     add("--eval-ref", default="VIRTUAL_imagenet256_labeled.npz", help="imagenet: ADM's reference (%(default)s)")
@@ -260,18 +255,11 @@ def measure_steps(args: argparse.Namespace, preset: Preset, files: Files, rows: 
         for row, flags in tqdm(missing.items(), desc=f"timing, round {turn + 1}", unit="row"):
             folder = (args.out / "timing" / f"{row.lower().replace(' ', '-')}-{turn}").resolve()
             where = ["--output-dir", str(folder.parent), "--exp-name", folder.name, "--resume", "latest"]
-            length = [
-                "--max-train-steps",
-                str(preset.timing_steps),
-                "--log-steps",
-                str(max(1, preset.timing_steps // 4)),
-            ]
-            command = ["train.py", *row_flags(preset, files, flags), *where, *length, "--no-check-data"]
-            run(command, folder.with_suffix(".log"), threads)
+            log_every = max(1, preset.timing_steps // 4)
+            length = ["--max-train-steps", str(preset.timing_steps), "--log-steps", str(log_every), "--no-check-data"]
+            run(["train.py", *row_flags(preset, files, flags), *where, *length], folder.with_suffix(".log"), threads)
             batch_size = read_json(folder / "args.json")["batch_size"]
-            speeds = [
-                r["images_per_second"] for r in read_metrics(folder / "metrics.jsonl") if "images_per_second" in r
-            ]
+            speeds = [logged["images_per_second"] for logged in read_metrics(folder / "metrics.jsonl")]
             found[row] += [batch_size / speed for speed in speeds[1:]]  # the first steps warm up
     write_json(path, {**known, **{row: min(times) for row, times in found.items()}})
 
@@ -291,13 +279,14 @@ def collect(
         "metric": "Frechet distance, independent judge",
         "ablation": args.ablation,
         "flags": preset.flags,
-        "rows": rows,
+        "rows": {row: flags.replace(str(args.out), "OUT") for row, flags in rows.items()},
         "seeds": list(preset.seeds),
         "sampling": dataclasses.asdict(preset.sampling),
         "encoder": files.judges.encoder,
         "real": scorer.score_images(real, labels),
         "seconds_per_step": {row: read_json(args.out / "seconds_per_step.json")[row] for row in rows},
         "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if files.judges.device == "cuda" else f"CPU, {os.cpu_count()} cores",
         "threads": next(iter(jobs.values())).threads,
         "parallel": args.parallel,
         "scores": {row: {str(seed): read_scores(jobs[row, seed].folder) for seed in preset.seeds} for row in rows},

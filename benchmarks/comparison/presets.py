@@ -153,7 +153,8 @@ def run(command: list[str], log: Path | None = None, threads: int | None = None)
         log.parent.mkdir(parents=True, exist_ok=True)
         output = open(log, "ab")  # noqa: SIM115 - closed below
     try:
-        done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, stdout=output, stderr=output)
+        program = [sys.executable, str(ROOT / command[0]), *command[1:]]
+        done = subprocess.run(program, env=environment, stdout=output, stderr=output)
     finally:
         if output is not None:
             output.close()
@@ -174,10 +175,10 @@ PRESETS = {
         prepare=prepare_digits,
     ),
     "imagenette": Preset(
-        flags="--model SiT-S/2 --batch-size 64 --learning-rate 3e-4 --ema-decay 0.999 --num-workers 8",
+        flags="--model SiT-S/2 --batch-size 64 --learning-rate 3e-4 --ema-decay 0.999 --num-workers 12",
         steps=(500, 1000, 1500, 2000, 3000, 4000),
         seeds=(0,),
-        sampling=Sampling(images=2000, num_steps=25, batch_size=100),
+        sampling=Sampling(images=2000, num_steps=12, batch_size=200),
         timing_steps=100,
         depths=(2, 6, 8),
         coefficients=("0.01", "0.02", "0.05", "0.1"),
