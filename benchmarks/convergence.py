@@ -104,9 +104,9 @@ def main() -> None:
         return
     begun = time.perf_counter()
     preset = chosen_preset(args)
+    check_same_comparison(args, preset)
     files = preset.prepare(args.out / "data", args)
     rows = chosen_rows(args, preset, files)
-    check_same_comparison(args.out / "settings.json", preset, files)
     jobs = {(row, seed): make_job(args, preset, files, row, rows[row], seed) for seed in preset.seeds for row in rows}
     try:
         measure_steps(args, preset, files, rows)
@@ -160,13 +160,14 @@ def chosen_rows(args: argparse.Namespace, preset: Preset, files: Files) -> dict[
     return ablations(preset.depths, preset.coefficients, {})[args.ablation]
 
 
-def check_same_comparison(path: Path, preset: Preset, files: Files) -> None:
+def check_same_comparison(args: argparse.Namespace, preset: Preset) -> None:
     """Raise InputError if the folder holds a comparison of other settings: its scores could not be compared."""
+    path = args.out / "settings.json"
     settings = {
+        **{name: getattr(args, name) for name in ("preset", "source", "images", "enc_type", "vae")},
         "flags": preset.flags,
         "steps": list(preset.steps),
         "sampling": dataclasses.asdict(preset.sampling),
-        "encoder": files.judges.encoder,
     }
     if path.exists():
         for name, value in read_json(path).items():

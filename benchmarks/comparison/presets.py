@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import os
 import subprocess
@@ -148,16 +149,11 @@ def _encode(data: Path, vae: str) -> None:
 def run(command: list[str], log: Path | None = None, threads: int | None = None) -> None:
     """Run a program of this repository to its end; its output goes to `log`. Raises InputError if it fails."""
     environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
-    output = None
+    program = [sys.executable, str(ROOT / command[0]), *command[1:]]
     if log is not None:
         log.parent.mkdir(parents=True, exist_ok=True)
-        output = open(log, "ab")  # noqa: SIM115 - closed below
-    try:
-        program = [sys.executable, str(ROOT / command[0]), *command[1:]]
+    with open(log, "ab") if log is not None else contextlib.nullcontext() as output:
         done = subprocess.run(program, env=environment, stdout=output, stderr=output)
-    finally:
-        if output is not None:
-            output.close()
     if done.returncode:
         raise InputError(f"{' '.join(command)} failed with status {done.returncode}" + (f"; see {log}" if log else ""))
 
