@@ -77,6 +77,8 @@ def test_factors_by_steps_and_by_time_and_table():
     assert factors["SiT", "REG"]["steps"] == pytest.approx(8)
     assert factors["SiT", "REG"]["time"] == pytest.approx(4)
     assert factors["REPA", "REG"]["steps_of_each_seed"] == pytest.approx([4, 4])
+    by_length = factors["REPA", "REG"]["steps_by_length"]
+    assert by_length == pytest.approx({100: 1, 200: 2, 400: 4, 800: 4, 1600: 4})  # at first only a lower bound
     text = report.table(result)
     assert "| after 1600 steps |" in text and "SiT (1.25): REG | 8.00 | 8.00, 8.00 | 4.00 |" in text
 

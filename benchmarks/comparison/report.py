@@ -74,23 +74,26 @@ def mean_curve(seeds: list[Curve]) -> Curve:
 
 
 def speed_ups(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the factors of each pair of rows, by steps and by time: of the mean curves, and of each seed by itself."""
+    """Return the factors of each pair of rows, by steps and by time: of the mean curves, of each seed by itself, and
+    of the mean curves had the slower one ended at an earlier evaluation."""
     rows, found = list(result["rows"]), []
     by_end = sorted(rows, key=lambda row: mean_curve(curves(result, row))[-1][1], reverse=True)
     for number, slower in enumerate(by_end):
         for faster in by_end[number + 1 :]:
             pairs = list(zip(curves(result, slower), curves(result, faster), strict=True))
             each = [speed_up(a, b) for a, b in pairs]
-            steps = speed_up(mean_curve(curves(result, slower)), mean_curve(curves(result, faster)))
+            slow, fast = mean_curve(curves(result, slower)), mean_curve(curves(result, faster))
+            steps = speed_up(slow, fast)
             price = result["seconds_per_step"][slower] / result["seconds_per_step"][faster]
             found.append(
                 {
                     "faster": faster,
                     "slower": slower,
-                    "level": mean_curve(curves(result, slower))[-1][1],
+                    "level": slow[-1][1],
                     "steps": steps,
                     "time": None if steps is None else steps * price,
                     "steps_of_each_seed": each,
+                    "steps_by_length": {slow[i][0]: speed_up(slow[: i + 1], fast) for i in range(len(slow))},
                 }
             )
     return found
