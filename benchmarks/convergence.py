@@ -20,6 +20,8 @@ import math
 import multiprocessing
 import os
 import re
+import shlex
+import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -31,8 +33,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from tqdm import tqdm
 
-from benchmarks.comparison import report
-from benchmarks.comparison.presets import ABLATIONS, PRESETS, Files, Preset, run
+from benchmarks.comparison import imagenet, report
+from benchmarks.comparison.presets import ABLATIONS, METHODS, PRESETS, REG, Files, Preset, ablations, run
 from benchmarks.comparison.scoring import Judges, Sampling, Scorer, load_images
 from files import InputError, read_json, run_cli, write_json
 from models.checkpoint import list_checkpoints
@@ -57,56 +59,84 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Compare how fast SiT, REPA and REG converge.", allow_abbrev=False)
     add = parser.add_argument
     add("--preset", default="digits", choices=[*PRESETS, "imagenet"], help="data and size (%(default)s)")
-    add("--ablation", default="methods", choices=[*ABLATIONS, "encoder"], help="the rows of the table (%(default)s)")
+    add("--ablation", default="methods", choices=ABLATIONS, help="the rows of the table (%(default)s)")
     add("--out", type=Path, required=True, help="folder of data, runs and report; the same one goes on")
+    add("--report", type=Path, help="folder of table, figure and JSON; default: --out")
     add("--parallel", type=int, default=1, help="runs at a time (%(default)s)")
     add("--seeds", help="of training, comma-separated, instead of the preset's")
     add("--steps", help="at which checkpoints are scored, comma-separated, instead of the preset's")
     add("--samples", type=int, help="images of a score, instead of the preset's")
+    add("--timing-steps", type=int, help="length of the runs that measure a step's time, instead of the preset's")
+    add("--flags", default="", help="further flags of train.py, the same for all rows, in quotes")
     add("--source", help="imagenette: photographs, class folders in a folder or zip")
     add("--images", type=int, help="imagenette: at most so many photographs of a class in each half")
     add("--judge-steps", type=int, default=2000, help="imagenette: training steps of the judge (%(default)s)")
     add("--vae", default="taesd", help="imagenette: codec, a name or a folder (%(default)s)")
     add("--enc-type", default="dinov2-vit-b", help="imagenette: the encoder (%(default)s)")
     add("--enc-weights", help="imagenette: its weights file; default: the hub")
-    add(
-        "--device",
-        default="auto",
-        choices=["auto", "cpu", "cuda"],
-        help="imagenette: where; auto: CUDA if there is one",
-    )
+    add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="imagenette: where; auto: CUDA, if any")
+    add("--model", default="SiT-B/2", help="imagenet: the network (%(default)s)")
+    add("--data-dir", default="data/imagenet256", help="imagenet: the data (%(default)s)")
+    add("--eval-ref", default="VIRTUAL_imagenet256_labeled.npz", help="imagenet: ADM's reference (%(default)s)")
+    add("--run", action="store_true", help="imagenet: also run the commands, one after the other")
     args = parser.parse_args(argv)
     for name in ("seeds", "steps"):
         if (text := getattr(args, name)) is not None:
             if not re.fullmatch(r"\d+(,\d+)*", text):
                 raise InputError(f"--{name} {text}: expected whole numbers, comma-separated")
             setattr(args, name, tuple(sorted({int(part) for part in text.split(",")})))
-    for name in ("parallel", "samples", "images", "judge_steps"):
+    for name in ("parallel", "samples", "images", "judge_steps", "timing_steps"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise InputError(f"--{name.replace('_', '-')} {value}: must be 1 or greater")
     if args.steps and args.steps[0] < 1:
         raise InputError(f"--steps {args.steps[0]}: must be 1 or greater")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    args.report = args.report or args.out
     return args
 
 
 def main() -> None:
     """Compare as the command line says."""
     args = parse_args()
+    if args.preset == "imagenet":
+        compare_on_a_cluster(args)
+        return
     begun = time.perf_counter()
     preset = chosen_preset(args)
+    check_same_comparison(args, preset)
     files = preset.prepare(args.out / "data", args)
-    rows = chosen_rows(args, files)
-    check_same_comparison(args.out / "settings.json", preset, files)
+    rows = chosen_rows(args, preset, files)
     jobs = {(row, seed): make_job(args, preset, files, row, rows[row], seed) for seed in preset.seeds for row in rows}
-    measure_steps(args, preset, files, rows)
-    work_off(list(jobs.values()), args.parallel)
-    elapsed = args.out / f"elapsed-{args.ablation}.json"
-    seconds = (read_json(elapsed)["seconds"] if elapsed.exists() else 0) + time.perf_counter() - begun
-    write_json(elapsed, {"seconds": seconds})
-    result = collect(args, preset, files, rows, jobs, seconds)
-    report.write(args.out, f"{args.preset}-{args.ablation}", result, {key: job.folder for key, job in jobs.items()})
+    try:
+        measure_steps(args, preset, files, rows)
+        work_off(list(jobs.values()), args.parallel)
+    finally:
+        spent = add_time(args.out / f"elapsed-{args.ablation}.json", time.perf_counter() - begun)
+    result = {**collect(args, preset, files, rows, jobs), **spent}
+    report.write(args.report, f"{args.preset}-{args.ablation}", result, {key: job.folder for key, job in jobs.items()})
+
+
+def compare_on_a_cluster(args: argparse.Namespace) -> None:
+    """Print the commands of the paper's size, or run them one after the other; report as far as the runs have got."""
+    commands = imagenet.commands(args)
+    for command in commands.values():
+        print(shlex.join(command))
+        if args.run:
+            subprocess.run(command, cwd=Path(__file__).resolve().parents[1], check=True)
+    if (result := imagenet.collect(args)) is not None:
+        runs = {(row, seed): args.out / imagenet.run_name(row, seed) for row, seed in commands}
+        report.write(args.report, f"imagenet-{args.ablation}", result, runs)
+
+
+def add_time(path: Path, seconds: float) -> dict[str, float]:
+    """Return the time that all calls so far have taken, by the clock and of processors, and keep it in a file."""
+    used = os.times()  # those of the children count once they have ended
+    spent = {"seconds": seconds, "cpu_seconds": used.user + used.system + used.children_user + used.children_system}
+    if path.exists():
+        spent = {name: value + read_json(path)[name] for name, value in spent.items()}
+    write_json(path, spent)
+    return spent
 
 
 def chosen_preset(args: argparse.Namespace) -> Preset:
@@ -114,27 +144,30 @@ def chosen_preset(args: argparse.Namespace) -> Preset:
     preset = PRESETS[args.preset]
     sampling = dataclasses.replace(preset.sampling, images=args.samples or preset.sampling.images)
     return dataclasses.replace(
-        preset, steps=args.steps or preset.steps, seeds=args.seeds or preset.seeds, sampling=sampling
+        preset,
+        flags=f"{preset.flags} {args.flags}".strip(),
+        steps=args.steps or preset.steps,
+        seeds=args.seeds or preset.seeds,
+        sampling=sampling,
+        timing_steps=args.timing_steps or preset.timing_steps,
     )
 
 
-def chosen_rows(args: argparse.Namespace, files: Files) -> dict[str, str]:
+def chosen_rows(args: argparse.Namespace, preset: Preset, files: Files) -> dict[str, str]:
     """Return the flags of each row by its name."""
-    if args.ablation != "encoder":
-        return ABLATIONS[args.ablation]
-    rows = {}
-    for name, (spec, weights) in files.encoders.items():
-        rows[f"encoder {name}"] = f"--enc-type {spec}" + (f" --enc-weights {weights}" if weights else "")
-    return rows
+    if args.ablation == "encoder":
+        return {**files.other_encoders, REG: METHODS[REG]}
+    return ablations(preset.depths, preset.coefficients, {})[args.ablation]
 
 
-def check_same_comparison(path: Path, preset: Preset, files: Files) -> None:
+def check_same_comparison(args: argparse.Namespace, preset: Preset) -> None:
     """Raise InputError if the folder holds a comparison of other settings: its scores could not be compared."""
+    path = args.out / "settings.json"
     settings = {
+        **{name: getattr(args, name) for name in ("preset", "source", "images", "enc_type", "vae")},
         "flags": preset.flags,
         "steps": list(preset.steps),
         "sampling": dataclasses.asdict(preset.sampling),
-        "encoder": files.judges.encoder,
     }
     if path.exists():
         for name, value in read_json(path).items():
@@ -145,15 +178,15 @@ def check_same_comparison(path: Path, preset: Preset, files: Files) -> None:
 
 def row_flags(preset: Preset, files: Files, flags: str) -> list[str]:
     """Return train.py's flags of a row, less folder, name, seed and length; what the row itself gives comes last."""
-    spec, weights = next(iter(files.encoders.values()))
+    spec, weights = files.judges.encoder, files.judges.encoder_weights
     encoder = ["--enc-type", spec, *(["--enc-weights", weights] if weights else [])]
-    common = ["--data-dir", str(files.data), "--sampling-steps", "0", *encoder]
+    common = ["--data-dir", str(files.data), "--sampling-steps", "0", "--device", files.judges.device, *encoder]
     return [*common, *preset.flags.split(), *flags.split()]
 
 
 def make_job(args: argparse.Namespace, preset: Preset, files: Files, row: str, flags: str, seed: int) -> Job:
     """Return the run of a row and a seed."""
-    name = f"{row.lower().replace(' ', '-')}-seed{seed}"
+    name = imagenet.run_name(row, seed)
     length = ["--max-train-steps", str(preset.steps[-1]), "--checkpointing-steps", str(math.gcd(*preset.steps))]
     folder = (args.out / "runs" / name).resolve()
     where = ["--output-dir", str(folder.parent), "--exp-name", name, "--seed", str(seed), "--resume", "latest"]
@@ -223,13 +256,11 @@ def measure_steps(args: argparse.Namespace, preset: Preset, files: Files, rows: 
         for row, flags in tqdm(missing.items(), desc=f"timing, round {turn + 1}", unit="row"):
             folder = (args.out / "timing" / f"{row.lower().replace(' ', '-')}-{turn}").resolve()
             where = ["--output-dir", str(folder.parent), "--exp-name", folder.name, "--resume", "latest"]
-            length = ["--max-train-steps", str(preset.timing_steps), "--log-steps", str(preset.timing_steps // 4)]
-            command = ["train.py", *row_flags(preset, files, flags), *where, *length, "--no-check-data"]
-            run(command, folder.with_suffix(".log"), threads)
+            log_every = max(1, preset.timing_steps // 4)
+            length = ["--max-train-steps", str(preset.timing_steps), "--log-steps", str(log_every), "--no-check-data"]
+            run(["train.py", *row_flags(preset, files, flags), *where, *length], folder.with_suffix(".log"), threads)
             batch_size = read_json(folder / "args.json")["batch_size"]
-            speeds = [
-                r["images_per_second"] for r in read_metrics(folder / "metrics.jsonl") if "images_per_second" in r
-            ]
+            speeds = [logged["images_per_second"] for logged in read_metrics(folder / "metrics.jsonl")]
             found[row] += [batch_size / speed for speed in speeds[1:]]  # the first steps warm up
     write_json(path, {**known, **{row: min(times) for row, times in found.items()}})
 
@@ -240,23 +271,23 @@ def collect(
     files: Files,
     rows: dict[str, str],
     jobs: dict[tuple[str, int], Job],
-    seconds: float,
 ) -> dict[str, Any]:
     """Return everything measured, as it goes into the JSON."""
     scorer = cached_scorer(files.judges)
     real, labels = load_images(files.data / "images")
     return {
         "preset": args.preset,
+        "metric": "Frechet distance, independent judge",
         "ablation": args.ablation,
         "flags": preset.flags,
-        "rows": rows,
+        "rows": {row: flags.replace(str(args.out), "OUT") for row, flags in rows.items()},
         "seeds": list(preset.seeds),
         "sampling": dataclasses.asdict(preset.sampling),
         "encoder": files.judges.encoder,
         "real": scorer.score_images(real, labels),
         "seconds_per_step": {row: read_json(args.out / "seconds_per_step.json")[row] for row in rows},
-        "seconds": seconds,
         "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if files.judges.device == "cuda" else f"CPU, {os.cpu_count()} cores",
         "threads": next(iter(jobs.values())).threads,
         "parallel": args.parallel,
         "scores": {row: {str(seed): read_scores(jobs[row, seed].folder) for seed in preset.seeds} for row in rows},

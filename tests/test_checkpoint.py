@@ -106,8 +106,10 @@ def test_architecture_is_read_off_the_shapes():
     assert found == {
         "input_size": 8, "patch_size": 2, "in_channels": 3, "hidden_size": 32, "depth": 3, "num_heads": 2,
         "mlp_ratio": 2.0, "num_classes": 7, "encoder_depth": 2, "z_dims": [24, 8], "projector_dim": 16,
-        "cls_token_dim": 24, "qk_norm": False,
+        "cls_token_dim": 24, "qk_norm": False, "learnable_token": False,
     }  # fmt: skip
+    learnt = architecture(small(cls_token_dim=None, learnable_token=True).state_dict(), argparse.Namespace(num_heads=2))
+    assert (learnt["input_size"], learnt["cls_token_dim"], learnt["learnable_token"]) == (8, None, True)
 
 
 def test_missing_weights_are_named():

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 
 from benchmarks import convergence
-from benchmarks.comparison import presets, report
+from benchmarks.comparison import imagenet, presets, report
 from benchmarks.comparison.judge import load_judge, train_judge
-from benchmarks.comparison.presets import ABLATIONS, Files
+from benchmarks.comparison.presets import Files
 from benchmarks.comparison.scoring import Judges, Sampling
 from files import InputError
 from tests.conftest import ENCODER
@@ -56,6 +56,8 @@ def fake_result():
 
     constants = {"SiT": 1600, "REPA": 800, "REG": 200}
     return {
+        "preset": "toy",
+        "metric": "distance to the truth",
         "rows": dict.fromkeys(constants, ""),
         "seeds": [0, 1],
         "seconds_per_step": {"SiT": 0.1, "REPA": 0.15, "REG": 0.2},
@@ -75,6 +77,8 @@ def test_factors_by_steps_and_by_time_and_table():
     assert factors["SiT", "REG"]["steps"] == pytest.approx(8)
     assert factors["SiT", "REG"]["time"] == pytest.approx(4)
     assert factors["REPA", "REG"]["steps_of_each_seed"] == pytest.approx([4, 4])
+    by_length = factors["REPA", "REG"]["steps_by_length"]
+    assert by_length == pytest.approx({100: 1, 200: 2, 400: 4, 800: 4, 1600: 4})  # at first only a lower bound
     text = report.table(result)
     assert "| after 1600 steps |" in text and "SiT (1.25): REG | 8.00 | 8.00, 8.00 | 4.00 |" in text
 
@@ -93,10 +97,43 @@ def test_report_is_written(tmp_path):
 
 
 def test_every_row_of_every_ablation_is_a_command_line_of_train():
-    for rows in ABLATIONS.values():
-        for flags in rows.values():
-            args = parse_args(["--exp-name", "x", "--device", "cpu", *flags.split()])
+    for preset in presets.PRESETS.values():
+        rows = presets.ablations(preset.depths, preset.coefficients, {"other": "dinov2-vit-l"})
+        assert tuple(rows) == presets.ABLATIONS
+        for flags in (flags for table in rows.values() for flags in table.values()):
+            args = parse_args(["--exp-name", "x", "--device", "cpu", *preset.flags.split(), *flags.split()])
             assert args.cls_token == (args.entangle != "none")
+
+
+def test_commands_of_the_papers_size_are_those_of_train(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["x", "--preset", "imagenet", "--out", str(tmp_path), "--seeds", "0,1"])
+    convergence.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6
+    for line, row in zip(lines, ["sit", "sit", "repa", "repa", "reg", "reg"], strict=True):
+        launcher, flags = line.split(" train.py ")
+        args = parse_args([*flags.split(), "--device", "cpu"])
+        assert launcher == "accelerate launch" and args.exp_name.startswith(row)
+        assert (args.entangle == "class", args.proj_coeff) == (row == "reg", 0 if row == "sit" else 0.5)
+
+
+def test_scores_of_the_papers_size_are_read_up_to_the_step_all_have_reached(tmp_path, monkeypatch):
+    args = convergence.parse_args(["--preset", "imagenet", "--out", str(tmp_path)])
+    assert imagenet.collect(args) is None
+    for row, fids in {"sit": [9.0], "repa": [8.0, 4.0], "reg": [4.0, 2.0]}.items():
+        folder = tmp_path / f"{row}-seed0"
+        folder.mkdir()
+        (folder / "args.json").write_text('{"batch_size": 256}')
+        lines = [{"step": 50_000 * (n + 1), "fid": fid, "encoder_fd": 1.0} for n, fid in enumerate(fids)]
+        lines.append({"step": 100, "images_per_second": 512.0})
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    result = imagenet.collect(args)
+    assert {row: [s["distance"] for s in seeds["0"]] for row, seeds in result["scores"].items()} == {
+        "SiT": [9.0], "REPA": [8.0], "REG": [4.0],
+    }  # fmt: skip
+    assert result["seconds_per_step"]["REG"] == 0.5
+    result["speed_ups"] = report.speed_ups(result)
+    assert "| FID |" in report.table(result)
 
 
 def test_judge_learns_and_loads(tmp_path):
@@ -120,7 +157,7 @@ def toy(shared_data, encoder_weights, tmp_path, monkeypatch):
             train_judge(folder / "judge.pt", images, torch.arange(12) % 3, 16, [4, 4], steps=3)
         weights = str(encoder_weights)
         judges = Judges(shared_data / "images", folder / "judge.pt", ENCODER, weights, "pixel", "cpu")
-        return Files(shared_data, judges, {"own": (ENCODER, weights)})
+        return Files(shared_data, judges, {})
 
     preset = dataclasses.replace(
         presets.PRESETS["digits"],

@@ -42,7 +42,7 @@ class Judge(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return features (N, D) and logits (N, K) of images (N, 3, H, W), uint8 0-255 or the same as float."""
         size = self.config["size"]
-        pixels = F.interpolate(images.float() / 127.5 - 1, (size, size), mode="area")
+        pixels = shrunk(images, size) / 127.5 - 1
         features = self.stages(pixels).mean(dim=(2, 3))
         return features, self.head(features)
 
@@ -52,17 +52,23 @@ class Judge(nn.Module):
         return self.config["widths"][-1]
 
 
+def shrunk(images: Tensor, size: int) -> Tensor:
+    """Return images (N, 3, H, W) of any dtype at `size` px, float32 0-255, each pixel the mean of those it covers."""
+    return F.interpolate(images.float(), (size, size), mode="area")
+
+
 def train_judge(
     dest: Path, images: Tensor, labels: Tensor, size: int, widths: list[int], steps: int, device: str = "cpu"
 ) -> None:
     """Train a judge on images (N, 3, H, W) uint8 with labels (N,), each time turned and shifted a little; write it."""
     torch.manual_seed(SEED)
+    small = torch.cat([shrunk(part, size) for part in images.split(BATCH_SIZE)])
     judge = Judge(size, widths, int(labels.max()) + 1).to(device).train()
     optimizer = torch.optim.AdamW(judge.parameters(), lr=LEARNING_RATE, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=LEARNING_RATE, total_steps=steps)
     for _ in tqdm(range(steps), desc="training the judge", unit="step"):
-        rows = torch.randint(len(images), (BATCH_SIZE,))
-        _, logits = judge(jittered(images[rows].float()).to(device))
+        rows = torch.randint(len(small), (BATCH_SIZE,))
+        _, logits = judge(jittered(small[rows]).to(device))
         loss = F.cross_entropy(logits, labels[rows].to(device))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import os
 import subprocess
@@ -22,22 +23,34 @@ from pictures import save_png
 ROOT = Path(__file__).resolve().parents[2]
 
 SIT, REPA, REG = "SiT", "REPA", "REG"
+DIGITS_ENCODER_STEPS = (400, 40)  # of the encoder, and of a worse one for the ablation
 # A row is a name and the flags in which it departs from REG.
 METHODS = {SIT: "--entangle none --proj-coeff 0", REPA: "--entangle none", REG: ""}
-ABLATIONS = {
-    "methods": METHODS,
-    # The paper's tables: entangled signal, the two parts alone, coefficient of the class token, depth of alignment.
-    "entangle": {
-        REPA: METHODS[REPA],
-        "learnable token": "--entangle learnable",
-        "latent mean": "--entangle latent-mean",
-        "patch mean": "--entangle patch-mean",
-        REG: METHODS[REG],
-    },
-    "parts": {**METHODS, "not aligned": "--proj-coeff 0"},
-    "cls": {**{f"cls {value}": f"--cls {value}" for value in ("0.01", "0.1", "0.3")}, REG: METHODS[REG]},
-    "depth": {f"depth {block}": f"--encoder-depth {block}" for block in (1, 2, 3, 4)},
-}
+ABLATIONS = ("methods", "entangle", "parts", "cls", "depth", "encoder")
+
+
+def ablations(
+    depths: tuple[int, ...], coefficients: tuple[str, ...], encoders: dict[str, str]
+) -> dict[str, dict[str, str]]:
+    """Return the rows of each table of the paper, by its name in `ABLATIONS`.
+
+    depths and coefficients: blocks to align after and weights of the class token, besides REG's own. encoders: values
+    of --enc-type by the row's name.
+    """
+    return {
+        "methods": METHODS,
+        "entangle": {
+            REPA: METHODS[REPA],
+            "learnable token": "--entangle learnable",
+            "latent mean": "--entangle latent-mean",
+            "patch mean": "--entangle patch-mean",
+            REG: METHODS[REG],
+        },
+        "parts": {**METHODS, "not aligned": "--proj-coeff 0"},
+        "cls": {**{f"cls {value}": f"--cls {value}" for value in coefficients}, REG: METHODS[REG]},
+        "depth": {**{f"depth {block}": f"--encoder-depth {block}" for block in depths}, REG: METHODS[REG]},
+        "encoder": {name: f"--enc-type {spec}" for name, spec in encoders.items()},
+    }
 
 
 @dataclass(frozen=True)
@@ -46,7 +59,7 @@ class Files:
 
     data: Path
     judges: Judges
-    encoders: dict[str, tuple[str, str | None]]  # specification and weights; the first is every row's own
+    other_encoders: dict[str, str]  # flags of the rows of the encoder's ablation
 
 
 @dataclass(frozen=True)
@@ -59,6 +72,7 @@ class Preset:
         seeds: of training.
         sampling: see `Sampling`.
         timing_steps: of the short runs that measure the time of a step.
+        depths, coefficients: rows of two ablations, see `ablations`.
         prepare: makes data, encoder and judge in a folder.
     """
 
@@ -67,6 +81,8 @@ class Preset:
     seeds: tuple[int, ...]
     sampling: Sampling
     timing_steps: int
+    depths: tuple[int, ...]
+    coefficients: tuple[str, ...]
     prepare: Callable[[Path, argparse.Namespace], Files]
 
 
@@ -78,18 +94,15 @@ def prepare_digits(folder: Path, args: argparse.Namespace) -> Files:
                 save_png(folder / "raw" / name / str(label) / f"{number:04d}.png", Image.fromarray(scan))
             _convert(folder / "raw" / name, folder / name / "images", digits.RESOLUTION)
     _encode(folder / "train", "pixel")
-    encoders = {}
-    for name, steps in (("400 steps", 400), ("40 steps", 40)):
-        weights = folder / f"encoder-{steps}.safetensors"
+    well, badly = (folder / f"encoder-{steps}.safetensors" for steps in DIGITS_ENCODER_STEPS)
+    for weights, steps in zip((well, badly), DIGITS_ENCODER_STEPS, strict=True):
         if not weights.exists():
             digits.train_encoder(weights, steps)
-        encoders[name] = (digits.ENCODER_SPEC, str(weights))
     judge = folder / "judge.pt"
     if not judge.exists():
         train_judge(judge, *load_images(folder / "held_out" / "images"), digits.RESOLUTION, [32, 64, 64], 600)
-    spec, weights = encoders["400 steps"]
-    judges = Judges(folder / "held_out" / "images", judge, spec, weights, "pixel", "cpu")
-    return Files(folder / "train", judges, encoders)
+    judges = Judges(folder / "held_out" / "images", judge, digits.ENCODER_SPEC, str(well), "pixel", "cpu")
+    return Files(folder / "train", judges, {f"encoder of {DIGITS_ENCODER_STEPS[1]} steps": f"--enc-weights {badly}"})
 
 
 def prepare_photographs(folder: Path, args: argparse.Namespace) -> Files:
@@ -107,7 +120,7 @@ def prepare_photographs(folder: Path, args: argparse.Namespace) -> Files:
         held_out = load_images(folder / "held_out" / "images")
         train_judge(judge, *held_out, 96, [32, 64, 128, 256], args.judge_steps, device)
     judges = Judges(folder / "held_out" / "images", judge, args.enc_type, args.enc_weights, args.vae, device)
-    return Files(folder / "train", judges, {args.enc_type: (args.enc_type, args.enc_weights)})
+    return Files(folder / "train", judges, {})
 
 
 def _extract_half(source: Path, dest: Path, half: int, limit: int | None) -> None:
@@ -136,15 +149,11 @@ def _encode(data: Path, vae: str) -> None:
 def run(command: list[str], log: Path | None = None, threads: int | None = None) -> None:
     """Run a program of this repository to its end; its output goes to `log`. Raises InputError if it fails."""
     environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
-    output = None
+    program = [sys.executable, str(ROOT / command[0]), *command[1:]]
     if log is not None:
         log.parent.mkdir(parents=True, exist_ok=True)
-        output = open(log, "ab")  # noqa: SIM115 - closed below
-    try:
-        done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, stdout=output, stderr=output)
-    finally:
-        if output is not None:
-            output.close()
+    with open(log, "ab") if log is not None else contextlib.nullcontext() as output:
+        done = subprocess.run(program, env=environment, stdout=output, stderr=output)
     if done.returncode:
         raise InputError(f"{' '.join(command)} failed with status {done.returncode}" + (f"; see {log}" if log else ""))
 
@@ -152,19 +161,23 @@ def run(command: list[str], log: Path | None = None, threads: int | None = None)
 PRESETS = {
     "digits": Preset(
         flags="--model SiT-S/4 --depth 4 --hidden-size 128 --num-heads 4 --encoder-depth 2 --projector-dim 256 "
-        "--batch-size 64 --learning-rate 1e-3 --ema-decay 0.99 --num-workers 0 --device cpu",
-        steps=(100, 200, 300, 400, 600, 800, 1200, 1600, 2000),
+        "--batch-size 32 --learning-rate 2e-3 --ema-decay 0.99 --num-workers 0",
+        steps=(400, 600, 800, 1000, 1200, 1600, 2000, 2400),
         seeds=(0, 1, 2),
-        sampling=Sampling(images=900, num_steps=10, batch_size=300),
+        sampling=Sampling(images=600, num_steps=8, batch_size=300),
         timing_steps=60,
+        depths=(1, 3, 4),
+        coefficients=("0.003", "0.01", "0.1", "0.3"),
         prepare=prepare_digits,
     ),
     "imagenette": Preset(
-        flags="--model SiT-S/2 --batch-size 64 --learning-rate 3e-4 --ema-decay 0.999 --num-workers 8",
+        flags="--model SiT-S/2 --batch-size 64 --learning-rate 3e-4 --ema-decay 0.999 --num-workers 12",
         steps=(500, 1000, 1500, 2000, 3000, 4000),
         seeds=(0,),
-        sampling=Sampling(images=2000, num_steps=25, batch_size=100),
+        sampling=Sampling(images=2000, num_steps=12, batch_size=200),
         timing_steps=100,
+        depths=(2, 6, 8),
+        coefficients=("0.01", "0.02", "0.05", "0.1"),
         prepare=prepare_photographs,
     ),
 }

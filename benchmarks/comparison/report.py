@@ -16,6 +16,7 @@ from pictures import save_png
 
 matplotlib.use("Agg")  # no screen needed
 import matplotlib.pyplot as plt
+from matplotlib.ticker import NullFormatter, ScalarFormatter
 
 Curve = list[tuple[int, float]]  # steps and distance, by step
 COLOURS = ("tab:gray", "tab:blue", "tab:red", "tab:green", "tab:purple", "tab:orange")
@@ -73,23 +74,26 @@ def mean_curve(seeds: list[Curve]) -> Curve:
 
 
 def speed_ups(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the factors of each pair of rows, by steps and by time: of the mean curves, and of each seed by itself."""
+    """Return the factors of each pair of rows, by steps and by time: of the mean curves, of each seed by itself, and
+    of the mean curves had the slower one ended at an earlier evaluation."""
     rows, found = list(result["rows"]), []
     by_end = sorted(rows, key=lambda row: mean_curve(curves(result, row))[-1][1], reverse=True)
     for number, slower in enumerate(by_end):
         for faster in by_end[number + 1 :]:
             pairs = list(zip(curves(result, slower), curves(result, faster), strict=True))
             each = [speed_up(a, b) for a, b in pairs]
-            steps = speed_up(mean_curve(curves(result, slower)), mean_curve(curves(result, faster)))
+            slow, fast = mean_curve(curves(result, slower)), mean_curve(curves(result, faster))
+            steps = speed_up(slow, fast)
             price = result["seconds_per_step"][slower] / result["seconds_per_step"][faster]
             found.append(
                 {
                     "faster": faster,
                     "slower": slower,
-                    "level": mean_curve(curves(result, slower))[-1][1],
+                    "level": slow[-1][1],
                     "steps": steps,
                     "time": None if steps is None else steps * price,
                     "steps_of_each_seed": each,
+                    "steps_by_length": {slow[i][0]: speed_up(slow[: i + 1], fast) for i in range(len(slow))},
                 }
             )
     return found
@@ -98,7 +102,7 @@ def speed_ups(result: dict[str, Any]) -> list[dict[str, Any]]:
 def table(result: dict[str, Any]) -> str:
     """Return the outcome as Markdown: last scores of each row, mean and standard deviation over seeds; the factors."""
     columns = {
-        "distance": "Frechet distance, judge",
+        "distance": result["metric"],
         "encoder_distance": "encoder",
         "right": "read as its label",
         "coherence": "coherence",
@@ -113,11 +117,9 @@ def table(result: dict[str, Any]) -> str:
         ends = [seed[-1] for seed in result["scores"][row].values()]
         cells = [_mean_and_spread([end[key] for end in ends if key in end]) for key in columns]
         lines.append(f"| {row} | " + " | ".join(cells) + f" | {result['seconds_per_step'][row]:.3f} |")
-    real = result["real"]
-    lines.append(
-        f"| real images (the half trained on) | {real['distance']:.2f} | {real['encoder_distance']:.2f} | "
-        f"{real['right']:.3f} | | | | | |"
-    )
+    if real := result["real"]:
+        cells = [f"{real[key]:.3f}" if key in real else "" for key in columns]
+        lines.append("| real images, the half trained on | " + " | ".join(cells) + " | |")
     lines += ["", "| to reach the last distance of | it needs times fewer steps | each seed | times less time |"]
     lines.append("|---|---|---|---|")
     for pair in result["speed_ups"]:
@@ -149,10 +151,13 @@ def draw(result: dict[str, Any], path: Path) -> None:
                 _band(coherence, found, 1, colour, f"{row}: {label}", style)
     _read_off(result, by_steps)
     for axes, label in ((by_steps, "training steps"), (by_time, "seconds of training")):
-        axes.axhline(result["real"]["distance"], color="black", linestyle=":", linewidth=1, label="real images")
-        axes.set(xlabel=label, ylabel="Frechet distance, independent judge", xscale="log", yscale="log")
+        if result["real"]:
+            axes.axhline(result["real"]["distance"], color="black", linestyle=":", linewidth=1, label="real images")
+        axes.set(xlabel=label, ylabel=result["metric"], xscale="log", yscale="log")
     coherence.set(xlabel="training steps", ylabel="cosine of the generated token with the encoder's", xscale="log")
     for axes in (by_steps, by_time, coherence):
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(which="both", alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize="small")
@@ -177,13 +182,14 @@ def _read_off(result: dict[str, Any], axes: plt.Axes) -> None:
         slow = steps_to_reach(mean_curve(curves(result, pair["slower"])), pair["level"])
         ends = (slow / pair["steps"], pair["level"]), (slow, pair["level"])
         axes.annotate("", *ends, arrowprops={"arrowstyle": "->", "color": "black"})
-        text = f"{pair['steps']:.1f} times fewer steps than {pair['slower']}"
-        axes.annotate(text, ends[0], xytext=(4, 4), textcoords="offset points", fontsize="small")
+        text = f"{pair['steps']:.1f} x"
+        middle = math.sqrt(ends[0][0] * ends[1][0]), pair["level"]
+        axes.annotate(text, middle, xytext=(0, 3), textcoords="offset points", fontsize="small", ha="center")
 
 
 def draw_samples(result: dict[str, Any], runs: dict[tuple[str, int], Path], path: Path) -> None:
     """Put the grids of the first seed side by side: a column a row of the table, a line a step; same noise, labels."""
-    seed = result["seeds"][0]
+    seed, grids = result["seeds"][0], "samples" if result["preset"] == "imagenet" else "grids"
     steps = [scores["step"] for scores in next(iter(result["scores"].values()))[str(seed)]]
     shown = [steps[i] for i in sorted({round(k) for k in np.linspace(0, len(steps) - 1, GRIDS_SHOWN)})]
     figure, axes = plt.subplots(
@@ -192,7 +198,7 @@ def draw_samples(result: dict[str, Any], runs: dict[tuple[str, int], Path], path
     )  # fmt: skip
     for line, step in zip(axes, shown, strict=True):
         for cell, row in zip(line, result["rows"], strict=True):
-            cell.imshow(Image.open(runs[row, seed] / "grids" / f"{step:07d}.png"), interpolation="nearest")
+            cell.imshow(Image.open(runs[row, seed] / grids / f"{step:07d}.png"), interpolation="nearest")
             cell.set_title(f"{row}, {step} steps", fontsize="small")
             cell.axis("off")
     figure.canvas.draw()

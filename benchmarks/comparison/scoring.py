@@ -60,7 +60,8 @@ class Scorer:
     """Scores checkpoints against the held-out images; reads them, the judge and the encoder once."""
 
     def __init__(self, judges: Judges):
-        self.judges, self.device = judges, torch.device(judges.device)
+        self.device = torch.device(judges.device)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # as generate.py, for sampling
         self.real, self.labels = load_images(judges.held_out)
         self.classes = int(self.labels.max()) + 1
         self.judge = load_judge(judges.judge, self.device)
