@@ -208,7 +208,7 @@ class PlainForm:
         )
         x = SD_FORMAT.sample(moments, noise.latent_noise)
         with torch.autocast(device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None):
-            cls_token, targets = train.encode(work.encoders, images, args.cls_token, args.proj_coeff > 0)
+            cls_token, targets = train.encode(work.encoders, images, x, args.entangle, args.proj_coeff > 0)
             given = (x, y, cls_token, targets, noise.t, noise.noise, noise.cls_noise, noise.label_drop)
             terms = (
                 self.criterion(network, *given) if "loss" in self.on else looped_loss(self.criterion, network, *given)
