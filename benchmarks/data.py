@@ -22,8 +22,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.timing import write_result
 from dataset import GlobalBatchSampler, LatentDataset
-from files import InputError, run_cli, write_json
+from files import InputError, run_cli
 
 WANTED = 600  # images per second and GPU, from 8 cores: what training REG-XL/2 on a fast GPU could ask for
 
@@ -82,7 +83,9 @@ def main() -> None:
     verdict = "yes" if all(8 * row["by_core"] >= WANTED for row in rows) else "no"
     print(f"\n{WANTED} images/s from 8 cores: {verdict}")
     if args.json:
-        write_json(args.json, {"images": len(dataset), "resolution": dataset.resolution, "rows": rows})
+        write_result(
+            args.json, {"images": len(dataset), "resolution": dataset.resolution, "rows": rows}, torch.device("cpu")
+        )
 
 
 if __name__ == "__main__":

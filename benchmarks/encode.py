@@ -24,9 +24,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.timing import in_turns, matrix_rate, peak_memory
+from benchmarks.timing import in_turns, matrix_rate, peak_memory, write_result
 from devices import AUTO, batch_size, check_batch_size, largest_batch
-from files import InputError, run_cli, write_json
+from files import InputError, run_cli
 from models.autoencoder import SD_FORMAT, Codec, KLCodec, load_codec
 from models.inference import NETWORK_DTYPES
 
@@ -189,8 +189,7 @@ def main() -> None:
             f"| {row['rms_deviation']:.1e} |"
         )
     if args.json:
-        used = {key: value for key, value in vars(args).items() if key != "json"}
-        write_json(args.json, {"hardware": name, "torch": torch.__version__, "flops": flops, **used, "rows": rows})
+        write_result(args.json, {"flops": flops, "rows": rows}, device)
 
 
 if __name__ == "__main__":

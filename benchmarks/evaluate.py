@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.timing import matrix_rate, peak_memory
+from benchmarks.timing import matrix_rate, peak_memory, write_result
 from devices import AUTO, batch_size, check_batch_size, largest_batch
 from evaluations.extract import CPU_BATCH
 from evaluations.inception import SPATIAL_CHANNELS, Inception, InceptionOutput, full_precision, load_inception
@@ -38,7 +38,7 @@ from evaluations.inception import resize_bilinear_tf1 as resize
 from evaluations.inception_graph import BATCH_NORM_EPSILON, HEAD, NUM_CLASSES, NUM_FEATURES, TRUNK, Chain, Conv, Pool
 from evaluations.inception_graph import convolutions as all_convolutions
 from evaluations.inception_weights import load_weights
-from files import InputError, run_cli, write_json
+from files import InputError, run_cli
 
 RESOLUTION = 256
 
@@ -97,7 +97,7 @@ def main() -> None:
             result["evaluation"] = evaluate(Path(folder), weights, args)
     show(result)
     if args.out:
-        write_json(args.out, result)
+        write_result(args.out, result, torch.device(args.device))
 
 
 def parse_args() -> argparse.Namespace:

@@ -18,8 +18,9 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.timing import write_result
 from benchmarks.training_steps import OurForm, PlainForm, Workload
-from files import InputError, atomic_write, run_cli, write_json
+from files import InputError, atomic_write, run_cli
 
 ONE_ULP = 1 + 2**-23  # moves a float32 to a neighbour
 PARTED = 1e-3  # relative difference from which on two losses count as parted
@@ -50,8 +51,8 @@ def main() -> None:
     losses = {**train_all(args, "no"), **train_all(args, args.precision)}
     print(table(losses))
     if args.json:
-        settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-        write_json(args.json, {"torch": torch.__version__, "settings": settings, "losses": losses})
+        device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+        write_result(args.json, {"losses": losses}, device)
     if args.picture:
         draw(losses, args.picture)
 

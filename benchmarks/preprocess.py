@@ -17,8 +17,11 @@ import time
 import zipfile
 from pathlib import Path
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from files import FileSource, InputError, open_source, run_cli, write_json
+from benchmarks.timing import write_result
+from files import FileSource, InputError, open_source, run_cli
 from preprocessing.listing import list_images
 from preprocessing.parallel import available_cores
 
@@ -92,7 +95,9 @@ def main() -> None:
                 label = f"encode, batch {size}, {threads} threads"
                 rows.append(measure(label, "encode.py", flags, len(to_encode), threads))
     if args.json:
-        write_json(args.json, {"cores": available_cores(), "resolution": args.resolution, "rows": rows})
+        write_result(
+            args.json, {"cores": available_cores(), "resolution": args.resolution, "rows": rows}, torch.device("cpu")
+        )
 
 
 if __name__ == "__main__":

@@ -29,9 +29,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.encode import sd_architecture
-from benchmarks.timing import in_turns, matrix_rate, peak_memory, seconds
+from benchmarks.timing import in_turns, matrix_rate, peak_memory, seconds, write_result
 from devices import AUTO, batch_size, check_batch_size, largest_batch
-from files import InputError, run_cli, write_json
+from files import InputError, run_cli
 from models.checkpoint import load_model
 from models.inference import NETWORK_DTYPES, CudaGraphs, compile_blocks, convert
 from models.interpolant import Interpolant
@@ -313,7 +313,7 @@ def main() -> None:
     }
     show(result)
     if args.json:
-        write_json(args.json, result)
+        write_result(args.json, result, bench.device)
 
 
 if __name__ == "__main__":

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import resource
+import shlex
 import sys
 import time
 from collections.abc import Callable, Hashable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from tqdm import tqdm
+
+from files import write_json
+from training.throughput import describe_code
 
 Name = TypeVar("Name", bound=Hashable)
 
@@ -69,3 +73,10 @@ def matrix_rate(device: torch.device, at_least: float, dtype: torch.dtype = torc
     size = MATRIX[device.type]
     a = torch.randn(size, size, device=device).to(dtype)
     return 2 * size**3 / seconds(lambda: a @ a, device, at_least)
+
+
+def write_result(path: str | Path, result: dict[str, Any], device: torch.device) -> None:
+    """Write what was measured as JSON, and by which command, code and versions, on what."""
+    command = shlex.join(["python", *sys.argv])
+    made = {"command": command, **describe_code(device), "threads": torch.get_num_threads()}
+    write_json(path, {**made, **result})

@@ -27,9 +27,9 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.timing import matrix_rate, peak_memory, reset_peak_memory, synchronise
+from benchmarks.timing import matrix_rate, peak_memory, reset_peak_memory, synchronise, write_result
 from benchmarks.training_steps import SWITCHES, OurForm, PlainForm, Workload
-from files import InputError, run_cli, write_json
+from files import InputError, run_cli
 from training.settings import SWITCH
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -89,9 +89,7 @@ def main() -> None:
     print(", ".join(f"{name} {rate / 1e12:.2f} TFLOP/s" for name, rate in rates.items()) + "\n")
     print(table(rows))
     if args.json:
-        settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-        content = {"device": where, "torch": torch.__version__, "matrix_flops": rates, "settings": settings}
-        write_json(args.json, {**content, "rows": [asdict(row) for row in rows]})
+        write_result(args.json, {"matrix_flops": rates, "rows": [asdict(row) for row in rows]}, device)
 
 
 def parse_args() -> argparse.Namespace:

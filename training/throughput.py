@@ -55,10 +55,17 @@ def describe_start(args: argparse.Namespace, step: int, device: torch.device, nu
         "step": step,
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "host": socket.gethostname(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         "processes": num_processes,
         "command": shlex.join([sys.executable, *sys.argv]),
         "seed": args.seed,
+        **describe_code(device),
+    }
+
+
+def describe_code(device: torch.device) -> dict[str, Any]:
+    """Return by which code, with which packages and on what a result was made."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain")),
         "python": platform.python_version(),
