@@ -67,6 +67,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--steps", help="at which checkpoints are scored, comma-separated, instead of the preset's")
     add("--samples", type=int, help="images of a score, instead of the preset's")
     add("--timing-steps", type=int, help="length of the runs that measure a step's time, instead of the preset's")
+    add("--unlabelled", action="store_true", help="train (all but 1 in 10,000) and sample without labels")
     add("--flags", default="", help="further flags of train.py, the same for all rows, in quotes")
     add("--source", help="imagenette: photographs, class folders in a folder or zip")
     add("--images", type=int, help="imagenette: at most so many photographs of a class in each half")
@@ -114,7 +115,8 @@ def main() -> None:
     finally:
         spent = add_time(args.out / f"elapsed-{args.ablation}.json", time.perf_counter() - begun)
     result = {**collect(args, preset, files, rows, jobs), **spent}
-    report.write(args.report, f"{args.preset}-{args.ablation}", result, {key: job.folder for key, job in jobs.items()})
+    name = f"{args.preset}-{args.ablation}" + ("-unlabelled" if args.unlabelled else "")
+    report.write(args.report, name, result, {key: job.folder for key, job in jobs.items()})
 
 
 def compare_on_a_cluster(args: argparse.Namespace) -> None:
@@ -142,10 +144,12 @@ def add_time(path: Path, seconds: float) -> dict[str, float]:
 def chosen_preset(args: argparse.Namespace) -> Preset:
     """Return the preset with what the command line changes."""
     preset = PRESETS[args.preset]
-    sampling = dataclasses.replace(preset.sampling, images=args.samples or preset.sampling.images)
+    images = args.samples or preset.sampling.images
+    sampling = dataclasses.replace(preset.sampling, images=images, labelled=not args.unlabelled)
+    unlabelled = "--cfg-prob 0.9999" if args.unlabelled else ""
     return dataclasses.replace(
         preset,
-        flags=f"{preset.flags} {args.flags}".strip(),
+        flags=" ".join(f"{preset.flags} {unlabelled} {args.flags}".split()),
         steps=args.steps or preset.steps,
         seeds=args.seeds or preset.seeds,
         sampling=sampling,

@@ -206,6 +206,12 @@ def test_a_comparison_runs_goes_on_and_is_not_mixed_with_another(toy, monkeypatc
     after = json.loads(path.read_text())
     assert not trained and [s["distance"] for s in after] == [s["distance"] for s in before]
 
+    monkeypatch.setattr("sys.argv", ["x", "--out", str(tmp_path / "unlabelled"), "--unlabelled", "--seeds", "1"])
+    monkeypatch.setattr(convergence, "run", lambda command, log, threads: train_here(command))
+    convergence.main()
+    result = json.loads((tmp_path / "unlabelled" / "digits-methods-unlabelled.json").read_text())
+    assert "right" not in result["scores"]["REG"]["1"][0] and "cls_tokens_right" in result["scores"]["REG"]["1"][0]
+
     with pytest.raises(InputError, match=r"holds a comparison with steps \[2, 4\], not \[2, 6\]"):
         monkeypatch.setattr("sys.argv", [*toy, "--steps", "2,6"])
         convergence.main()

@@ -16,7 +16,7 @@ from pictures import save_png
 
 matplotlib.use("Agg")  # no screen needed
 import matplotlib.pyplot as plt
-from matplotlib.ticker import NullFormatter, ScalarFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 Curve = list[tuple[int, float]]  # steps and distance, by step
 COLOURS = ("tab:gray", "tab:blue", "tab:red", "tab:green", "tab:purple", "tab:orange")
@@ -156,6 +156,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         axes.set(xlabel=label, ylabel=result["metric"], xscale="log", yscale="log")
     coherence.set(xlabel="training steps", ylabel="cosine of the generated token with the encoder's", xscale="log")
     for axes in (by_steps, by_time, coherence):
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(ScalarFormatter())
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(which="both", alpha=0.3)
@@ -182,9 +183,10 @@ def _read_off(result: dict[str, Any], axes: plt.Axes) -> None:
         slow = steps_to_reach(mean_curve(curves(result, pair["slower"])), pair["level"])
         ends = (slow / pair["steps"], pair["level"]), (slow, pair["level"])
         axes.annotate("", *ends, arrowprops={"arrowstyle": "->", "color": "black"})
-        text = f"{pair['steps']:.1f} x"
-        middle = math.sqrt(ends[0][0] * ends[1][0]), pair["level"]
-        axes.annotate(text, middle, xytext=(0, 3), textcoords="offset points", fontsize="small", ha="center")
+        axes.annotate(
+            f"{pair['steps']:.2f} x {pair['slower']}", ends[0], xytext=(-3, 0), textcoords="offset points",
+            fontsize="small", ha="right", va="center",
+        )  # fmt: skip
 
 
 def draw_samples(result: dict[str, Any], runs: dict[tuple[str, int], Path], path: Path) -> None:

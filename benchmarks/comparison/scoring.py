@@ -54,6 +54,7 @@ class Sampling:
     batch_size: int
     solver: str = "heun"
     shown: int = 40  # of them, in a grid
+    labelled: bool = True  # else of the null class, for networks trained without labels
 
 
 class Scorer:
@@ -91,19 +92,22 @@ class Scorer:
         return {kind: part.centres() for kind, part in sums.items()}
 
     @torch.no_grad()
-    def right(self, images: Tensor, labels: Tensor) -> float:
-        """Return the share of images that the judge reads as their label."""
-        read = [self.judge(batch.to(self.device))[1].argmax(1).cpu() for batch in images.split(BATCH_SIZE)]
-        return float((torch.cat(read) == labels).double().mean())
+    def read(self, images: Tensor) -> Tensor:
+        """Return the classes (N,) that the judge reads in images (N, 3, H, W) uint8."""
+        return torch.cat([self.judge(batch.to(self.device))[1].argmax(1).cpu() for batch in images.split(BATCH_SIZE)])
 
     def score_images(self, images: Tensor, labels: Tensor) -> dict[str, float]:
-        """Return `distance`, in the judge's features, `encoder_distance` and `right` of images (N, 3, H, W) uint8."""
+        """Return `distance`, in the judge's features, and `encoder_distance` of images (N, 3, H, W) uint8, and `right`,
+        the share that the judge reads as their label."""
         found = self.statistics(images)
         distances = {name: frechet_distance(found[name], self.reference[name]) for name in found}
-        return {**distances, "right": self.right(images, labels)}
+        return {**distances, "right": float((self.read(images) == labels).double().mean())}
 
     def score(self, path: Path, sampling: Sampling, grid: Path) -> dict[str, float]:
-        """Return the scores of a checkpoint's averaged network, and write a grid of its images."""
+        """Return the scores of a checkpoint's averaged network, and write a grid of its images.
+
+        Without labels, a token is right if its class is the one that the judge reads in the image.
+        """
         checkpoint = load_checkpoint(path)
         model = build_model(checkpoint, device=self.device, source=path)
         settings = checkpoint["args"]
@@ -113,7 +117,7 @@ class Scorer:
             numbers = range(first, min(first + sampling.batch_size, sampling.images))
             latents, cls_tokens = sample_images(
                 model,
-                [int(labels[n]) for n in numbers],
+                [int(labels[n]) if sampling.labelled else model.null_class for n in numbers],
                 [derive_seed(SAMPLING_SEED, n) for n in numbers],
                 Interpolant(settings.path_type),
                 mode="ode",
@@ -124,7 +128,10 @@ class Scorer:
             tokens.append(cls_tokens)
         images = torch.cat(made)
         save_png(grid, image_grid(images[: sampling.shown].permute(0, 2, 3, 1).numpy(), columns=self.classes))
+        labels = labels if sampling.labelled else self.read(images)
         scores = self.score_images(images, labels)
+        if not sampling.labelled:
+            del scores["right"]
         if settings.entangle in FROM_ENCODER:
             scores |= self.coherence(settings.entangle, images, torch.cat(tokens), labels)
         return scores
