@@ -175,8 +175,8 @@ def check_same_comparison(args: argparse.Namespace, preset: Preset) -> None:
     }
     if path.exists():
         for name, value in read_json(path).items():
-            if settings[name] != value:
-                raise InputError(f"{path.parent} holds a comparison with {name} {value}, not {settings[name]}")
+            if settings.get(name) != value:
+                raise InputError(f"{path.parent} holds a comparison with {name} {value}, not {settings.get(name)}")
     write_json(path, settings)
 
 
