@@ -20,6 +20,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 Curve = list[tuple[int, float]]  # steps and distance, by step
 COLOURS = ("tab:gray", "tab:blue", "tab:red", "tab:green", "tab:purple", "tab:orange")
+READ_OFF_FROM = 1.1  # smaller factors are not drawn: they are within the spread of seeds, and would hide the curves
 GRIDS_SHOWN = 3  # steps at which the samples picture shows the methods
 
 
@@ -152,7 +153,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     _read_off(result, by_steps)
     for axes, label in ((by_steps, "training steps"), (by_time, "seconds of training")):
         if result["real"]:
-            axes.axhline(result["real"]["distance"], color="black", linestyle=":", linewidth=1, label="real images")
+            axes.plot([], [], " ", label=f"(real images: {result['real']['distance']:.2f})")
         axes.set(xlabel=label, ylabel=result["metric"], xscale="log", yscale="log")
     coherence.set(xlabel="training steps", ylabel="cosine of the generated token with the encoder's", xscale="log")
     for axes in (by_steps, by_time, coherence):
@@ -177,7 +178,7 @@ def _band(axes: plt.Axes, seeds: list[Curve], scale: float, colour: str, label: 
 
 def _read_off(result: dict[str, Any], axes: plt.Axes) -> None:
     """Draw the factors of the best row: from where the slower one ends to where the best one was there."""
-    best = [pair for pair in result["speed_ups"] if pair["steps"] is not None]
+    best = [pair for pair in result["speed_ups"] if (pair["steps"] or 0) >= READ_OFF_FROM]
     best = [pair for pair in best if pair["faster"] == result["speed_ups"][-1]["faster"]]
     for pair in best:
         slow = steps_to_reach(mean_curve(curves(result, pair["slower"])), pair["level"])
