@@ -200,6 +200,11 @@ def make_job(args: argparse.Namespace, preset: Preset, files: Files, row: str, f
     return Job(folder, whole, preset.steps, files.judges, preset.sampling, threads)
 
 
+def log_file(folder: Path) -> Path:
+    """Return where the output of a run goes, beside its folder."""
+    return folder.with_name(f"{folder.name}.log")
+
+
 def work_off(jobs: list[Job], parallel: int) -> None:
     """Train and score what is not there yet, `parallel` runs at a time, each in a process of its own."""
     context = multiprocessing.get_context("spawn")
@@ -227,7 +232,7 @@ def do(job: Job) -> None:
     checkpoints = job.folder / "checkpoints"
     paths = {step: checkpoints / f"{step:07d}.pt" for step in job.steps}
     if not all(paths[step].exists() for step in missing_steps(job)):
-        run(["train.py", *job.flags], job.folder.with_suffix(".log"), job.threads)
+        run(["train.py", *job.flags], log_file(job.folder), job.threads)
     scorer = cached_scorer(job.judges)
     for step in missing_steps(job):
         begun = time.perf_counter()
@@ -262,7 +267,7 @@ def measure_steps(args: argparse.Namespace, preset: Preset, files: Files, rows: 
             where = ["--output-dir", str(folder.parent), "--exp-name", folder.name, "--resume", "latest"]
             log_every = max(1, preset.timing_steps // 4)
             length = ["--max-train-steps", str(preset.timing_steps), "--log-steps", str(log_every), "--no-check-data"]
-            run(["train.py", *row_flags(preset, files, flags), *where, *length], folder.with_suffix(".log"), threads)
+            run(["train.py", *row_flags(preset, files, flags), *where, *length], log_file(folder), threads)
             batch_size = read_json(folder / "args.json")["batch_size"]
             speeds = [logged["images_per_second"] for logged in read_metrics(folder / "metrics.jsonl")]
             found[row] += [batch_size / speed for speed in speeds[1:]]  # the first steps warm up
