@@ -228,6 +228,9 @@ def read_scores(folder: Path) -> list[dict[str, Any]]:
 
 def do(job: Job) -> None:
     """Train one run and score its checkpoints; only the last one is kept."""
+    main_process = multiprocessing.parent_process()
+    if main_process is not None and not main_process.is_alive():
+        sys.exit("the comparison has been ended; the same command goes on")
     torch.set_num_threads(job.threads)
     checkpoints = job.folder / "checkpoints"
     paths = {step: checkpoints / f"{step:07d}.pt" for step in job.steps}
