@@ -23,13 +23,13 @@ def averaged_copy(model: Module) -> Module:
 @torch.no_grad()
 def update(ema: nn.Module, model: nn.Module, decay: float = 0.9999, good: Tensor | None = None) -> None:
     """Move `ema` towards `model` by 1 - decay; not at all where the scalar `good` is 0, without reading it."""
-    weights, averages = _local(model), _local(ema)
+    weights, averages = local_parameters(model), local_parameters(ema)
     if good is None:
         torch._foreach_lerp_(averages, weights, 1 - decay)
     else:
         torch._foreach_lerp_(averages, weights, [good * (1 - decay)] * len(weights))
 
 
-def _local(network: nn.Module) -> list[Tensor]:
+def local_parameters(network: nn.Module) -> list[Tensor]:
     """Return the parameters, or what of them lies on this process if they are sharded among several."""
     return [p.to_local() if isinstance(p, DTensor) else p for p in network.parameters()]

@@ -54,12 +54,6 @@ def _run_flags(add: Callable) -> None:
         help="after a checkpoint that could not be written, try again so many steps later (%(default)s)",
     )
     add("--max-bad-steps", type=int, default=20, help="stop after so many steps in a row without a finite gradient")
-    add(
-        "--fsdp",
-        action=SWITCH,
-        default=False,
-        help="share weights, averages and AdamW's state out among the processes (FSDP), where one GPU cannot hold them",
-    )
     add("--timeout-minutes", type=float, default=30, help="how long processes wait for one that has died (%(default)s)")
     add("--resume-step", type=int, default=0, help="go on from the checkpoint of this step; 0: start anew")
     add("--resume", help="go on from 'latest' (start anew if there is no checkpoint yet) or from a checkpoint file")
@@ -187,6 +181,12 @@ def _speed_flags(add: Callable) -> None:
         default=False,
         help="less memory, more time, the same gradients: blocks are computed again in the backward pass",
     )
+    add(
+        "--fsdp",
+        action=SWITCH,
+        default=False,
+        help="share weights, averages and AdamW's state out among the processes (FSDP), where one GPU cannot hold them",
+    )
 
 
 FLAGS = {
@@ -196,7 +196,7 @@ FLAGS = {
     "network": _network_flags,
     "data": _data_flags,
     "precision": _precision_flags,
-    "speed": _speed_flags,
+    "speed and memory": _speed_flags,
     "optimisation": _optimisation_flags,
     "method": _method_flags,
 }

@@ -18,6 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from files import InputError
+from models.ema import local_parameters
 from models.sit import SiT
 
 
@@ -63,9 +64,8 @@ def shard_like(state: dict[int, dict[str, Tensor]], network: SiT) -> dict[int, d
 
 def count_parameters(network: torch.nn.Module) -> dict[str, int]:
     """Return how many parameters a network has, and how many of them this process keeps."""
-    parameters = list(network.parameters())
-    kept = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
-    return {"parameters": sum(p.numel() for p in parameters), "parameters_kept": sum(p.numel() for p in kept)}
+    counts = {"parameters": network.parameters(), "parameters_kept": local_parameters(network)}
+    return {name: sum(p.numel() for p in parameters) for name, parameters in counts.items()}
 
 
 def whole_norm(norm: Tensor) -> Tensor:
