@@ -167,6 +167,25 @@ class FinalLayer(nn.Module):
         return self.linear(x), None
 
 
+class Projector(nn.Sequential):
+    """The three-layer MLP of REPA (arXiv 2410.06940, section 3), from the network's width to an encoder's."""
+
+    def __init__(self, hidden_size: int, projector_dim: int, z_dim: int):
+        super().__init__(
+            nn.Linear(hidden_size, projector_dim),
+            nn.SiLU(),
+            nn.Linear(projector_dim, projector_dim),
+            nn.SiLU(),
+            nn.Linear(projector_dim, z_dim),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return tokens (N, T, z_dim) of tokens (N, T, D)."""
+        for layer in self:  # written out, as torch before 2.12 leaves nn.Sequential's own forward uncompiled
+            x = layer(x)
+        return x
+
+
 class SiT(nn.Module):
     """Scalable interpolant transformer with an optional class slot.
 
@@ -235,7 +254,7 @@ class SiT(nn.Module):
         self.blocks = nn.ModuleList(
             SiTBlock(hidden_size, num_heads, mlp_ratio, qk_norm, fused_attn) for _ in range(depth)
         )
-        self.projectors = nn.ModuleList(_projector(hidden_size, projector_dim, z_dim) for z_dim in z_dims)
+        self.projectors = nn.ModuleList(Projector(hidden_size, projector_dim, z_dim) for z_dim in z_dims)
         self.final_layer = FinalLayer(hidden_size, patch_size**2 * in_channels, self.cls_token_dim)
         if self.cls_token_dim:
             self.cls_projectors2 = nn.Linear(self.cls_token_dim, hidden_size)  # embeds the noisy class token ...
@@ -359,17 +378,6 @@ class SiT(nn.Module):
             return block(x, c)
         # Nothing in a block is random, so there is no random state to keep.
         return checkpoint(block, x, c, use_reentrant=False, preserve_rng_state=False)
-
-
-def _projector(hidden_size: int, projector_dim: int, z_dim: int) -> nn.Sequential:
-    """The three-layer MLP of REPA, from the network's width to an encoder's."""
-    return nn.Sequential(
-        nn.Linear(hidden_size, projector_dim),
-        nn.SiLU(),
-        nn.Linear(projector_dim, projector_dim),
-        nn.SiLU(),
-        nn.Linear(projector_dim, z_dim),
-    )
 
 
 def _check_sizes(

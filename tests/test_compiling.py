@@ -4,8 +4,10 @@ import torch
 import train
 from loss import REGLoss
 from models import ema
+from models.encoders import untrained_encoder
 from models.interpolant import Interpolant
 from tests.conftest import run_training
+from tests.test_benchmarks import ENCODER
 from tests.test_sit import inputs, randomise, small
 from tests.test_train import terms, with_flags
 from training.compiling import compile_training
@@ -60,6 +62,24 @@ def test_all_blocks_share_one_graph_and_no_step_after_the_first_compiles(train_f
         run_training(with_flags(train_flags, "--compile", "--depth", depth, "--exp-name", f"depth{depth}"))
     assert len(added) == 8 and added[0] == added[4] > 3
     assert not any(added[1:4] + added[5:])
+
+
+def test_each_region_is_one_graph():
+    network, graphs = randomise(small()), []
+    encoder = untrained_encoder(ENCODER, 64, "cpu")
+
+    def backend(graph, given):
+        graphs.append(graph)
+        return graph
+
+    compile_training(network, [encoder], REGLoss(Interpolant()), backend=backend)
+    x, c = torch.randn(2, 17, 32), torch.randn(2, 32)
+    regions = ((network.blocks[0], x, c), (network.projectors[0], x), (network.final_layer, x, c, True))
+    for number, (region, *given) in enumerate(regions, start=1):
+        region(*given)
+        assert len(graphs) == number, region
+    encoder(torch.zeros(2, 3, 64, 64, dtype=torch.uint8))
+    assert len(graphs) == len(regions) + 1
 
 
 def test_compiling_changes_no_name_and_no_average():
