@@ -4,6 +4,7 @@ import torch
 
 from models.sit import SiT_models
 from tests.conftest import run_training
+from training import throughput
 from training.throughput import peak_flops, training_flops
 
 
@@ -34,3 +35,9 @@ def test_each_start_of_a_run_is_described(train_flags):
     starts = [json.loads(line) for line in (folder / "starts.jsonl").read_text().splitlines()]
     assert [(start["step"], start["seed"], start["processes"]) for start in starts] == [(0, 5, 1), (2, 5, 1)]
     assert all(start["host"] and start["command"] and start["torch"] == torch.__version__ for start in starts)
+
+
+def test_code_that_git_knows_nothing_of_is_not_called_unchanged(monkeypatch):
+    monkeypatch.setattr(throughput, "_git", lambda *command: None)
+    described = throughput.describe_code(torch.device("cpu"))
+    assert described["commit"] is None and described["uncommitted_changes"] is None

@@ -64,10 +64,11 @@ def describe_start(args: argparse.Namespace, step: int, device: torch.device, nu
 
 def describe_code(device: torch.device) -> dict[str, Any]:
     """Return by which code, with which packages and on what a result was made."""
+    changes = _git("status", "--porcelain")
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain")),
+        "uncommitted_changes": None if changes is None else bool(changes),
         "python": platform.python_version(),
         "torch": torch.__version__,
         **{name: _version(name) for name in PACKAGES},
