@@ -12,8 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.timing import matrix_rate, peak_memory, write_result
+from benchmarks.timing import matrix_rate, peak_memory, run_measured, write_result
 from devices import AUTO, batch_size, check_batch_size, largest_batch
 from evaluations.extract import CPU_BATCH
 from evaluations.inception import SPATIAL_CHANNELS, Inception, InceptionOutput, full_precision, load_inception
@@ -136,14 +134,14 @@ def measure(name: str, weights: Path, options: dict[str, Any]) -> dict[str, Any]
         pool = torch.cat([network(batch.to(device)).pool for batch in images.split(size)])
         pool = pool.cpu()  # waits for the device
         seconds.append(time.perf_counter() - start)
-    best = min(seconds[1:]) / options["images"]
+    best, peak = min(seconds[1:]) / options["images"], peak_memory(device)
     with full_precision(device):
         ceiling = matrix_rate(device, 1)
     return {
         "seconds_per_image": best,
         "batch_size": size,
         "utilisation": flops / best / ceiling,
-        "peak_gb": peak_memory(device) - before,
+        "peak_gb": peak - before,
         "pool": pool.numpy(),
     }
 
@@ -162,11 +160,8 @@ def evaluate(folder: Path, weights: Path, args: argparse.Namespace) -> dict[str,
     for number, (flag, count) in enumerate(batches.items()):
         flags += [flag, str(write_noise(folder / f"batch{number}.npz", count))]
     flags += ["--cpu"] if args.device == "cpu" else []
-    start = time.perf_counter()
-    subprocess.run([sys.executable, str(ROOT / "evaluations" / "evaluator.py"), *flags], check=True)
-    seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-    return {"samples": args.evaluate, "references": args.references, "seconds": seconds, "peak_host_mib": peak}
+    seconds, memory = run_measured([sys.executable, ROOT / "evaluations" / "evaluator.py", *flags])
+    return {"samples": args.evaluate, "references": args.references, "seconds": seconds, "host_memory_gb": memory}
 
 
 def write_noise(path: Path, count: int) -> Path:
@@ -214,7 +209,10 @@ def show(result: dict[str, Any]) -> None:
         )
     if "evaluation" in result:
         row = result["evaluation"]
-        print(f"evaluator: {row['samples']:,} samples, {row['references']:,} references: {row['seconds']:.1f} s")
+        print(
+            f"evaluator: {row['samples']:,} samples, {row['references']:,} references: {row['seconds']:.1f} s, "
+            f"{row['host_memory_gb']:.2f} GB on the host"
+        )
     print(json.dumps(result))
 
 

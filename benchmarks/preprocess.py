@@ -9,19 +9,16 @@ start-up and is subtracted. Memory is that of the program's largest process.
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
 import sys
 import tempfile
-import time
 import zipfile
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.timing import write_result
-from files import FileSource, InputError, open_source, run_cli
+from benchmarks.timing import run_measured, write_result
+from files import FileSource, open_source, run_cli
 from preprocessing.listing import list_images
 from preprocessing.parallel import available_cores
 
@@ -38,19 +35,8 @@ def take(source: FileSource, names: list[str], path: Path) -> Path:
 
 def run_once(program: str, flags: list[object], threads: int) -> tuple[float, float]:
     """Return the seconds that a program takes and the memory of its largest process in GB."""
-    command = [sys.executable, str(REPOSITORY / "preprocessing" / program), *map(str, flags)]
-    begun = time.perf_counter()
-    process = subprocess.Popen(
-        command,
-        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise InputError(f"{' '.join(command)} failed; run it by itself to see why")
-    unit = 1 if sys.platform == "darwin" else 1024
-    return time.perf_counter() - begun, usage.ru_maxrss * unit / 1e9
+    command = [sys.executable, REPOSITORY / "preprocessing" / program, *flags]
+    return run_measured(command, {"OMP_NUM_THREADS": str(threads)})
 
 
 def measure(label: str, program: str, flags: list[object], images: int, threads: int) -> dict[str, object]:

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import os
+import re
 import resource
 import shlex
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from tqdm import tqdm
 
-from files import write_json
+from files import InputError, write_json
 from training.throughput import describe_code
 
 Name = TypeVar("Name", bound=Hashable)
 
+RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes, of getrusage(2)
+# A process is counted with the memory of the one that started it, so a small one starts what is measured.
+GO_BETWEEN = """
+import resource, subprocess, sys
+status = subprocess.run(sys.argv[1:], stdout=sys.stderr).returncode
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+sys.exit(status)
+"""
 MATRIX = {"cpu": 2048, "cuda": 8192}  # large enough for the device's best rate
 
 
@@ -64,8 +75,24 @@ def peak_memory(device: torch.device) -> float:
     """Return the most memory used so far, in GB: on a GPU its own, on a CPU the whole process's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024 / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT / 1e9
+
+
+def run_measured(command: Sequence[object], environment: dict[str, str] | None = None) -> tuple[float, float]:
+    """Run a program; return the seconds it takes and the memory of its largest process in GB.
+
+    Raises:
+        InputError: it failed; what it had to say was printed.
+    """
+    begun = time.perf_counter()
+    between = [sys.executable, "-S", "-c", GO_BETWEEN, *map(str, command)]
+    done = subprocess.run(between, env={**os.environ, **(environment or {})}, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise InputError(f"{shlex.join(between[4:])} failed with status {done.returncode}")
+    return time.perf_counter() - begun, int(done.stdout) * RSS_UNIT / 1e9
 
 
 def matrix_rate(device: torch.device, at_least: float, dtype: torch.dtype = torch.float32) -> float:
