@@ -29,6 +29,20 @@ READ_EVERY = 20  # steps
 
 def main() -> None:
     """Train as the command line says, in each form."""
+    args = parse_args()
+    losses: dict[str, list[float]] = {}
+    for precision in ("no", *args.precision):
+        losses |= train_all(args, precision)
+    if args.json:
+        device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+        write_result(args.json, {"losses": losses}, device)
+    print(table(losses))
+    if args.picture:
+        draw(losses, args.picture)
+
+
+def parse_args() -> argparse.Namespace:
+    """Return the checked settings."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--model", default="SiT-S/2", help="preset (%(default)s)")
@@ -38,7 +52,7 @@ def main() -> None:
     add("--batches", type=int, default=8, help="different batches, in turn (%(default)s)")
     add("--encoder", default="timm/vit_tiny_patch16_224:input=128", help="as --enc-type of train.py (%(default)s)")
     add("--enc-weights", help="its file; default: random weights")
-    add("--precision", choices=["bf16", "fp16"], default="bf16", help="of the fast path (%(default)s)")
+    add("--precision", nargs="+", choices=["bf16", "fp16"], default=["bf16"], help="of the fast path (%(default)s)")
     add("--learning-rate", type=float, default=1e-4, help="constant (%(default)s)")
     add("--steps", type=int, default=200, help="of each form (%(default)s)")
     add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: CUDA if there is one")
@@ -48,13 +62,7 @@ def main() -> None:
     args = parser.parse_args()
     if min(args.steps, args.batch_size, args.batches, args.depth) < 1:
         raise InputError("--steps, --batch-size, --batches and --depth must be at least 1")
-    losses = {**train_all(args, "no"), **train_all(args, args.precision)}
-    print(table(losses))
-    if args.json:
-        device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
-        write_result(args.json, {"losses": losses}, device)
-    if args.picture:
-        draw(losses, args.picture)
+    return args
 
 
 def train_all(args: argparse.Namespace, precision: str) -> dict[str, list[float]]:
@@ -62,6 +70,7 @@ def train_all(args: argparse.Namespace, precision: str) -> dict[str, list[float]
     flags = f"--model {args.model} --batch-size {args.batch_size} --mixed-precision {precision} --device {args.device}"
     flags += f" --enc-type {args.encoder} --learning-rate {args.learning_rate} --no-allow-tf32"
     flags += f" --depth {args.depth} --encoder-depth 1"
+    torch.compiler.reset()  # which keeps but a few compilations of one function
     work = Workload(flags.split(), args.resolution, args.batches, args.enc_weights)
     losses = {}
     for name, make, first in (

@@ -205,7 +205,7 @@ def class_slot_price(bench: Bench) -> dict[str, Any]:
     """
     args = bench.args
     flops, fastest = [], []
-    torch._dynamo.reset()  # which keeps but a few compilations of one function
+    torch.compiler.reset()  # which keeps but a few compilations of one function
     for cls_token_dim in (None, CLASS_WIDTH):
         model = random_network(args.model, args.resolution, False, cls_token_dim).to(bench.device)
         flops.append(network_flops(model))

@@ -65,6 +65,30 @@ class Measured:
 
 def main() -> None:
     """Print the prediction."""
+    args = parse_args()
+    network = Network(args.gpus_per_machine, args.inside * 1e9, args.between * 1e9, args.latency / 1e6)
+    print(
+        f"assumed: {args.gpus_per_machine} GPUs a machine, {args.inside:g} GB/s inside, {args.between:g} GB/s between "
+        f"machines, {args.latency:g} us a hop, {args.overlap:.0%} of the backward pass to hide behind\n"
+    )
+    print("| workload | GPUs | batch, each | all-reduce, ms | step, ms | images/s | efficiency |")
+    print("|---|---|---|---|---|---|---|")
+    for one in read_measured(args.json) if args.json else given(args):
+        alone = (one.fixed + one.per_image * one.batch_size) / one.batch_size
+        for gpus in GPUS:
+            batch = args.global_batch / gpus if args.global_batch else one.batch_size
+            if batch < 1:
+                continue
+            seconds = step_time(network, gpus, one.fixed + one.per_image * batch, one.gradients, args.overlap)
+            rate = gpus * batch / seconds
+            print(
+                f"| {one.name} | {gpus} | {batch:g} | {1e3 * network.all_reduce(gpus, one.gradients):.1f} "
+                f"| {1e3 * seconds:.1f} | {rate:.0f} | {rate * alone / gpus:.1%} |"
+            )
+
+
+def parse_args() -> argparse.Namespace:
+    """Return the checked settings."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--json", type=Path, help="what benchmarks/train_step.py wrote: the fastest form of each model and size")
@@ -85,25 +109,7 @@ def main() -> None:
     args = parser.parse_args()
     if (args.json is None) == (args.step_seconds is None or args.gradient_bytes is None):
         raise InputError("give either --json or both --step-seconds and --gradient-bytes")
-    network = Network(args.gpus_per_machine, args.inside * 1e9, args.between * 1e9, args.latency / 1e6)
-    print(
-        f"assumed: {args.gpus_per_machine} GPUs a machine, {args.inside:g} GB/s inside, {args.between:g} GB/s between "
-        f"machines, {args.latency:g} us a hop, {args.overlap:.0%} of the backward pass to hide behind\n"
-    )
-    print("| workload | GPUs | batch, each | all-reduce, ms | step, ms | images/s | efficiency |")
-    print("|---|---|---|---|---|---|---|")
-    for one in read_measured(args.json) if args.json else given(args):
-        alone = (one.fixed + one.per_image * one.batch_size) / one.batch_size
-        for gpus in GPUS:
-            batch = args.global_batch / gpus if args.global_batch else one.batch_size
-            if batch < 1:
-                continue
-            seconds = step_time(network, gpus, one.fixed + one.per_image * batch, one.gradients, args.overlap)
-            rate = gpus * batch / seconds
-            print(
-                f"| {one.name} | {gpus} | {batch:g} | {1e3 * network.all_reduce(gpus, one.gradients):.1f} "
-                f"| {1e3 * seconds:.1f} | {rate:.0f} | {rate * alone / gpus:.1%} |"
-            )
+    return args
 
 
 def given(args: argparse.Namespace) -> list[Measured]:

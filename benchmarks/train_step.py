@@ -61,7 +61,7 @@ class Row:
     images_per_second: float | None = None
     ratio: float | None = None  # to the plain form in float32, or else to the plain form
     utilisation: float | None = None
-    memory_gb: float | None = None
+    memory_gb: float | None = None  # nor where another workload lies beside it
     data_wait: float | None = None
     warm_up_seconds: float | None = None  # the first steps, compiling included
     losses: list[float] = field(default_factory=list)
@@ -131,7 +131,7 @@ def measure(args: argparse.Namespace, case: Case) -> list[Row]:
     slots = [True, False] if args.slot_price else [args.cls_token]
     if args.largest_batch:
         case = largest_batch(args, case, slots[0])
-    free_memory()
+    begin_anew()
     pairs = [pair for slot in slots for pair in build_rows(args, case, slot)]
     turns: list[list[tuple[float, float]]] = [[] for _ in pairs]
     bar = tqdm(total=len(pairs) * (args.rounds + 1), desc=f"{case.model}, batch {case.batch_size}", unit="turn")
@@ -149,6 +149,7 @@ def measure(args: argparse.Namespace, case: Case) -> list[Row]:
         row.data_wait = statistics.median(wait for _, wait in turns[number])
         row.images_per_second = case.batch_size / row.seconds
         row.ratio = pairs[able[0]][1].seconds / row.seconds
+        row.memory_gb = row.memory_gb if len(slots) == 1 else None
     if args.profile and able:
         profile(pairs[able[-1]][0], args.profile)
     return [row for _, row in pairs]
@@ -190,11 +191,11 @@ def fits(form: PlainForm | OurForm, action: Callable[..., None], *given: Any) ->
     """Call `action(form, ...)` and return whether memory sufficed."""
     try:
         action(form, *given)
+        return True
     except torch.OutOfMemoryError:
         form.work.network.zero_grad()
-        free_memory()
-        return False
-    return True
+    free_memory()  # out here: the error holds what was in use
+    return False
 
 
 def warm_up(form: PlainForm | OurForm, row: Row) -> None:
@@ -228,7 +229,7 @@ def largest_batch(args: argparse.Namespace, case: Case, class_slot: bool) -> Cas
     """Return the case with the largest batch, up to an eighth, with which the last form can take steps."""
 
     def suffices(batch_size: int) -> bool:
-        free_memory()
+        begin_anew()
         form, row = build_rows(args, replace(case, batch_size=batch_size), class_slot)[-1]
         return fits(form, warm_up, row)
 
@@ -248,6 +249,12 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def begin_anew() -> None:
+    """Forget earlier workloads: their memory, and their code, as torch.compile keeps but so many versions of it."""
+    torch.compiler.reset()
+    free_memory()
 
 
 def profile(form: PlainForm | OurForm, path: Path) -> None:
@@ -277,7 +284,7 @@ def table(rows: list[Row]) -> str:
             figures = ["does not fit", *["-"] * 6]
         else:
             figures = [f"{row.seconds:.3f}", f"{row.images_per_second:.2f}", f"{row.ratio:.2f}"]
-            figures += [f"{row.utilisation:.1%}", f"{row.memory_gb:.1f}"]
+            figures += [f"{row.utilisation:.1%}", "-" if row.memory_gb is None else f"{row.memory_gb:.1f}"]
             figures += [f"{row.data_wait:.1%}", f"{row.losses[-1]:.5f}"]
         lines.append("| " + " | ".join(str(cell) for cell in about + figures) + " |")
     return "\n".join(lines)

@@ -24,14 +24,13 @@ from models import ema
 from models.autoencoder import SD_FORMAT
 from models.encoders import load_encoders, untrained_encoder
 from models.interpolant import Interpolant
-from training.bad_steps import BadSteps
 from training.compiling import compile_training
 from training.preemption import StopSignal
 from training.prefetch import to_device
 from training.run_log import RunLog
 from training.settings import parse_args
 from training.setup import Run, build_network, describe_run, make_accelerator
-from training.step_reports import StepReports
+from training.step_reports import StepReport, StepReports
 from training.throughput import training_flops
 
 NUM_CLASSES = 1000
@@ -85,6 +84,7 @@ class Workload:
             for fused in (False, True)
         }
         self.prepared_optimizer = self.accelerator.prepare(self.optimizers[True])
+        self.scaler_start = None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict()
         self.pool = [synthetic_batch(args.batch_size, resolution, number) for number in range(batches)]
 
     def batches(self, pinned: bool) -> Iterator[Batch]:
@@ -108,6 +108,8 @@ class Workload:
                 average.copy_(start)
         for optimizer in self.optimizers.values():
             optimizer.state.clear()
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(self.scaler_start)
 
     def flops(self) -> dict[str, int]:
         """Return the floating-point operations of one image, as torch's counter finds them: network, encoders."""
@@ -145,7 +147,7 @@ class OurForm:
             evaluation=None, model=accelerator.prepare(network), ema=work.average, optimizer=work.prepared_optimizer,
             criterion=criterion, log=log, step=0,
             reports=StepReports(lambda values: accelerator.reduce(values, "mean"), work.device, ("stop", "save")),
-            bad_steps=BadSteps(log, accelerator.gather, lambda step: [], args.max_bad_steps, args.mixed_precision),
+            bad_steps=ListedBadSteps(log),
             writer=SimpleNamespace(failure=None), stop_signal=StopSignal(),
         )  # fmt: skip
         self.log = log
@@ -255,6 +257,18 @@ class ListLog(RunLog):
         """Return the losses added since the last call."""
         taken, self.losses = self.losses, []
         return taken
+
+
+class ListedBadSteps:
+    """Takes note of steps that do not count by their losses alone, as the plain form does."""
+
+    def __init__(self, log: ListLog):
+        self.log = log
+
+    def note(self, report: StepReport) -> None:
+        """Log the loss, where training leaves it out."""
+        if not report.good:
+            self.log.add(report.means)
 
 
 def looped_loss(criterion: REGLoss, network: nn.Module, x: Tensor, y: Tensor, cls_token: Tensor | None,

@@ -1,6 +1,10 @@
 """The benchmarks of training run and are complete. No time is asserted: what they measure is not a test's business."""
 
+import importlib
 import json
+import os
+import shlex
+import subprocess
 import sys
 from itertools import pairwise
 
@@ -8,8 +12,10 @@ import pytest
 import torch
 
 from benchmarks import losses, scaling, train_step
-from benchmarks.training_steps import SWITCHES
+from benchmarks.timing import peak_memory, reset_peak_memory, run_measured
+from benchmarks.training_steps import SWITCHES, OurForm, PlainForm, Workload
 from files import InputError
+from tests.conftest import ROOT
 
 TINY = ["--model", "SiT-S/8", "--depth", "1", "--batch-size", "2", "--device", "cpu"]
 ENCODER = "timm/vit_tiny_patch16_224:input=64:patch_size=64:depth=1:embed_dim=24:num_heads=2"
@@ -77,6 +83,38 @@ def test_losses_of_all_forms_stay_together(monkeypatch, tmp_path, capsys):
     assert capsys.readouterr().out.count("\n|") >= len(found)
 
 
+def test_steps_that_do_not_count_are_told_by_all_forms():
+    work = Workload([*TINY, "--enc-type", ENCODER, "--encoder-depth", "1"], 64, batches=2)
+    work.pool[0][1][1] = torch.nan  # moments of one image
+    for make in (PlainForm, OurForm):
+        work.reset()
+        form = make(work)
+        for _ in range(2):
+            form.step()
+        first, _ = form.finish()
+        assert first != first
+
+
+def test_memory_of_a_program_is_its_own():
+    ours = bytearray(400_000_000)
+    seconds, memory = run_measured([sys.executable, "-S", "-c", "x = bytearray(100_000_000)"])
+    assert seconds > 0 and 0.1 < memory < 0.2
+    with pytest.raises(InputError, match=r"SystemExit.* failed with status 3"):
+        run_measured([sys.executable, "-c", "raise SystemExit(3)"])
+    assert peak_memory(torch.device("cpu")) > len(ours) / 1e9
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peaks can be begun anew on Linux alone")
+def test_peak_memory_begins_anew():
+    cpu = torch.device("cpu")
+    reset_peak_memory(cpu)
+    before = peak_memory(cpu)
+    del (held := [bytearray(400_000_000)])[0]
+    assert not held and peak_memory(cpu) > before + 0.3
+    reset_peak_memory(cpu)
+    assert peak_memory(cpu) < before + 0.2
+
+
 def test_more_gpus_are_never_predicted_to_be_more_than_proportional():
     network = scaling.Network(8, 360e9, 320e9, 1e-5)
     assert scaling.step_time(network, 1, 0.4, 2.7e9, 0.9) == 0.4
@@ -115,3 +153,44 @@ def test_fixed_and_growing_time_of_a_step_are_told_apart(monkeypatch, tmp_path, 
 def test_bad_settings_are_named(monkeypatch, program, flags, text):
     with pytest.raises(InputError, match=text):
         run(monkeypatch, program, *flags)
+
+
+def run_parts(tmp_path, *parts: str) -> tuple[subprocess.CompletedProcess, list[list[str]]]:
+    """Run on_gpu.sh with a `python` that writes its arguments down and fails for the evaluator; return them too."""
+    commands, stand_in = tmp_path / "commands", tmp_path / "python"
+    commands.write_text("")
+    stand_in.write_text(
+        f'#!/bin/sh\nprintf "%s " "$@" >> {commands}\necho >> {commands}\n[ "$1" != benchmarks/evaluate.py ]\n'
+    )
+    stand_in.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "OUT": str(tmp_path / "gpu")}
+    script = ["bash", str(ROOT / "benchmarks" / "on_gpu.sh"), *parts]
+    done = subprocess.run(script, env=environment, capture_output=True, text=True)
+    return done, [shlex.split(line) for line in commands.read_text().splitlines()]
+
+
+def test_every_command_of_the_gpu_script_is_one_that_its_program_takes(monkeypatch, tmp_path):
+    usage = run_parts(tmp_path)[0].stdout
+    parts = [line.split()[1] for line in usage.splitlines() if line.startswith("#   ") and line[4] != " "]
+    done, commands = run_parts(tmp_path, *parts)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    programs = []
+    for program, *flags in commands:
+        if program == "-m":
+            assert all((ROOT / path).exists() for path in flags[1:])
+            continue
+        programs.append(program)
+        monkeypatch.setattr(sys, "argv", [program, *flags])
+        importlib.import_module(program.removesuffix(".py").replace("/", ".")).parse_args()
+    assert {
+        f"benchmarks/{name}.py" for name in ("train_step", "losses", "sample", "encode", "evaluate", "scaling")
+    } == {*programs}
+    # One that fails keeps no other from running, and is named.
+    assert programs[-1] != "benchmarks/evaluate.py" and done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1] == "on_gpu.sh: failed: evaluate"
+
+
+def test_an_unknown_part_of_the_gpu_script_is_refused_before_anything_runs(tmp_path):
+    done, commands = run_parts(tmp_path, "slot", "xl")
+    assert done.returncode == 2 and not commands
+    assert "no part xl; allowed: xl2 slot" in done.stderr
