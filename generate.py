@@ -226,13 +226,11 @@ def generate(
                     network=network,
                 )
             images = to_host(codec.decode(latents[: len(numbers)].float()))
-            for future in writing:  # of the batch before
-                bar.update(future.result())
+            bar.update(sum(future.result() for future in writing))  # of the batch before
             writing = [pool.submit(write_image, folder, images, row, number) for row, number in enumerate(numbers)]
             if args.save_cls:
                 writing.append(pool.submit(write_cls, folder, to_host(cls_tokens[: len(numbers)].float()), numbers))
-        for future in writing:
-            bar.update(future.result())
+        bar.update(sum(future.result() for future in writing))
 
 
 def find_batch_size(args: argparse.Namespace, accelerator: Accelerator, model: SiT, codec: Codec) -> int:
