@@ -1,5 +1,6 @@
 import json
 import math
+import weakref
 
 import pytest
 import torch
@@ -34,6 +35,23 @@ def test_reports_hold_means_over_parts_and_wishes_of_any_process():
     assert found.step == 7 and found.means == {"loss": 3.5, "grad_norm": 5.5} and found.wishes == {"stop"}
     assert found.samples["loss"].tolist() == [1, 2, 3, 6] and found.samples["t"].tolist() == [0, 0, 1, 1]
     assert found.good and reports.receive(everything=True) == []
+
+
+def test_what_a_backend_may_still_use_is_held_for_a_step():
+    """Or a run of several processes hangs at its end, now and then: `StepReports` says why."""
+    reduced = []
+
+    def reduce(values):
+        result = values.clone()
+        reduced.append(weakref.ref(result))
+        return result
+
+    reports = StepReports(reduce, torch.device("cpu"), ())
+    for step in range(2):
+        reports.add({"loss": torch.ones(2)})
+        reports.send(step, torch.tensor(1.0), set())
+        reports.receive(everything=True)
+    assert reduced[0]() is None and reduced[1]() is not None
 
 
 def test_reports_come_late_where_the_host_must_not_wait():

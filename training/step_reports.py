@@ -55,6 +55,9 @@ class StepReports:
         self.lag = GPU_LAG if device.type == "cuda" else 0
         self._parts: list[dict[str, Tensor]] = []
         self._terms: list[str] = []
+        # Held for a step, so that gloo's thread is not the last to let go of it: for that it would need Python's lock,
+        # and a process that ends meanwhile holds the lock while it waits for that thread, for ever.
+        self._reduced: Tensor | None = None
         self._sent: deque[tuple[int, list[str], Tensor, torch.cuda.Event | None, dict[str, Tensor]]] = deque()
 
     def add(self, terms: dict[str, Tensor], **details: Tensor) -> None:
@@ -68,7 +71,7 @@ class StepReports:
         self._parts = []
         values = [samples[name].float().mean() for name in self._terms] + [grad_norm.detach().float()]
         values += [torch.full((), float(name in wishes), device=self.device) for name in self.wishes]
-        vector = self.reduce(torch.stack(values))
+        vector = self._reduced = self.reduce(torch.stack(values))
         copied = None
         if self.device.type == "cuda":
             vector = torch.empty(vector.shape, pin_memory=True).copy_(vector, non_blocking=True)
