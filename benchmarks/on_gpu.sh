@@ -17,7 +17,6 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 PARTS="xl2 slot sample sizes px512 codec losses growth sample_fp16 largest"
 OUT=${OUT:-gpu}
-mkdir -p "$OUT"
 export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
 STEP="benchmarks/train_step.py --precision bf16 --rounds 3 --steps 5"
 failed=""
@@ -89,6 +88,7 @@ for part in "$@"; do
         exit 2
     fi
 done
+mkdir -p "$OUT"
 for part in "$@"; do
     "$part"
 done
