@@ -181,7 +181,7 @@ class Projector(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return tokens (N, T, z_dim) of tokens (N, T, D)."""
-        for layer in self:  # written out, as torch before 2.12 leaves nn.Sequential's own forward uncompiled
+        for layer in self:  # written out: older torch (2.6) leaves nn.Sequential's own forward uncompiled
             x = layer(x)
         return x
 
