@@ -9,14 +9,14 @@ if [ -z "${HEAD_ADDRESS:-}" ] && ((NUM_MACHINES > 1)) && [ -n "${SLURM_JOB_NODEL
     HEAD_ADDRESS=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 fi
 HEAD_ADDRESS=${HEAD_ADDRESS:-127.0.0.1} # of the machine with rank 0
-HEAD_PORT=${HEAD_PORT:-29500}           # a free port there
+HEAD_PORT=${HEAD_PORT:-}                # a free port there; empty: launch.py's choice
 EXIT_RESUMABLE=75                       # the status of a program that was asked to stop and can go on
 
 # Runs the program; signals that reach the script on the way reach the program.
 launch() {
     local processes=$((NUM_GPUS > 0 ? NUM_GPUS : 1)) status=0
     local flags=(--processes "$processes" --machines "$NUM_MACHINES" --machine-rank "$MACHINE_RANK")
-    flags+=(--head-address "$HEAD_ADDRESS" --head-port "$HEAD_PORT")
+    flags+=(--head-address "$HEAD_ADDRESS" ${HEAD_PORT:+--head-port "$HEAD_PORT"})
     ((NUM_GPUS == 0)) && flags+=(--cpu)
     python training/launch.py "${flags[@]}" "$@" &
     local launcher=$!

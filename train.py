@@ -23,6 +23,7 @@ from loss import TrainingNoise, alignment_target, entangled_token
 from models import ema
 from models.encoders import Encoder
 from samplers import derive_seed
+from training.lost_process import lost_process_named
 from training.preemption import EXIT_RESUMABLE, StopSignal, shield_worker
 from training.prefetch import to_device
 from training.samples import score_samples, write_reconstructions, write_samples
@@ -202,7 +203,10 @@ def main() -> None:
     """Train as the command line says."""
     stop_signal = StopSignal()
     stop_signal.listen()
-    if not train(set_up(parse_args(), stop_signal)):
+    args = parse_args()
+    with lost_process_named(args.timeout_minutes):
+        finished = train(set_up(args, stop_signal))
+    if not finished:
         sys.exit(EXIT_RESUMABLE)
 
 

@@ -1,5 +1,6 @@
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -9,6 +10,7 @@ import pytest
 
 from files import read_json
 from tests.conftest import ROOT, read_rows
+from training.lost_process import EXIT_LOST_PROCESS
 from training.preemption import EXIT_RESUMABLE
 
 # A stand-in for a training program: tells its rank, then ends as its argument says or waits to be told to stop.
@@ -23,6 +25,13 @@ Path(sys.argv[1], f"{rank}").write_text(f"{os.getpid()} {os.environ.get('WORLD_S
 what = sys.argv[2] if rank == 1 else sys.argv[3]
 if what.isdigit():
     sys.exit(int(what))
+if what == "slow":
+    time.sleep(1)
+    sys.exit(7)
+if what == "port":
+    with open(Path(sys.argv[1], "ports"), "a") as file:
+        print(os.environ["MASTER_PORT"], file=file)
+    sys.exit(0)
 for _ in range(3000):
     time.sleep(0.01)
     if listener.received:
@@ -31,7 +40,8 @@ for _ in range(3000):
 
 
 def launch(tmp_path, *flags: str) -> subprocess.Popen:
-    (tmp_path / "program.py").write_text(PROGRAM)
+    if not (tmp_path / "program.py").exists():
+        (tmp_path / "program.py").write_text(PROGRAM)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [
         sys.executable,
@@ -74,6 +84,40 @@ def test_a_process_that_is_killed_ends_all_and_is_named(tmp_path):
         os.kill(int((tmp_path / "0").read_text().split()[0]), 0)
 
 
+def test_not_who_lost_a_process_is_named_but_who_was_lost(tmp_path):
+    """One gives up before the one to blame has ended."""
+    process = launch(tmp_path, "--processes", "2", "slow", str(EXIT_LOST_PROCESS))
+    assert process.wait(20) == 7
+    assert "process 1 on" in (text := process.stderr.read()) and "ended with status 7; ending the others" in text
+
+
+def test_a_process_that_hangs_is_named_and_ended(tmp_path):
+    process = launch(tmp_path, "--processes", "2", "wait", str(EXIT_LOST_PROCESS))
+    assert process.wait(20) == EXIT_LOST_PROCESS
+    assert "process 1 on" in (text := process.stderr.read()) and "did not answer and still runs; ending the" in text
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "1").read_text().split()[0]), 0)
+
+
+def test_a_loss_of_another_machine_is_told(tmp_path):
+    process = launch(tmp_path, "--machines", "2", "--machine-rank", "1", str(EXIT_LOST_PROCESS), "0")
+    assert process.wait(20) == EXIT_LOST_PROCESS
+    assert "process 1 on" in (text := process.stderr.read()) and "waited in vain for another; ending the" in text
+
+
+def test_a_port_in_use_is_refused_and_a_free_one_chosen(tmp_path):
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        taken = str(other.getsockname()[1])
+        process = launch(tmp_path, "--processes", "2", "--head-port", taken, "0", "0")
+        assert process.wait(20) == 2
+        assert f"error: --head-port {taken}: not to be had on this machine" in process.stderr.read()
+    both = [launch(tmp_path, "--processes", "2", "0", "port") for _ in range(2)]
+    assert [process.wait(20) for process in both] == [0, 0]
+    assert len(set((tmp_path / "ports").read_text().split())) == 2
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_reaches_all_and_the_status_comes_back(tmp_path, number):
     process = launch(tmp_path, "--processes", "2", "wait", "wait")
@@ -107,15 +151,7 @@ def test_the_script_saves_on_a_signal_requeues_and_goes_on(train_flags, tmp_path
 
 def test_a_killed_training_process_ends_the_other_with_its_name_told(train_flags, tmp_path):
     folder = tmp_path / "exps" / "run"
-    command = [
-        sys.executable,
-        "training/launch.py",
-        "--processes",
-        "2",
-        "--cpu",
-        "--head-port",
-        str(20000 + os.getpid() % 20000),
-    ]
+    command = [sys.executable, "training/launch.py", "--processes", "2", "--cpu"]
     command += ["train.py", *train_flags, "--exp-name", "run", "--max-train-steps", "100000", "--num-workers", "1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)

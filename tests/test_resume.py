@@ -21,6 +21,7 @@ from models.checkpoint import checksum_path, load_checkpoint, verify_checkpoint
 from tests.conftest import read_rows, run_training
 from tests.processes import SECONDS, Training, moments
 from tests.test_checkpoint import Malicious
+from training.lost_process import EXIT_LOST_PROCESS, is_loss
 from training.preemption import EXIT_RESUMABLE
 
 KILLS = int(os.environ.get("REG_KILLS", "4"))
@@ -244,12 +245,33 @@ def test_too_many_bad_steps_in_a_row_end_the_run(train_flags, data, tmp_path):
     verify_checkpoint(folder / "checkpoints" / "0000003.pt")
 
 
-def test_a_process_that_hangs_is_not_waited_for_for_ever(train_flags, tmp_path):
-    flags = flags_of(train_flags, "hangs", "--max-train-steps", "100000", "--timeout-minutes", "0.15")
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
+def test_who_loses_a_process_says_so_and_ends(train_flags, tmp_path, number):
+    """One that hangs is waited for so long, one that died not at all."""
+    flags = flags_of(train_flags, "lost", "--max-train-steps", "100000", "--timeout-minutes", "0.1")
     training = Training(flags, tmp_path / "output.txt", processes=2)
     training.wait_for_lines(run_folder(flags) / "metrics.jsonl", lines=2)
-    os.kill(training.processes[1].pid, signal.SIGSTOP)
+    os.kill(training.processes[1].pid, number)
     training.processes[0].join(SECONDS)
     status = training.processes[0].exitcode
     training.kill()
-    assert status not in (None, 0) and "imed out" in training.text()
+    text = training.text()
+    assert status == EXIT_LOST_PROCESS and "Traceback" not in text
+    assert "error: another process of this run ended, or did not answer for --timeout-minutes 0.1" in text
+
+
+def test_what_is_the_loss_of_a_process_and_what_is_not(monkeypatch):
+    """In the words of gloo, NCCL and PyTorch's store."""
+    losses = [
+        "[/pytorch/third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 6000ms for recv",
+        "Application timeout caused pair closure",
+        "[gloo/transport/tcp/pair.cc:545] Read error [127.0.0.1]:44961: Connection reset by peer",
+        "[gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:13197",
+        "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely.",
+        "wait timeout after 300000ms, keys: /default_pg/0//cuda//0/1",
+    ]
+    others = ["The size of tensor a (3) must match the size of tensor b (4)", "op.preamble.length <= op.nbytes. 8 vs 4"]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert [is_loss(RuntimeError(text)) for text in losses + others] == [True] * 6 + [False] * 2
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert not is_loss(RuntimeError(losses[0]))

@@ -4,12 +4,13 @@
 
 What torchrun does for one machine of several (the processes meet at --head-address), and what it does not: SIGTERM and
 SIGUSR1 are passed on to every process, the exit status that says "resumable" comes out as it went in, and when a
-process dies the others are ended and its name is told.
+process dies or hangs the others are ended and its name is told.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import socket
@@ -20,10 +21,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from files import InputError, run_cli
+from training.lost_process import EXIT_LOST_PROCESS
 from training.preemption import EXIT_RESUMABLE, SIGNALS
 
 GRACE_SECONDS = 20.0  # for the others to end, after one has died
 POLL_SECONDS = 0.1
+PATIENCE_SECONDS = 5.0  # between the first and the last of those that give up a process that hangs
+DEFAULT_PORT = 29500
 
 
 def main() -> None:
@@ -44,12 +48,13 @@ def main() -> None:
     if rank is None:
         return
     status = processes[rank].returncode
-    resumable = status == EXIT_RESUMABLE or (asked_to_stop and -status in SIGNALS)  # a signal before training began
+    killed_by = -status if status is not None and status < 0 else 0
+    resumable = status == EXIT_RESUMABLE or (asked_to_stop and killed_by in SIGNALS)  # a signal before training began
     if not resumable:
         name = f"process {args.machine_rank * args.processes + rank} on {socket.gethostname()}"
         print(f"launch.py: {name} {describe(status)}; ending the others", file=sys.stderr)
     end(processes, wait=resumable)
-    sys.exit(EXIT_RESUMABLE if resumable else status if status > 0 else 128 - status)
+    sys.exit(EXIT_RESUMABLE if resumable else 128 + killed_by if killed_by else status or EXIT_LOST_PROCESS)
 
 
 def parse_args() -> argparse.Namespace:
@@ -60,7 +65,7 @@ def parse_args() -> argparse.Namespace:
     add("--machines", type=int, default=1, help="that run this command, all with as many processes (%(default)s)")
     add("--machine-rank", type=int, default=0, help="of this machine, from 0 (%(default)s)")
     add("--head-address", default="127.0.0.1", help="of the machine with rank 0 (%(default)s)")
-    add("--head-port", type=int, default=29500, help="a free port there (%(default)s)")
+    add("--head-port", type=int, help=f"a free port there (one machine: any that is free; several: {DEFAULT_PORT})")
     add("--cpu", action="store_true", help="compute on the CPU")
     add("command", nargs=argparse.REMAINDER, help="the program and its arguments")
     args = parser.parse_args()
@@ -71,7 +76,27 @@ def parse_args() -> argparse.Namespace:
         )
     if not args.command:
         raise InputError("no program given")
+    if args.head_port is None:
+        args.head_port = DEFAULT_PORT if args.machines > 1 else free_port()
+    if args.machine_rank == 0 and not is_free(args.head_port):
+        raise InputError(f"--head-port {args.head_port}: not to be had on this machine; name a free port")
     return args
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        return listener.getsockname()[1]
+
+
+def is_free(port: int) -> bool:
+    """Return whether a program may listen on a port."""
+    with socket.socket() as listener, contextlib.suppress(OSError, OverflowError):
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one just given back counts as free
+        listener.bind(("", port))
+        return True
+    return False
 
 
 def start(args: argparse.Namespace) -> list[subprocess.Popen]:
@@ -97,12 +122,23 @@ def start(args: argparse.Namespace) -> list[subprocess.Popen]:
 
 
 def wait_for_failure(processes: list[subprocess.Popen]) -> int | None:
-    """Wait until a process has ended with another status than 0 and return its number; None if all ended well."""
+    """Wait until one has failed and return its number; None if all ended well.
+
+    One that ended for want of another is not to blame: another that failed is, or else one that still runs when those
+    that wait for it have given up, for it hangs.
+    """
+    gave_up_at = None
     while True:
         states = [process.poll() for process in processes]
-        if failed := [rank for rank, status in enumerate(states) if status]:
-            return min(failed, key=lambda rank: states[rank] > 0)  # killed, rather than in trouble because of that
-        if all(status == 0 for status in states):
+        failed = [rank for rank, status in enumerate(states) if status]
+        if guilty := [rank for rank in failed if states[rank] != EXIT_LOST_PROCESS]:
+            return min(guilty, key=lambda rank: states[rank] > 0)  # killed, rather than in trouble because of that
+        if failed:
+            gave_up_at = gave_up_at or time.monotonic()
+            running = [rank for rank, status in enumerate(states) if status is None]
+            if not running or time.monotonic() > gave_up_at + PATIENCE_SECONDS:
+                return (running or failed)[0]
+        elif all(status == 0 for status in states):
             return None
         time.sleep(POLL_SECONDS)
 
@@ -118,8 +154,12 @@ def end(processes: list[subprocess.Popen], wait: bool) -> None:
         process.wait()
 
 
-def describe(status: int) -> str:
-    """Return in words how a process ended."""
+def describe(status: int | None) -> str:
+    """Return in words how a process ended, or that it did not."""
+    if status is None:
+        return "did not answer and still runs"
+    if status == EXIT_LOST_PROCESS:
+        return "waited in vain for another"
     return f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
 
 
