@@ -304,8 +304,9 @@ def _latent_format(name: str, spec: CodecSpec, folder: Path, config: dict[str, A
     stages = config.get("num_encoder_blocks" if is_tiny else "block_out_channels")
     if not stages or not config.get("latent_channels"):
         raise InputError(f"{folder / CONFIG_FILE}: latent_channels and the numbers of the encoder's blocks are missing")
+    is_local = spec.source == name and Path(name).is_dir()
     return LatentFormat(
-        codec=name,
+        codec=str(folder.resolve()) if is_local else name,  # written into data sets, which are read from anywhere
         channels=config["latent_channels"],
         factor=2 ** (len(stages) - 1),  # the resolution halves between one stage and the next
         scale=scale if spec.scale is None else spec.scale,

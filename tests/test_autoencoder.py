@@ -132,6 +132,14 @@ def test_config_gives_channels_scale_and_shift(tmp_path):
     assert (one.scale, one.shift) == (0.3611, 0.1159)
 
 
+def test_a_local_folder_is_written_down_so_that_it_is_found_from_elsewhere(tmp_path, monkeypatch):
+    folder = save_kl(tmp_path / "kl")
+    monkeypatch.chdir(tmp_path)
+    assert load_codec("kl").format.codec == load_codec("../" + tmp_path.name + "/kl").format.codec == str(folder)
+    monkeypatch.chdir("/")
+    assert load_codec(str(folder)).format.codec == str(folder)
+
+
 def test_codec_stays_frozen_inside_a_training_module(tmp_path):
     codec = load_codec(str(save_kl(tmp_path)))
     torch.nn.ModuleList([codec]).train()
