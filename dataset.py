@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from files import FileSource, InputError, open_source, read_dataset_json
+from files import FileSource, InputError, decode_name, encode_names, read_dataset_json
 from models.autoencoder import LatentFormat
 
 IMAGE_FOLDERS = ("images", "imagenet_256_vae", "imagenet_512_vae")
@@ -32,6 +32,7 @@ LATENT_NAME = re.compile(r"(?:.*/)?img-mean-std-(\d+)\.npy")
 PNG_END = b"IEND\xaeB`\x82"  # the last eight bytes of every complete PNG (PNG specification, section 11.2.5)
 PROBLEMS_SHOWN = 5
 CHECK_THREADS = 16
+CHECKED_AT_ONCE = 250  # by a thread
 
 
 class LatentDataset(Dataset):
@@ -64,8 +65,8 @@ class LatentDataset(Dataset):
 
         indices = sorted(image_names)
         # Arrays of bytes, not lists of strings: a worker process that reads a list copies it, reference counts and all.
-        self.image_names = np.array([image_names[i] for i in indices], dtype=np.bytes_)
-        self.latent_names = np.array([latent_names[i] for i in indices], dtype=np.bytes_)
+        self.image_names = encode_names([image_names[i] for i in indices])
+        self.latent_names = encode_names([latent_names[i] for i in indices])
         self.labels = _labels(self.images, self.latents, indices)
         self.num_classes = int(self.labels.max()) + 1
         about_latents = read_dataset_json(self.latents)
@@ -97,28 +98,37 @@ class LatentDataset(Dataset):
             raise InputError(f"{self.latent_path(i)}: shape {moments.shape}, not {self.moments_shape} as the first")
         return torch.from_numpy(image), torch.from_numpy(moments), torch.tensor(self.labels[i])
 
-    def check(self, progress: Callable[[Iterator], Iterator] = iter) -> None:
+    def check(self, progress: Callable[[int], object] = lambda count: None, part: int = 0, parts: int = 1) -> None:
         """Look at every file, without decoding it: PNGs that end early, latents that are not of the first one's size.
 
+        Processes may share the work: each takes its own of `parts`. `progress` is told of files done.
         Raises InputError that counts the broken files and names the first.
         """
-        expected = self.latents.size(self.latent_names[0].decode())
+        expected = self.latents.size(decode_name(self.latent_names[0]))
 
-        def problem(i: int) -> str | None:
-            for mirrored in (False, True) if self.flip else (False,):
-                name = self._latent_name(i, mirrored)
-                if name not in self.latents:
-                    return f"{self.latents.describe(name)}: missing"
-                if self.latents.size(name) != expected:
-                    return (
-                        f"{self.latents.describe(name)}: {self.latents.size(name)} bytes, not {expected} as the first"
-                    )
-            return _png_problem(self.images, self.image_names[i].decode())
+        def problems_among(items: range) -> tuple[int, list[str]]:
+            return len(items), [text for i in items if (text := self._problem(i, expected))]
 
+        mine = range(len(self) * part // parts, len(self) * (part + 1) // parts)
+        pieces = [mine[first : first + CHECKED_AT_ONCE] for first in range(0, len(mine), CHECKED_AT_ONCE)]
+        problems = []
         with ThreadPoolExecutor(CHECK_THREADS) as pool:
-            problems = [text for text in progress(pool.map(problem, range(len(self)))) if text]
+            for count, found in pool.map(problems_among, pieces):
+                problems += found
+                progress(count)
         if problems:
             raise InputError(f"{len(problems)} broken files:\n  " + "\n  ".join(problems[:PROBLEMS_SHOWN]))
+
+    def _problem(self, i: int, expected: int) -> str | None:
+        """Return what is wrong with the files of image i, whose latents should have `expected` bytes."""
+        try:
+            for mirrored in (False, True) if self.flip else (False,):
+                name = self._latent_name(i, mirrored)
+                if (size := self.latents.size(name)) != expected:
+                    return f"{self.latents.describe(name)}: {size} bytes, not {expected} as the first"
+            return _png_problem(self.images, decode_name(self.image_names[i]))
+        except InputError as error:
+            return str(error)
 
     def latent_path(self, i: int) -> str:
         """Return the path of item i's latents, as messages should show it."""
@@ -128,7 +138,7 @@ class LatentDataset(Dataset):
     def _image(self, i: int) -> np.ndarray:
         """Return image i, uint8 (3, R, R)."""
         try:
-            with Image.open(io.BytesIO(self.images.read(self.image_names[i].decode()))) as picture:
+            with Image.open(io.BytesIO(self.images.read(decode_name(self.image_names[i])))) as picture:
                 return np.array(picture.convert("RGB")).transpose(2, 0, 1).copy()
         except (OSError, SyntaxError, ValueError) as error:
             raise InputError(f"{self._image_path(i)}: broken image ({error})") from error
@@ -148,11 +158,11 @@ class LatentDataset(Dataset):
         return moments.astype(np.float32, copy=False)
 
     def _latent_name(self, i: int, mirrored: bool) -> str:
-        name = self.latent_names[i].decode()
+        name = decode_name(self.latent_names[i])
         return name.replace("img-mean-std-", "img-mean-std-flip-") if mirrored else name
 
     def _image_path(self, i: int) -> str:
-        return self.images.describe(self.image_names[i].decode())
+        return self.images.describe(decode_name(self.image_names[i]))
 
     def _check_geometry(self) -> None:
         channels, fmt = self.moments_shape[0] // 2, self.latent_format
@@ -228,7 +238,7 @@ def _find(data_dir: Path, names: tuple[str, ...], what: str) -> FileSource:
     if len(found) != 1:
         state = "none of" if not found else f"{' and '.join(path.name for path in found)}; one allowed of"
         raise InputError(f"{data_dir}: {what} expected, found {state} {', '.join(names)}, each a folder or .zip")
-    return open_source(found[0])
+    return FileSource(found[0])
 
 
 def _by_index(source: FileSource, pattern: re.Pattern[str]) -> dict[int, str]:
@@ -288,6 +298,9 @@ def _labels(images: FileSource, latents: FileSource, indices: list[int]) -> np.n
 def _png_problem(source: FileSource, name: str) -> str | None:
     if source.is_zip:  # whole or not at all: the archive's directory, read at the start, stands at its end
         return None if source.size(name) else f"{source.describe(name)}: empty"
-    with open(source.path / name, "rb") as file:
-        file.seek(-min(len(PNG_END), source.size(name)), io.SEEK_END)
-        return None if file.read() == PNG_END else f"{source.describe(name)}: truncated, a PNG's end is missing"
+    try:
+        with open(source.path / name, "rb") as file:
+            file.seek(-min(len(PNG_END), file.seek(0, io.SEEK_END)), io.SEEK_END)
+            return None if file.read() == PNG_END else f"{source.describe(name)}: truncated, a PNG's end is missing"
+    except OSError as error:
+        return f"{source.describe(name)}: cannot be read ({error.strerror})"

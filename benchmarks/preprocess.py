@@ -18,7 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.timing import run_measured, write_result
-from files import FileSource, open_source, run_cli
+from files import FileSource, run_cli
 from preprocessing.listing import list_images
 from preprocessing.parallel import available_cores
 
@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 16], help="batches of encode.py to measure")
     parser.add_argument("--json", type=Path, help="write the figures to this file as well")
     args = parser.parse_args()
-    source = open_source(args.source)
+    source = FileSource(args.source)
     names = list_images(source).names
     names = names[:: max(1, len(names) // (args.images or len(names)))][: args.images]
     to_encode = names[:: max(1, len(names) // (args.encode_images or len(names)))][: args.encode_images]

@@ -18,7 +18,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from evaluations.npz import NpzFile
-from files import InputError, open_source
+from files import FileSource, InputError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 MAX_SIDE = 4096  # a longer side is taken for a damaged or hostile file
@@ -96,7 +96,7 @@ class FileImages(ImageBatch):
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self._source = open_source(path)
+        self._source = FileSource(path)
         self._names = [name for name in self._source.names if name.lower().endswith(IMAGE_SUFFIXES)]
         self.count = len(self._names)
         if not self.count:

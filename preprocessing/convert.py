@@ -20,7 +20,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from files import FileSource, InputError, atomic_write, open_source, run_cli
+from files import FileSource, InputError, atomic_write, run_cli
 from preprocessing.crops import TRANSFORMS, decode, to_png
 from preprocessing.destination import Destination, explain_write_errors
 from preprocessing.listing import Listing, image_name, list_images
@@ -120,7 +120,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the program."""
     args = parse_arguments(argv)
-    source = open_source(args.source)
+    source = FileSource(args.source)
     listing = list_images(source, args.labels)
     settings = {
         "source": str(args.source.resolve()),

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from devices import AUTO, batch_size, check_batch_size, largest_batch
-from files import FileSource, InputError, open_source, run_cli
+from files import FileSource, InputError, run_cli
 from models.autoencoder import Codec, load_codec
 from preprocessing.crops import decode_rgb
 from preprocessing.destination import Destination, explain_write_errors
@@ -178,7 +178,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the program."""
     args = parse_arguments(argv)
-    source = open_source(args.source)
+    source = FileSource(args.source)
     listing = list_converted(source)
     resolution = read_rgb(source, listing.names[0]).shape[0]
     accelerator = Accelerator()

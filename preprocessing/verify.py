@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dataset import LatentDataset
-from files import FileSource, InputError, atomic_write, read_dataset_json, run_cli
+from files import FileSource, InputError, atomic_write, decode_name, read_dataset_json, run_cli
 from models.autoencoder import Codec, LatentFormat, load_codec
 from pictures import image_grid, save_png
 from preprocessing.crops import decode_rgb
@@ -74,7 +74,7 @@ class FileCheck:
         found = Findings()
         images, latents = self.dataset.images, self.dataset.latents
         for i in piece:
-            latent_file = self.dataset.latent_names[i].decode()
+            latent_file = decode_name(self.dataset.latent_names[i])
             for source, name, check in self._files(images, latents, i, latent_file):
                 try:
                     data = source.read(name)
@@ -86,7 +86,7 @@ class FileCheck:
         return found
 
     def _files(self, images: FileSource, latents: FileSource, i: int, latent_file: str) -> Iterator[tuple]:
-        yield images, self.dataset.image_names[i].decode(), self._check_image
+        yield images, decode_name(self.dataset.image_names[i]), self._check_image
         yield latents, latent_file, self._check_moments
         if self.has_flips:
             index = int(latent_file.rpartition("-")[2].removesuffix(".npy"))

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from files import InputError, open_source
+from files import FileSource, InputError
 from preprocessing import convert, dataset_tools
 from preprocessing.listing import list_images
 from tests.interrupt import REPOSITORY, contents, survives_kills
@@ -140,7 +140,7 @@ def test_folders_around_and_inside_classes(tmp_path):
             path = tmp_path / str(len(names)) / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(b"")
-        listing = list_images(open_source(tmp_path / str(len(names))))
+        listing = list_images(FileSource(tmp_path / str(len(names))))
         return listing.classes, listing.labels
 
     assert labels("a.png", "b.png") == (["2"], [0, 0])
@@ -160,11 +160,11 @@ def test_dataset_json_and_class_folders(tmp_path):
     source = make_source(tmp_path / "source", each=1)
     describe_labels(source, [["cat/0.jpg", 1], ["dog/0.jpg", 0]])
     with pytest.raises(InputError, match=r"cat/0.jpg: dataset.json says class 1, .* is 0"):
-        list_images(open_source(source))
-    assert list_images(open_source(source), "json").labels == [1, 0]
-    assert list_images(open_source(source), "folders").labels == [0, 1]
+        list_images(FileSource(source))
+    assert list_images(FileSource(source), "json").labels == [1, 0]
+    assert list_images(FileSource(source), "folders").labels == [0, 1]
     describe_labels(source, [["cat/0.jpg", 0], ["dog/0.jpg", 1]])
-    assert list_images(open_source(source)).classes == ["cat", "dog"]
+    assert list_images(FileSource(source)).classes == ["cat", "dog"]
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_a_wrong_dataset_json_is_named(labels, message, tmp_path):
     source = make_source(tmp_path / "source", each=1)
     describe_labels(source, labels)
     with pytest.raises(InputError, match=message):
-        list_images(open_source(source))
+        list_images(FileSource(source))
 
 
 def test_a_source_without_images(tmp_path):

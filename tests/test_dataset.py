@@ -75,7 +75,7 @@ def test_mirror_images(data):
     (image, moments, label), (mirror, mirror_moments, mirror_label) = dataset[5], dataset[5 + 24]
     assert torch.equal(image.flip(2), mirror) and torch.equal(moments.flip(2), mirror_moments) and label == mirror_label
     (data / LATENT.replace("std-", "std-flip-")).unlink()
-    with pytest.raises(InputError, match=r"img-mean-std-flip-00000005\.npy: missing"):
+    with pytest.raises(InputError, match=r"img-mean-std-flip-00000005\.npy: cannot be read \(No such file"):
         LatentDataset(data, flip=True).check()
 
 
@@ -134,6 +134,16 @@ def test_damage_is_found_before_training_and_named(data, damage):
     harm(data)
     with pytest.raises(InputError, match=text):
         LatentDataset(data).check()
+
+
+def test_processes_share_the_check(data):
+    (data / LATENT).write_bytes(b"")  # number 5 of 24
+    dataset, counts = LatentDataset(data), []
+    with pytest.raises(InputError, match=r"1 broken files:\s+.*img-mean-std-00000005\.npy: 0 bytes"):
+        dataset.check(part=0, parts=4)
+    for part in range(1, 4):
+        dataset.check(counts.append, part, parts=4)
+    assert counts == [6, 6, 6]
 
 
 def test_damage_that_the_check_cannot_see_is_named_when_read(data):

@@ -1,9 +1,11 @@
+import multiprocessing
 import pickle
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from files import InputError, atomic_write, open_source, read_json, write_json
+from files import FileSource, InputError, atomic_write, read_json, write_json
 
 
 def test_a_file_appears_only_when_it_is_complete(tmp_path):
@@ -34,11 +36,11 @@ def source(tmp_path, request):
         with zipfile.ZipFile(tmp_path / "files.zip", "w") as archive:
             for name, content in files.items():
                 archive.writestr(name, content)
-        return open_source(tmp_path / "files.zip")
+        return FileSource(tmp_path / "files.zip")
     for name, content in files.items():
         (tmp_path / "files" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "files" / name).write_bytes(content)
-    return open_source(tmp_path / "files")
+    return FileSource(tmp_path / "files")
 
 
 def test_folder_and_zip_are_read_alike(source):
@@ -54,12 +56,58 @@ def test_a_source_can_be_handed_to_a_worker(source):
     assert copy.read("a.txt") == b"one" and copy.names == source.names
 
 
+def test_a_zip_is_opened_once_and_read_by_many(tmp_path, monkeypatch):
+    """Reading its directory again takes a worker process half a minute and gigabytes, with millions of members."""
+    contents = {f"{i % 7}/ä{i:03d}.bin": bytes([i % 251]) * (i * 37 % 1000) for i in range(300)}
+    with zipfile.ZipFile(tmp_path / "files.zip", "w") as archive:
+        for number, (name, content) in enumerate(contents.items()):
+            member = zipfile.ZipInfo(name)
+            member.extra = b"\x00\x00" + (number * 5).to_bytes(2, "little") + bytes(number * 5)  # longer than the room
+            kind = zipfile.ZIP_DEFLATED if number % 2 else zipfile.ZIP_STORED
+            archive.writestr(member, content, kind)
+    source = FileSource(tmp_path / "files.zip")
+    monkeypatch.setattr(zipfile, "ZipFile", None)
+    assert source.names == sorted(contents)
+    with ThreadPoolExecutor(8) as threads, multiprocessing.get_context("fork").Pool(2) as forks:
+        for pool in (threads, forks):
+            assert list(pool.map(source.read, contents)) == list(contents.values())
+    assert pickle.loads(pickle.dumps(source)).read("0/ä000.bin") == b""
+
+
+def test_a_damaged_member_of_a_zip_is_named(tmp_path):
+    path = tmp_path / "files.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.txt", b"aaaa")
+        archive.writestr("b.txt", b"bbbb" * 9, zipfile.ZIP_DEFLATED)
+        archive.writestr("c.txt", b"cccc" * 9, zipfile.ZIP_BZIP2)
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b"aaaa", b"abaa"))
+    with pytest.raises(InputError, match=r"files\.zip:a\.txt: damaged, its checksum does not fit"):
+        FileSource(path).read("a.txt")
+    path.write_bytes(whole.replace(b"PK\x03\x04", b"PK\x03\x05"))
+    with pytest.raises(InputError, match=r"b\.txt: damaged"):
+        FileSource(path).read("b.txt")
+    with pytest.raises(InputError, match=r"c\.txt: packed by method 12; allowed: stored, deflated"):
+        FileSource(path).read("c.txt")
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "a.txt").write_bytes(b"one")
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "link").symlink_to(tmp_path / "there")
+    assert FileSource(tmp_path / "files").names == ["link/a.txt"]
+    (tmp_path / "there" / "up").symlink_to(tmp_path / "files")
+    with pytest.raises(InputError, match="a link to a folder that it lies in"):
+        FileSource(tmp_path / "files")
+
+
 def test_what_is_neither_folder_nor_zip_is_named(tmp_path):
     with pytest.raises(InputError, match="no such folder or zip file"):
-        open_source(tmp_path / "none")
+        FileSource(tmp_path / "none")
     (tmp_path / "broken.zip").write_bytes(b"PK\x03\x04")
     with pytest.raises(InputError, match=r"broken\.zip: not a readable zip"):
-        open_source(tmp_path / "broken.zip")
+        FileSource(tmp_path / "broken.zip")
 
 
 def test_json(tmp_path):

@@ -200,14 +200,16 @@ def sample_names(args: argparse.Namespace, data: LatentDataset, step: int) -> It
 
 
 def open_data(args: argparse.Namespace, accelerator: Accelerator) -> LatentDataset:
-    """Return the training data, checked against the flags and, on the main process, file by file."""
+    """Return the training data, checked against the flags and, shared among the processes, file by file."""
     data = LatentDataset(args.data_dir, args.flip)
     for name, found in (("num_classes", data.num_classes), ("resolution", data.resolution)):
         given = getattr(args, name)
         if given is not None and given != found:
             raise InputError(f"{flag(name)} is {given}, but the data in {args.data_dir} have {found}")
-    if args.check_data and accelerator.is_main_process:
-        data.check(lambda files: tqdm(files, total=len(data), desc="checking the data", unit="file"))
+    if args.check_data:
+        part, parts = accelerator.process_index, accelerator.num_processes
+        with tqdm(total=len(data) // parts, desc="checking the data", unit="image", disable=part > 0) as bar:
+            data.check(bar.update, part, parts)
     return data
 
 

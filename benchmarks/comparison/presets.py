@@ -17,7 +17,7 @@ from PIL import Image
 from benchmarks import digits
 from benchmarks.comparison.judge import train_judge
 from benchmarks.comparison.scoring import Judges, Sampling, load_images
-from files import InputError, open_source
+from files import FileSource, InputError
 from pictures import save_png
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -125,7 +125,7 @@ def prepare_photographs(folder: Path, args: argparse.Namespace) -> Files:
 
 def _extract_half(source: Path, dest: Path, half: int, limit: int | None) -> None:
     """Write every second photograph of each class, from `half` on and at most `limit` of a class, to class folders."""
-    files = open_source(source)
+    files = FileSource(source)
     classes: dict[str, list[str]] = {}
     for name in files.names:
         if Path(name).suffix.lower() in (".jpg", ".jpeg", ".png"):

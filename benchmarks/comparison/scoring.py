@@ -17,7 +17,7 @@ from tqdm import tqdm
 from benchmarks.comparison.judge import load_judge
 from evaluations.coherence import CentreSums, CoherenceSums
 from evaluations.metrics import FeatureSums, frechet_distance
-from files import open_source, read_dataset_json
+from files import FileSource, read_dataset_json
 from loss import FROM_ENCODER, entangled_token
 from models.autoencoder import load_codec
 from models.checkpoint import build_model, load_checkpoint
@@ -148,7 +148,7 @@ class Scorer:
 
 def load_images(folder: Path) -> tuple[Tensor, Tensor]:
     """Return images (N, 3, R, R) uint8 and labels (N,) of a folder that preprocessing/convert.py wrote."""
-    source = open_source(folder)
+    source = FileSource(folder)
     table = read_dataset_json(source)["labels"]
     pixels = np.stack([np.array(Image.open(io.BytesIO(source.read(name))).convert("RGB")) for name, _ in table])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), torch.tensor([label for _, label in table])
