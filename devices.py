@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -10,6 +12,10 @@ from torch import Tensor
 
 from files import InputError
 
+if TYPE_CHECKING:
+    from accelerate.utils import InitProcessGroupKwargs
+
+LONGEST_WORK = timedelta(days=2)
 AUTO = "auto"  # as the value of a --...-batch-size: `largest_batch`
 
 
@@ -41,6 +47,17 @@ def largest_batch(attempt: Callable[[int], object], largest: int) -> int:
         finally:
             torch.cuda.empty_cache()  # does nothing where there is no GPU in use
         size //= 2
+
+
+def patient_processes() -> InitProcessGroupKwargs:
+    """Return the setting by which accelerate's processes wait days, not minutes, for one that has more to do.
+
+    For programs whose processes meet seldom: one GPU is done hours before another, the main process joins what all have
+    written. NCCL would end those that wait after 10 minutes. (A process that died is noticed by the launcher.)
+    """
+    from accelerate.utils import InitProcessGroupKwargs
+
+    return InitProcessGroupKwargs(timeout=LONGEST_WORK)
 
 
 def to_host(tensor: Tensor) -> Callable[[], np.ndarray]:

@@ -11,8 +11,12 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import errno
+import fcntl
+import hashlib
 import json
 import os
+import socket
 import sys
 import zipfile
 import zlib
@@ -22,11 +26,16 @@ from typing import IO, Any
 
 import numpy as np
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+LOCK_NAME = ".lock"
+HASHED_AT_ONCE = 1 << 24  # bytes
 HEADER_BYTES = 30  # of a zip's member, before its name
 HEADER_ROOM = 512  # for name and extra field: what is longer takes a second read
 MEMBER = np.dtype(
     [("place", "u8"), ("length", "u8"), ("size", "u8"), ("crc", "u4"), ("method", "u2"), ("encrypted", "?")]
 )
+
+_locks: dict[Path, IO[str]] = {}  # of this process, by path: a lock lasts as long as its file is open
 
 
 class InputError(ValueError):
@@ -34,12 +43,75 @@ class InputError(ValueError):
 
 
 def run_cli(main: Callable[[], None]) -> None:
-    """Run an entry point's `main`; an `InputError` becomes one line on stderr and exit status 2."""
+    """Run an entry point's `main` and end without a traceback where the cause lies outside the program.
+
+    Bad input and files that cannot be read or written become one line on stderr and exit status 2, Ctrl-C one line and
+    status 130.
+    """
+    program = Path(sys.argv[0]).name
     try:
         main()
     except InputError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        print(f"{program}: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"\n{program}: interrupted; every file that it wrote is complete", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        if error.filename is None and error.errno not in NO_ROOM:
+            raise
+        where = "" if error.filename is None else f"{error.filename}: "
+        print(f"{program}: error: {where}{error.strerror}", file=sys.stderr)
+        sys.exit(2)
+
+
+def check_writable(path: str | Path, flag: str) -> None:
+    """Raise InputError, naming the flag, if no file can be written at `path`; called before the work, not after it."""
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{flag} {path}: is a folder; name a file")
+    nearest = next(parent for parent in path.absolute().parents if parent.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise InputError(f"{flag} {path}: {nearest} is no folder that may be written to")
+
+
+def lock_folder(folder: str | Path, doing: str) -> None:
+    """Keep a folder, made if missing, to this process until it ends. Workers that it forks do not hold the lock.
+
+    Raises:
+        InputError: another process, which is named as far as known, is `doing` something there.
+    """
+    path = (Path(folder) / LOCK_NAME).resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    held = _locks.get(path)  # opening and closing a locked file would give the lock up
+    if held and path.exists() and os.path.samestat(os.fstat(held.fileno()), path.stat()):
+        return
+    try:
+        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (held until the process ends)
+    except OSError:  # a full disk or a foreign folder: what has to be written there will say so
+        return
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        file.seek(0)
+        who = file.read().strip() or "another process"
+        raise InputError(f"{folder}: {who} is {doing} there; wait for it, or choose another folder") from error
+    except OSError:  # a file system without locks
+        return
+    with contextlib.suppress(OSError):
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+    _locks[path] = file
+
+
+def sha256_of(path: str | Path) -> str:
+    """Return the hexadecimal SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(HASHED_AT_ONCE):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from PIL import Image
 from tqdm import tqdm
 
-from devices import AUTO, batch_size, check_batch_size, largest_batch, to_host
+from devices import AUTO, batch_size, check_batch_size, largest_batch, patient_processes, to_host
 from evaluations.coherence_report import CoherenceReport
 from files import InputError, atomic_write, read_json, run_cli, write_json
 from models.autoencoder import Codec, LatentFormat, load_codec
@@ -155,7 +155,9 @@ def main() -> None:
     args = parse_args()
     if args.local_rank is not None and torch.cuda.is_available():
         torch.cuda.set_device(args.local_rank)
-    accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision=args.mixed_precision)
+    accelerator = Accelerator(
+        cpu=args.device == "cpu", mixed_precision=args.mixed_precision, kwargs_handlers=[patient_processes()]
+    )
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
 
     checkpoint = load_checkpoint(args.ckpt)

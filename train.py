@@ -28,7 +28,7 @@ from training.preemption import EXIT_RESUMABLE, StopSignal, shield_worker
 from training.prefetch import to_device
 from training.samples import score_samples, write_reconstructions, write_samples
 from training.settings import parse_args
-from training.setup import Run, set_up
+from training.setup import Run, agree, set_up
 from training.sharding import whole, whole_norm
 
 TRAINING_STREAM = 1  # keeps the noise of training apart from that of images, whose key is (seed, number)
@@ -63,6 +63,7 @@ def train(run: Run) -> bool:
     batches.close()
     run.log.draw()
     run.writer.finish()
+    accelerator.wait_for_everyone()  # a launcher ends all soon after the first has gone
     if run.step == last_step and run.writer.failure:
         raise InputError(f"{run.writer.failure}; make room, then go on from the one before by --resume latest")
     accelerator.end_training()
@@ -191,8 +192,7 @@ def evaluate(run: Run) -> None:
     run.log.append({"step": run.step, **scores})
     best = run.folder / "checkpoints" / "best.json"
     is_best = not best.exists() or scores["fid"] < read_json(best)["fid"]
-    run.accelerator.wait_for_everyone()  # everyone has read the best so far before it is replaced
-    if is_best:
+    if agree(run.accelerator, is_best):  # all save or none, whatever a machine sees of the folder by now
         save(run, "best")
         run.writer.finish()
         if run.accelerator.is_main_process and not run.writer.failure:

@@ -18,7 +18,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from evaluations.npz import NpzFile
-from files import FileSource, InputError
+from files import FileSource, InputError, sha256_of
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 MAX_SIDE = 4096  # a longer side is taken for a damaged or hostile file
@@ -85,8 +85,7 @@ class NpzImages(ImageBatch):
         return pixels.reshape(stop - start, self.height, self.width, 3).copy()  # torch wants memory it may write to
 
     def digest(self) -> str:
-        with open(self.path, "rb") as file:
-            return _digest_of(iter(lambda: file.read(1 << 22), b""))
+        return sha256_of(self.path)
 
 
 class FileImages(ImageBatch):
@@ -117,7 +116,11 @@ class FileImages(ImageBatch):
         return images
 
     def digest(self) -> str:
-        return _digest_of(part for name in self._names for part in (name.encode(), self._source.read(name)))
+        digest = hashlib.sha256()
+        for name in self._names:
+            digest.update(name.encode())
+            digest.update(self._source.read(name))
+        return digest.hexdigest()
 
     def _decode(self, name: str) -> np.ndarray:
         place = self._source.describe(name)
@@ -134,10 +137,3 @@ class FileImages(ImageBatch):
 def _check_size(place: str, width: int, height: int) -> None:
     if not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE):
         raise InputError(f"{place}: images of {width} x {height} pixels; allowed are 1 to {MAX_SIDE} on a side")
-
-
-def _digest_of(parts: Iterator[bytes]) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from devices import batch_size, check_batch_size
+from devices import batch_size, check_batch_size, patient_processes
 from evaluations.batches import ImageBatch, open_images
 from evaluations.extract import Extractor
 from evaluations.features import (
@@ -55,7 +55,7 @@ def main() -> None:
     if args.enc_weights and not args.encoder:
         raise InputError(f"--enc-weights {args.enc_weights}: needs --encoder, which says whose weights they are")
     started = time.perf_counter()
-    accelerator = Accelerator(cpu=args.cpu)
+    accelerator = Accelerator(cpu=args.cpu, kwargs_handlers=[patient_processes()])
     samples, statistics = open_images(args.sample_batch), load_reference(args.ref_batch)
     reference = open_reference_images(statistics)
     sampling = read_sampling(samples.path)

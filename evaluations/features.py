@@ -14,10 +14,10 @@ from torch import Tensor
 
 from evaluations.inception import SPATIAL_FEATURES, Inception, InceptionOutput
 from evaluations.inception_graph import NUM_CLASSES, NUM_FEATURES
-from evaluations.inception_weights import PUBLISHED_NAME, sha256_of
+from evaluations.inception_weights import PUBLISHED_NAME
 from evaluations.metrics import FeatureSums, GaussianStatistics, InceptionScoreSums, Sums
 from evaluations.npz import NpzFile
-from files import InputError, atomic_write
+from files import InputError, atomic_write, sha256_of
 from models.encoders import EncoderOutput
 
 CACHE_VERSION = 1  # to be raised when the same images give other features

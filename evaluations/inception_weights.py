@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from evaluations.graphdef import Graph
 from evaluations.inception_graph import HEAD, NUM_CLASSES, NUM_FEATURES, TRUNK, Conv, check_structure, convolutions
-from files import InputError, atomic_write
+from files import InputError, atomic_write, sha256_of
 
 GRAPH_NAME = "classify_image_graph_def.pb"
 GRAPH_URL = f"https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/{GRAPH_NAME}"
@@ -95,15 +95,6 @@ def fetch_graph(path: Path | None = None, url: str = GRAPH_URL, sha256: str = GR
     except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
         raise InputError(f"{url}: cannot be downloaded ({error}); {advice}") from error
     return path
-
-
-def sha256_of(path: str | Path) -> str:
-    """Return the hexadecimal SHA-256 of a file's bytes."""
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def load_weights(path: str | Path) -> InceptionWeights:

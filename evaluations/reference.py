@@ -21,7 +21,7 @@ import numpy as np
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from devices import batch_size, check_batch_size
+from devices import batch_size, check_batch_size, patient_processes
 from evaluations.batches import ImageBatch, open_images
 from evaluations.extract import Extractor
 from evaluations.features import EncoderExtraction, InceptionExtraction, encoder_name
@@ -36,7 +36,7 @@ def main() -> None:
     images = open_images(args.source)
     if images.count < 2:
         raise InputError(f"{args.source}: {images.count} image; a covariance needs at least 2")
-    accelerator = Accelerator(cpu=args.cpu)
+    accelerator = Accelerator(cpu=args.cpu, kwargs_handlers=[patient_processes()])
     device = accelerator.device
     with accelerator.local_main_process_first():  # one process of a machine downloads, the others find the file
         inception = load_inception(args.inception, device)

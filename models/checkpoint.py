@@ -23,12 +23,11 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from files import InputError, atomic_write
+from files import InputError, atomic_write, sha256_of
 from models.exchange import is_exported, read_network
 from models.sit import ENCODER_DEPTHS, PRESETS, SiT
 
 CHECKPOINT_NAME = re.compile(r"(\d{7,})\.pt")
-READ_BYTES = 16 * 2**20
 OLD_BLOCKS = "decoder_blocks."  # older REPA checkpoints name the blocks behind the projectors so
 
 
@@ -65,7 +64,7 @@ def verify_checkpoint(path: str | Path) -> None:
     try:
         if checksum_path(path).exists():
             expected = checksum_path(path).read_text(encoding="utf-8", errors="replace").split(" ")[0]
-            found = _sha256(path)
+            found = sha256_of(path)
             if found != expected:
                 raise InputError(
                     f"{path}: damaged; its SHA-256 is {found}, not {expected} as {checksum_path(path)} says"
@@ -247,14 +246,6 @@ def _rename_old_blocks(state: dict[str, Tensor]) -> dict[str, Tensor]:
         return f"blocks.{int(number) + first}.{rest}"
 
     return {rename(key): value for key, value in state.items()}
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(READ_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 class _HashingFile(io.RawIOBase):

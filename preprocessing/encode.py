@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from devices import AUTO, batch_size, check_batch_size, largest_batch
+from devices import AUTO, batch_size, check_batch_size, largest_batch, patient_processes
 from files import FileSource, InputError, run_cli
 from models.autoencoder import Codec, load_codec
 from preprocessing.crops import decode_rgb
@@ -181,7 +181,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     source = FileSource(args.source)
     listing = list_converted(source)
     resolution = read_rgb(source, listing.names[0]).shape[0]
-    accelerator = Accelerator()
+    accelerator = Accelerator(kwargs_handlers=[patient_processes()])
     device = accelerator.device
     torch.backends.cudnn.deterministic = True  # a run that was interrupted must give the bytes of one that was not
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = args.tf32

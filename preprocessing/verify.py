@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dataset import LatentDataset
-from files import FileSource, InputError, atomic_write, decode_name, read_dataset_json, run_cli
+from files import FileSource, InputError, atomic_write, decode_name, read_dataset_json, run_cli, sha256_of
 from models.autoencoder import Codec, LatentFormat, load_codec
 from pictures import image_grid, save_png
 from preprocessing.crops import decode_rgb
@@ -127,19 +127,11 @@ def check_files(dataset: LatentDataset, workers: int) -> Findings:
             progress.update(min(ITEMS_A_PIECE, total - progress.n))
     for source in (dataset.images, dataset.latents):
         if source.is_zip:
-            found.checksums[source.path.name] = _hash_file(source.path)
+            found.checksums[source.path.name] = sha256_of(source.path)
         elif "dataset.json" in source:
             name = f"{source.path.name}/dataset.json"
             found.checksums[name] = hashlib.sha256(source.read("dataset.json")).hexdigest()
     return found
-
-
-def _hash_file(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 24):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def compare_checksums(path: Path, now: dict[str, str]) -> list[str]:

@@ -30,7 +30,7 @@ def _start_server() -> None:
     os.environ.update(before)
 
 
-def _train(flags: list[str], environment: dict[str, str], output: str) -> None:
+def _train(flags: list[str], environment: dict[str, str], output: str, prepare: Callable[[], None] | None) -> None:
     """Do what `python train.py FLAGS` does."""
     os.environ.update(environment)
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -42,14 +42,16 @@ def _train(flags: list[str], environment: dict[str, str], output: str) -> None:
     from files import run_cli
 
     torch.set_num_threads(1)
+    if prepare is not None:
+        prepare()
     sys.argv = ["train.py", *flags]
     run_cli(train.main)
 
 
 class Training:
-    """One start of a run, on one or several processes. `output` collects what they print."""
+    """One start of a run, on one or several processes. `output` collects what they print; all call `prepare`."""
 
-    def __init__(self, flags: list[str], output: Path, processes: int = 1):
+    def __init__(self, flags: list[str], output: Path, processes: int = 1, prepare: Callable[[], None] | None = None):
         _start_server()
         self.output = output
         with socket.socket() as free:
@@ -59,7 +61,7 @@ class Training:
         for rank in range(processes):
             environment = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_PORT": port}
             environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
-            arguments = (flags, environment if processes > 1 else {}, str(output))
+            arguments = (flags, environment if processes > 1 else {}, str(output), prepare)
             self.processes.append(_context.Process(target=_train, args=arguments, daemon=True))
         for process in self.processes:
             process.start()

@@ -1,11 +1,14 @@
 import multiprocessing
 import pickle
+import subprocess
+import sys
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from files import FileSource, InputError, atomic_write, read_json, write_json
+from files import FileSource, InputError, atomic_write, check_writable, lock_folder, read_json, write_json
+from tests.conftest import ROOT
 
 
 def test_a_file_appears_only_when_it_is_complete(tmp_path):
@@ -118,3 +121,53 @@ def test_json(tmp_path):
         read_json(tmp_path / "b.json")
     with pytest.raises(InputError, match=r"c\.json: no such file"):
         read_json(tmp_path / "c.json")
+
+
+LOCKER = """
+import sys
+from files import lock_folder
+lock_folder(sys.argv[1], "training")
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_folder_is_one_process_own_until_it_ends(tmp_path):
+    folder = tmp_path / "run"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    first = subprocess.Popen([sys.executable, "-c", LOCKER, str(folder)], cwd=ROOT, **pipes)
+    assert first.stdout.readline() == "locked\n"
+    with pytest.raises(InputError, match=rf"run: process {first.pid} on .* is training there"):
+        lock_folder(folder, "training")
+    first.kill()
+    first.communicate()
+    lock_folder(folder, "training")
+    lock_folder(folder, "training")  # one's own is no hindrance
+    assert "locked" not in subprocess.run([sys.executable, "-c", LOCKER, str(folder)], cwd=ROOT, **pipes).stdout
+
+
+@pytest.mark.parametrize("place", ["there", "there/file/out.png", "file"])
+def test_where_a_file_cannot_be_written_is_told_before(tmp_path, place):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "file").write_text("")
+    if place == "file":
+        check_writable(tmp_path / "new" / "file", "--out")
+        return
+    with pytest.raises(InputError, match=r"--out .*there"):
+        check_writable(tmp_path / place, "--out")
+
+
+ENDS = {
+    "raise files.InputError('--flag 1: bad')": (2, "x.py: error: --flag 1: bad"),
+    "raise KeyboardInterrupt": (130, "x.py: interrupted"),
+    "open('/nowhere/file')": (2, "x.py: error: /nowhere/file: No such file or directory"),
+    "raise OSError(28, 'No space left on device')": (2, "x.py: error: No space left on device"),
+}
+
+
+@pytest.mark.parametrize("cause", ENDS)
+def test_a_program_ends_with_one_line(cause):
+    code = f"import sys, files\nsys.argv = ['a/x.py']\ndef main():\n    {cause}\nfiles.run_cli(main)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    status, text = ENDS[cause]
+    assert result.returncode == status and text in result.stderr and "Traceback" not in result.stderr

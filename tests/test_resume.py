@@ -29,6 +29,19 @@ STEPS = 12
 LAST = f"{STEPS:07d}.pt"
 
 
+def slow_to_write() -> None:
+    """Make this process, a training run's, take long over every checkpoint."""
+    import models.checkpoint_writer as module
+
+    save = module.save_checkpoint
+
+    def save_slowly(*args: object, **kwargs: object) -> None:
+        time.sleep(4)
+        save(*args, **kwargs)
+
+    module.save_checkpoint = save_slowly
+
+
 def flags_of(train_flags: list[str], name: str, *more: str) -> list[str]:
     """Flags of a run that spends most of its time writing checkpoints."""
     frequent = ["--checkpointing-steps", "1", "--keep-last", "3", "--log-steps", "3", "--resume", "latest"]
@@ -113,6 +126,20 @@ def test_stopped_by_a_signal_and_resumed(train_flags, tmp_path, variant):
     assert [row["step"] for row in read_rows(run_folder(flags))] == list(range(1, STEPS + 1))
     (run_folder(flags) / "metrics.jsonl").write_bytes((whole / "metrics.jsonl").read_bytes())
     assert_same_run(whole, run_folder(flags))
+
+
+def test_nobody_leaves_before_the_last_checkpoint_is_written(train_flags, tmp_path):
+    """The launcher ends all soon after the first one that ended."""
+    flags = [*flags_of(train_flags, "slow", "--log-steps", "1"), "--checkpointing-steps", "100000"]
+    flags += ["--max-train-steps", "100000"]
+    training = Training(flags, tmp_path / "output.txt", processes=2, prepare=slow_to_write)
+    training.wait_for_lines(run_folder(flags) / "metrics.jsonl", lines=2)
+    training.signal(signal.SIGTERM)
+    training.processes[1].join(SECONDS)
+    written = list((run_folder(flags) / "checkpoints").glob("*.pt"))
+    assert training.wait() == EXIT_RESUMABLE, training.text()
+    assert len(written) == 1
+    verify_checkpoint(written[0])
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
@@ -270,8 +297,12 @@ def test_what_is_the_loss_of_a_process_and_what_is_not(monkeypatch):
         "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely.",
         "wait timeout after 300000ms, keys: /default_pg/0//cuda//0/1",
     ]
-    others = ["The size of tensor a (3) must match the size of tensor b (4)", "op.preamble.length <= op.nbytes. 8 vs 4"]
+    others = [
+        "The size of tensor a (3) must match the size of tensor b (4)",
+        "op.preamble.length <= op.nbytes. 8 vs 4",
+        "CUDA error: the launch timed out and was terminated",
+    ]
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert [is_loss(RuntimeError(text)) for text in losses + others] == [True] * 6 + [False] * 2
+    assert [is_loss(RuntimeError(text)) for text in losses + others] == [True] * 6 + [False] * 3
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert not is_loss(RuntimeError(losses[0]))
