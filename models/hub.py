@@ -22,20 +22,20 @@ def hub_file(repo: str, filename: str, instead: str) -> Path:
     `instead` says what to do without the hub (which file to put where, which flag names it).
     Raises InputError, naming the address and `instead`, if the file is neither in the cache nor to be had.
     """
-    import huggingface_hub
+    from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-    address = f"{huggingface_hub.constants.ENDPOINT}/{repo}/resolve/main/{filename}"
+    address = f"{constants.ENDPOINT}/{repo}/resolve/main/{filename}"
     try:
-        return Path(huggingface_hub.hf_hub_download(repo, filename, local_files_only=True))
+        return Path(hf_hub_download(repo, filename, local_files_only=True))
     except HFValidationError as error:
         raise InputError(f"{repo}: not a name of the hub (owner/name). {instead}") from error
     except LocalEntryNotFoundError:
         pass
-    if not _answers(huggingface_hub.constants.ENDPOINT):
+    if not _answers(constants.ENDPOINT):
         raise InputError(f"{address}: not in the local cache, and the hub cannot be reached. {instead}")
     try:
-        return Path(huggingface_hub.hf_hub_download(repo, filename))
+        return Path(hf_hub_download(repo, filename))
     except Exception as error:  # the client lets through whatever its HTTP library of the day raises
         raise InputError(f"{address}: cannot be downloaded ({_first_line(error)}). {instead}") from error
 

@@ -227,10 +227,10 @@ def test_unusable_weights_are_refused_by_name(tmp_path):
 
 
 def test_unreachable_hub_is_told_at_once_with_the_file_wanted(monkeypatch, tmp_path):
-    import huggingface_hub
+    from huggingface_hub import constants
 
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     start = time.monotonic()
     with pytest.raises(InputError, match=r"timm/vit_base_patch14_dinov2.*model\.safetensors.*--enc-weights"):
         load_encoder("dinov2-vit-b", 256)
