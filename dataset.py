@@ -12,15 +12,16 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, default_collate
 
 from files import FileSource, InputError, decode_name, encode_names, read_dataset_json
 from models.autoencoder import LatentFormat
@@ -45,7 +46,7 @@ class LatentDataset(Dataset):
         flip: whether the latents of mirrored images are wanted as well.
 
     Attributes:
-        num_classes: the largest label plus one.
+        num_classes: the largest label plus one, or as many as dataset.json has names of classes.
         resolution: R. latent_size: h. latent_format: channels, scale and codec of the latents.
 
     Raises:
@@ -68,7 +69,8 @@ class LatentDataset(Dataset):
         self.image_names = encode_names([image_names[i] for i in indices])
         self.latent_names = encode_names([latent_names[i] for i in indices])
         self.labels = _labels(self.images, self.latents, indices)
-        self.num_classes = int(self.labels.max()) + 1
+        named = [len(read_dataset_json(source).get("classes") or []) for source in (self.images, self.latents)]
+        self.num_classes = max(int(self.labels.max()) + 1, *named)  # images of the last ones may have been left out
         about_latents = read_dataset_json(self.latents)
         self.latent_format = LatentFormat.from_json(about_latents.get("codec"))
         self.flip = flip
@@ -173,6 +175,35 @@ class LatentDataset(Dataset):
                 f"{self.data_dir}: images of {self.resolution} px and latents of {self.latent_size}, "
                 f"but codec {fmt.codec} reduces by {fmt.factor}"
             )
+
+
+class ErrorsAsItems(Dataset):
+    """A data set for a loader's worker processes: what they raise arrives as a traceback, what they return as it is."""
+
+    def __init__(self, data: Dataset):
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, i: int) -> Any:
+        try:
+            return self.data[i]
+        except InputError as error:
+            return error
+
+
+def collate(items: list[Any]) -> Any:
+    """Return the items of `ErrorsAsItems` as a batch, or the first error among them."""
+    return next((item for item in items if isinstance(item, InputError)), None) or default_collate(items)
+
+
+def raise_errors(batches: Iterable[Any]) -> Iterator[Any]:
+    """Yield the batches of `collate`; raise the InputError that comes in place of one."""
+    for batch in batches:
+        if isinstance(batch, InputError):
+            raise batch
+        yield batch
 
 
 class GlobalBatchSampler(Sampler):

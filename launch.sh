@@ -10,6 +10,7 @@ if [ -z "${HEAD_ADDRESS:-}" ] && ((NUM_MACHINES > 1)) && [ -n "${SLURM_JOB_NODEL
 fi
 HEAD_ADDRESS=${HEAD_ADDRESS:-127.0.0.1} # of the machine with rank 0
 HEAD_PORT=${HEAD_PORT:-}                # a free port there; empty: launch.py's choice
+INTERRUPTED=0                           # whether by Ctrl-C
 EXIT_RESUMABLE=75                       # the status of a program that was asked to stop and can go on
 
 # Runs the program; signals that reach the script on the way reach the program.
@@ -21,12 +22,13 @@ launch() {
     python training/launch.py "${flags[@]}" "$@" &
     local launcher=$!
     trap 'kill -TERM "$launcher" 2>/dev/null' TERM
+    trap 'INTERRUPTED=1; kill -TERM "$launcher" 2>/dev/null' INT # bash hides Ctrl-C from what it starts with &
     trap 'kill -USR1 "$launcher" 2>/dev/null' USR1
     while :; do # a signal interrupts the wait
         status=0
         wait "$launcher" || status=$?
         kill -0 "$launcher" 2>/dev/null || break
     done
-    trap - TERM USR1
+    trap - TERM INT USR1
     return "$status"
 }

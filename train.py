@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from dataset import GlobalBatchSampler
+from dataset import ErrorsAsItems, GlobalBatchSampler, collate, raise_errors
 from files import InputError, read_json, run_cli, write_json
 from loss import TrainingNoise, alignment_target, entangled_token
 from models import ema
@@ -37,7 +37,9 @@ TRAINING_STREAM = 1  # keeps the noise of training apart from that of images, wh
 def train(run: Run) -> bool:
     """Run the training loop; return whether to its end, not stopped before by a signal."""
     args, accelerator = run.args, run.accelerator
-    last_step = min(args.max_train_steps, max(1, args.epochs * len(run.data) // args.batch_size))
+    last_step = args.max_train_steps
+    if args.epochs is not None:
+        last_step = min(last_step, max(1, args.epochs * len(run.data) // args.batch_size))
     batches = load_batches(run, range(run.step, last_step))
     if run.step == 0:
         write_reconstructions(run)
@@ -64,6 +66,8 @@ def train(run: Run) -> bool:
     run.log.draw()
     run.writer.finish()
     accelerator.wait_for_everyone()  # a launcher ends all soon after the first has gone
+    if run.step < last_step:
+        accelerator.print(f"stopped at step {run.step}; --resume latest goes on from there")
     if run.step == last_step and run.writer.failure:
         raise InputError(f"{run.writer.failure}; make room, then go on from the one before by --resume latest")
     accelerator.end_training()
@@ -156,14 +160,15 @@ def load_batches(run: Run, steps: range) -> Generator[tuple[Tensor, Tensor, Tens
         args.flip,
     )
     loader = DataLoader(
-        run.data,
+        ErrorsAsItems(run.data),
+        collate_fn=collate,
         batch_sampler=sampler,
         num_workers=args.num_workers,
         pin_memory=accelerator.device.type == "cuda",
         prefetch_factor=4 if args.num_workers else None,
         worker_init_fn=shield_worker,
     )
-    yield from to_device(loader, accelerator.device)
+    yield from to_device(raise_errors(loader), accelerator.device)
 
 
 def save(run: Run, name: str | None = None) -> None:

@@ -8,7 +8,8 @@
 #
 #     sbatch --nodes 4 --ntasks-per-node 1 --gpus-per-node 8 --requeue --open-mode append --signal USR1@300 --wrap "srun --kill-on-bad-exit=1 bash train.sh"
 #
-# SIGTERM or SIGUSR1 make it save and end with status 75, "can go on"; a SLURM job then puts itself back into the queue.
+# SIGTERM, SIGUSR1 and Ctrl-C make it save and end with status 75, "can go on"; after the first two, a SLURM job puts
+# itself back into the queue.
 set -euo pipefail
 cd "$(dirname "$0")"
 source launch.sh
@@ -37,7 +38,7 @@ launch train.py \
     --resume latest \
     "$@" || status=$?
 
-if ((status == EXIT_RESUMABLE && MACHINE_RANK == 0)) && [ -n "${SLURM_JOB_ID:-}" ]; then
+if ((status == EXIT_RESUMABLE && MACHINE_RANK == 0 && !INTERRUPTED)) && [ -n "${SLURM_JOB_ID:-}" ]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"

@@ -101,6 +101,7 @@ def test_killed_at_any_moment(train_flags, tmp_path):
 VARIANTS = {
     "sigterm": (signal.SIGTERM, 1, ()),
     "sigusr1": (signal.SIGUSR1, 1, ()),
+    "ctrl-c": (signal.SIGINT, 1, ()),
     "accumulation": (signal.SIGTERM, 1, ("--gradient-accumulation-steps", "2")),
     "bf16": (signal.SIGTERM, 1, ("--mixed-precision", "bf16")),
     "two processes": (signal.SIGTERM, 2, ()),

@@ -8,10 +8,11 @@ from PIL import Image
 from files import InputError
 from models.checkpoint import load_checkpoint, load_model
 from models.interpolant import Interpolant
+from models.sit import SiT_models
 from samplers import sample_images
 from tests.conftest import NUM_CLASSES, read_rows, run_program, run_training
+from training.networks import build_network, place_moments
 from training.settings import parse_args
-from training.setup import build_network
 
 MODES = {
     "reg": [],
@@ -190,8 +191,8 @@ def test_every_flag_of_the_published_script_is_taken():
 
 BAD = {
     "unknown model": (["--model", "SiT-H/2"], "--model SiT-H/2 is unknown; allowed: SiT-S/2"),
-    "classes": (["--num-classes", "7"], "--num-classes is 7, but the data in .* have 3"),
-    "resolution": (["--resolution", "32"], "--resolution is 32, but the data in .* have 16"),
+    "classes": (["--num-classes", "2"], "--num-classes 2: the data in .* have 3"),
+    "resolution": (["--resolution", "32"], "--resolution 32: the data in .* have 16"),
     "batch": (["--gradient-accumulation-steps", "3"], r"--batch-size 8 \(global\) does not divide"),
     "cuda": (["--device", "cuda"], "--device cuda: no CUDA device is available"),
     "fp16": (["--mixed-precision", "fp16"], "--mixed-precision fp16 needs a CUDA device"),
@@ -204,6 +205,12 @@ BAD = {
     "slot twice": (["--entangle", "class", "--no-cls-token"], "--entangle class contradicts --no-cls-token"),
     "no slot": (["--entangle", "none", "--cls-token"], "--entangle none contradicts --cls-token"),
     "depth": (["--encoder-depth", "3"], r"encoder_depth 3 is outside 1 \.\. 2"),
+    "not a number": (["--proj-coeff", "nan"], "--proj-coeff nan: must be a finite number"),
+    "infinity": (["--learning-rate", "inf"], "--learning-rate inf: must be a finite number"),
+    "no blocks": (["--depth", "0"], "--depth 0: must be greater than 0"),
+    "seed": (["--seed", str(2**64)], r"--seed \d+: must be less than 2\^63"),
+    "no name": (["--exp-name", "."], r"--exp-name '\.': must name a folder"),
+    "no weights": (["--init-from", "nothing.pt"], r"nothing\.pt: no such checkpoint file"),
     "negative": (["--cls", "-1"], "--cls -1.0: must be 0 or greater"),
     "share": (["--cfg-prob", "1"], "--cfg-prob 1.0: must be at least 0 and less than 1"),
     "no checkpoint": (["--resume-step", "7"], r"0000007\.pt: no such checkpoint file"),
@@ -236,6 +243,53 @@ def test_a_run_is_never_begun_again_or_mixed_with_another(train_flags):
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
+def test_a_run_begins_with_the_weights_of_another(train_flags, data, capsys):
+    """With a learning rate of next to nothing they are still there after a step."""
+    first = run_training(with_flags(train_flags, "--exp-name", "first")) / "checkpoints" / "0000004.pt"
+    given = load_checkpoint(first)["ema"]
+    more = ["--max-train-steps", "1", "--learning-rate", "1e-30", "--num-classes", "9", "--init-from", str(first)]
+    run = run_training(with_flags(train_flags, *more))
+    assert f"weights of {first}; fresh: y_embedder.embedding_table.weight\n" in capsys.readouterr().out
+    for part in ("model", "ema"):
+        begun = load_checkpoint(run / "checkpoints" / "0000001.pt")[part]
+        assert begun.keys() == given.keys() and begun["y_embedder.embedding_table.weight"].shape[0] == 10
+        same = [name for name in given if torch.equal(begun[name], given[name])]
+        assert len(same) == len(given) - 1
+    with pytest.raises(InputError, match=r"--init-from .*0000004\.pt: holds another network than .*; blocks\.1\."):
+        run_training(with_flags(train_flags, *more, "--exp-name", "shallow", "--depth", "1", "--encoder-depth", "1"))
+
+
+def test_epochs_end_a_run_only_where_they_are_asked_for(train_flags):
+    run = run_training(with_flags(train_flags, "--epochs", "1", "--max-train-steps", "100"))
+    assert [row["step"] for row in read_rows(run)] == [1, 2, 3]  # 24 images in batches of 8
+
+
+def test_an_image_that_cannot_be_read_ends_the_run_with_its_name(train_flags, data):
+    path = data / "images" / "00000" / "img00000007.png"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:60] + bytes(len(whole) - 72) + whole[-12:])  # its end is there: --check-data cannot tell
+    flags = with_flags(train_flags, "--data-dir", str(data), "--num-workers", "1")
+    with pytest.raises(InputError) as caught:
+        run_training(flags)
+    assert "img00000007.png: broken image" in str(caught.value) and "Traceback" not in str(caught.value)
+
+
+def test_moments_find_their_parameters_whatever_order_they_were_counted_in():
+    """As in files of the older REPA layout."""
+    model = SiT_models["SiT-S/8"](depth=3, hidden_size=48, num_heads=2, z_dims=[32], encoder_depth=2, projector_dim=64)
+    names = [name for name, _ in model.named_parameters()]
+    old = sorted(names, key=lambda name: (name.startswith("blocks.2"), names.index(name)))  # at the end, say
+    weights = {name: value for name in old for key, value in model.state_dict().items() if key == name}
+    moments = {name: {"exp_avg": torch.full_like(weights[name], number)} for number, name in enumerate(names)}
+    for order in (names, old):
+        opt = {"state": {index: moments[name] for index, name in enumerate(order)}}
+        placed = place_moments({"model": {name: weights[name] for name in order}, "opt": opt}, model)
+        assert all(moment["exp_avg"].flatten()[0] == index for index, moment in placed.items())
+    opt["state"][3] = {"exp_avg": torch.zeros(5)}
+    with pytest.raises(ValueError, match="other shapes"):
+        place_moments({"model": weights, "opt": opt}, model)
+
+
 def test_encoder_of_another_width_does_not_fit_the_checkpoint(train_flags, tmp_path):
     import timm
     from safetensors.torch import save_file
@@ -251,6 +305,6 @@ def test_encoder_of_another_width_does_not_fit_the_checkpoint(train_flags, tmp_p
 
 
 def test_errors_reach_the_user_as_one_line(train_flags):
-    result = run_program("train.py", *with_flags(train_flags, "--num-classes", "7"))
+    result = run_program("train.py", *with_flags(train_flags, "--num-classes", "2"))
     assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert result.stderr.strip().splitlines()[-1].startswith("train.py: error: --num-classes is 7")
+    assert result.stderr.strip().splitlines()[-1].startswith("train.py: error: --num-classes 2")

@@ -2,8 +2,8 @@
 
     python training/launch.py --processes 8 train.py --data-dir DATA ...
 
-What torchrun does for one machine of several (the processes meet at --head-address), and what it does not: SIGTERM and
-SIGUSR1 are passed on to every process, the exit status that says "resumable" comes out as it went in, and when a
+What torchrun does for one machine of several (the processes meet at --head-address), and what it does not: SIGTERM,
+SIGUSR1 and Ctrl-C reach every process, the exit status that says "resumable" comes out as it went in, and when one
 process dies or hangs the others are ended and its name is told.
 """
 
@@ -39,8 +39,8 @@ def main() -> None:
     def pass_on(number: int, frame: object) -> None:
         nonlocal asked_to_stop
         asked_to_stop = True
-        for process in processes:
-            process.send_signal(number)
+        for process in processes:  # a terminal's Ctrl-C has reached them already: twice, it would end in a traceback
+            process.send_signal(signal.SIGTERM if number == signal.SIGINT else number)
 
     for number in SIGNALS:
         signal.signal(number, pass_on)
@@ -50,7 +50,7 @@ def main() -> None:
     status = processes[rank].returncode
     killed_by = -status if status is not None and status < 0 else 0
     resumable = status == EXIT_RESUMABLE or (asked_to_stop and killed_by in SIGNALS)  # a signal before training began
-    if not resumable:
+    if not resumable and not asked_to_stop:
         name = f"process {args.machine_rank * args.processes + rank} on {socket.gethostname()}"
         print(f"launch.py: {name} {describe(status)}; ending the others", file=sys.stderr)
     end(processes, wait=resumable)

@@ -1,4 +1,4 @@
-"""Being asked to stop: SIGTERM, as most schedulers send it, and SIGUSR1, SLURM's warning ahead of time.
+"""Being asked to stop: SIGTERM, as most schedulers send it, SIGUSR1, SLURM's warning ahead of time, and Ctrl-C.
 
 The first signal only raises a flag; training finishes its step, saves, and ends with `EXIT_RESUMABLE`. A second one
 ends the process at once. A file is never half under its name, so the last checkpoint stays good either way.
@@ -13,7 +13,7 @@ import time
 from types import FrameType
 
 EXIT_RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: "temporary failure; try again later"
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 SAME_SIGNAL_SECONDS = 2.0  # a launcher passes on what the process got directly as well: that is still the first signal
 
 
@@ -38,12 +38,13 @@ class StopSignal:
 
 
 def shield_worker(worker_id: int) -> None:
-    """Keep a loader's worker going when a scheduler signals every process of a job: its trainer still needs batches.
+    """Keep a loader's worker going when every process of a job is signalled: its trainer still needs batches.
 
     SIGTERM ends a worker only if its trainer sent it, as the loader does with one that lingers. Where the sender cannot
     be known (macOS), a worker falls to any.
     """
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_if_the_trainer_says_so, args=(os.getppid(),), daemon=True).start()

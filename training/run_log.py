@@ -172,10 +172,14 @@ def _append(text: str, path: Path) -> None:
 
 def _keep_rows_up_to(path: Path, step: int) -> None:
     if path.exists():
-        kept = "".join(json.dumps(row) + "\n" for row in read_metrics(path) if row["step"] <= step)
-        if kept != path.read_text(encoding="utf-8"):  # a full disk shall not keep a run from going on
-            with atomic_write(path, "w") as file:
-                file.write(kept)
+        kept = "".join(json.dumps(row) + "\n" for row in read_metrics(path) if row["step"] <= step).encode()
+        whole = path.read_bytes()
+        with going_on_despite(str(path)):
+            if whole.startswith(kept):  # as ever: it is cut, for which a full disk has room
+                os.truncate(path, len(kept))
+            else:
+                with atomic_write(path) as file:
+                    file.write(kept)
 
 
 def _finite(value: Any) -> Any:

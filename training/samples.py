@@ -80,7 +80,7 @@ def write_reconstructions(run: Run) -> None:
 
 def image_labels(run: Run, numbers: range) -> list[int]:
     """Return the labels of images given by number: each class as often as any other."""
-    return [number % run.ema.num_classes for number in numbers]
+    return [number % run.data.num_classes for number in numbers]
 
 
 def draw_latents(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,23 @@ from loss import ENTANGLED, FROM_ENCODER
 from models.interpolant import PATHS, WEIGHTINGS
 from models.sit import SiT_models
 
+MINUTES_OF_A_YEAR = 525_600
+# Flags by the numbers they take.
+ABOVE_0 = """
+    batch_size max_train_steps epochs gradient_accumulation_steps log_steps checkpointing_steps learning_rate
+    max_grad_norm grid_samples grid_num_steps projector_dim eval_samples eval_num_steps eval_batch_size retry_steps
+    max_bad_steps timeout_minutes depth hidden_size num_heads encoder_depth num_classes
+"""
+FROM_0 = """
+    sampling_steps resume_step seed num_workers proj_coeff cls adam_weight_decay adam_epsilon keep_last keep_every
+    eval_steps
+"""
+BELOW_1 = "ema_decay cfg_prob adam_beta1 adam_beta2"
 SWITCH = argparse.BooleanOptionalAction  # --flag and --no-flag
 # What may differ between a run and its continuation; everything else says which run it is.
 MAY_CHANGE = {
     "output_dir", "exp_name", "logging_dir", "report_to", "sampling_steps", "resume_step", "resume", "data_dir",
+    "init_from",
     "allow_tf32", "mixed_precision", "epochs", "max_train_steps", "checkpointing_steps", "fused_attn", "num_workers",
     "gradient_accumulation_steps", "log_steps", "check_data", "device", "enc_weights", "vae", "grid_samples",
     "grid_num_steps", "grid_cfg_scale", "eval_steps", "eval_ref", "eval_samples", "eval_num_steps", "eval_batch_size",
@@ -31,7 +45,12 @@ def _run_flags(add: Callable) -> None:
     add("--output-dir", default="exps", help="folder of all runs (%(default)s)")
     add("--exp-name", required=True, help="name of this run, its folder in --output-dir")
     add("--logging-dir", default="logs", help="the tracker's folder inside the run's folder (%(default)s)")
-    add("--report-to", default="none", choices=["none", "wandb", "tensorboard"], help="tracker, beside metrics.jsonl")
+    add(
+        "--report-to",
+        default="none",
+        choices=["none", "wandb", "tensorboard"],
+        help="tracker beside our own files (%(default)s)",
+    )
     add(
         "--log-steps",
         type=int,
@@ -40,12 +59,17 @@ def _run_flags(add: Callable) -> None:
     )
     add("--checkpointing-steps", type=int, default=50_000, help="steps between two checkpoints (%(default)s)")
     add("--keep-last", type=int, default=0, help="keep so many of the newest checkpoints; 0: all (%(default)s)")
-    add("--keep-every", type=int, default=0, help="besides --keep-last, keep those of every so many steps; 0: none")
+    add(
+        "--keep-every",
+        type=int,
+        default=0,
+        help="besides, keep those of every so many steps; 0: none (%(default)s)",
+    )
     add(
         "--background-save",
         action=SWITCH,
         default=True,
-        help="write checkpoints while training goes on, from a copy",
+        help="write checkpoints while training goes on, from a copy (%(default)s)",
     )
     add(
         "--retry-steps",
@@ -53,10 +77,20 @@ def _run_flags(add: Callable) -> None:
         default=100,
         help="after a checkpoint that could not be written, try again so many steps later (%(default)s)",
     )
-    add("--max-bad-steps", type=int, default=20, help="stop after so many steps in a row without a finite gradient")
+    add(
+        "--max-bad-steps",
+        type=int,
+        default=20,
+        help="stop after so many in a row without a finite gradient (%(default)s)",
+    )
     add("--timeout-minutes", type=float, default=30, help="how long processes wait for one that has died (%(default)s)")
     add("--resume-step", type=int, default=0, help="go on from the checkpoint of this step; 0: start anew")
     add("--resume", help="go on from 'latest' (start anew if there is no checkpoint yet) or from a checkpoint file")
+    add(
+        "--init-from",
+        help="checkpoint whose averaged weights a new run begins with; what they do not fit (other classes, encoders, "
+        "resolution) begins fresh",
+    )
     add(
         "--legacy",
         action=SWITCH,
@@ -70,12 +104,17 @@ def _grid_flags(add: Callable) -> None:
         "--sampling-steps",
         type=int,
         default=10_000,
-        help="steps between two grids; 0: none, no codec needed",
+        help="steps between two grids; 0: none, no codec needed (%(default)s)",
     )
     add("--vae", help="codec that decodes the grids; default: the one that made the latents")
     add("--grid-samples", type=int, default=36, help="images in a grid (%(default)s)")
     add("--grid-num-steps", type=int, default=50, help="SDE steps for a grid (%(default)s)")
-    add("--grid-cfg-scale", type=float, default=1.0, help="guidance of image and class token in a grid; 1: none")
+    add(
+        "--grid-cfg-scale",
+        type=float,
+        default=1.0,
+        help="guidance in a grid; 1: none (%(default)s)",
+    )
 
 
 def _evaluation_flags(add: Callable) -> None:
@@ -93,7 +132,7 @@ def _network_flags(add: Callable) -> None:
     add("--hidden-size", type=int, help="width instead of the preset's")
     add("--num-heads", type=int, help="attention heads instead of the preset's")
     add("--projector-dim", type=int, default=2048, help="inner width of the projectors (%(default)s)")
-    add("--num-classes", type=int, help="number of classes; read from the data, this only checks it")
+    add("--num-classes", type=int, help="number of classes, no fewer than the data have; default: as many")
     add(
         "--encoder-depth",
         type=int,
@@ -103,9 +142,9 @@ def _network_flags(add: Callable) -> None:
         "--fused-attn",
         action=SWITCH,
         default=True,
-        help="attention through scaled_dot_product_attention",
+        help="attention through scaled_dot_product_attention (%(default)s)",
     )
-    add("--qk-norm", action=SWITCH, default=False, help="LayerNorm on queries and keys")
+    add("--qk-norm", action=SWITCH, default=False, help="LayerNorm on queries and keys (%(default)s)")
     add(
         "--cls-token",
         action=SWITCH,
@@ -123,25 +162,30 @@ def _data_flags(add: Callable) -> None:
         "--flip",
         action=SWITCH,
         default=False,
-        help="half of the images mirrored (preprocessing/encode.py --flip)",
+        help="half of the images mirrored (preprocessing/encode.py --flip) (%(default)s)",
     )
     add(
         "--check-data",
         action=SWITCH,
         default=True,
-        help="look at every file for truncation before training",
+        help="look at every file for truncation before training (%(default)s)",
     )
 
 
 def _precision_flags(add: Callable) -> None:
-    add("--allow-tf32", action=SWITCH, default=True, help="TF32 in matrix products of CUDA")
+    add("--allow-tf32", action=SWITCH, default=True, help="TF32 in matrix products of CUDA (%(default)s)")
     add("--mixed-precision", choices=["no", "fp16", "bf16"], help="autocast; default fp16 on CUDA, no on the CPU")
 
 
 def _optimisation_flags(add: Callable) -> None:
-    add("--epochs", type=int, default=1400, help="stop after so many passes over the data (%(default)s)")
     add("--max-train-steps", type=int, default=400_000, help="stop after so many steps (%(default)s)")
-    add("--gradient-accumulation-steps", type=int, default=1, help="parts a process cuts its samples into")
+    add("--epochs", type=int, help="stop earlier, after so many passes over the data; default: do not")
+    add(
+        "--gradient-accumulation-steps",
+        type=int,
+        default=1,
+        help="parts that a process cuts its samples into (%(default)s)",
+    )
     add("--learning-rate", type=float, default=1e-4, help="constant (%(default)s)")
     add("--adam-beta1", type=float, default=0.9, help="AdamW (%(default)s)")
     add("--adam-beta2", type=float, default=0.999, help="AdamW (%(default)s)")
@@ -174,18 +218,24 @@ def _method_flags(add: Callable) -> None:
 
 
 def _speed_flags(add: Callable) -> None:
-    add("--compile", action=SWITCH, default=False, help="compile network, loss and encoders; changes rounding only")
+    add(
+        "--compile",
+        action=SWITCH,
+        default=False,
+        help="compile network, loss and encoders; changes rounding only (%(default)s)",
+    )
     add(
         "--activation-checkpointing",
         action=SWITCH,
         default=False,
-        help="less memory, more time, the same gradients: blocks are computed again in the backward pass",
+        help="less memory, more time, the same gradients: blocks are computed again in the backward pass (%(default)s)",
     )
     add(
         "--fsdp",
         action=SWITCH,
         default=False,
-        help="share weights, averages and AdamW's state out among the processes (FSDP), where one GPU cannot hold them",
+        help="share weights, averages and AdamW's state out among the processes (FSDP), where one GPU cannot hold them "
+        "(%(default)s)",
     )
 
 
@@ -216,31 +266,9 @@ def _check_args(args: argparse.Namespace) -> None:
     """Raise InputError, naming flag, value and what is allowed, for settings that no run can have."""
     if args.model not in SiT_models:
         raise InputError(f"--model {args.model} is unknown; allowed: {', '.join(SiT_models)}")
-    positive = ("batch_size", "max_train_steps", "epochs", "gradient_accumulation_steps", "log_steps")
-    positive += (
-        "checkpointing_steps",
-        "learning_rate",
-        "max_grad_norm",
-        "grid_samples",
-        "grid_num_steps",
-        "projector_dim",
-        "eval_samples",
-        "eval_num_steps",
-        "eval_batch_size",
-        "retry_steps",
-        "max_bad_steps",
-        "timeout_minutes",
-    )
-    for name in positive:
-        if getattr(args, name) <= 0:
-            raise InputError(f"{flag(name)} {getattr(args, name)}: must be greater than 0")
-    from_zero = ("sampling_steps", "resume_step", "seed", "num_workers", "proj_coeff", "cls", "adam_weight_decay")
-    for name in (*from_zero, "keep_last", "keep_every", "eval_steps"):
-        if getattr(args, name) < 0:
-            raise InputError(f"{flag(name)} {getattr(args, name)}: must be 0 or greater")
-    for name in ("ema_decay", "cfg_prob", "adam_beta1", "adam_beta2"):
-        if not 0 <= getattr(args, name) < 1:
-            raise InputError(f"{flag(name)} {getattr(args, name)}: must be at least 0 and less than 1")
+    if not args.exp_name.strip(". "):
+        raise InputError(f"--exp-name {args.exp_name!r}: must name a folder")
+    _check_numbers(args)
     if args.eval_steps and not args.eval_ref:
         raise InputError(f"--eval-steps {args.eval_steps}: needs --eval-ref, the .npz to compare with")
     if args.entangle and args.cls_token is not None and args.cls_token != (args.entangle != "none"):
@@ -264,6 +292,25 @@ def _check_args(args: argparse.Namespace) -> None:
         raise InputError("--mixed-precision fp16 needs a CUDA device; allowed on the CPU: no, bf16")
 
 
+def _check_numbers(args: argparse.Namespace) -> None:
+    for name, value in vars(args).items():
+        if isinstance(value, float) and not math.isfinite(value):  # nan is neither below a limit nor above it
+            raise InputError(f"{flag(name)} {value}: must be a finite number")
+    for names, allowed, fits in (
+        (ABOVE_0, "greater than 0", lambda value: value > 0),
+        (FROM_0, "0 or greater", lambda value: value >= 0),
+        (BELOW_1, "at least 0 and less than 1", lambda value: 0 <= value < 1),
+    ):
+        for name in names.split():
+            value = getattr(args, name)
+            if value is not None and not fits(value):
+                raise InputError(f"{flag(name)} {value}: must be {allowed}")
+    if args.seed >= 2**63:
+        raise InputError(f"--seed {args.seed}: must be less than 2^63")
+    if args.timeout_minutes > MINUTES_OF_A_YEAR:
+        raise InputError(f"--timeout-minutes {args.timeout_minutes}: must be at most a year, {MINUTES_OF_A_YEAR}")
+
+
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
@@ -274,4 +321,7 @@ def check_same_run(args: argparse.Namespace, saved: dict[str, Any], source: str 
         if name in MAY_CHANGE or name not in saved or value is None or saved[name] is None:
             continue
         if value != saved[name]:
-            raise InputError(f"{flag(name)} is {value}, but {source} was begun with {saved[name]}")
+            raise InputError(
+                f"{flag(name)} is {value}, but {source} was begun with {saved[name]}, and a run keeps that. Another "
+                "may begin with its weights: a new --exp-name, and --init-from CHECKPOINT"
+            )

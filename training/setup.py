@@ -14,27 +14,26 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast_object_list
 from tqdm import tqdm
 
 from dataset import GlobalBatchSampler, LatentDataset
 from evaluations.in_training import TrainingEvaluation
-from files import InputError, read_json, write_json
+from files import InputError, lock_folder, read_json, write_json
 from loss import FROM_ENCODER, REGLoss
-from models import ema
 from models.autoencoder import Codec, load_codec
-from models.checkpoint import is_legacy, list_checkpoints, load_checkpoint, network_weights
+from models.checkpoint import is_legacy, list_checkpoints, load_checkpoint
 from models.checkpoint_writer import CheckpointWriter
 from models.encoders import Encoder, load_encoders
 from models.interpolant import Interpolant
-from models.sit import ENCODER_DEPTHS, PRESETS, SiT, SiT_models
+from models.sit import ENCODER_DEPTHS, PRESETS, SiT
 from training.bad_steps import BadSteps
 from training.compiling import compile_training
+from training.networks import build_network, prepare_networks
 from training.preemption import StopSignal
 from training.run_log import RunLog, going_on_despite
 from training.settings import check_same_run, flag
-from training.sharding import check_sharding, count_parameters, device_mesh, shard, shard_like, whole
+from training.sharding import check_sharding, count_parameters, whole
 from training.step_reports import StepReports
 from training.throughput import describe_start, peak_flops, training_flops
 
@@ -90,6 +89,7 @@ def set_up(args: argparse.Namespace, stop_signal: StopSignal | None = None) -> R
     model, average, optimizer = prepare_networks(args, accelerator, checkpoint)
     step = checkpoint["steps"] if checkpoint else 0
     if accelerator.is_main_process:
+        lock_folder(folder, "training")
         # A new run needs a folder it can write to; an old one goes on with a full disk.
         with going_on_despite(str(folder / "args.json")) if step else contextlib.nullcontext():
             write_json(folder / "args.json", vars(args))
@@ -202,10 +202,10 @@ def sample_names(args: argparse.Namespace, data: LatentDataset, step: int) -> It
 def open_data(args: argparse.Namespace, accelerator: Accelerator) -> LatentDataset:
     """Return the training data, checked against the flags and, shared among the processes, file by file."""
     data = LatentDataset(args.data_dir, args.flip)
-    for name, found in (("num_classes", data.num_classes), ("resolution", data.resolution)):
-        given = getattr(args, name)
-        if given is not None and given != found:
-            raise InputError(f"{flag(name)} is {given}, but the data in {args.data_dir} have {found}")
+    if args.num_classes is not None and args.num_classes < data.num_classes:
+        raise InputError(f"--num-classes {args.num_classes}: the data in {args.data_dir} have {data.num_classes}")
+    if args.resolution is not None and args.resolution != data.resolution:
+        raise InputError(f"--resolution {args.resolution}: the data in {args.data_dir} have {data.resolution}")
     if args.check_data:
         part, parts = accelerator.process_index, accelerator.num_processes
         with tqdm(total=len(data) // parts, desc="checking the data", unit="image", disable=part > 0) as bar:
@@ -238,7 +238,7 @@ def describe_run(args: argparse.Namespace, data: LatentDataset, encoders: list[E
     args.depth, args.hidden_size = args.depth or depth, args.hidden_size or hidden_size
     args.num_heads = args.num_heads or num_heads
     args.encoder_depth = args.encoder_depth or ENCODER_DEPTHS[size]
-    args.num_classes, args.resolution = data.num_classes, data.resolution
+    args.num_classes, args.resolution = args.num_classes or data.num_classes, data.resolution
     args.in_channels, args.latent_size = data.latent_format.channels, data.latent_size
     args.codec = data.latent_format.to_json()
     args.z_dims = [encoder.width for encoder in encoders] if args.proj_coeff > 0 else []
@@ -247,85 +247,6 @@ def describe_run(args: argparse.Namespace, data: LatentDataset, encoders: list[E
         args.cls_token_dim = encoders[0].width
     elif args.entangle == "latent-mean":
         args.cls_token_dim = args.in_channels
-
-
-def build_network(args: argparse.Namespace) -> SiT:
-    """Return a fresh network of the described settings."""
-    torch.manual_seed(args.seed)
-    try:
-        return SiT_models[args.model](
-            input_size=args.latent_size,
-            in_channels=args.in_channels,
-            depth=args.depth,
-            hidden_size=args.hidden_size,
-            num_heads=args.num_heads,
-            num_classes=args.num_classes,
-            class_dropout_prob=args.cfg_prob,
-            encoder_depth=args.encoder_depth,
-            z_dims=args.z_dims,
-            projector_dim=args.projector_dim,
-            cls_token_dim=args.cls_token_dim,
-            qk_norm=args.qk_norm,
-            fused_attn=args.fused_attn,
-            learnable_token=args.entangle == "learnable",
-        )
-    except ValueError as error:
-        raise InputError(f"--model {args.model} with the given sizes: {error}") from error
-
-
-def prepare_networks(
-    args: argparse.Namespace, accelerator: Accelerator, checkpoint: dict[str, Any] | None
-) -> tuple[torch.nn.Module, SiT, AcceleratedOptimizer]:
-    """Return the network, its average and the optimiser as the processes use them, fresh or from a checkpoint."""
-    model = build_network(args)
-    average = ema.averaged_copy(model)
-    model.activation_checkpointing = args.activation_checkpointing
-    if checkpoint is not None:
-        restore_weights(checkpoint, model, average)
-    if args.fsdp:
-        mesh = device_mesh(accelerator)
-        shard(model, mesh)
-        shard(average, mesh)
-    else:
-        model, average = model.to(accelerator.device), average.to(accelerator.device)
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
-        eps=args.adam_epsilon,
-        fused=True,  # the one kind that leaves out a step on the device's own word
-    )
-    if checkpoint is not None:
-        restore_optimizer(checkpoint, optimizer, model)
-    if not args.fsdp:
-        model = accelerator.prepare(model)
-    optimizer = accelerator.prepare(optimizer)
-    if checkpoint is not None and accelerator.scaler is not None and checkpoint.get("scaler"):
-        accelerator.scaler.load_state_dict(checkpoint["scaler"])
-    return model, average, optimizer
-
-
-def restore_weights(checkpoint: dict[str, Any], model: SiT, average: SiT) -> None:
-    """Load weights and averaged weights, strictly."""
-    try:
-        model.load_state_dict(network_weights(checkpoint, "model"))
-        average.load_state_dict(network_weights(checkpoint, "ema"))
-    except RuntimeError as error:
-        raise InputError(f"the checkpoint does not fit the network of the flags: {error}") from error
-
-
-def restore_optimizer(checkpoint: dict[str, Any], optimizer: torch.optim.Optimizer, model: SiT) -> None:
-    """Load the optimiser's state, strictly."""
-    # Published checkpoints, and older ones of ours, come from another implementation of the same AdamW.
-    groups = [{**group, "fused": True, "foreach": None} for group in checkpoint["opt"]["param_groups"]]
-    try:
-        state = shard_like(checkpoint["opt"]["state"], model)
-        optimizer.load_state_dict({"state": state, "param_groups": groups})
-        for state in optimizer.state.values():  # its own memory: the file is mapped, and may be cleared away soon
-            state.update({name: value.clone() for name, value in state.items() if value.device.type == "cpu"})
-    except (RuntimeError, ValueError, IndexError) as error:
-        raise InputError(f"the checkpoint's optimiser does not fit the network of the flags: {error}") from error
 
 
 def averaged_network(run: Run) -> SiT:
