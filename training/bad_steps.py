@@ -6,13 +6,15 @@ apart and what went into them written down; too many in a row end the run.
 
 from __future__ import annotations
 
+import argparse
 import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import Tensor
 
+from dataset import GlobalBatchSampler, LatentDataset
 from files import InputError
 from training.run_log import RunLog
 from training.step_reports import StepReport
@@ -91,3 +93,9 @@ class BadSteps:
         if not broken:
             return ("overflow" if overflow else "gradient"), samples
         return ("samples" if len(broken) < len(samples) else "weights"), broken
+
+
+def sample_names(args: argparse.Namespace, data: LatentDataset, step: int) -> Iterator[str]:
+    """Return the files of the latents that made up a step's global batch, in its order."""
+    sampler = GlobalBatchSampler(len(data), args.batch_size, args.seed, range(step, step + 1), flip=args.flip)
+    return (data.latent_path(i) for indices in sampler for i in indices)

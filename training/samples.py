@@ -13,9 +13,11 @@ from loss import FROM_ENCODER, entangled_token
 from models.sit import SiT
 from pictures import image_grid, save_png
 from samplers import Guidance, derive_seed, sample_images
+from training.networks import build_network
 from training.preemption import shield_worker
 from training.run_log import going_on_despite
-from training.setup import Run, averaged_network
+from training.setup import Run
+from training.sharding import whole
 
 
 def write_samples(run: Run) -> None:
@@ -51,6 +53,16 @@ def score_samples(run: Run) -> dict[str, float]:
         sums.load(run.accelerator.reduce(sums.state(), "sum"))
         scores |= sums.scores()
     return scores
+
+
+def averaged_network(run: Run) -> SiT:
+    """Return the EMA network for sampling; of a sharded run a whole copy on each process. Call it on all processes."""
+    if not run.args.fsdp:
+        return run.ema
+    with torch.device("meta"):
+        network = build_network(run.args)
+    network.load_state_dict(whole(run.ema.state_dict()), assign=True)
+    return network.to(run.accelerator.device).eval().requires_grad_(False)
 
 
 def class_centres(run: Run) -> Tensor:

@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import hashlib
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -17,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast_object_list
 from tqdm import tqdm
 
-from dataset import GlobalBatchSampler, LatentDataset
+from dataset import LatentDataset
 from evaluations.in_training import TrainingEvaluation
 from files import InputError, lock_folder, read_json, write_json
 from loss import FROM_ENCODER, REGLoss
@@ -27,13 +26,13 @@ from models.checkpoint_writer import CheckpointWriter
 from models.encoders import Encoder, load_encoders
 from models.interpolant import Interpolant
 from models.sit import ENCODER_DEPTHS, PRESETS, SiT
-from training.bad_steps import BadSteps
+from training.bad_steps import BadSteps, sample_names
 from training.compiling import compile_training
 from training.networks import build_network, prepare_networks
 from training.preemption import StopSignal
 from training.run_log import RunLog, going_on_despite
 from training.settings import check_same_run, flag
-from training.sharding import check_sharding, count_parameters, whole
+from training.sharding import check_sharding, count_parameters
 from training.step_reports import StepReports
 from training.throughput import describe_start, peak_flops, training_flops
 
@@ -193,12 +192,6 @@ def agree(accelerator: Accelerator, value: Any) -> Any:
     return broadcast_object_list([value])[0] if accelerator.num_processes > 1 else value
 
 
-def sample_names(args: argparse.Namespace, data: LatentDataset, step: int) -> Iterator[str]:
-    """Return the files of the latents that made up a step's global batch, in its order."""
-    sampler = GlobalBatchSampler(len(data), args.batch_size, args.seed, range(step, step + 1), flip=args.flip)
-    return (data.latent_path(i) for indices in sampler for i in indices)
-
-
 def open_data(args: argparse.Namespace, accelerator: Accelerator) -> LatentDataset:
     """Return the training data, checked against the flags and, shared among the processes, file by file."""
     data = LatentDataset(args.data_dir, args.flip)
@@ -247,16 +240,6 @@ def describe_run(args: argparse.Namespace, data: LatentDataset, encoders: list[E
         args.cls_token_dim = encoders[0].width
     elif args.entangle == "latent-mean":
         args.cls_token_dim = args.in_channels
-
-
-def averaged_network(run: Run) -> SiT:
-    """Return the EMA network for sampling; of a sharded run a whole copy on each process. Call it on all processes."""
-    if not run.args.fsdp:
-        return run.ema
-    with torch.device("meta"):
-        network = build_network(run.args)
-    network.load_state_dict(whole(run.ema.state_dict()), assign=True)
-    return network.to(run.accelerator.device).eval().requires_grad_(False)
 
 
 def peak_images_per_second(args: argparse.Namespace, accelerator: Accelerator) -> float | None:
