@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput
 from PIL import Image
 
 from models.autoencoder import Codec, LatentFormat, load_codec
-from models.checkpoint import build_model, load_checkpoint
+from models.checkpoint import build_model, load_checkpoint, saved_settings
 from models.exchange import CONFIG_FILE, WEIGHTS_FILE
 from models.hub import hub_file
 from models.interpolant import Interpolant
@@ -56,7 +56,7 @@ class REGPipeline(DiffusionPipeline):
             files = [hub_file(str(path), name, instead) for name in (CONFIG_FILE, WEIGHTS_FILE)]
             path = files[0].parent
         checkpoint = load_checkpoint(path)
-        settings = vars(checkpoint["args"]) if "args" in checkpoint else {}
+        settings = saved_settings(checkpoint, path)
         codec = vae
         if not isinstance(codec, Codec):
             name = vae or LatentFormat.from_json(settings.get("codec")).codec
