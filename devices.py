@@ -1,7 +1,11 @@
-"""What the programs want of a device: the largest batch that fits into its memory, copies that nobody waits for."""
+"""What the programs want of a device: the largest batch that fits into its memory, copies that nobody waits for; and
+the types of their flags."""
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import math
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -22,6 +26,14 @@ AUTO = "auto"  # as the value of a --...-batch-size: `largest_batch`
 def batch_size(text: str) -> int | str:
     """Return a number of images, or AUTO: the type of a flag."""
     return text if text == AUTO else int(text)
+
+
+def finite_float(text: str) -> float:
+    """Return a number that is neither NaN nor infinite, which would pass every comparison made to refuse it."""
+    with contextlib.suppress(ValueError):
+        if math.isfinite(value := float(text)):
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r} is no finite number")
 
 
 def check_batch_size(flag: str, value: int | str) -> None:

@@ -22,6 +22,13 @@ GUIDANCE_HIGH=${GUIDANCE_HIGH:-1.0}          # guidance up to this time; 0.85 fo
 BATCH_SIZE=${BATCH_SIZE:-64}                 # images at a time on each GPU; auto: all that fit
 INCEPTION=${INCEPTION:-}                     # Inception weights; empty: downloaded once
 
+for file in "$REF_BATCH" ${INCEPTION:+"$INCEPTION"}; do # asked for only when all images are there
+    if [ ! -f "$file" ]; then
+        echo "eval.sh: error: $file: no such file" >&2
+        exit 2
+    fi
+done
+
 RUN=$(basename "$(dirname "$(dirname "$(realpath "$CKPT")")")")
 NAME=${NAME:-$RUN-$(basename "$CKPT" .pt)-$NUM_STEPS-cfg-$CFG_SCALE-$CLS_CFG_SCALE-to-$GUIDANCE_HIGH-$LABELS}
 

@@ -13,10 +13,18 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from files import InputError, atomic_write, run_cli
+from files import InputError, atomic_write, check_writable, run_cli
 from models.autoencoder import SD_FORMAT
-from models.checkpoint import architecture, build_model, load_checkpoint, network_weights
-from models.exchange import write_network
+from models.checkpoint import (
+    architecture,
+    build_model,
+    load_checkpoint,
+    network_weights,
+    saved_settings,
+    steps_done,
+    stored_weights,
+)
+from models.exchange import CONFIG_FILE, write_network
 
 # What of a run's settings a user of the network needs, besides its architecture.
 KEPT_SETTINGS = ("model", "path_type", "resolution", "enc_type", "exp_name")
@@ -53,11 +61,13 @@ def export(ckpt: str | Path, dest: str | Path, weights: str = "ema") -> None:
     """Write the network of a checkpoint to a .safetensors file or a folder.
 
     Raises:
-        InputError: the checkpoint holds no such network, or there is something at `dest` already.
+        InputError: the checkpoint holds no such network, or there is something at `dest` already, or nothing can be
+            written there.
     """
     dest = Path(dest)
     if dest.exists() and not (dest.is_dir() and not any(dest.iterdir())):
         raise InputError(f"--dest {dest}: there is something already; choose another name")
+    check_writable(dest if dest.suffix == ".safetensors" else dest / CONFIG_FILE, "--dest")
     checkpoint = load_checkpoint(ckpt)
     build_model(checkpoint, weights, source=ckpt)  # only what can be read again is written
     config = describe(checkpoint, weights, ckpt)
@@ -72,14 +82,13 @@ def export(ckpt: str | Path, dest: str | Path, weights: str = "ema") -> None:
 
 def describe(checkpoint: dict[str, Any], weights: str, source: str | Path) -> dict[str, Any]:
     """Return the configuration that rebuilds a checkpoint's network and decodes what it generates, as JSON has it."""
-    settings = checkpoint.get("args")
-    saved = vars(settings) if settings is not None else {}
+    saved = saved_settings(checkpoint, source)
     return {
         "_class_name": "SiT",
-        **architecture(network_weights(checkpoint, weights, source), settings, source),
+        **architecture(stored_weights(checkpoint, weights, source), saved, source),
         **{name: saved[name] for name in KEPT_SETTINGS if saved.get(name) is not None},
         "codec": saved.get("codec") or SD_FORMAT.to_json(),
-        "steps": checkpoint.get("steps", 0),
+        "steps": steps_done(checkpoint, source),
         "weights": weights,
     }
 

@@ -16,12 +16,12 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput
 from PIL import Image
 
 from models.autoencoder import Codec, LatentFormat, load_codec
-from models.checkpoint import build_model, load_checkpoint
+from models.checkpoint import build_model, load_checkpoint, saved_settings
 from models.exchange import CONFIG_FILE, WEIGHTS_FILE
 from models.hub import hub_file
 from models.interpolant import Interpolant
 from models.sit import SiT
-from samplers import Guidance, derive_seed, sample_images
+from samplers import Guidance, image_seeds, sample_images
 
 BATCH_SIZE = 32  # images at a time; the images do not depend on it
 
@@ -56,7 +56,7 @@ class REGPipeline(DiffusionPipeline):
             files = [hub_file(str(path), name, instead) for name in (CONFIG_FILE, WEIGHTS_FILE)]
             path = files[0].parent
         checkpoint = load_checkpoint(path)
-        settings = vars(checkpoint["args"]) if "args" in checkpoint else {}
+        settings = saved_settings(checkpoint, path)
         codec = vae
         if not isinstance(codec, Codec):
             name = vae or LatentFormat.from_json(settings.get("codec")).codec
@@ -84,7 +84,7 @@ class REGPipeline(DiffusionPipeline):
             guidance_scale, cls_guidance_scale: of image and class token; the second as the first where not given.
             guidance_interval: times with guidance; 0 is data (paper: 0 to 0.85).
             mode, solver: see `samplers.sample`.
-            seed: image n is drawn from (seed, n), as in generate.py.
+            seed: an image comes from the seed and its number, as in generate.py.
             output_type: "pil" or "np", (N, H, W, 3) uint8.
         """
         labels = [class_labels] if isinstance(class_labels, int) else list(class_labels)
@@ -97,7 +97,7 @@ class REGPipeline(DiffusionPipeline):
             latents, _ = sample_images(
                 self.transformer,
                 part,
-                [derive_seed(seed, first + n) for n in range(len(part))],
+                image_seeds(seed, range(first, first + len(part))),
                 Interpolant(self.config.path_type),
                 guidance,
                 mode,

@@ -9,7 +9,7 @@ network is called in its own dtype. Random numbers are passed in.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -28,6 +28,7 @@ MODES = ("sde", "ode")
 SOLVERS = ("euler", "heun", "dopri5")
 SDE_LAST_TIME = 0.04  # the SDE's last step goes from here to 0 without noise (SiT, appendix; REG's setting)
 GPU_NOISE_THREADS = 4  # one takes 7 ms for 64 images of 256 px, longer than small networks do
+SEED_STEP = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: odd, so that multiples of it differ in their low 32 bits too
 ODE_TOLERANCE = 1e-6  # absolute and relative, of the adaptive solver (SiT, section 4)
 
 
@@ -97,13 +98,21 @@ def _guide(v: Tensor, scale: float) -> Tensor:
 
 
 def sde_times(num_steps: int) -> Tensor:
-    """Return the times of the SDE sampler: `num_steps` from 1 to 0.04, then 0; (num_steps + 1,) float64."""
-    return torch.cat([torch.linspace(1, SDE_LAST_TIME, num_steps, dtype=torch.float64), torch.zeros(1).double()])
+    """Return the times of the SDE sampler: `num_steps` from 1 to 0.04, then 0; (num_steps + 1,) float64.
+
+    As in `ode_times`, a time that is a decimal fraction is that very number, so that bounds count as inside.
+    """
+    intervals = max(num_steps - 1, 1)
+    hundredths = 100 * intervals - (100 - 100 * SDE_LAST_TIME) * torch.arange(num_steps, dtype=torch.float64)
+    return torch.cat([hundredths / (100 * intervals), torch.zeros(1).double()])
 
 
 def ode_times(num_steps: int) -> Tensor:
-    """Return the times of the ODE samplers: 1 to 0 in `num_steps` equal steps; (num_steps + 1,) float64."""
-    return torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
+    """Return the times of the ODE samplers: 1 to 0 in `num_steps` equal steps; (num_steps + 1,) float64.
+
+    Each is one division of whole numbers, rounded as a literal is: 6 of 20 steps are 0.3, not 0.30000000000000004.
+    """
+    return torch.arange(num_steps, -1, -1, dtype=torch.float64) / num_steps
 
 
 def diffusion(t: Tensor) -> Tensor:
@@ -214,7 +223,7 @@ class ImageNoise:
     the latents' noise and then the class token's.
 
     Args:
-        seeds: one for each image of the batch, see `derive_seed`.
+        seeds: one for each image of the batch, see `image_seeds`.
         shape: of one image's latents (C, H, W).
         cls_token_dim: width of the class token, or None.
         device: where the noise is wanted.
@@ -271,9 +280,19 @@ class ImageNoise:
 def derive_seed(*key: int) -> int:
     """Return a 64-bit generator seed for `key`, whole numbers from 0; seeds of different keys are independent.
 
-    Image n under seed s has the key (s, n).
+    The key's length goes in as well: NumPy fills keys up with zeros, so that (0, 1) and (0, 1, 0) would be one.
     """
-    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+    return int(np.random.SeedSequence((len(key), *key)).generate_state(1, np.uint64)[0])
+
+
+def image_seeds(seed: int, numbers: Iterable[int]) -> list[int]:
+    """Return the generator seeds of images, given by number, under a global seed.
+
+    No two images share their noise: PyTorch's generator on the CPU takes the low 32 bits of a seed, of which 50,000
+    random ones meet in every fourth set; these differ for any two numbers below 2^32.
+    """
+    first = derive_seed(seed)
+    return [(first + number * SEED_STEP) % 2**64 for number in numbers]
 
 
 def sample(
@@ -331,7 +350,7 @@ def sample_images(
     Args:
         model: a `SiT`; the latents come on its device.
         labels: one for each image, 0 .. num_classes.
-        seeds: one for each image, see `derive_seed`: the image is the same in any batch.
+        seeds: one for each image, see `image_seeds`: the image is the same in any batch.
         interpolant: the path the model was trained on.
         guidance, mode, solver, num_steps, progress: see `sample` and `GuidedVelocity`.
         dtype: what the network is called in; default: its own.

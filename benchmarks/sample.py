@@ -36,7 +36,7 @@ from models.checkpoint import load_model
 from models.inference import NETWORK_DTYPES, CudaGraphs, compile_blocks, convert
 from models.interpolant import Interpolant
 from models.sit import SiT, SiT_models
-from samplers import Guidance, derive_seed, sample_images, sde_times
+from samplers import Guidance, image_seeds, sample_images, sde_times
 
 CLASS_WIDTH = 768  # of DINOv2-B's class token
 LATENT_FACTOR = 8  # pixels to a latent, of Stable Diffusion's codec
@@ -69,7 +69,7 @@ class Bench:
         """Return the latents of a run of `num_steps`."""
         numbers = range(count or self.args.batch_size)
         labels = [number % setting.model.num_classes for number in numbers]
-        seeds = [derive_seed(0, number) for number in numbers]
+        seeds = image_seeds(0, numbers)
         return sample_images(
             setting.model, labels, seeds, Interpolant(), guidance, num_steps=num_steps, network=setting.network
         )[0]

@@ -26,6 +26,11 @@ def is_exported(path: Path) -> bool:
     return path.suffix == ".safetensors" or path.is_dir()
 
 
+def weights_file(path: Path) -> Path:
+    """Return the file with the weights of an exported network."""
+    return path / WEIGHTS_FILE if path.is_dir() else path
+
+
 def write_network(path: str | Path, state: dict[str, Tensor], config: dict[str, Any]) -> None:
     """Write a network's weights and its configuration: as one file if `path` ends in .safetensors, else as a folder."""
     from safetensors.torch import save
@@ -50,10 +55,8 @@ def read_network(path: str | Path) -> dict[str, Any]:
     from safetensors import SafetensorError, safe_open
 
     path = Path(path)
-    config = None
-    if path.is_dir():
-        config = read_json(path / CONFIG_FILE)
-        path = path / WEIGHTS_FILE
+    config = read_json(path / CONFIG_FILE) if path.is_dir() else None
+    path = weights_file(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     try:

@@ -8,12 +8,15 @@ import subprocess
 import pytest
 import torch
 
-from files import InputError
+from export import describe, export
+from files import InputError, sha256_of
 from models import ema
 from models.checkpoint import (
     OLD_BLOCKS,
     architecture,
     build_model,
+    checkpoint_digest,
+    checksum_path,
     is_legacy,
     latest_checkpoint,
     load_checkpoint,
@@ -66,24 +69,74 @@ def test_a_published_checkpoint_loads_unchanged(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(rebuilt.parameters(), model.parameters(), strict=True))
 
 
-def test_an_older_repa_checkpoint_loads(tmp_path):
-    model = randomise(small(cls_token_dim=None)).eval()
+def in_old_names(state: dict, encoder_depth: int) -> dict:
+    """A state dict with its later blocks named as older REPA checkpoints name them."""
 
     def old_name(key):
         parts = key.split(".")
-        if parts[0] == "blocks" and int(parts[1]) >= 2:
-            return OLD_BLOCKS + ".".join([str(int(parts[1]) - 2), *parts[2:]])
+        if parts[0] == "blocks" and int(parts[1]) >= encoder_depth:
+            return OLD_BLOCKS + ".".join([str(int(parts[1]) - encoder_depth), *parts[2:]])
         return key
 
+    return {old_name(key): value for key, value in state.items()}
+
+
+def test_an_older_repa_checkpoint_loads(tmp_path):
+    model = randomise(small(cls_token_dim=None)).eval()
     checkpoint = content(model)
     for name in ("model", "ema"):
-        checkpoint[name] = {old_name(key): value for key, value in checkpoint[name].items()}
+        checkpoint[name] = in_old_names(checkpoint[name], 2)
     assert "decoder_blocks.0.attn.qkv.weight" in checkpoint["ema"]
     torch.save(checkpoint, tmp_path / "repa.pt")
     assert is_legacy(load_checkpoint(tmp_path / "repa.pt"))
     rebuilt = load_model(tmp_path / "repa.pt")
     x, t, y, _ = inputs(model)
     assert torch.equal(rebuilt(x, t, y).velocity, model(x, t, y).velocity)
+
+
+def test_the_names_of_an_older_repa_checkpoint_tell_where_its_projectors_read():
+    with torch.device("meta"):
+        state = SiT_models["SiT-S/8"](z_dims=[6]).state_dict()  # the preset has encoder_depth 4
+    assert architecture(state)["encoder_depth"] == 4
+    assert architecture(in_old_names(state, 7))["encoder_depth"] == 7
+    assert describe({"ema": in_old_names(state, 7)}, "ema", "repa.pt")["encoder_depth"] == 7
+
+
+ODD = {
+    "a block's name": (lambda file: file["ema"].update({"blocks.x.attn.qkv.weight": torch.zeros(1)}), "blocks.x.attn"),
+    "a block's number": (lambda file: file["ema"].update({f"blocks.{10**9}.x": torch.zeros(1)}), "blocks.1000000000.x"),
+    "no tensor": (lambda file: file["ema"].update({"pos_embed": "text"}), "pos_embed in its weights is a str"),
+    "a scalar": (lambda file: file["ema"].update({"pos_embed": torch.tensor(1.0)}), "not a SiT's weights"),
+    "empty": (lambda file: file["ema"].update({"blocks.0.attn.q_norm.weight": torch.zeros(0)}), "not a SiT's weights"),
+    "heads": (lambda file: setattr(file["args"], "num_heads", "2"), "its num_heads is '2'; expected a whole number"),
+    "depth": (lambda file: setattr(file["args"], "encoder_depth", 1.5), "its encoder_depth is 1.5"),
+    "path": (lambda file: setattr(file["args"], "path_type", "vp"), "path_type 'vp' is unknown; allowed: linear, cosi"),
+    "settings": (lambda file: file.update(args="text"), "args is a str; expected an argparse.Namespace"),
+    "steps": (lambda file: file.update(steps="many"), "its steps are 'many'; expected a whole number"),
+    "no steps": (lambda file: file.update(steps=None), "its steps are None"),
+}
+
+
+@pytest.mark.parametrize("spoil, text", ODD.values(), ids=ODD)
+def test_odd_content_is_named(spoil, text):
+    checkpoint = content(small())
+    spoil(checkpoint)
+    with pytest.raises(InputError, match=rf"odd\.pt: .*{text}"):
+        describe(checkpoint, "ema", "odd.pt")  # what export.py writes, and generate.py and the pipeline read
+        build_model(checkpoint, source="odd.pt")
+
+
+def test_a_checkpoint_is_known_by_its_content(tmp_path):
+    state = {"ema": small().state_dict(), "args": argparse.Namespace(num_heads=2, encoder_depth=2)}
+    save_checkpoint(tmp_path / "a.pt", state)
+    digest = checkpoint_digest(tmp_path / "a.pt")
+    assert digest == sha256_of(tmp_path / "a.pt")
+    checksum_path(tmp_path / "a.pt").write_text("noted  a.pt\n")  # not read through again: loading has compared them
+    assert checkpoint_digest(tmp_path / "a.pt") == "noted"
+    checksum_path(tmp_path / "a.pt").unlink()
+    assert checkpoint_digest(tmp_path / "a.pt") == digest
+    export(tmp_path / "a.pt", tmp_path / "folder")
+    assert checkpoint_digest(tmp_path / "folder") == sha256_of(tmp_path / "folder" / "model.safetensors")
 
 
 def test_a_bare_state_dict_loads_if_a_preset_has_its_shape(tmp_path):
@@ -102,13 +155,13 @@ def test_optimizer_state_is_by_index_and_leaves_out_the_position_table(tmp_path)
 
 def test_architecture_is_read_off_the_shapes():
     model = small(in_channels=3, num_classes=7, z_dims=[24, 8], mlp_ratio=2.0)
-    found = architecture(model.state_dict(), argparse.Namespace(num_heads=2, encoder_depth=2))
+    found = architecture(model.state_dict(), {"num_heads": 2, "encoder_depth": 2})
     assert found == {
         "input_size": 8, "patch_size": 2, "in_channels": 3, "hidden_size": 32, "depth": 3, "num_heads": 2,
         "mlp_ratio": 2.0, "num_classes": 7, "encoder_depth": 2, "z_dims": [24, 8], "projector_dim": 16,
         "cls_token_dim": 24, "qk_norm": False, "learnable_token": False,
     }  # fmt: skip
-    learnt = architecture(small(cls_token_dim=None, learnable_token=True).state_dict(), argparse.Namespace(num_heads=2))
+    learnt = architecture(small(cls_token_dim=None, learnable_token=True).state_dict(), {"num_heads": 2})
     assert (learnt["input_size"], learnt["cls_token_dim"], learnt["learnable_token"]) == (8, None, True)
 
 

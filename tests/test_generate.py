@@ -1,15 +1,23 @@
+import argparse
 import hashlib
 import json
+import os
+import subprocess
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import generate
 from files import InputError
-from models.checkpoint import load_checkpoint
+from generation.settings import default_name, warn_of_idle_scale
+from models.autoencoder import PixelCodec
+from models.checkpoint import load_checkpoint, save_checkpoint
 from models.encoders import load_encoder
-from tests.conftest import NUM_CLASSES, run_generate, run_program, run_training
+from tests.conftest import NUM_CLASSES, ROOT, run_generate, run_program, run_training
+from tests.test_checkpoint import content
+from tests.test_sit import randomise, small
 from tests.test_train import MODES, with_flags
 
 
@@ -52,7 +60,7 @@ def test_what_a_set_holds(checkpoint, tmp_path, monkeypatch):
     assert settings["label_sampling"] == "balanced" and settings["steps"] == 2 and settings["vae"] == "pixel"
     assert Image.open(folder / "grid.png").size[0] > 16
     assert sorted(path.name for path in folder.iterdir()) == [
-        "cls_tokens.npy", "grid.png", "images", "samples.json", "samples.npz",
+        ".lock", "cls_tokens.npy", "grid.png", "images", "samples.json", "samples.npz",
     ]  # fmt: skip
 
 
@@ -143,10 +151,13 @@ BAD = {
     "path": (["--path-type", "cosine"], "--path-type is cosine, but .* has linear"),
     "legacy": (["--legacy"], "--legacy is True, but .* has False"),
     "class": (["--classes", "5"], r"--classes 5: the checkpoint has classes 0 \.\. 2"),
-    "class names": (["--classes", "cat"], "--classes cat: expected whole numbers"),
+    "class names": (["--classes", "cat"], "--classes 'cat': expected whole numbers"),
+    "no class": (["--classes", ""], "--classes '': expected whole numbers"),
     "sde solver": (["--heun"], "--solver heun is a solver of the ODE"),
     "steps": (["--num-steps", "0"], "--num-steps 0: must be 1 or greater"),
     "interval": (["--guidance-low", "0.9", "--guidance-high", "0.5"], "--guidance-low 0.9 is above"),
+    "scale": (["--cfg-scale", "0.5"], "--cfg-scale 0.5: must be 1, for no guidance, or greater"),
+    "time": (["--guidance-high", "85"], "--guidance-high 85.0: is a time, must be from 0 to 1"),
     "batch": (["--per-proc-batch-size", "0"], "--per-proc-batch-size 0: must be at least 1, or auto"),
     "half": (["--network-dtype", "fp16"], "--network-dtype fp16 needs a CUDA device"),
     "graphs": (["--cuda-graphs"], "--cuda-graphs needs a CUDA device"),
@@ -164,6 +175,94 @@ def test_contradictions_are_named(checkpoint, tmp_path, monkeypatch):
         with pytest.raises(InputError, match=text):
             run_generate(flags(checkpoint, tmp_path, "bad", *more), monkeypatch)
     assert not (tmp_path / "samples").exists()
+
+
+@pytest.mark.parametrize("name", ["--cfg-scale", "--cls-cfg-scale", "--guidance-low", "--guidance-high"])
+@pytest.mark.parametrize("value", ["nan", "inf", "1e999", "much"])
+def test_numbers_that_pass_every_comparison_are_refused(name, value, capsys):
+    with pytest.raises(SystemExit):
+        generate.parse_args(["--ckpt", "x.pt", name, value])
+    assert f"argument {name}: '{value}' is no finite number" in capsys.readouterr().err
+
+
+def test_a_scale_of_the_class_token_alone_is_warned_of(capsys):
+    for flags in ([], ["--cfg-scale", "2"], ["--cfg-scale", "2", "--cls-cfg-scale", "3"], ["--cls-cfg-scale", "0"]):
+        warn_of_idle_scale(generate.parse_args(["--ckpt", "x.pt", *flags]))
+    assert capsys.readouterr().err == ""
+    warn_of_idle_scale(generate.parse_args(["--ckpt", "x.pt", "--cls-cfg-scale", "2.3"]))
+    assert "warning: --cls-cfg-scale 2.3 does nothing: only --cfg-scale above 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("exp_name", "begins"),
+    [
+        ("reg", "reg-0000012-ema-sde"),
+        ("../../evil", "evil-0000012"),
+        ("/evil", "evil-0"),
+        ("..", "..-0"),
+        (7, "0012-0"),
+    ],
+)
+def test_a_checkpoint_does_not_choose_where_to_write(exp_name, begins):
+    checkpoint = {"args": argparse.Namespace(exp_name=exp_name), "steps": 12}
+    name = default_name(generate.parse_args(["--ckpt", "a/0012.pt"]), checkpoint)
+    assert name.startswith(begins) and "/" not in name
+
+
+@pytest.fixture
+def untrained(tmp_path):
+    """The checkpoint of a network of 3 classes on 8 x 8 pixels."""
+    saved = content(randomise(small(in_channels=3, num_classes=3)), codec=PixelCodec().format.to_json())
+    save_checkpoint(tmp_path / "0000012.pt", saved)
+    return tmp_path / "0000012.pt"
+
+
+def test_a_set_is_completed_with_its_own_checkpoint_only(untrained, tmp_path, monkeypatch):
+    run_generate(flags(untrained, tmp_path, "a"), monkeypatch)
+    moved = untrained.rename(tmp_path / "moved.pt")
+    run_generate(flags(moved, tmp_path, "a", "--num-fid-samples", "8"), monkeypatch)
+    saved, size = load_checkpoint(moved), moved.stat().st_size
+    saved["ema"]["final_layer.linear.bias"] = saved["ema"]["final_layer.linear.bias"] + 1
+    save_checkpoint(moved, saved)
+    assert moved.stat().st_size == size
+    with pytest.raises(InputError, match="made with checkpoint_sha256"):
+        run_generate(flags(moved, tmp_path, "a"), monkeypatch)
+
+
+def test_samples_that_are_not_finite_are_no_images(untrained, tmp_path, monkeypatch):
+    saved = load_checkpoint(untrained)
+    saved["ema"]["final_layer.linear.bias"] = torch.full_like(saved["ema"]["final_layer.linear.bias"], torch.nan)
+    save_checkpoint(untrained, saved)
+    with pytest.raises(InputError, match=r"0000012\.pt: samples of it are not finite"):
+        run_generate(flags(untrained, tmp_path, "a", "--save-cls"), monkeypatch)
+    assert not (tmp_path / "samples" / "a" / "images").exists()
+
+
+def test_the_main_process_decides(monkeypatch):
+    """A process that looked for itself, a moment later, would miss what the others had written by then."""
+    sent = []
+    monkeypatch.setattr(generate, "broadcast_object_list", lambda values: sent.append(values) or ["of the main one"])
+    main, other = (argparse.Namespace(is_main_process=value, num_processes=2) for value in (True, False))
+    for process in (main, other):
+        assert generate.decided_by_main(process, lambda: "decided") == "of the main one"
+    assert sent == [["decided"], [None]]
+
+    def refuse():
+        raise InputError("no")
+
+    monkeypatch.setattr(generate, "broadcast_object_list", lambda values: [InputError("no")])
+    for process in (main, other):
+        with pytest.raises(InputError, match="no"):
+            generate.decided_by_main(process, refuse)
+
+
+@pytest.mark.parametrize("missing", ["REF_BATCH", "INCEPTION"])
+def test_a_missing_file_is_told_before_images_are_made(tmp_path, missing):
+    (tmp_path / "there").write_text("")
+    files = {name: str(tmp_path / "there") for name in ("CKPT", "REF_BATCH", "INCEPTION")}
+    environment = {**os.environ, **files, missing: "nowhere.npz", "NUM_GPUS": "0"}
+    result = subprocess.run(["bash", "eval.sh"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (2, "eval.sh: error: nowhere.npz: no such file\n")
 
 
 def test_coherence_of_samples(checkpoint, shared_data, tmp_path, monkeypatch):

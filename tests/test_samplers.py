@@ -6,7 +6,7 @@ import torch
 import samplers
 from models.interpolant import PATHS, Interpolant
 from models.sit import SiT
-from samplers import Guidance, GuidedVelocity, ImageNoise, derive_seed, sample, sample_images
+from samplers import Guidance, GuidedVelocity, ImageNoise, derive_seed, image_seeds, sample, sample_images
 
 MEAN, STD = 1.5, 0.4
 
@@ -81,6 +81,21 @@ def test_sde_times_are_the_published_ones():
     assert len(times) == 251 and times.dtype == torch.float64
     assert times[0] == 1 and times[249] == 0.04 and times[250] == 0
     assert torch.allclose(times[:250].diff(), torch.full((249,), -0.96 / 249, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("times", "steps"), [("ode_times", range(10, 501)), ("sde_times", [1, 2, 25, 49, 97, 193, 250])]
+)
+def test_a_time_equal_to_a_bound_is_that_number(times, steps):
+    """A time within rounding of a decimal fraction is the number that a flag's text becomes."""
+    fractions = torch.tensor([float(f"{n / 100:.2f}") for n in range(101)], dtype=torch.float64)
+    for num_steps in steps:
+        grid = getattr(samplers, times)(num_steps)
+        assert len(grid) == num_steps + 1 and grid[0] == 1 and grid[-1] == 0
+        near = fractions[(grid * 100).round().long()]
+        close = (grid - near).abs() < 1e-12
+        assert torch.equal(grid[close], near[close]), num_steps
+    assert Guidance(2.0, high=0.3).active(samplers.ode_times(20)[14].item())
 
 
 def test_euler_maruyama_written_out():
@@ -160,7 +175,7 @@ def trained_looking_network(cls_token_dim=6):
 @pytest.mark.parametrize("mode", ["sde", "ode"])
 def test_an_image_does_not_depend_on_its_batch(mode, cls_token_dim):
     model = trained_looking_network(cls_token_dim)
-    labels, seeds = [0, 3, 4, 1], [derive_seed(7, n) for n in range(4)]
+    labels, seeds = [0, 3, 4, 1], image_seeds(7, range(4))
 
     def images(rows):
         return sample_images(
@@ -229,6 +244,17 @@ def test_labels_of_both_halves_are_made_once():
 def test_seeds_differ():
     seeds = {derive_seed(seed, number) for seed in range(20) for number in range(200)}
     assert len(seeds) == 4000 and derive_seed(0, 1, 2) not in seeds
+    assert derive_seed(0, 1) != derive_seed(0, 1, 0)  # of image 1 and of training's step 0
+
+
+def test_no_two_images_share_their_noise():
+    """Not even on the CPU, whose generator looks at the low 32 bits of a seed."""
+    low = torch.Generator().manual_seed(5), torch.Generator().manual_seed(5 + 2**32)
+    assert torch.equal(torch.rand(3, generator=low[0]), torch.rand(3, generator=low[1]))
+    for seed in range(12):  # seeds that are random in these bits meet in every fourth such set
+        seeds = image_seeds(seed, range(50_000))
+        assert len({image_seed % 2**32 for image_seed in seeds}) == 50_000
+        assert image_seeds(seed, [7, 49_999]) == [seeds[7], seeds[49_999]] and max(seeds) < 2**64
 
 
 @pytest.mark.parametrize(

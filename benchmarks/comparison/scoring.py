@@ -24,7 +24,7 @@ from models.checkpoint import build_model, load_checkpoint
 from models.encoders import load_encoder
 from models.interpolant import Interpolant
 from pictures import image_grid, save_png
-from samplers import derive_seed, sample_images
+from samplers import image_seeds, sample_images
 
 SAMPLING_SEED = 1_000_000  # far from those of training
 BATCH_SIZE = 128  # of real images
@@ -118,7 +118,7 @@ class Scorer:
             latents, cls_tokens = sample_images(
                 model,
                 [int(labels[n]) if sampling.labelled else model.null_class for n in numbers],
-                [derive_seed(SAMPLING_SEED, n) for n in numbers],
+                image_seeds(SAMPLING_SEED, numbers),
                 Interpolant(settings.path_type),
                 mode="ode",
                 solver=sampling.solver,

@@ -1,0 +1,172 @@
+"""The folder of a set of samples: whose it is, what of it is missing, what is made of it."""
+
+import json
+import os
+import subprocess
+import sys
+from itertools import islice
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from files import InputError
+from generation import sample_set
+from generation.sample_set import DIGEST, SampleSet
+from tests.conftest import ROOT
+from tests.test_files import LOCKER
+
+SIZE = 4
+
+
+def pixels(number):
+    return np.full((SIZE, SIZE, 3), number, dtype=np.uint8)
+
+
+def tokens(numbers):
+    return np.array([[number, number + 0.5] for number in numbers], dtype=np.float32)
+
+
+def write(samples, *batches):
+    for numbers in batches:
+        for number in numbers:
+            samples.write_image(number, pixels(number))
+        samples.write_cls_tokens(numbers, tokens(numbers))
+
+
+@pytest.fixture
+def samples(tmp_path):
+    """A complete set of 7 images, with class tokens."""
+    samples = SampleSet(tmp_path / "set", 7, SIZE)
+    write(samples, range(4), range(4, 7))
+    samples.finish([0] * 7, False, with_cls=True, npz=True)
+    return samples
+
+
+def test_what_is_missing(samples):
+    assert samples.missing_batches(2, with_cls=True) == []
+    samples.image_path(3).unlink()
+    samples.image_path(6).write_bytes(b"")
+    assert samples.missing_batches(2, with_cls=True) == [range(2, 4), range(6, 7)]
+    more = SampleSet(samples.folder, 9, SIZE)
+    for number in range(9):
+        more.write_image(number, pixels(number))
+    assert more.missing_batches(4, with_cls=False) == []
+    assert more.missing_batches(4, with_cls=True) == [range(4, 8), range(8, 9)]
+
+
+def test_class_tokens_that_are_known_are_never_dropped(samples):
+    joined = samples.folder / "cls_tokens.npy"
+    fewer, more = SampleSet(samples.folder, 5, SIZE), SampleSet(samples.folder, 9, SIZE)
+    fewer.finish([0] * 5, False, with_cls=True, npz=False)
+    assert np.array_equal(np.load(joined), tokens(range(7)))
+    assert np.array_equal(fewer.read_cls_tokens(), tokens(range(5)))
+    write(more, range(8, 9))  # begun, and interrupted
+    fewer.finish([0] * 5, False, with_cls=True, npz=False)
+    assert more.missing_batches(1, with_cls=True) == [range(7, 8)]
+    write(more, range(7, 8))
+    more.finish([0] * 9, False, with_cls=True, npz=False)
+    assert np.array_equal(np.load(joined), tokens(range(9))) and not (samples.folder / "cls").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", np.zeros(3), np.zeros((2, 2))])
+def test_broken_class_tokens_are_named(samples, content):
+    part = samples.folder / "cls" / "000007-000010.npy"
+    part.parent.mkdir()
+    part.write_bytes(content) if isinstance(content, bytes) else np.save(part, content)
+    with pytest.raises(InputError, match=r"000007-000010\.npy: broken class tokens .*; remove it"):
+        samples.missing_batches(2, with_cls=True)
+    assert samples.missing_batches(2, with_cls=False) == []
+
+
+def test_the_npz_is_written_only_if_it_is_not_that_of_the_images(samples):
+    npz = samples.folder / "samples.npz"
+
+    def written(total=7):
+        os.utime(npz, ns=(0, npz.stat().st_mtime_ns + 10**9))  # a clock may be coarse
+        before = npz.stat().st_ino
+        SampleSet(samples.folder, total, SIZE).finish([0] * total, False, with_cls=False, npz=True)
+        with np.load(npz) as archive:
+            assert np.array_equal(archive["arr_0"], np.stack([pixels(number) for number in range(total)]))
+        return npz.stat().st_ino != before
+
+    assert not written()
+    assert written(total=5) and written(total=7)
+    later = npz.stat().st_mtime_ns + 10**10
+    os.utime(samples.image_path(2), ns=(later, later))
+    assert written()
+    npz.write_bytes(b"cut short")
+    assert written()
+
+
+def test_images_are_read_ahead_by_a_fixed_number(tmp_path, monkeypatch):
+    begun = []
+    paths = property(lambda self: (begun.append(number) or number for number in range(500)))
+    monkeypatch.setattr(SampleSet, "image_paths", paths)
+    monkeypatch.setattr(SampleSet, "_read_image", lambda self, path: path)
+    reader = SampleSet(tmp_path, 500, SIZE).read_images()
+    assert list(islice(reader, 10)) == list(range(10))
+    assert len(begun) < 10 + sample_set.READ_AHEAD
+    assert list(reader) == list(range(10, 500))
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [(b"", "broken image"), (b"\x89PNG", "broken image"), (Image.new("RGB", (6, 4)), "6 x 4 pixels of mode RGB, not")],
+)
+def test_an_image_that_is_none_is_named(samples, content, text):
+    samples.check_images()
+    path = samples.image_path(3)
+    path.write_bytes(content) if isinstance(content, bytes) else content.save(path)
+    os.utime(path, (2**32, 2**32))  # newer than samples.npz
+    for use in (samples.check_images, lambda: samples.finish([0] * 7, False, with_cls=False, npz=True)):
+        with pytest.raises(InputError, match=rf"000003\.png: {text}.*; remove it, and the same command"):
+            use()
+
+
+SETTINGS = {"ckpt": "a.pt", "num_steps": 3, "steps": 2, DIGEST: "abc"}
+
+
+@pytest.mark.parametrize(
+    ("noted", "text"),
+    [
+        (
+            {**SETTINGS, DIGEST: "def"},
+            "set holds images made with checkpoint_sha256 def, not abc; choose another --name",
+        ),
+        ({**SETTINGS, "new_flag": 1}, "made with new_flag 1, not None"),
+        ({"ckpt": "a.pt", "num_steps": 3, "checkpoint_bytes": 9}, "set was begun by an earlier version"),
+        ([], r"samples\.json: is a list; expected the settings of its images, an object"),
+        (None, "holds images but no samples.json"),
+    ],
+)
+def test_a_folder_of_other_images_is_refused(samples, noted, text):
+    path = samples.folder / "samples.json"
+    if noted is not None:
+        path.write_text(json.dumps(noted))
+    with pytest.raises(InputError, match=text):
+        samples.claim(SETTINGS)
+    assert noted is None or json.loads(path.read_text()) == noted
+
+
+def test_a_set_belongs_to_its_checkpoint_wherever_that_lies(tmp_path):
+    samples = SampleSet(tmp_path, 7, SIZE)
+    samples.claim(SETTINGS)
+    samples.claim({**SETTINGS, "ckpt": "elsewhere/a.pt", "num_fid_samples": 9})
+    assert json.loads((tmp_path / "samples.json").read_text())["ckpt"] == "elsewhere/a.pt"
+
+
+def test_two_programs_do_not_mix_in_one_folder(tmp_path):
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    other = subprocess.Popen([sys.executable, "-c", LOCKER, str(tmp_path / "set")], cwd=ROOT, **pipes)
+    assert other.stdout.readline() == "locked\n"
+    with pytest.raises(InputError, match=rf"process {other.pid} on .* is generating there"):
+        SampleSet(tmp_path / "set", 7, SIZE).claim(SETTINGS)
+    other.communicate("")
+    SampleSet(tmp_path / "set", 7, SIZE).claim(SETTINGS)
+
+
+def test_a_place_that_cannot_be_written_is_told_before(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"--sample-dir .*file is no folder that may be written to"):
+        SampleSet(tmp_path / "file" / "set", 7, SIZE).claim(SETTINGS)
