@@ -31,7 +31,7 @@ from training.settings import parse_args
 from training.setup import Run, agree, set_up
 from training.sharding import whole, whole_norm
 
-TRAINING_STREAM = 1  # keeps the noise of training apart from that of images, whose key is (seed, number)
+TRAINING_STREAM = 1  # keeps the noise of training apart from everything else that comes from the seed
 
 
 def train(run: Run) -> bool:

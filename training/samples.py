@@ -12,7 +12,7 @@ from evaluations.coherence import CentreSums, CoherenceSums, centre_images
 from loss import FROM_ENCODER, entangled_token
 from models.sit import SiT
 from pictures import image_grid, save_png
-from samplers import Guidance, derive_seed, sample_images
+from samplers import Guidance, image_seeds, sample_images
 from training.networks import build_network
 from training.preemption import shield_worker
 from training.run_log import going_on_despite
@@ -102,7 +102,7 @@ def draw_latents(
     return sample_images(
         network,
         labels=image_labels(run, numbers),
-        seeds=[derive_seed(run.args.seed, number) for number in numbers],
+        seeds=image_seeds(run.args.seed, numbers),
         interpolant=run.criterion.interpolant,
         guidance=guidance,
         num_steps=num_steps,
