@@ -24,13 +24,14 @@ from tqdm import tqdm
 
 from devices import AUTO, batch_size, check_batch_size, largest_batch, patient_processes, to_host
 from evaluations.coherence_report import CoherenceReport
+from evaluations.npz import write_npz
 from files import InputError, atomic_write, read_json, run_cli, write_json
 from models.autoencoder import Codec, LatentFormat, load_codec
 from models.checkpoint import build_model, is_legacy, load_checkpoint
 from models.inference import NETWORK_DTYPES, CudaGraphs, compile_blocks, convert
 from models.interpolant import PATHS, Interpolant
 from models.sit import PATCH_SIZES, PRESETS, SiT
-from pictures import image_grid, save_png, write_npz
+from pictures import image_grid, save_png
 from samplers import MODES, SOLVERS, Guidance, derive_seed, sample_images
 
 LABEL_STREAM = 2  # keeps the draw of an image's label apart from its noise, whose key is (seed, number)

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import zipfile
-from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from files import atomic_write
 
@@ -39,18 +36,6 @@ def save_png(path: str | Path, picture: Image.Image) -> None:
     """Write a picture as PNG, atomically."""
     with atomic_write(path) as file:
         picture.save(file, format="PNG")
-
-
-def write_npz(file: IO[bytes], images: Iterator[np.ndarray], shape: tuple[int, ...]) -> None:
-    """Write uint8 images one by one as `arr_0` of an uncompressed .npz: 50,000 of them need not fit into memory."""
-    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-    with (
-        zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
-        archive.open("arr_0.npy", "w", force_zip64=True) as member,
-    ):
-        np.lib.format.write_array_header_1_0(member, header)
-        for image in tqdm(images, total=shape[0], desc="samples.npz", unit="img"):
-            member.write(np.ascontiguousarray(image, dtype=np.uint8).tobytes())
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
