@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from pathlib import Path
@@ -39,13 +40,16 @@ def save_png(path: str | Path, picture: Image.Image) -> None:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """Return the rows of a metrics.jsonl; a last line cut short by a crash is left out."""
+    """Return the rows of a metrics.jsonl: objects with a whole number as `step`.
+
+    Lines that a crash cut short or a disk damaged are left out, wherever they stand.
+    """
     rows = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+    for line in Path(path).read_text(encoding="utf-8", errors="replace").split("\n"):
+        with contextlib.suppress(ValueError, RecursionError):
+            row = json.loads(line)
+            if isinstance(row, dict) and type(row.get("step")) is int:
+                rows.append(row)
     return rows
 
 
@@ -71,7 +75,8 @@ def loss_curves(metrics: str | Path, picture: str | Path) -> None:
         if len(steps) >= SMOOTHED_FROM:
             axis.plot(steps, values, color="tab:blue", alpha=0.3, linewidth=0.8)
             values = _smooth(values)
-        axis.plot(steps, values, color="tab:blue", linewidth=1.5)
+        marker = "o" if len(steps) == 1 else None  # a line of one point is not seen
+        axis.plot(steps, values, color="tab:blue", linewidth=1.5, marker=marker)
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
     with atomic_write(picture) as file:
