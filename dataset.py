@@ -90,15 +90,18 @@ class LatentDataset(Dataset):
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
         mirrored, i = divmod(i, len(self))
-        image, moments = self._image(i), self._moments(i, bool(mirrored))
-        if mirrored:
-            image = image[:, :, ::-1].copy()
+        image, moments = self.image(i), self._moments(i, bool(mirrored))
+        if moments.shape != self.moments_shape:
+            raise InputError(f"{self.latent_path(i)}: shape {moments.shape}, not {self.moments_shape} as the first")
+        return image.flip(2) if mirrored else image, torch.from_numpy(moments), torch.tensor(self.labels[i])
+
+    def image(self, i: int) -> Tensor:
+        """Return image i, uint8 (3, R, R), without reading its latents. Raises InputError if it is broken."""
+        image = self._image(i)
         if image.shape[1:] != (self.resolution, self.resolution):
             size = f"{image.shape[2]} x {image.shape[1]}"
             raise InputError(f"{self._image_path(i)}: {size}, not {self.resolution} x {self.resolution} as the first")
-        if moments.shape != self.moments_shape:
-            raise InputError(f"{self.latent_path(i)}: shape {moments.shape}, not {self.moments_shape} as the first")
-        return torch.from_numpy(image), torch.from_numpy(moments), torch.tensor(self.labels[i])
+        return torch.from_numpy(image)
 
     def check(self, progress: Callable[[int], object] = lambda count: None, part: int = 0, parts: int = 1) -> None:
         """Look at every file, without decoding it: PNGs that end early, latents that are not of the first one's size.

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-import zipfile
-from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from files import atomic_write
 
@@ -41,26 +39,17 @@ def save_png(path: str | Path, picture: Image.Image) -> None:
         picture.save(file, format="PNG")
 
 
-def write_npz(file: IO[bytes], images: Iterator[np.ndarray], shape: tuple[int, ...]) -> None:
-    """Write uint8 images one by one as `arr_0` of an uncompressed .npz: 50,000 of them need not fit into memory."""
-    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-    with (
-        zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
-        archive.open("arr_0.npy", "w", force_zip64=True) as member,
-    ):
-        np.lib.format.write_array_header_1_0(member, header)
-        for image in tqdm(images, total=shape[0], desc="samples.npz", unit="img"):
-            member.write(np.ascontiguousarray(image, dtype=np.uint8).tobytes())
-
-
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """Return the rows of a metrics.jsonl; a last line cut short by a crash is left out."""
+    """Return the rows of a metrics.jsonl: objects with a whole number as `step`.
+
+    Lines that a crash cut short or a disk damaged are left out, wherever they stand.
+    """
     rows = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+    for line in Path(path).read_text(encoding="utf-8", errors="replace").split("\n"):
+        with contextlib.suppress(ValueError, RecursionError):
+            row = json.loads(line)
+            if isinstance(row, dict) and type(row.get("step")) is int:
+                rows.append(row)
     return rows
 
 
@@ -86,7 +75,8 @@ def loss_curves(metrics: str | Path, picture: str | Path) -> None:
         if len(steps) >= SMOOTHED_FROM:
             axis.plot(steps, values, color="tab:blue", alpha=0.3, linewidth=0.8)
             values = _smooth(values)
-        axis.plot(steps, values, color="tab:blue", linewidth=1.5)
+        marker = "o" if len(steps) == 1 else None  # a line of one point is not seen
+        axis.plot(steps, values, color="tab:blue", linewidth=1.5, marker=marker)
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
     with atomic_write(picture) as file:

@@ -15,7 +15,6 @@ import multiprocessing
 import sys
 import tempfile
 import time
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,7 @@ from evaluations.inception import resize_bilinear_tf1 as resize
 from evaluations.inception_graph import BATCH_NORM_EPSILON, HEAD, NUM_CLASSES, NUM_FEATURES, TRUNK, Chain, Conv, Pool
 from evaluations.inception_graph import convolutions as all_convolutions
 from evaluations.inception_weights import load_weights
+from evaluations.npz import write_npz
 from files import InputError, run_cli
 
 RESOLUTION = 256
@@ -165,13 +165,10 @@ def evaluate(folder: Path, weights: Path, args: argparse.Namespace) -> dict[str,
 
 
 def write_noise(path: Path, count: int) -> Path:
-    """Write an .npz of `count` noise images, block by block."""
-    rng = np.random.default_rng(count)
-    with zipfile.ZipFile(path, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as member:
-        header = {"descr": "|u1", "fortran_order": False, "shape": (count, RESOLUTION, RESOLUTION, 3)}
-        np.lib.format.write_array_header_1_0(member, header)
-        for start in range(0, count, 256):
-            member.write(rng.bytes((min(start + 256, count) - start) * RESOLUTION * RESOLUTION * 3))
+    """Write an .npz of `count` noise images, one by one."""
+    rng, shape = np.random.default_rng(count), (RESOLUTION, RESOLUTION, 3)
+    with open(path, "wb") as file:
+        write_npz(file, (rng.integers(256, size=shape, dtype=np.uint8) for _ in range(count)), (count, *shape))
     return path
 
 

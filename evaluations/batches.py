@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import hashlib
 import io
+import struct
+import zlib
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator
@@ -14,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from evaluations.npz import NpzFile
@@ -23,6 +25,8 @@ from files import FileSource, InputError, sha256_of
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 MAX_SIDE = 4096  # a longer side is taken for a damaged or hostile file
 DECODERS = 8  # threads that decode image files ahead of the network
+# What Pillow raises on damaged files, as trials with random damage show; ValueError also for texts that unpack to much.
+DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
 class ImageBatch(ABC):
@@ -130,7 +134,9 @@ class FileImages(ImageBatch):
                 if image.mode not in ("RGB", "L"):
                     raise InputError(f"{place}: mode {image.mode}, expected 8-bit RGB or grey")
                 return np.asarray(image.convert("RGB"))
-        except (OSError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        except InputError:
+            raise
+        except DECODING_ERRORS as error:
             raise InputError(f"{place}: not a readable image ({error})") from error
 
 

@@ -34,11 +34,11 @@ from evaluations.features import (
 )
 from evaluations.inception import Inception, full_precision, load_inception
 from evaluations.metrics import INCEPTION_SCORE_SPLIT, NEAREST_NEIGHBOURS, frechet_distance, precision_recall
+from evaluations.notes import count_notes, weights_notes
 from evaluations.npz import NpzFile
-from files import InputError, read_json, run_cli, write_json
+from files import InputError, check_writable, read_json, run_cli, write_json
 from models.encoders import Encoder, load_encoder
 
-PUBLISHED_COUNT = 50_000  # samples behind the numbers that papers print
 LINES = {
     "inception_score": "Inception Score",
     "fid": "FID",
@@ -51,9 +51,7 @@ SETTINGS = ("step", "num_steps", "cfg", "cls_cfg", "gh", "cfg_cond")
 
 def main() -> None:
     args = parse_args()
-    check_batch_size("--batch-size", args.batch_size)
-    if args.enc_weights and not args.encoder:
-        raise InputError(f"--enc-weights {args.enc_weights}: needs --encoder, which says whose weights they are")
+    check_args(args)
     started = time.perf_counter()
     accelerator = Accelerator(cpu=args.cpu, kwargs_handlers=[patient_processes()])
     samples, statistics = open_images(args.sample_batch), load_reference(args.ref_batch)
@@ -119,6 +117,16 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def check_args(args: argparse.Namespace) -> None:
+    """Raise InputError for values that cannot be meant, and for places where nothing can be written."""
+    check_batch_size("--batch-size", args.batch_size)
+    if args.enc_weights and not args.encoder:
+        raise InputError(f"--enc-weights {args.enc_weights}: needs --encoder, which says whose weights they are")
+    check_writable(result_path(args.save_path, Path(args.sample_batch)), "--save_path")
+    if args.cache:
+        check_writable(Path(args.cache) / "features.npz", "--cache")
+
+
 def open_reference_images(statistics: Reference) -> ImageBatch | None:
     """Return the reference's images; None for an .npz of statistics alone."""
     if statistics.pool is not None and "arr_0" not in NpzFile(statistics.path):
@@ -127,9 +135,14 @@ def open_reference_images(statistics: Reference) -> ImageBatch | None:
 
 
 def read_sampling(samples: Path) -> dict[str, Any] | None:
-    """Return what the sampler wrote about the samples, in a .json file of their name."""
+    """Return what the sampler wrote about the samples, in a .json file of their name. Raises InputError for a list."""
     path = samples.with_suffix(".json")
-    return read_json(path) if path.is_file() else None
+    if not path.is_file():
+        return None
+    sampling = read_json(path)
+    if not isinstance(sampling, dict):
+        raise InputError(f"{path}: expected a JSON object, the settings that {samples.name} was sampled with")
+    return sampling
 
 
 def inception_metrics(
@@ -193,20 +206,13 @@ def encoder_metric(
 
 def general_notes(inception: Inception, samples: ImageBatch, reference: ImageBatch | None) -> list[str]:
     """Return what a reader of the numbers has to know."""
-    notes = []
-    if not inception.published:
-        notes.append(f"STAND-IN: {inception.path} is not a published weight file; compare only with its own numbers")
+    notes = weights_notes(inception)
     if reference is not None and (samples.height, samples.width) != (reference.height, reference.width):
         sizes = [f"{side.width} x {side.height}" for side in (samples, reference)]
         notes.append(
             f"samples have {sizes[0]} pixels, the reference {sizes[1]}; both are resized to 299 x 299, as in ADM"
         )
-    if samples.count != PUBLISHED_COUNT:
-        notes.append(
-            f"{samples.count:,} samples; published numbers are of {PUBLISHED_COUNT:,}; fewer raise FID and sFID"
-        )
-    if samples.count <= 2048:
-        notes.append("FID, sFID: fewer samples than features, so the covariance is singular; not a meaningful score")
+    notes += count_notes(samples.count)
     if samples.count < INCEPTION_SCORE_SPLIT:
         notes.append(
             f"Inception Score: from a single split shorter than {INCEPTION_SCORE_SPLIT:,}; not a meaningful score"

@@ -176,6 +176,8 @@ def _statistics(
 
 
 def _tensor(npz: NpzFile, name: str, shape: tuple[int, ...]) -> Tensor:
-    """Return a float array; float64, except kept features."""
+    """Return a float array; float64, except kept features. Raises InputError if a number is not finite."""
     array = npz.array(name, shape, "f")
+    if not np.isfinite(array).all():
+        raise InputError(f"{npz.path}: {name!r} holds numbers that are not finite (NaN or infinity)")
     return torch.from_numpy(array.astype(np.float32 if name == "kept" else np.float64))

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -17,6 +18,7 @@ from evaluations.features import Reference, check_reference, encoder_name, load_
 from evaluations.inception import SPATIAL_FEATURES, full_precision, load_inception
 from evaluations.inception_graph import NUM_FEATURES
 from evaluations.metrics import FeatureSums, GaussianStatistics, Sums, frechet_distance
+from evaluations.notes import count_notes, weights_notes
 from files import InputError
 from models.encoders import Encoder
 
@@ -32,6 +34,9 @@ class TrainingEvaluation:
         inception: Inception weights; None: the published ones, downloaded once.
         encoder: gives the second distance, if the reference has its statistics.
         encoder_weights: the encoder's file, as reference.py was told of it.
+
+    Attributes:
+        notes: what the scores are worth, as the evaluator puts it; printed at once.
 
     Raises:
         InputError: the reference lacks statistics, or has another network's.
@@ -56,12 +61,17 @@ class TrainingEvaluation:
         with accelerator.local_main_process_first():  # one process of a machine downloads, the others find the file
             self.inception = load_inception(inception, accelerator.device)
         check_reference(self.reference, self.inception)
+        self.notes = weights_notes(self.inception) + count_notes(count)
+        for note in self.notes if accelerator.is_main_process else []:
+            print(f"note: evaluation while training: {note}")
         same = encoder is not None and self.reference.encoder == encoder_name(encoder.name, encoder_weights)
         self.encoder = encoder if same and self.reference.encoder_cls is not None else None
 
     @torch.no_grad()
-    def __call__(self, draw: Callable[[range], Tensor]) -> dict[str, float]:
+    def __call__(self, draw: Callable[[range], Tensor]) -> dict[str, Any]:
         """Return `fid`, `sfid` and `encoder_fd`, those that the reference has; the same on every process.
+
+        Beside the numbers, `num_samples` and `notes`: a row of a log is read long after what was printed is gone.
 
         draw: returns the images of the given numbers, (n, 3, H, W), uint8, on the run's device.
         """
@@ -94,4 +104,4 @@ class TrainingEvaluation:
             scores = [
                 {name: frechet_distance(expected[name], sums[name].statistics()) for name in sums if expected[name]}
             ]
-        return broadcast_object_list(scores)[0]
+        return {**broadcast_object_list(scores)[0], "num_samples": self.count, "notes": self.notes}

@@ -1,4 +1,5 @@
-"""NumPy's .npz files from strangers: each array is checked before it is believed, and large ones are read in parts.
+"""NumPy's .npz files. Those of strangers: each array is checked before it is believed, and large ones are read in
+parts. Our own, of more images than fit into memory: written image by image.
 
 Nothing is unpickled, nothing is read whole before its size is known to be the expected one, and an array that unpacks
 to an implausible size is refused.
@@ -6,14 +7,18 @@ to an implausible size is refused.
 
 from __future__ import annotations
 
+import lzma
 import math
 import struct
+import tokenize
 import zipfile
 import zlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 from files import InputError
 
@@ -25,7 +30,8 @@ _HEADER_READERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
 }
-_READ_ERRORS = (OSError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError)
+_READ_ERRORS = (OSError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, NotImplementedError)
+_HEADER_ERRORS = (ValueError, SyntaxError, tokenize.TokenError)  # NumPy reads a header as Python
 
 
 class ArrayHeader(NamedTuple):
@@ -70,7 +76,7 @@ class NpzFile:
         try:
             with zipfile.ZipFile(self.path) as archive, archive.open(info) as member:
                 header = _parse_header(member)
-        except (*_READ_ERRORS, ValueError) as error:
+        except (*_READ_ERRORS, *_HEADER_ERRORS) as error:
             raise InputError(f"{self.path}: {name!r} is not a readable array ({error})") from error
         size = header.offset + math.prod(header.shape) * header.dtype.itemsize
         if size != info.file_size:
@@ -145,3 +151,25 @@ def _parse_header(member: IO[bytes]) -> ArrayHeader:
     if fortran_order and len(shape) > 1:
         raise ValueError("it is in Fortran order; save np.ascontiguousarray of it")
     return ArrayHeader(shape, dtype, member.tell())
+
+
+def write_npz(
+    file: IO[bytes], images: Iterable[np.ndarray], shape: tuple[int, ...], arrays: Mapping[str, object] | None = None
+) -> None:
+    """Write an uncompressed .npz: small `arrays` by name, then images of `shape` (N, H, W, 3), uint8, as `arr_0`.
+
+    The images come one by one: 50,000 of them need not fit into memory. Equal content gives equal bytes.
+    """
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        for name, array in (arrays or {}).items():
+            with _new_member(archive, name) as member:
+                np.lib.format.write_array(member, np.asarray(array), allow_pickle=False)
+        with _new_member(archive, "arr_0") as member:
+            np.lib.format.write_array_header_1_0(member, header)
+            for image in tqdm(images, total=shape[0], desc="writing .npz", unit="image"):
+                member.write(np.ascontiguousarray(image, dtype=np.uint8).tobytes())
+
+
+def _new_member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
+    return archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True)  # its date is 1980, whenever written

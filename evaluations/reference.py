@@ -11,22 +11,20 @@ from __future__ import annotations
 
 import argparse
 import sys
-import zipfile
 from pathlib import Path
-from typing import IO
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 from accelerate import Accelerator
-from tqdm import tqdm
 
 from devices import batch_size, check_batch_size, patient_processes
-from evaluations.batches import ImageBatch, open_images
+from evaluations.batches import open_images
 from evaluations.extract import Extractor
 from evaluations.features import EncoderExtraction, InceptionExtraction, encoder_name
 from evaluations.inception import load_inception
-from files import InputError, atomic_write, run_cli
+from evaluations.npz import write_npz
+from files import InputError, atomic_write, check_writable, run_cli
 from models.encoders import load_encoder
 
 
@@ -55,7 +53,10 @@ def main() -> None:
         if encoder is not None:
             statistics = tokens.statistics("cls")
             arrays |= {"mu_enc": statistics.mean, "sigma_enc": statistics.covariance, "encoder": np.array(name)}
-    write_reference(args.dest, arrays, images, draw(images.count, args.num_images, args.seed))
+    chosen = draw(images.count, args.num_images, args.seed)
+    kept = (images.read(number, number + 1) for number in chosen)
+    with atomic_write(args.dest) as file:
+        write_npz(file, kept, (len(chosen), images.height, images.width, 3), arrays)
     print(f"{args.dest}: statistics of {images.count:,} images, network {inception.name}")
 
 
@@ -81,7 +82,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Raise InputError for values that cannot be meant."""
+    """Raise InputError for values that cannot be meant, and for a place where nothing can be written."""
     check_batch_size("--batch-size", args.batch_size)
     for flag, value, lowest in (
         ("--num-images", args.num_images, 1),
@@ -91,6 +92,7 @@ def check_args(args: argparse.Namespace) -> None:
             raise InputError(f"{flag} {value}: expected {lowest} or more")
     if not args.dest.endswith(".npz"):
         raise InputError(f"--dest {args.dest}: the name of a reference ends in .npz")
+    check_writable(args.dest, "--dest")
     if args.enc_weights and not args.encoder:
         raise InputError(f"--enc-weights {args.enc_weights}: needs --encoder, which says whose weights they are")
 
@@ -98,24 +100,6 @@ def check_args(args: argparse.Namespace) -> None:
 def draw(count: int, wanted: int, seed: int) -> np.ndarray:
     """Return the numbers of the images that are kept, in order: `wanted` different ones of `count`, drawn by seed."""
     return np.sort(np.random.default_rng(seed).choice(count, size=min(wanted, count), replace=False))
-
-
-def write_reference(path: str | Path, arrays: dict[str, object], images: ImageBatch, chosen: np.ndarray) -> None:
-    """Write an .npz of small arrays and of the chosen images as `arr_0`, image by image."""
-    with atomic_write(path) as file, zipfile.ZipFile(file, "w") as archive:
-        for name, array in arrays.items():
-            with _member(archive, name) as member:
-                np.lib.format.write_array(member, np.asarray(array), allow_pickle=False)
-        with _member(archive, "arr_0") as member:
-            header = {"descr": "|u1", "fortran_order": False, "shape": (len(chosen), images.height, images.width, 3)}
-            np.lib.format.write_array_header_1_0(member, header)
-            for number in tqdm(chosen, desc="keeping images", unit="image"):
-                member.write(images.read(number, number + 1).tobytes())
-
-
-def _member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
-    member = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))  # the same images give the same bytes
-    return archive.open(member, "w", force_zip64=True)
 
 
 if __name__ == "__main__":

@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from evaluations.npz import NpzFile
+from evaluations.npz import NpzFile, write_npz
 from files import InputError, atomic_write, check_writable, lock_folder, read_json, write_json
-from pictures import image_grid, save_png, write_npz
+from pictures import image_grid, save_png
 from preprocessing.crops import decode_rgb
 
 GRID_ROWS, GRID_COLUMNS = 8, 12  # at most; of balanced labels, a column a class where there is room

@@ -1,15 +1,18 @@
 """Image batches from .npz, folder and zip; what is not sound is refused by name."""
 
 import io
+import struct
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from evaluations.batches import open_images
-from evaluations.npz import NpzFile
+from evaluations.npz import NpzFile, write_npz
 from files import InputError
 
 
@@ -118,13 +121,17 @@ def test_an_array_shorter_than_its_header_says_is_refused(tmp_path: Path) -> Non
     np.save(buffer, some_images())
     with pytest.raises(InputError, match="cut short"):
         open_images(write_member(tmp_path / "short.npz", buffer.getvalue()[:-10]))
-    with pytest.raises(InputError, match="not a readable array"):
-        open_images(write_member(tmp_path / "garbage.npz", b"not an array"))
+    cut_header = buffer.getvalue().replace(b"3), }", b"3 , }")
+    for content in (b"not an array", cut_header, cut_header.replace(b"(5, ", b"(05,")):
+        with pytest.raises(InputError, match="not a readable array"):
+            open_images(write_member(tmp_path / "garbage.npz", content))
 
 
-def test_a_damaged_compressed_array_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "batch.npz"
-    np.savez_compressed(path, some_images(50, 20, 20))
+@pytest.mark.parametrize("compression", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_damaged_compressed_array_is_refused(tmp_path: Path, compression: int) -> None:
+    buffer = io.BytesIO()
+    np.save(buffer, some_images(50, 20, 20))
+    path = write_member(tmp_path / "batch.npz", buffer.getvalue(), compression)
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 255
     path.write_bytes(content)
@@ -164,6 +171,9 @@ def test_folders_with_other_sizes_modes_or_damage_are_refused(tmp_path: Path) ->
             (png(Image.new("RGBA", (4, 6))), "mode RGBA, expected 8-bit RGB or grey"),
             (png(Image.new("RGB", (4, 6)))[:40], "not a readable image"),
             (b"", "not a readable image"),
+            (png(Image.new("RGB", (4, 6)), text="a" * 2**21), "not a readable image"),
+            (bomb(60_000), "not a readable image"),
+            (bomb(5_000), "images of 5000 x 5000 pixels; allowed are 1 to 4096 on a side"),
         ]
     ):
         (folder / "000001.png").write_bytes(content)
@@ -171,7 +181,28 @@ def test_folders_with_other_sizes_modes_or_damage_are_refused(tmp_path: Path) ->
             read_all(folder, 1 + number)
 
 
-def png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
+def png(image: Image.Image, text: str = "") -> bytes:
+    buffer, texts = io.BytesIO(), PngInfo()
+    texts.add_text("comment", text, zip=True)
+    image.save(buffer, "PNG", pnginfo=texts)
     return buffer.getvalue()
+
+
+def bomb(side: int) -> bytes:
+    """Return a small PNG that claims to be large (its header is the first chunk, its checksum behind it)."""
+    content = png(Image.new("RGB", (4, 6)))
+    header = b"IHDR" + struct.pack(">II", side, side) + content[24:29]
+    return content[:12] + header + struct.pack(">I", zlib.crc32(header)) + content[33:]
+
+
+def test_what_is_written_is_read_back_and_equal_content_gives_equal_bytes(tmp_path: Path) -> None:
+    images, contents = some_images(), []
+    for name in ("one.npz", "other.npz"):
+        with open(tmp_path / name, "wb") as file:
+            write_npz(file, iter(images), images.shape, {"mu": np.arange(3.0), "inception": "name"})
+        contents.append((tmp_path / name).read_bytes())
+    assert contents[0] == contents[1]
+    assert np.array_equal(read_all(tmp_path / "one.npz", 2), images)
+    with np.load(tmp_path / "one.npz", allow_pickle=False) as archive:
+        assert archive.files == ["mu", "inception", "arr_0"]
+        assert archive["mu"].tolist() == [0, 1, 2] and archive["inception"] == "name"

@@ -1,13 +1,20 @@
 """Coherence of generated class tokens: against its formulas, written out pair by pair."""
 
+import argparse
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from dataset import LatentDataset
 from evaluations import coherence
 from evaluations.coherence import CentreSums, CoherenceSums
+from evaluations.coherence_report import CoherenceReport, class_mean_sums
 from files import InputError
+from loss import entangled_token
+from models.encoders import load_encoder
+from tests.conftest import ENCODER, NUM_CLASSES, RESOLUTION
 
 N, D, K = 20, 6, 4
 
@@ -89,3 +96,36 @@ def test_centres_are_class_means():
     torch.testing.assert_close(sums.centres(), expected)
     with pytest.raises(InputError, match="at least 2 images, there are 0"):
         CoherenceSums(D).scores()
+
+
+@pytest.mark.parametrize("kind", ["class", "patch-mean"])
+def test_class_means_need_images_only_and_processes_share_them(data, encoder_weights, kind):
+    encoder, dataset = load_encoder(ENCODER, RESOLUTION, encoder_weights), LatentDataset(data)
+    images = torch.stack([dataset[i][0] for i in range(len(dataset))])
+    found, labels = entangled_token(kind, encoder(images), None), torch.from_numpy(dataset.labels)
+    expected = torch.stack([found[labels == label].double().mean(0) for label in range(NUM_CLASSES)])
+    for path in (data / "vae-sd").rglob("*.npy"):
+        path.unlink()
+    whole = class_mean_sums(encoder, kind, dataset, 5, "cpu")
+    torch.testing.assert_close(whole.centres(), expected, rtol=1e-5, atol=1e-6)
+    shares = [class_mean_sums(encoder, kind, dataset, 5, "cpu", process, 3).state() for process in range(3)]
+    whole.load({name: sum(share[name] for share in shares) for name in shares[0]})
+    torch.testing.assert_close(whole.centres(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changed", "num_images", "message"),
+    [
+        ({"num_classes": 5}, 7, r"--coherence .*data.*: num_classes 3, but run\.pt has 5"),
+        ({"resolution": 32}, 7, r"--coherence .*data.*: resolution 16, but run\.pt has 32"),
+        ({}, 1, "--coherence: needs at least 2 images, not 1"),
+        ({"entangle": "latent-mean"}, 7, r"run\.pt entangles no encoder's token"),
+    ],
+)
+def test_a_report_that_cannot_work_is_refused_at_once(shared_data, encoder_weights, changed, num_images, message):
+    settings = {"entangle": "class", "enc_type": ENCODER, "enc_weights": str(encoder_weights)}
+    settings |= {"num_classes": NUM_CLASSES, "resolution": RESOLUTION}
+    good, bad = ({"args": argparse.Namespace(**settings | more)} for more in ({}, changed))
+    assert CoherenceReport(good, shared_data, source="run.pt", num_images=2).encoder.width == 32
+    with pytest.raises(InputError, match=message):
+        CoherenceReport(bad, shared_data, source="run.pt", num_images=num_images)

@@ -146,6 +146,16 @@ def test_processes_share_the_check(data):
     assert counts == [6, 6, 6]
 
 
+def test_an_image_alone_does_not_read_its_latents(data):
+    dataset = LatentDataset(data)
+    expected = dataset[5][0]
+    (data / LATENT).unlink()
+    assert torch.equal(dataset.image(5), expected)
+    Image.new("RGB", (8, 8)).save(data / IMAGE)
+    with pytest.raises(InputError, match=r"img00000005\.png: 8 x 8, not 16 x 16"):
+        dataset.image(5)
+
+
 def test_damage_that_the_check_cannot_see_is_named_when_read(data):
     whole = (data / IMAGE).read_bytes()
     (data / IMAGE).write_bytes(whole[:60] + bytes(len(whole) - 72) + whole[-12:])

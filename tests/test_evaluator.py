@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from evaluations import evaluator, plot, reference
+from evaluations import evaluator, reference
 from evaluations.features import load_reference
 from evaluations.inception import Inception, load_inception
 from evaluations.metrics import FeatureSums, frechet_distance
@@ -217,6 +217,8 @@ def test_reference_of_another_shape_is_refused(tmp_path: Path) -> None:
         load_reference(write_batch(tmp_path / "ref.npz", 4, mu=np.zeros(7), sigma=np.eye(7)))
     with pytest.raises(InputError, match="no array 'sigma'"):
         load_reference(write_batch(tmp_path / "ref.npz", 4, mu=np.zeros(2048)))
+    with pytest.raises(InputError, match=r"ref\.npz: 'mu' holds numbers that are not finite"):
+        load_reference(write_batch(tmp_path / "ref.npz", 4, mu=np.full(2048, np.nan), sigma=np.eye(2048)))
 
 
 @pytest.mark.parametrize(
@@ -226,6 +228,9 @@ def test_reference_of_another_shape_is_refused(tmp_path: Path) -> None:
         (["--enc-weights", "file"], "--enc-weights file: needs --encoder"),
         (["--inception", "nowhere.pb"], "nowhere.pb: no such file"),
         (["--sample_batch", "nowhere.npz"], "nowhere.npz: no such file"),
+        (["--save_path", __file__], f"--save_path {__file__}/batch.metrics.json: .* is no folder"),
+        (["--save_path", f"{__file__}/result.json"], "--save_path .*result.json: .* is no folder"),
+        (["--cache", __file__], f"--cache {__file__}.*: .* is no folder"),
     ],
 )
 def test_bad_flags_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], message: str) -> None:
@@ -241,6 +246,7 @@ def test_bad_flags_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fl
         (["--seed", "-1"], "--seed -1"),
         (["--dest", "reference"], "ends in .npz"),
         (["--enc-weights", "file"], "needs --encoder"),
+        (["--dest", f"{__file__}/ref.npz"], "--dest .*ref.npz: .* is no folder"),
     ],
 )
 def test_bad_flags_of_reference_are_named(
@@ -251,40 +257,13 @@ def test_bad_flags_of_reference_are_named(
         run(reference, monkeypatch, "--source", batch, "--dest", tmp_path / "ref.npz", *flags)
 
 
+@pytest.mark.parametrize("content", ["[1]", "3", "null", "no json"])
+def test_settings_of_samples_that_are_none_are_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "s.json").write_text(content)
+    with pytest.raises(InputError, match=r"s\.json: (expected a JSON object|not valid JSON)"):
+        evaluator.read_sampling(tmp_path / "s.npz")
+
+
 def test_errors_are_one_line(tmp_path: Path) -> None:
     done = run_program("evaluations/evaluator.py", "--ref_batch", "nowhere.npz", "--sample_batch", "nowhere.npz")
     assert done.returncode == 2 and done.stderr.strip() == "evaluator.py: error: nowhere.npz: no such file"
-
-
-# ------------------------------------------------------------------------------------------------ the plot
-
-
-def test_plot_reads_evaluations_by_step_and_draws_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [{"step": 1, "loss": 1.0}, {"step": 200, "fid": 20.0}, {"step": 100, "fid": 40}, {"step": 200, "fid": 19.5}]
-    path = tmp_path / "metrics.jsonl"
-    path.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
-    assert plot.read_curve(path, "fid") == [(100, 40.0), (200, 19.5)]
-    for name in ("fid.png", "fid.svg"):
-        monkeypatch.setattr(sys, "argv", ["plot.py", str(path), "--out", str(tmp_path / name), "--published", "B/2"])
-        plot.main()
-        assert (tmp_path / name).stat().st_size > 5000
-
-
-@pytest.mark.parametrize(
-    ("content", "flags", "message"),
-    [
-        ('{"step": 1, "loss": 2}\n', [], "no line with `step` and a number `fid`"),
-        ('{"step": 1, "fid": 2}\nnot json\n', [], "line 2: not JSON"),
-        ('{"step": 1, "fid": 2}\n', ["--out", "fid.txt"], "--out fid.txt"),
-        ('{"step": 1, "fid": 2}\n', ["--names", "a", "b"], "2 names for 1 runs"),
-        ('{"step": 1, "sfid": 2}\n', ["--metric", "sfid", "--published", "B/2"], "published curves of fid only"),
-    ],
-)
-def test_plot_names_what_is_wrong(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str, flags: list[str], message: str
-) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_text(content)
-    monkeypatch.setattr(sys, "argv", ["plot.py", str(path), *flags])
-    with pytest.raises(InputError, match=message):
-        plot.main()

@@ -14,6 +14,9 @@ from tests import adm_standin
 from tests.conftest import ENCODER, read_rows, reset_accelerate, run_training
 from tests.test_train import with_flags
 
+# How the notes of the evaluator begin that 6 samples, scored by other weights than the published, deserve.
+NOTES = ["STAND-IN", "6 samples; published numbers are of 50,000; fewer raise FID and sFID", "FID, sFID"]
+
 
 @pytest.fixture(scope="module")
 def reference_file(shared_data, encoder_weights, tmp_path_factory):
@@ -33,7 +36,7 @@ def evaluation_flags(reference_file):
     return [*flags.split(), "--eval-inception", str(adm_standin.graph_file())]
 
 
-def test_scores_are_logged_the_best_is_kept_and_training_is_not_disturbed(train_flags, reference_file):
+def test_scores_are_logged_the_best_is_kept_and_training_is_not_disturbed(train_flags, reference_file, capsys):
     plain = run_training(with_flags(train_flags, "--exp-name", "plain"))
     run = run_training(with_flags(train_flags, *evaluation_flags(reference_file)))
     scored = [row for row in read_rows(run) if "fid" in row]
@@ -41,6 +44,10 @@ def test_scores_are_logged_the_best_is_kept_and_training_is_not_disturbed(train_
     assert all(np.isfinite([row["fid"], row["sfid"], row["encoder_fd"]]).all() and row["fid"] > 0 for row in scored)
     cosines = [scored[0][name] for name in ("coherence", "coherence_shuffled", "coherence_class_mean")]
     assert all(-1 <= cosine <= 1 for cosine in cosines) and 0 <= scored[0]["cls_tokens_right"] <= 1
+    assert scored[0]["num_samples"] == 6
+    assert [note.split(":")[0] for note in scored[0]["notes"]] == NOTES
+    printed = capsys.readouterr().out
+    assert all(printed.count(f"note: evaluation while training: {note}") == 1 for note in scored[0]["notes"])
     best = json.loads((run / "checkpoints" / "best.json").read_text())
     assert best["fid"] == min(row["fid"] for row in scored)
     assert load_checkpoint(run / "checkpoints" / "best.pt")["steps"] == best["step"]
