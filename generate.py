@@ -59,7 +59,9 @@ def main() -> None:
     codec = load_decoder(args, latent_format, accelerator.device)
     coherence = None
     if args.coherence is not None:
-        coherence = CoherenceReport(checkpoint, args.coherence, args.enc_weights, accelerator.device, args.ckpt)
+        coherence = CoherenceReport(
+            checkpoint, args.coherence, args.enc_weights, accelerator.device, args.ckpt, args.num_fid_samples
+        )
 
     folder = Path(args.sample_dir) / (args.name or default_name(args, checkpoint))
     labels = image_labels(args, model.num_classes)

@@ -115,7 +115,8 @@ class RunLog:
             return
         row = _finite(row)
         self.write_line("metrics.jsonl", row)
-        self.track({key: value for key, value in row.items() if value is not None and key != "step"}, row["step"])
+        numbers = {key: value for key, value in row.items() if isinstance(value, int | float) and key != "step"}
+        self.track(numbers, row["step"])
 
     def write_line(self, name: str, row: dict[str, Any]) -> None:
         """Append a row, which must have a step, to a file of the run's folder; it is on the disk when this returns.

@@ -5,16 +5,14 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
-from tqdm import tqdm
 
-from evaluations.coherence import CentreSums, CoherenceSums, centre_images
+from evaluations.coherence import CoherenceSums
+from evaluations.coherence_report import class_mean_sums
 from loss import FROM_ENCODER, entangled_token
 from models.sit import SiT
 from pictures import image_grid, save_png
 from samplers import Guidance, image_seeds, sample_images
 from training.networks import build_network
-from training.preemption import shield_worker
 from training.run_log import going_on_despite
 from training.setup import Run
 from training.sharding import whole
@@ -67,17 +65,16 @@ def averaged_network(run: Run) -> SiT:
 
 def class_centres(run: Run) -> Tensor:
     """Return the mean token of each class over real training images, (K, D), which all processes read together."""
-    accelerator, sums = run.accelerator, CentreSums(run.ema.num_classes, run.ema.cls_token_dim, run.accelerator.device)
-    mine = centre_images(run.data.labels)[accelerator.process_index :: accelerator.num_processes]
-    loader = DataLoader(
-        Subset(run.data, mine),
+    accelerator = run.accelerator
+    sums = class_mean_sums(
+        run.encoders[0],
+        run.args.entangle,
+        run.data,
         run.args.eval_batch_size,
-        num_workers=run.args.num_workers,
-        worker_init_fn=shield_worker,
+        accelerator.device,
+        accelerator.process_index,
+        accelerator.num_processes,
     )
-    for images, _, labels in tqdm(loader, desc="class means", disable=not accelerator.is_main_process):
-        output = run.encoders[0](images.to(accelerator.device))
-        sums.update(entangled_token(run.args.entangle, output, None), labels.to(accelerator.device))
     sums.load(accelerator.reduce(sums.state(), "sum"))
     return sums.centres()
 
