@@ -21,9 +21,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from files import FileSource, InputError, atomic_write, run_cli
+from layout import image_name
 from preprocessing.crops import TRANSFORMS, decode, to_png
 from preprocessing.destination import Destination, explain_write_errors
-from preprocessing.listing import Listing, image_name, list_images
+from preprocessing.listing import Listing, list_images
 from preprocessing.parallel import available_cores, in_workers
 
 IMAGES_A_PIECE = 50  # work is handed out and synced in such pieces; divides the 1,000 images of an output folder

@@ -31,10 +31,11 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from devices import AUTO, batch_size, check_batch_size, largest_batch, patient_processes
 from files import FileSource, InputError, run_cli
+from layout import latents_name, mirrored_name
 from models.autoencoder import Codec, load_codec
 from preprocessing.crops import decode_rgb
 from preprocessing.destination import Destination, explain_write_errors
-from preprocessing.listing import Listing, image_index, latents_name, list_converted
+from preprocessing.listing import Listing, image_index, list_converted
 
 BATCH_SIZE, CPU_BATCH_SIZE = 32, 1  # a CPU's caches hold no more
 LARGEST_BATCH = 128  # that --batch-size auto tries: more makes no GPU faster
@@ -84,11 +85,10 @@ def read_rgb(source: FileSource, name: str, resolution: int | None = None) -> np
 
 def plan(names: Sequence[str], batch_size: int, flip: bool) -> list[Batch]:
     """Return all batches of the data set, the plain ones first; `flip` adds those of the mirrored images."""
-    return [
-        Batch(part, tuple(latents_name(image_index(name), mirrored) for name in part), mirrored)
-        for mirrored in ((False, True) if flip else (False,))
-        for part in (tuple(names[start : start + batch_size]) for start in range(0, len(names), batch_size))
-    ]
+    parts = [tuple(names[start : start + batch_size]) for start in range(0, len(names), batch_size)]
+    plain = [Batch(part, tuple(latents_name(image_index(name)) for name in part), flip=False) for part in parts]
+    mirrored = [Batch(sources, tuple(map(mirrored_name, outputs)), flip=True) for sources, outputs, _ in plain]
+    return plain + mirrored if flip else plain
 
 
 def encode(

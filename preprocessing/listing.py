@@ -1,4 +1,4 @@
-"""Which images a source holds, in which order, with which labels; and the names that data sets on disk use."""
+"""Which images a source holds, in which order, with which labels."""
 
 from __future__ import annotations
 
@@ -9,28 +9,17 @@ import zipfile
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any
 
 from files import FileSource, InputError, read_dataset_json
+from layout import IMAGE_NAME, image_name, label_entries
 from preprocessing.crops import SUFFIXES
 
 _NUMBERED_FOLDER = re.compile(r"\d{5}")  # our own layout: folders count files and say nothing on classes
-_INDEX = re.compile(r"(?:^|/)img(\d+)\.[^/]+$")
-
-
-def image_name(index: int) -> str:
-    """Return an image's name within its data set: index 1234 is 00001/img00001234.png."""
-    return f"{index // 1000:05d}/img{index:08d}.png"
-
-
-def latents_name(index: int, flip: bool = False) -> str:
-    """Return the name of an image's latents: 00001/img-mean-std-00001234.npy, or -flip- for the mirrored image's."""
-    return f"{index // 1000:05d}/img-mean-std-{'flip-' if flip else ''}{index:08d}.npy"
 
 
 def image_index(name: str) -> int:
     """Return the index in an image's name. Raises InputError if the name has none."""
-    match = _INDEX.search(name)
+    match = IMAGE_NAME.fullmatch(name)
     if match is None:
         raise InputError(f"{name}: images are named like {image_name(0)}; run preprocessing/convert.py first")
     return int(match[1])
@@ -88,10 +77,7 @@ def read_labels(source: FileSource) -> tuple[dict[str, int], list[str] | None] |
     if content["labels"] is None:
         return None
     by_name: dict[str, int] = {}
-    for entry in content["labels"]:
-        if not _is_label(entry):
-            raise InputError(f'{where}: {entry!r} is no label; they look like ["00000/img00000000.png", 6]')
-        name, label = entry
+    for name, label in label_entries(content, where):
         if name in by_name:
             raise InputError(f"{where}: lists {name} twice")
         if name not in source:
@@ -116,16 +102,6 @@ def list_converted(source: FileSource) -> Listing:
             raise InputError(f"{source.path}: {other} and {name} have the same index, so their latents the same name")
     names = [by_index[index] for index in sorted(by_index)]
     return Listing(names, [by_name[name] for name in names], classes)
-
-
-def _is_label(entry: Any) -> bool:
-    return (
-        isinstance(entry, list)
-        and len(entry) == 2
-        and isinstance(entry[0], str)
-        and type(entry[1]) is int  # a bool is an int to isinstance
-        and entry[1] >= 0
-    )
 
 
 def _from_folders(source: FileSource, names: list[str]) -> Listing:

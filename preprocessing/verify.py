@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import io
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -24,12 +23,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dataset import LatentDataset
+from dataset import LatentDataset, decode_moments
 from files import FileSource, InputError, atomic_write, decode_name, read_dataset_json, run_cli, sha256_of
+from layout import mirrored_name
 from models.autoencoder import Codec, LatentFormat, load_codec
 from pictures import image_grid, save_png
 from preprocessing.crops import decode_rgb
-from preprocessing.listing import latents_name
 from preprocessing.parallel import available_cores, in_workers
 
 ITEMS_A_PIECE = 200
@@ -89,17 +88,13 @@ class FileCheck:
         yield images, decode_name(self.dataset.image_names[i]), self._check_image
         yield latents, latent_file, self._check_moments
         if self.has_flips:
-            index = int(latent_file.rpartition("-")[2].removesuffix(".npy"))
-            yield latents, latents_name(index, flip=True), self._check_moments
+            yield latents, mirrored_name(latent_file), self._check_moments
 
     def _check_image(self, data: bytes, found: Findings) -> None:
         decode_rgb(data, self.dataset.resolution)
 
     def _check_moments(self, data: bytes, found: Findings) -> None:
-        try:
-            moments = np.load(io.BytesIO(data), allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise InputError(f"broken latents ({error})") from error
+        moments = decode_moments(data)
         if moments.shape != self.dataset.moments_shape or moments.dtype not in (np.float32, np.float16):
             raise InputError(f"{moments.dtype} of shape {moments.shape}, not {self.dataset.moments_shape} as the first")
         moments = moments.astype(np.float64)

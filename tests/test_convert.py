@@ -173,9 +173,9 @@ def test_dataset_json_and_class_folders(tmp_path):
         ([["cat/0.jpg", 0]], "dog/0.jpg and 0 other images are not in dataset.json"),
         ([["cat/0.jpg", 0], ["dog/0.jpg", 1], ["dog/9.jpg", 1]], "lists dog/9.jpg, which is not there"),
         ([["cat/0.jpg", 0], ["cat/0.jpg", 1]], "lists cat/0.jpg twice"),
-        ([["cat/0.jpg", -1]], "is no label"),
-        ([["cat/0.jpg", True]], "is no label"),
-        (["cat/0.jpg"], "is no label"),
+        ([["cat/0.jpg", -1]], "has label -1; allowed"),
+        ([["cat/0.jpg", True]], "has label True; allowed"),
+        (["cat/0.jpg"], "label entry 'cat/0.jpg'; expected"),
     ],
 )
 def test_a_wrong_dataset_json_is_named(labels, message, tmp_path):

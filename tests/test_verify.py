@@ -143,6 +143,13 @@ def test_latents_of_other_images(data, capsys):
     assert "do not show the images" in capsys.readouterr().err
 
 
+def test_files_in_folders_of_their_own(data):
+    (data / "vae-sd/elsewhere").mkdir()
+    for name in ("img-mean-std-00000003.npy", "img-mean-std-flip-00000003.npy"):
+        (data / "vae-sd/00000" / name).rename(data / "vae-sd/elsewhere" / name)
+    run(data, "--reconstruct", "0")
+
+
 def test_statistics_are_those_of_drawn_latents():
     rng = np.random.default_rng(0)
     moments = np.stack([rng.normal(1, 2, (1, 100, 100)), np.full((1, 100, 100), 0.5)], axis=1)[0]
