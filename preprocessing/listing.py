@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import zipfile
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass
 from itertools import takewhile
 
@@ -146,14 +146,12 @@ def _agree(source: FileSource, listing: Listing) -> Listing:
 
 
 def _check_members(source: FileSource) -> None:
-    """Refuse zip files with members that point outside, or two of the same name."""
+    """Refuse zip files with members that point outside."""
     if not source.is_zip:
         return
     with zipfile.ZipFile(source.path) as archive:
-        members = Counter(member.filename for member in archive.infolist())
-    for name, count in members.items():
+        members = archive.namelist()
+    for name in members:
         parts = name.replace("\\", "/").split("/")
         if name.startswith(("/", "\\")) or ".." in parts or ":" in parts[0]:
             raise InputError(f"{source.path}: member {name!r} is an absolute or parent path; pack it anew")
-        if count > 1:
-            raise InputError(f"{source.path}: holds {name!r} {count} times; pack it anew")

@@ -204,15 +204,6 @@ def test_a_zip_with_paths_that_lead_out(member, tmp_path):
         run(tmp_path / "source.zip", tmp_path / "out")
 
 
-@pytest.mark.filterwarnings("ignore:Duplicate name")
-def test_a_zip_with_two_files_of_one_name(tmp_path):
-    with zipfile.ZipFile(tmp_path / "source.zip", "w") as archive:
-        archive.writestr("a/0.jpg", jpeg(0))
-        archive.writestr("a/0.jpg", jpeg(1))
-    with pytest.raises(InputError, match=r"holds 'a/0.jpg' 2 times"):
-        run(tmp_path / "source.zip", tmp_path / "out")
-
-
 def test_a_destination_that_is_not_ours(tmp_path):
     source = make_source(tmp_path / "source")
     (tmp_path / "out").mkdir()
