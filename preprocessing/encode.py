@@ -35,7 +35,7 @@ from layout import latents_name, mirrored_name
 from models.autoencoder import Codec, load_codec
 from preprocessing.crops import decode_rgb
 from preprocessing.destination import Destination, explain_write_errors
-from preprocessing.listing import Listing, image_index, list_converted
+from preprocessing.listing import Listing, describe_files, image_index, list_converted
 
 BATCH_SIZE, CPU_BATCH_SIZE = 32, 1  # a CPU's caches hold no more
 LARGEST_BATCH = 128  # that --batch-size auto tries: more makes no GPU faster
@@ -190,17 +190,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError(
             f"{args.source}: images of {resolution} px; codec {args.vae} needs a multiple of {codec.format.factor}"
         )
-    settings = {
-        "source": str(args.source.resolve()),
-        "listing": listing.digest(),
-        "codec": codec.format.to_json(),
-        "dtype": args.dtype,
-        "flip": args.flip,
-        "tf32": args.tf32,
-    }
     destination = Destination(args.dest, "encode")
     with explain_write_errors(args.dest):
-        if accelerator.is_main_process and destination.claim(settings):
+        if accelerator.is_main_process and destination.claim(settings_of(args, source, listing, resolution, codec)):
             print(f"{args.dest}: complete already")
         accelerator.wait_for_everyone()
         if destination.is_zip and args.dest.exists():
@@ -214,6 +206,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             finish(destination, listing, codec, args.flip)
+
+
+def settings_of(
+    args: argparse.Namespace, source: FileSource, listing: Listing, resolution: int, codec: Codec
+) -> dict[str, object]:
+    """Return all that decides what the latents are, to be compared when the same destination is written to again."""
+    return {
+        "source": str(args.source.resolve()),
+        "listing": listing.digest(),
+        "resolution": resolution,
+        "images": describe_files(source, listing.names),
+        "codec": codec.format.to_json(),
+        "dtype": args.dtype,
+        "flip": args.flip,
+        "tf32": args.tf32,
+    }
 
 
 def find_batch_size(wanted: int | str | None, accelerator: Accelerator, codec: Codec, resolution: int) -> int:

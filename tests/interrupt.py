@@ -72,5 +72,5 @@ def assert_whole(destination: Path, expected: dict[str, bytes]) -> None:
     """Assert that every file under its final name is complete."""
     if destination.exists():
         for name, data in contents(destination).items():
-            if not name.endswith(".tmp"):
+            if not name.endswith((".tmp", ".lock")):
                 assert data == expected[name], f"{name} is half-written"

@@ -16,6 +16,7 @@ from PIL import Image
 
 from files import FileSource, InputError
 from preprocessing import convert, dataset_tools
+from preprocessing.destination import Destination
 from preprocessing.listing import list_images
 from tests.interrupt import REPOSITORY, contents, survives_kills
 from tests.test_crops import animation, encoded, header_only_png, jpeg, oriented_jpeg, plain_adm_crop
@@ -235,6 +236,51 @@ def test_other_settings_on_the_same_destination(name, tmp_path):
     assert contents(tmp_path / name) == before
 
 
+@pytest.mark.parametrize("name", ["out", "out.zip"])
+def test_other_photographs_under_the_same_names(name, tmp_path):
+    source = make_source(tmp_path / "source", each=30)
+    run(source, tmp_path / name)
+    before = contents(tmp_path / name)
+    replaced = source / "cat/4.jpg"  # the 24th in sorted order; every third of 60 is looked at
+    for data in (jpeg(13), b"no image"):
+        replaced.write_bytes(data)
+        with pytest.raises(InputError, match=r"out.*: its 00000/img00000024\.png is not what .*cat/4\.jpg gives now"):
+            run(source, tmp_path / name)
+    replaced.write_bytes(jpeg(4))
+    run(source, tmp_path / name)
+    assert contents(tmp_path / name) == before
+
+
+HOLDER = """
+import sys
+from preprocessing.destination import Destination
+Destination(sys.argv[1], "convert").claim({})
+print("claimed", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("name", ["out", "out.zip"])
+def test_one_run_at_a_time(name, tmp_path):
+    destination, pipes = tmp_path / name, {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    command = [sys.executable, "-c", HOLDER, str(destination)]
+    first = subprocess.Popen(command, cwd=REPOSITORY, **pipes)
+    assert first.stdout.readline() == "claimed\n"
+    half_written = Destination(destination, "convert").folder / ".img00000000.png.123.tmp"
+    half_written.write_bytes(b"")
+    with pytest.raises(InputError, match=rf"out.*: process {first.pid} on .* is writing there; wait"):
+        Destination(destination, "convert").claim({})
+    assert half_written.exists()
+    first.kill()
+    first.communicate()
+    mine = Destination(destination, "convert")
+    mine.claim({})
+    assert not half_written.exists()
+    mine.finish({"labels": []})
+    left = contents(destination) if not mine.is_zip else zipfile.ZipFile(destination).namelist()
+    assert set(left) == {".convert.json", "dataset.json"} and [*tmp_path.iterdir()] == [destination]
+
+
 def test_what_a_kill_while_packing_leaves_is_removed(tmp_path):
     (tmp_path / ".out.zip.123.tmp").write_bytes(b"half a zip")
     run(make_source(tmp_path / "source"), tmp_path / "out.zip")
@@ -258,6 +304,7 @@ def test_a_disk_that_is_full_leaves_only_whole_files(tmp_path):
     assert full.returncode == 2 and "out: cannot be written (File too large)" in full.stderr, full.stderr
     assert "Traceback" not in full.stderr
     left = contents(tmp_path / "out")
+    del left[".lock"]
     assert not [name for name in left if name.endswith(".tmp")]
     assert subprocess.run(command, capture_output=True).returncode == 0
     complete = contents(tmp_path / "out")
