@@ -95,7 +95,7 @@ class Conversion:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line's settings."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser("convert.py", description=__doc__.splitlines()[0])
     parser.add_argument("--source", type=Path, required=True, help="folder or zip: a folder a class, or a dataset.json")
     parser.add_argument("--dest", type=Path, required=True, help="folder to make, or a zip if it ends in .zip")
     parser.add_argument("--resolution", type=int, required=True, help="side of the square images, in pixels")
@@ -109,8 +109,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--labels",
         choices=("auto", "folders", "json"),
         default="auto",
-        help="where labels come from: auto is dataset.json if there is one, and class folders must agree with it; "
-        "json or folders let that one rule alone",
+        help="where labels come from: auto (the default) is dataset.json if there is one, and class folders must agree "
+        "with it; json or folders let that one rule alone",
     )
     parser.add_argument(
         "--exif",
@@ -209,9 +209,13 @@ def finish(job: Conversion, listing: Listing, failures: list[Failure]) -> None:
         with atomic_write(skipped, "w") as file:
             file.writelines(f"{listing.names[index]}\t{reason}\n" for index, reason in failures)
         print(f"{len(failures):,} broken images left out; they are listed in {job.destination.path}: skipped.txt")
-    classes = {"classes": listing.classes} if listing.classes else {}
-    job.destination.finish({"labels": labels, **classes})
-    print(f"{job.destination.path}: {len(labels):,} images, {len({label for _, label in labels}):,} classes")
+    names = {"classes": listing.classes} if listing.classes else {}
+    job.destination.finish({"labels": labels, **names})
+    classes = len({label for _, label in labels})
+    print(
+        f"{job.destination.path}: {len(labels):,} image{'s' if len(labels) > 1 else ''}, "
+        f"{classes:,} class{'es' if classes > 1 else ''}"
+    )
 
 
 if __name__ == "__main__":

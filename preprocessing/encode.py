@@ -138,13 +138,13 @@ def save(destination: Destination, batch: Batch, moments: Tensor, dtype: str) ->
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line's settings."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser("encode.py", description=__doc__.splitlines()[0])
     parser.add_argument("--source", type=Path, required=True, help="images made by convert.py, folder or zip")
     parser.add_argument("--dest", type=Path, required=True, help="folder to make, or a zip if it ends in .zip")
     parser.add_argument(
         "--vae",
         default="sd-vae-ft-mse",
-        help="codec: a name such as sd-vae-ft-mse or pixel, a repository of the hub, or a local folder",
+        help="codec: a name such as sd-vae-ft-mse (the default) or pixel, a repository of the hub, or a local folder",
     )
     parser.add_argument(
         "--batch-size",
@@ -152,19 +152,26 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help=f"images encoded at once, on each device (default: {BATCH_SIZE} on a GPU, {CPU_BATCH_SIZE} on a CPU); "
         "auto: as many as the GPU's memory holds, which may be others when an interrupted run goes on",
     )
-    parser.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="number format of the files")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "float16"),
+        default="float32",
+        help="number format of the files (default: float32)",
+    )
     parser.add_argument(
         "--flip",
         action="store_true",
-        help="encode every image mirrored as well, for train.py --flip (doubles the time)",
+        help="encode every image mirrored as well, for train.py --flip (off by default: it doubles the time)",
     )
     parser.add_argument(
         "--tf32",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="let GPUs compute in TF32, which is much faster and a little coarser; no effect on CPUs",
+        help="let GPUs compute in TF32, much faster and a little coarser; no effect on CPUs (default: %(default)s)",
     )
-    parser.add_argument("--workers", type=int, default=2, help="processes that read images, for each device")
+    parser.add_argument(
+        "--workers", type=int, default=2, help="processes that read images, for each device (default: 2)"
+    )
     args = parser.parse_args(argv)
     if args.batch_size is not None:
         check_batch_size("--batch-size", args.batch_size)

@@ -320,6 +320,26 @@ def test_the_published_command_line(tmp_path):
     assert contents(tmp_path / "out") == contents(tmp_path / "ours")
     with pytest.raises(InputError, match="must be square"):
         dataset_tools.main(["convert", *door, "--resolution=16x32"])
+    with pytest.raises(InputError, match="--resolution: is needed"):
+        dataset_tools.main(["convert", *door])
+
+
+@pytest.mark.parametrize(
+    ("command", "flags"), [("convert", ["--resolution", "--transform"]), ("encode", ["--model-url", "--dtype"])]
+)
+def test_the_published_command_line_tells_what_it_needs(command, flags, capsys):
+    with pytest.raises(SystemExit):
+        dataset_tools.main([command, "--help"])
+    said = capsys.readouterr().out
+    assert all(flag in said for flag in ("--source", "--dest", *flags))
+
+
+def test_a_source_without_class_folders_is_one_class(tmp_path, capsys):
+    (tmp_path / "flowers").mkdir()
+    (tmp_path / "flowers/a.jpg").write_bytes(jpeg())
+    run(tmp_path / "flowers", tmp_path / "out")
+    assert capsys.readouterr().out.endswith("out: 1 image, 1 class\n")
+    assert json.loads((tmp_path / "out/dataset.json").read_text())["classes"] == ["flowers"]
 
 
 @pytest.mark.parametrize("suffix", ["", ".zip"])
