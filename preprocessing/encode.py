@@ -167,7 +167,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--tf32",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="let GPUs compute in TF32, much faster and a little coarser; no effect on CPUs (default: %(default)s)",
+        help="let GPUs compute in TF32, much faster and a little coarser (on by default; no effect on CPUs)",
     )
     parser.add_argument(
         "--workers", type=int, default=2, help="processes that read images, for each device (default: 2)"
