@@ -24,12 +24,11 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler, default_collate
 
 from files import FileSource, InputError, decode_name, encode_names, read_dataset_json
+from layout import IMAGE_NAME, LATENT_NAME, label_entries, mirrored_name
 from models.autoencoder import LatentFormat
 
 IMAGE_FOLDERS = ("images", "imagenet_256_vae", "imagenet_512_vae")
 LATENT_FOLDERS = ("vae-sd", "latents")
-IMAGE_NAME = re.compile(r"(?:.*/)?img(\d+)\.png")
-LATENT_NAME = re.compile(r"(?:.*/)?img-mean-std-(\d+)\.npy")
 PNG_END = b"IEND\xaeB`\x82"  # the last eight bytes of every complete PNG (PNG specification, section 11.2.5)
 PROBLEMS_SHOWN = 5
 CHECK_THREADS = 16
@@ -145,17 +144,18 @@ class LatentDataset(Dataset):
         try:
             with Image.open(io.BytesIO(self.images.read(decode_name(self.image_names[i])))) as picture:
                 return np.array(picture.convert("RGB")).transpose(2, 0, 1).copy()
-        except (OSError, SyntaxError, ValueError) as error:
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise InputError(f"{self._image_path(i)}: broken image ({error})") from error
 
     def _moments(self, i: int, mirrored: bool = False) -> np.ndarray:
         """Return the moments of image i, or of its mirror image, float32 (2 C, h, w)."""
         name = self._latent_name(i, mirrored)
         path = self.latents.describe(name)
+        data = self.latents.read(name)
         try:
-            moments = np.load(io.BytesIO(self.latents.read(name)), allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise InputError(f"{path}: broken latents ({error})") from error
+            moments = decode_moments(data)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
         if moments.dtype not in (np.float32, np.float16):
             raise InputError(f"{path}: dtype {moments.dtype}; allowed: float32, float16")
         if moments.ndim != 3 or moments.shape[0] % 2 or moments.shape[1] != moments.shape[2]:
@@ -164,7 +164,7 @@ class LatentDataset(Dataset):
 
     def _latent_name(self, i: int, mirrored: bool) -> str:
         name = decode_name(self.latent_names[i])
-        return name.replace("img-mean-std-", "img-mean-std-flip-") if mirrored else name
+        return mirrored_name(name) if mirrored else name
 
     def _image_path(self, i: int) -> str:
         return self.images.describe(decode_name(self.image_names[i]))
@@ -266,6 +266,14 @@ class GlobalBatchSampler(Sampler):
         return int(self._epoch[1][offset])
 
 
+def decode_moments(data: bytes) -> np.ndarray:
+    """Return the array in the bytes of an .npy file. Raises InputError for any other bytes."""
+    try:
+        return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+    except Exception as error:  # numpy's reader raises nearly anything
+        raise InputError(f"broken latents ({error})") from error
+
+
 def _find(data_dir: Path, names: tuple[str, ...], what: str) -> FileSource:
     """Return the one folder or zip among `names`."""
     found = [path for name in names for path in (data_dir / name, data_dir / f"{name}.zip") if path.exists()]
@@ -297,16 +305,13 @@ def _require_partners(names: dict[int, str], source: FileSource, partners: dict[
 
 def _label_table(source: FileSource) -> dict[int, int]:
     """Return the labels that dataset.json lists, by the number in the file name."""
-    table = {}
+    table: dict[int, int] = {}
     where = source.describe("dataset.json")
-    for entry in read_dataset_json(source).get("labels") or []:
-        if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str)):
-            raise InputError(f"{where}: label entry {entry!r}; expected [name, label]")
-        name, label = entry
-        if not isinstance(label, int) or isinstance(label, bool) or label < 0:
-            raise InputError(f"{where}: {name} has label {label!r}; allowed: whole numbers from 0")
+    for name, label in label_entries(read_dataset_json(source), where):
         if match := re.search(r"(\d+)\.\w+$", name):
-            table[int(match.group(1))] = label
+            index = int(match.group(1))
+            if table.setdefault(index, label) != label:
+                raise InputError(f"{where}: index {index} has labels {table[index]} and {label}")
     return table
 
 

@@ -169,7 +169,7 @@ class FileSource:
     processes go on sharing (a Python object is copied as soon as it is looked at), and reading needs no file offset.
 
     Raises:
-        InputError: there is neither a folder nor a zip at `path`, or it cannot be read.
+        InputError: there is neither a folder nor a zip at `path`, it cannot be read, or two members have one name.
     """
 
     def __init__(self, path: str | Path):
@@ -179,7 +179,7 @@ class FileSource:
         try:
             if self.is_zip:
                 with zipfile.ZipFile(self.path) as archive:
-                    members = {info.filename: info for info in archive.infolist() if _is_visible_file(info.filename)}
+                    members = _members(archive, self.path)
                 names = sorted(members)
                 self._members = np.array([_place(members[name]) for name in names], dtype=MEMBER)
             elif self.path.is_dir():
@@ -253,6 +253,15 @@ class FileSource:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_descriptor": None}
+
+
+def _members(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]:
+    """Return a zip's files by name. Raises InputError if two have the same."""
+    members: dict[str, zipfile.ZipInfo] = {}
+    for info in archive.infolist():
+        if _is_visible_file(info.filename) and members.setdefault(info.filename, info) is not info:
+            raise InputError(f"{path}: holds {info.filename!r} more than once; pack it anew")
+    return members
 
 
 def _place(info: zipfile.ZipInfo) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,10 @@ class LatentFormat:
                     f"codec {self.codec}: {name} has {len(value)} values for {self.channels} channels; allowed: "
                     f"one number, or one for each channel"
                 )
+            for number in value if isinstance(value, tuple) else (value,):
+                if not _is_finite(number) or (name == "scale" and number == 0):
+                    allowed = "finite numbers" + (" other than 0" if name == "scale" else "")
+                    raise InputError(f"codec {self.codec}: {name} has the value {number!r}; allowed: {allowed}")
 
     def sample(self, moments: Tensor, noise: Tensor | None) -> Tensor:
         """Return latents (N, C, h, w) = (mean + std * noise - shift) * scale.
@@ -82,14 +87,20 @@ class LatentFormat:
     def from_json(cls, fields: dict[str, Any] | None) -> LatentFormat:
         """Return the format that `to_json` wrote; None, as in the published data sets, means Stable Diffusion's.
 
-        Raises InputError, naming them, for fields that are missing or unknown.
+        Raises InputError, naming them, for fields that are missing or unknown or have impossible values.
         """
         if fields is None:
             return SD_FORMAT
         expected = {field.name for field in dataclasses.fields(cls)}
         if not isinstance(fields, dict) or set(fields) != expected:
             raise InputError(f"latent format {fields!r}: must have exactly the fields {', '.join(sorted(expected))}")
+        if not isinstance(fields["codec"], str):
+            raise InputError(f"latent format {fields!r}: codec must be a name")
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _per_channel(value: float | tuple[float, ...], like: Tensor) -> float | Tensor:

@@ -17,15 +17,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from files import FileSource, InputError, atomic_write, run_cli
-from preprocessing.crops import TRANSFORMS, decode, to_png
+from layout import image_name
+from preprocessing.crops import TRANSFORMS, Photograph, decode, decode_rgb, to_png
 from preprocessing.destination import Destination, explain_write_errors
-from preprocessing.listing import Listing, image_name, list_images
+from preprocessing.listing import Listing, list_images
 from preprocessing.parallel import available_cores, in_workers
 
+SPOT_CHECKS = 20  # so many of the images that are there, or a few more, are made anew at a restart: a second or so
 IMAGES_A_PIECE = 50  # work is handed out and synced in such pieces; divides the 1,000 images of an output folder
 
 
@@ -63,21 +66,36 @@ class Conversion:
             if self.destination.has(image_name(index)):
                 continue
             try:
-                data = self.source.read(self.names[index])
-                photograph = decode(data, self.upright)
-                contents[image_name(index)] = to_png(TRANSFORMS[self.transform](photograph.pixels, self.resolution))
-                tilted += photograph.tilted
-            except MemoryError:
-                raise
-            except Exception as error:  # decoders raise nearly anything, and it concerns one image
-                failures.append(Failure(index, str(error) or type(error).__name__))
+                square = self.square(index)
+                contents[image_name(index)] = to_png(square.pixels)
+                tilted += square.tilted
+            except InputError as error:
+                failures.append(Failure(index, str(error)))
         self.destination.write_batch(contents)
         return PieceResult(len(piece), failures, tilted)
+
+    def square(self, index: int) -> Photograph:
+        """Return an image as its place in the data set wants it. Raises InputError if it cannot be made of the file."""
+        try:
+            photograph = decode(self.source.read(self.names[index]), self.upright)
+            return photograph._replace(pixels=TRANSFORMS[self.transform](photograph.pixels, self.resolution))
+        except MemoryError:
+            raise
+        except Exception as error:  # decoders raise nearly anything, and it concerns one image
+            raise InputError(str(error) or type(error).__name__) from error
+
+    def is_unchanged(self, index: int) -> bool:
+        """Return whether the image that is there is still what the source gives."""
+        try:
+            made = decode_rgb(self.destination.read(image_name(index)))
+            return np.array_equal(made, np.asarray(self.square(index).pixels))
+        except InputError:
+            return False
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line's settings."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser("convert.py", description=__doc__.splitlines()[0])
     parser.add_argument("--source", type=Path, required=True, help="folder or zip: a folder a class, or a dataset.json")
     parser.add_argument("--dest", type=Path, required=True, help="folder to make, or a zip if it ends in .zip")
     parser.add_argument("--resolution", type=int, required=True, help="side of the square images, in pixels")
@@ -91,8 +109,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--labels",
         choices=("auto", "folders", "json"),
         default="auto",
-        help="where labels come from: auto is dataset.json if there is one, and class folders must agree with it; "
-        "json or folders let that one rule alone",
+        help="where labels come from: auto (the default) is dataset.json if there is one, and class folders must agree "
+        "with it; json or folders let that one rule alone",
     )
     parser.add_argument(
         "--exif",
@@ -132,11 +150,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     destination = Destination(args.dest, "convert")
     job = Conversion(source, listing.names, destination, args.resolution, args.transform, args.exif == "apply")
     with explain_write_errors(args.dest):
-        if destination.claim(settings):
+        is_complete = destination.claim(settings)
+        check_unchanged(job)
+        if is_complete:
             print(f"{args.dest}: complete already")
             return
         failures = convert(job, args.workers, stop_on_error=args.on_error == "stop")
         finish(job, listing, failures)
+
+
+def check_unchanged(job: Conversion) -> None:
+    """Make a few of the images that are there anew: the source may hold other photographs now, of the same names.
+
+    Raises InputError if one comes out otherwise.
+    """
+    for index in range(0, len(job.names), max(1, len(job.names) // SPOT_CHECKS)):
+        if job.destination.has(image_name(index)) and not job.is_unchanged(index):
+            raise InputError(
+                f"{job.destination.path}: its {image_name(index)} is not what "
+                f"{job.source.describe(job.names[index])} gives now, one of the two was changed since; give another "
+                "--dest, or remove it to start anew"
+            )
 
 
 def convert(job: Conversion, workers: int, stop_on_error: bool) -> list[Failure]:
@@ -175,9 +209,13 @@ def finish(job: Conversion, listing: Listing, failures: list[Failure]) -> None:
         with atomic_write(skipped, "w") as file:
             file.writelines(f"{listing.names[index]}\t{reason}\n" for index, reason in failures)
         print(f"{len(failures):,} broken images left out; they are listed in {job.destination.path}: skipped.txt")
-    classes = {"classes": listing.classes} if listing.classes else {}
-    job.destination.finish({"labels": labels, **classes})
-    print(f"{job.destination.path}: {len(labels):,} images, {len({label for _, label in labels}):,} classes")
+    names = {"classes": listing.classes} if listing.classes else {}
+    job.destination.finish({"labels": labels, **names})
+    classes = len({label for _, label in labels})
+    print(
+        f"{job.destination.path}: {len(labels):,} image{'s' if len(labels) > 1 else ''}, "
+        f"{classes:,} class{'es' if classes > 1 else ''}"
+    )
 
 
 if __name__ == "__main__":

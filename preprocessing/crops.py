@@ -128,7 +128,7 @@ def decode_rgb(data: bytes, resolution: int | None = None) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
             pixels = np.array(image)
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"broken image ({error})") from error
     side = resolution or pixels.shape[0]
     if pixels.dtype != np.uint8 or pixels.shape != (side, side, 3):

@@ -2,8 +2,8 @@
 
 The rules: a file appears under its final name only when it is complete and on the disk; the settings that made the
 files stand beside them in a hidden file, so that a second start goes on with its own work and touches nobody else's;
-`dataset.json` comes last and says that all is there. A zip is collected in a hidden folder beside it and packed at the
-end, always into the same bytes.
+one process at a time writes, and holds a lock as long; `dataset.json` comes last and says that all is there. A zip is
+collected in a hidden folder beside it and packed at the end, always into the same bytes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from files import InputError, atomic_write, read_json, write_json
+from files import LOCK_NAME, FileSource, InputError, atomic_write, lock_folder, read_json, write_json
 
 _LEFTOVER = re.compile(r"\..+\.\d+\.tmp")  # what a killed `atomic_write` or `write_batch` leaves behind
 _ZIP_TIME = (1980, 1, 1, 0, 0, 0)  # the earliest a zip can hold; the time of packing would change the bytes
@@ -39,39 +39,44 @@ class Destination:
         self.is_zip = self.path.suffix.lower() == ".zip"
         self.folder = self.path.with_name(f".{self.path.name}.parts") if self.is_zip else self.path
         self._settings_name = f".{program}.json"
+        self._packed: FileSource | None = None  # the zip, once it is found complete
 
     def claim(self, settings: Mapping[str, Any]) -> bool:
-        """Take the destination for this program and these settings; return True if it is a zip already complete.
+        """Take the destination for this process and these settings; return True if it is a zip already complete.
 
-        Raises InputError if it holds anything else: files of someone else, or ours made with other settings.
+        Raises InputError if it holds anything else (files of someone else, or ours made with other settings), and if
+        another process is writing there.
         """
-        if self.is_zip:
-            for leftover in self.path.parent.glob(f".{glob.escape(self.path.name)}.*.tmp"):  # killed while packing
-                leftover.unlink()
         if self.is_zip and self.path.exists():
             self._check(self._settings_in_zip(), settings)
             shutil.rmtree(self.folder, ignore_errors=True)  # killed between packing and tidying up
+            self._packed = FileSource(self.path)
             return True
         for folder in {self.path, self.folder}:
             if folder.exists() and not folder.is_dir():
                 raise InputError(f"{folder}: is not a folder; --dest must be a new or empty folder, or end in .zip")
         made_with = self.folder / self._settings_name
-        if made_with.exists():
+        is_begun = made_with.exists()
+        if is_begun:
             self._check(read_json(made_with), settings)
-            _remove_leftovers(self.folder)
-        elif self.folder.exists() and any(not _LEFTOVER.fullmatch(name) for name in os.listdir(self.folder)):
+        elif self.folder.exists() and not all(_says_nothing(name) for name in os.listdir(self.folder)):
             raise InputError(
                 f"{self.folder}: holds files that this program did not make; --dest must be a new or empty folder, "
                 "or one where the same command was interrupted"
             )
-        else:
-            _remove_leftovers(self.folder)
+        lock_folder(self.folder, "writing")  # not before: a lock is a file, and strangers' folders stay as they are
+        self._remove_leftovers()
+        if not is_begun:
             write_json(made_with, settings)
         return False
 
     def has(self, name: str) -> bool:
         """Return whether a file is there, which means: complete."""
-        return (self.folder / name).exists()
+        return name in self._packed if self._packed else (self.folder / name).exists()
+
+    def read(self, name: str) -> bytes:
+        """Return the bytes of a file that is there."""
+        return self._packed.read(name) if self._packed else (self.folder / name).read_bytes()
 
     def write_batch(self, contents: Mapping[str, bytes]) -> None:
         """Write several files so that each appears complete or not at all.
@@ -101,7 +106,19 @@ class Destination:
         write_dataset_json(self.folder / "dataset.json", dataset)
         if self.is_zip:
             _pack(self.folder, self.path)
-            shutil.rmtree(self.folder)
+            shutil.rmtree(self.folder, ignore_errors=True)  # another start may see the zip, and tidy up as well
+        else:
+            (self.folder / LOCK_NAME).unlink(missing_ok=True)
+
+    def _remove_leftovers(self) -> None:
+        """Remove what a killed run did not finish."""
+        for parent, _, names in os.walk(self.folder):
+            for name in names:
+                if _LEFTOVER.fullmatch(name):
+                    Path(parent, name).unlink()
+        if self.is_zip:  # killed while packing
+            for leftover in self.path.parent.glob(f".{glob.escape(self.path.name)}.*.tmp"):
+                leftover.unlink()
 
     def _settings_in_zip(self) -> Any:
         try:
@@ -153,16 +170,15 @@ def _temporary_name(name: str) -> str:
     return f"{folder}/.{base}.{os.getpid()}.tmp"
 
 
-def _remove_leftovers(folder: Path) -> None:
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            if _LEFTOVER.fullmatch(name):
-                Path(parent, name).unlink()
+def _says_nothing(name: str) -> bool:
+    """Return whether a file may lie in a folder that nobody has begun to fill."""
+    return name == LOCK_NAME or _LEFTOVER.fullmatch(name) is not None
 
 
 def _pack(folder: Path, target: Path) -> None:
     """Write all files of a folder into an uncompressed zip; the same files always give the same bytes."""
-    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    files = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    names = sorted(name for name in files if name != LOCK_NAME)  # to read it would be to give it up
     with atomic_write(target) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         for name in tqdm(names, desc=f"packing {target.name}", unit="file", mininterval=1):
             member = zipfile.ZipInfo(name, _ZIP_TIME)

@@ -31,10 +31,11 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from devices import AUTO, batch_size, check_batch_size, largest_batch, patient_processes
 from files import FileSource, InputError, run_cli
+from layout import latents_name, mirrored_name
 from models.autoencoder import Codec, load_codec
 from preprocessing.crops import decode_rgb
 from preprocessing.destination import Destination, explain_write_errors
-from preprocessing.listing import Listing, image_index, latents_name, list_converted
+from preprocessing.listing import Listing, describe_files, image_index, list_converted
 
 BATCH_SIZE, CPU_BATCH_SIZE = 32, 1  # a CPU's caches hold no more
 LARGEST_BATCH = 128  # that --batch-size auto tries: more makes no GPU faster
@@ -84,11 +85,10 @@ def read_rgb(source: FileSource, name: str, resolution: int | None = None) -> np
 
 def plan(names: Sequence[str], batch_size: int, flip: bool) -> list[Batch]:
     """Return all batches of the data set, the plain ones first; `flip` adds those of the mirrored images."""
-    return [
-        Batch(part, tuple(latents_name(image_index(name), mirrored) for name in part), mirrored)
-        for mirrored in ((False, True) if flip else (False,))
-        for part in (tuple(names[start : start + batch_size]) for start in range(0, len(names), batch_size))
-    ]
+    parts = [tuple(names[start : start + batch_size]) for start in range(0, len(names), batch_size)]
+    plain = [Batch(part, tuple(latents_name(image_index(name)) for name in part), flip=False) for part in parts]
+    mirrored = [Batch(sources, tuple(map(mirrored_name, outputs)), flip=True) for sources, outputs, _ in plain]
+    return plain + mirrored if flip else plain
 
 
 def encode(
@@ -138,13 +138,13 @@ def save(destination: Destination, batch: Batch, moments: Tensor, dtype: str) ->
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line's settings."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser("encode.py", description=__doc__.splitlines()[0])
     parser.add_argument("--source", type=Path, required=True, help="images made by convert.py, folder or zip")
     parser.add_argument("--dest", type=Path, required=True, help="folder to make, or a zip if it ends in .zip")
     parser.add_argument(
         "--vae",
         default="sd-vae-ft-mse",
-        help="codec: a name such as sd-vae-ft-mse or pixel, a repository of the hub, or a local folder",
+        help="codec: a name such as sd-vae-ft-mse (the default) or pixel, a repository of the hub, or a local folder",
     )
     parser.add_argument(
         "--batch-size",
@@ -152,19 +152,26 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help=f"images encoded at once, on each device (default: {BATCH_SIZE} on a GPU, {CPU_BATCH_SIZE} on a CPU); "
         "auto: as many as the GPU's memory holds, which may be others when an interrupted run goes on",
     )
-    parser.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="number format of the files")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "float16"),
+        default="float32",
+        help="number format of the files (default: float32)",
+    )
     parser.add_argument(
         "--flip",
         action="store_true",
-        help="encode every image mirrored as well, for train.py --flip (doubles the time)",
+        help="encode every image mirrored as well, for train.py --flip (off by default: it doubles the time)",
     )
     parser.add_argument(
         "--tf32",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="let GPUs compute in TF32, which is much faster and a little coarser; no effect on CPUs",
+        help="let GPUs compute in TF32, much faster and a little coarser (on by default; no effect on CPUs)",
     )
-    parser.add_argument("--workers", type=int, default=2, help="processes that read images, for each device")
+    parser.add_argument(
+        "--workers", type=int, default=2, help="processes that read images, for each device (default: 2)"
+    )
     args = parser.parse_args(argv)
     if args.batch_size is not None:
         check_batch_size("--batch-size", args.batch_size)
@@ -190,17 +197,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError(
             f"{args.source}: images of {resolution} px; codec {args.vae} needs a multiple of {codec.format.factor}"
         )
-    settings = {
-        "source": str(args.source.resolve()),
-        "listing": listing.digest(),
-        "codec": codec.format.to_json(),
-        "dtype": args.dtype,
-        "flip": args.flip,
-        "tf32": args.tf32,
-    }
     destination = Destination(args.dest, "encode")
     with explain_write_errors(args.dest):
-        if accelerator.is_main_process and destination.claim(settings):
+        if accelerator.is_main_process and destination.claim(settings_of(args, source, listing, resolution, codec)):
             print(f"{args.dest}: complete already")
         accelerator.wait_for_everyone()
         if destination.is_zip and args.dest.exists():
@@ -214,6 +213,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             finish(destination, listing, codec, args.flip)
+
+
+def settings_of(
+    args: argparse.Namespace, source: FileSource, listing: Listing, resolution: int, codec: Codec
+) -> dict[str, object]:
+    """Return all that decides what the latents are, to be compared when the same destination is written to again."""
+    return {
+        "source": str(args.source.resolve()),
+        "listing": listing.digest(),
+        "resolution": resolution,
+        "images": describe_files(source, listing.names),
+        "codec": codec.format.to_json(),
+        "dtype": args.dtype,
+        "flip": args.flip,
+        "tf32": args.tf32,
+    }
 
 
 def find_batch_size(wanted: int | str | None, accelerator: Accelerator, codec: Codec, resolution: int) -> int:

@@ -1,4 +1,4 @@
-"""Which images a source holds, in which order, with which labels; and the names that data sets on disk use."""
+"""Which images a source holds, in which order, with which labels."""
 
 from __future__ import annotations
 
@@ -6,31 +6,23 @@ import hashlib
 import json
 import re
 import zipfile
-from collections import Counter, defaultdict
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any
 
 from files import FileSource, InputError, read_dataset_json
+from layout import IMAGE_NAME, image_name, label_entries
 from preprocessing.crops import SUFFIXES
 
+LOOKING_THREADS = 16  # on a network file system, to look at a file is to wait for a millisecond
+LOOKED_AT_ONCE = 250  # by a thread
 _NUMBERED_FOLDER = re.compile(r"\d{5}")  # our own layout: folders count files and say nothing on classes
-_INDEX = re.compile(r"(?:^|/)img(\d+)\.[^/]+$")
-
-
-def image_name(index: int) -> str:
-    """Return an image's name within its data set: index 1234 is 00001/img00001234.png."""
-    return f"{index // 1000:05d}/img{index:08d}.png"
-
-
-def latents_name(index: int, flip: bool = False) -> str:
-    """Return the name of an image's latents: 00001/img-mean-std-00001234.npy, or -flip- for the mirrored image's."""
-    return f"{index // 1000:05d}/img-mean-std-{'flip-' if flip else ''}{index:08d}.npy"
 
 
 def image_index(name: str) -> int:
     """Return the index in an image's name. Raises InputError if the name has none."""
-    match = _INDEX.search(name)
+    match = IMAGE_NAME.fullmatch(name)
     if match is None:
         raise InputError(f"{name}: images are named like {image_name(0)}; run preprocessing/convert.py first")
     return int(match[1])
@@ -88,10 +80,7 @@ def read_labels(source: FileSource) -> tuple[dict[str, int], list[str] | None] |
     if content["labels"] is None:
         return None
     by_name: dict[str, int] = {}
-    for entry in content["labels"]:
-        if not _is_label(entry):
-            raise InputError(f'{where}: {entry!r} is no label; they look like ["00000/img00000000.png", 6]')
-        name, label = entry
+    for name, label in label_entries(content, where):
         if name in by_name:
             raise InputError(f"{where}: lists {name} twice")
         if name not in source:
@@ -118,14 +107,13 @@ def list_converted(source: FileSource) -> Listing:
     return Listing(names, [by_name[name] for name in names], classes)
 
 
-def _is_label(entry: Any) -> bool:
-    return (
-        isinstance(entry, list)
-        and len(entry) == 2
-        and isinstance(entry[0], str)
-        and type(entry[1]) is int  # a bool is an int to isinstance
-        and entry[1] >= 0
-    )
+def describe_files(source: FileSource, names: list[str]) -> str:
+    """Return number, bytes and a digest of the sizes of files: what is to be had of their contents without reading."""
+    pieces = [names[start : start + LOOKED_AT_ONCE] for start in range(0, len(names), LOOKED_AT_ONCE)]
+    with ThreadPoolExecutor(LOOKING_THREADS) as pool:
+        sizes = [size for piece in pool.map(lambda piece: [*map(source.size, piece)], pieces) for size in piece]
+    digest = hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
+    return f"{len(sizes):,} files, {sum(sizes):,} bytes, their sizes {digest[:16]}"
 
 
 def _from_folders(source: FileSource, names: list[str]) -> Listing:
@@ -170,14 +158,12 @@ def _agree(source: FileSource, listing: Listing) -> Listing:
 
 
 def _check_members(source: FileSource) -> None:
-    """Refuse zip files with members that point outside, or two of the same name."""
+    """Refuse zip files with members that point outside."""
     if not source.is_zip:
         return
     with zipfile.ZipFile(source.path) as archive:
-        members = Counter(member.filename for member in archive.infolist())
-    for name, count in members.items():
+        members = archive.namelist()
+    for name in members:
         parts = name.replace("\\", "/").split("/")
         if name.startswith(("/", "\\")) or ".." in parts or ":" in parts[0]:
             raise InputError(f"{source.path}: member {name!r} is an absolute or parent path; pack it anew")
-        if count > 1:
-            raise InputError(f"{source.path}: holds {name!r} {count} times; pack it anew")

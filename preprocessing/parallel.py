@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -21,23 +21,29 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def in_workers(job: Callable[[Any], Any], pieces: Iterable[Any], workers: int) -> Iterator[Any]:
-    """Yield `job(piece)` for every piece, in the order of completion, computed by `workers` processes.
+def in_workers(job: Callable[[Any], Any], pieces: Sequence[Any], workers: int) -> Iterator[Any]:
+    """Yield `job(piece)` for every piece, in the order of completion, computed by at most `workers` processes.
 
-    `job` travels to each process once, so it may carry much; it must be picklable. An error in it is raised here, after
-    the work not yet begun has been dropped. Raises InputError if the system kills a process.
+    `job` travels to each process once, so it may carry much; it must be picklable, and able to bear being killed: who
+    stops asking for results, by Ctrl-C or by an error, waits for no piece that is in work. An error in the job itself
+    is raised here once the pieces in work are done. Raises InputError if the system kills a process.
     """
-    with ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(job,)) as pool:
-        try:
-            for done in as_completed([pool.submit(_run_job, piece) for piece in pieces]):
-                yield done.result()
-        except BrokenProcessPool as error:
-            raise InputError(
-                "a worker process was killed, most likely for want of memory: give a smaller --workers; the same "
-                "command goes on where it stopped"
-            ) from error
-        finally:
-            pool.shutdown(cancel_futures=True)
+    others = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(min(workers, len(pieces)) or 1, initializer=_start_worker, initargs=(job,))
+    try:
+        for done in as_completed([pool.submit(_run_job, piece) for piece in pieces]):
+            yield done.result()
+    except BrokenProcessPool as error:
+        raise InputError(
+            "a worker process was killed, most likely for want of memory: give a smaller --workers; the same "
+            "command goes on where it stopped"
+        ) from error
+    except (KeyboardInterrupt, GeneratorExit):
+        for process in set(multiprocessing.active_children()) - others:
+            process.kill()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _start_worker(job: Callable[[Any], Any]) -> None:

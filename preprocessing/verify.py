@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import io
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -24,12 +23,21 @@ from torch import Tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dataset import LatentDataset
-from files import FileSource, InputError, atomic_write, decode_name, read_dataset_json, run_cli, sha256_of
+from dataset import LatentDataset, decode_moments
+from files import (
+    FileSource,
+    InputError,
+    atomic_write,
+    check_writable,
+    decode_name,
+    read_dataset_json,
+    run_cli,
+    sha256_of,
+)
+from layout import mirrored_name
 from models.autoencoder import Codec, LatentFormat, load_codec
 from pictures import image_grid, save_png
 from preprocessing.crops import decode_rgb
-from preprocessing.listing import latents_name
 from preprocessing.parallel import available_cores, in_workers
 
 ITEMS_A_PIECE = 200
@@ -89,17 +97,13 @@ class FileCheck:
         yield images, decode_name(self.dataset.image_names[i]), self._check_image
         yield latents, latent_file, self._check_moments
         if self.has_flips:
-            index = int(latent_file.rpartition("-")[2].removesuffix(".npy"))
-            yield latents, latents_name(index, flip=True), self._check_moments
+            yield latents, mirrored_name(latent_file), self._check_moments
 
     def _check_image(self, data: bytes, found: Findings) -> None:
         decode_rgb(data, self.dataset.resolution)
 
     def _check_moments(self, data: bytes, found: Findings) -> None:
-        try:
-            moments = np.load(io.BytesIO(data), allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise InputError(f"broken latents ({error})") from error
+        moments = decode_moments(data)
         if moments.shape != self.dataset.moments_shape or moments.dtype not in (np.float32, np.float16):
             raise InputError(f"{moments.dtype} of shape {moments.shape}, not {self.dataset.moments_shape} as the first")
         moments = moments.astype(np.float64)
@@ -197,17 +201,34 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path, help="folder that holds images and latents, as train.py reads it")
     parser.add_argument("--vae", help="codec that decodes (default: the one named in the latents' dataset.json)")
-    parser.add_argument("--reconstruct", type=int, default=16, help="images to decode back; 0 decodes none")
+    parser.add_argument(
+        "--reconstruct", type=int, default=16, help="images to decode back; 0 decodes none (default: 16)"
+    )
     parser.add_argument("--sheet", type=Path, help="where the picture goes (default: DATA/verify.png)")
     parser.add_argument(
-        "--update-checksums", action="store_true", help=f"write {CHECKSUM_FILE} anew instead of comparing with it"
+        "--update-checksums",
+        action="store_true",
+        help=f"write {CHECKSUM_FILE} anew instead of comparing with it (off by default)",
     )
     parser.add_argument("--workers", type=int, default=available_cores(), help="processes (default: all cores)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to decode")
+    default_device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument(
+        "--device", default=default_device, help="where to decode (default: cuda if there is one, else cpu)"
+    )
     args = parser.parse_args(argv)
     for flag, value, least in (("--reconstruct", args.reconstruct, 0), ("--workers", args.workers, 1)):
         if value < least:
             raise InputError(f"{flag} {value}: must be at least {least}")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:  # the latter from a PyTorch without CUDA
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"--device {args.device}: cannot be used here ({reason}); allowed: cpu, cuda, cuda:1, ..."
+        ) from error
+    args.sheet = args.sheet or args.data / "verify.png"
+    if args.reconstruct:
+        check_writable(args.sheet, "--sheet")
     return args
 
 
@@ -216,6 +237,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     dataset = LatentDataset(args.data)  # counts, pairing, labels and geometry; raises at the first that is wrong
     codec = _load_codec(args, dataset.latent_format) if args.reconstruct else None
+    checksum_file = args.data / CHECKSUM_FILE
+    has_checksums = checksum_file.exists() and not args.update_checksums
+    if not has_checksums:
+        check_writable(checksum_file, "checksums:")
     counts = np.bincount(dataset.labels)
     print(
         f"{args.data}: {len(dataset):,} pairs, {np.count_nonzero(counts):,} classes of {counts[counts > 0].min():,} to "
@@ -224,8 +249,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     found = check_files(dataset, args.workers)
     problems = found.problems
-    checksum_file = args.data / CHECKSUM_FILE
-    if checksum_file.exists() and not args.update_checksums:
+    if has_checksums:
         changes = compare_checksums(checksum_file, found.checksums)
         problems += changes
         print(f"checksums: {len(found.checksums):,} files, {len(changes):,} differ from {checksum_file}")
@@ -248,14 +272,16 @@ def report_reconstruction(args: argparse.Namespace, dataset: LatentDataset, code
     """Decode some latents, print their PSNR, leave the picture; return a problem if they do not show the images."""
     images, decoded = reconstruct(dataset, codec, args.reconstruct, args.device)
     ratios = psnr(images, decoded)
-    sheet = args.sheet or args.data / "verify.png"
-    contact_sheet(sheet, images, decoded)
+    contact_sheet(args.sheet, images, decoded)
     print(
-        f"PSNR of {len(images)} images decoded back: mean {ratios.mean():.2f} dB, least {ratios.min():.2f} dB; {sheet}"
+        f"PSNR of {len(images)} images decoded back: mean {ratios.mean():.2f} dB, least {ratios.min():.2f} dB; "
+        f"{args.sheet}"
     )
     if ratios.mean() >= MIN_PSNR:
         return []
-    return [f"{dataset.latents.path}: decoded latents do not show the images (see {sheet}); other images or codec?"]
+    return [
+        f"{dataset.latents.path}: decoded latents do not show the images (see {args.sheet}); other images or codec?"
+    ]
 
 
 def _load_codec(args: argparse.Namespace, latent_format: LatentFormat) -> Codec:

@@ -16,6 +16,7 @@ from PIL import Image
 
 from files import FileSource, InputError
 from preprocessing import convert, dataset_tools
+from preprocessing.destination import Destination
 from preprocessing.listing import list_images
 from tests.interrupt import REPOSITORY, contents, survives_kills
 from tests.test_crops import animation, encoded, header_only_png, jpeg, oriented_jpeg, plain_adm_crop
@@ -173,9 +174,9 @@ def test_dataset_json_and_class_folders(tmp_path):
         ([["cat/0.jpg", 0]], "dog/0.jpg and 0 other images are not in dataset.json"),
         ([["cat/0.jpg", 0], ["dog/0.jpg", 1], ["dog/9.jpg", 1]], "lists dog/9.jpg, which is not there"),
         ([["cat/0.jpg", 0], ["cat/0.jpg", 1]], "lists cat/0.jpg twice"),
-        ([["cat/0.jpg", -1]], "is no label"),
-        ([["cat/0.jpg", True]], "is no label"),
-        (["cat/0.jpg"], "is no label"),
+        ([["cat/0.jpg", -1]], "has label -1; allowed"),
+        ([["cat/0.jpg", True]], "has label True; allowed"),
+        (["cat/0.jpg"], "label entry 'cat/0.jpg'; expected"),
     ],
 )
 def test_a_wrong_dataset_json_is_named(labels, message, tmp_path):
@@ -201,15 +202,6 @@ def test_a_zip_with_paths_that_lead_out(member, tmp_path):
         archive.writestr("a/good.jpg", jpeg())
         archive.writestr(member, jpeg())
     with pytest.raises(InputError, match="absolute or parent path"):
-        run(tmp_path / "source.zip", tmp_path / "out")
-
-
-@pytest.mark.filterwarnings("ignore:Duplicate name")
-def test_a_zip_with_two_files_of_one_name(tmp_path):
-    with zipfile.ZipFile(tmp_path / "source.zip", "w") as archive:
-        archive.writestr("a/0.jpg", jpeg(0))
-        archive.writestr("a/0.jpg", jpeg(1))
-    with pytest.raises(InputError, match=r"holds 'a/0.jpg' 2 times"):
         run(tmp_path / "source.zip", tmp_path / "out")
 
 
@@ -244,6 +236,51 @@ def test_other_settings_on_the_same_destination(name, tmp_path):
     assert contents(tmp_path / name) == before
 
 
+@pytest.mark.parametrize("name", ["out", "out.zip"])
+def test_other_photographs_under_the_same_names(name, tmp_path):
+    source = make_source(tmp_path / "source", each=30)
+    run(source, tmp_path / name)
+    before = contents(tmp_path / name)
+    replaced = source / "cat/4.jpg"  # the 24th in sorted order; every third of 60 is looked at
+    for data in (jpeg(13), b"no image"):
+        replaced.write_bytes(data)
+        with pytest.raises(InputError, match=r"out.*: its 00000/img00000024\.png is not what .*cat/4\.jpg gives now"):
+            run(source, tmp_path / name)
+    replaced.write_bytes(jpeg(4))
+    run(source, tmp_path / name)
+    assert contents(tmp_path / name) == before
+
+
+HOLDER = """
+import sys
+from preprocessing.destination import Destination
+Destination(sys.argv[1], "convert").claim({})
+print("claimed", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("name", ["out", "out.zip"])
+def test_one_run_at_a_time(name, tmp_path):
+    destination, pipes = tmp_path / name, {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    command = [sys.executable, "-c", HOLDER, str(destination)]
+    first = subprocess.Popen(command, cwd=REPOSITORY, **pipes)
+    assert first.stdout.readline() == "claimed\n"
+    half_written = Destination(destination, "convert").folder / ".img00000000.png.123.tmp"
+    half_written.write_bytes(b"")
+    with pytest.raises(InputError, match=rf"out.*: process {first.pid} on .* is writing there; wait"):
+        Destination(destination, "convert").claim({})
+    assert half_written.exists()
+    first.kill()
+    first.communicate()
+    mine = Destination(destination, "convert")
+    mine.claim({})
+    assert not half_written.exists()
+    mine.finish({"labels": []})
+    left = contents(destination) if not mine.is_zip else zipfile.ZipFile(destination).namelist()
+    assert set(left) == {".convert.json", "dataset.json"} and [*tmp_path.iterdir()] == [destination]
+
+
 def test_what_a_kill_while_packing_leaves_is_removed(tmp_path):
     (tmp_path / ".out.zip.123.tmp").write_bytes(b"half a zip")
     run(make_source(tmp_path / "source"), tmp_path / "out.zip")
@@ -267,6 +304,7 @@ def test_a_disk_that_is_full_leaves_only_whole_files(tmp_path):
     assert full.returncode == 2 and "out: cannot be written (File too large)" in full.stderr, full.stderr
     assert "Traceback" not in full.stderr
     left = contents(tmp_path / "out")
+    del left[".lock"]
     assert not [name for name in left if name.endswith(".tmp")]
     assert subprocess.run(command, capture_output=True).returncode == 0
     complete = contents(tmp_path / "out")
@@ -282,6 +320,26 @@ def test_the_published_command_line(tmp_path):
     assert contents(tmp_path / "out") == contents(tmp_path / "ours")
     with pytest.raises(InputError, match="must be square"):
         dataset_tools.main(["convert", *door, "--resolution=16x32"])
+    with pytest.raises(InputError, match="--resolution: is needed"):
+        dataset_tools.main(["convert", *door])
+
+
+@pytest.mark.parametrize(
+    ("command", "flags"), [("convert", ["--resolution", "--transform"]), ("encode", ["--model-url", "--dtype"])]
+)
+def test_the_published_command_line_tells_what_it_needs(command, flags, capsys):
+    with pytest.raises(SystemExit):
+        dataset_tools.main([command, "--help"])
+    said = capsys.readouterr().out
+    assert all(flag in said for flag in ("--source", "--dest", *flags))
+
+
+def test_a_source_without_class_folders_is_one_class(tmp_path, capsys):
+    (tmp_path / "flowers").mkdir()
+    (tmp_path / "flowers/a.jpg").write_bytes(jpeg())
+    run(tmp_path / "flowers", tmp_path / "out")
+    assert capsys.readouterr().out.endswith("out: 1 image, 1 class\n")
+    assert json.loads((tmp_path / "out/dataset.json").read_text())["classes"] == ["flowers"]
 
 
 @pytest.mark.parametrize("suffix", ["", ".zip"])

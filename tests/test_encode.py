@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -158,6 +159,31 @@ def test_other_settings_on_the_same_destination(tmp_path):
         run(images, tmp_path, "pixel")
     with pytest.raises(InputError, match="lies inside"):
         run(images, images / "latents", "pixel")
+
+
+@pytest.mark.parametrize("suffix", ["", ".zip"])
+def test_other_images_under_the_same_names(suffix, tmp_path):
+    """As convert.py leaves them when it is started anew with another --transform, or on other photographs."""
+
+    def make(resolution, change=None):
+        shutil.rmtree(tmp_path / "images", ignore_errors=True)
+        make_images(tmp_path / "images", 7, resolution)
+        if change:
+            Image.fromarray(np.full((16, 16, 3), 7, np.uint8)).save(tmp_path / f"images/00000/img{change:08d}.png")
+        if suffix:
+            shutil.make_archive(str(tmp_path / "images"), "zip", tmp_path / "images")
+
+    source, latents = tmp_path / f"images{suffix}", tmp_path / f"latents{suffix}"
+    make(16)
+    run(source, latents, "pixel")
+    make(16)
+    run(source, latents, "pixel")
+    make(16, change=5)
+    with pytest.raises(InputError, match=r"images was '7 files, [\d,]+ bytes.* is now '7 files, [\d,]+ bytes"):
+        run(source, latents, "pixel")
+    make(32)
+    with pytest.raises(InputError, match="resolution was 16, is now 32"):
+        run(source, latents, "pixel")
 
 
 def test_bad_sources(tmp_path, kl_codec):

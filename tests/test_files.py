@@ -94,6 +94,15 @@ def test_a_damaged_member_of_a_zip_is_named(tmp_path):
         FileSource(path).read("c.txt")
 
 
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_a_zip_with_two_files_of_one_name(tmp_path):
+    with zipfile.ZipFile(tmp_path / "files.zip", "w") as archive:
+        for name in (".hidden", "a.txt", ".hidden", "a.txt"):
+            archive.writestr(name, b"")
+    with pytest.raises(InputError, match=r"files\.zip: holds 'a.txt' more than once"):
+        FileSource(tmp_path / "files.zip")
+
+
 def test_links_are_followed_but_not_in_circles(tmp_path):
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "a.txt").write_bytes(b"one")

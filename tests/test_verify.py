@@ -14,6 +14,7 @@ from PIL import Image
 from files import InputError
 from preprocessing import verify
 from preprocessing.destination import write_dataset_json
+from tests.test_crops import header_only_png
 from tests.test_encode import make_images
 from tests.test_encode import run as run_encode
 
@@ -83,6 +84,15 @@ def lose_latents(data):
     (data / LATENT).unlink()
 
 
+def huge_image(data):
+    (data / "images/00000/img00000003.png").write_bytes(header_only_png(30_000, 30_000))
+
+
+def save_as_npz(data):
+    np.savez(data / "moments.npz", np.zeros((6, 16, 16), np.float32))
+    (data / "moments.npz").rename(data / LATENT)
+
+
 def grey_image(data):
     Image.new("L", (16, 16)).save(data / "images/00000/img00000003.png")
 
@@ -97,6 +107,8 @@ def change_label(data):
     ("spoil", "message"),
     [
         (cut_image, r"img00000003.png: broken image"),
+        (huge_image, r"img00000003.png: broken image \(.*decompression bomb"),
+        (save_as_npz, r"00000003.npy: broken latents"),
         (grey_image, r"img00000003.png: 16 x 16 pixels of mode L"),
         (lose_flip, r"flip-00000003.npy: cannot be read"),
         (spoil_moments(lambda m: set_value(m, (0, 0, 0), np.nan)), "00000003.npy: has values that are not finite"),
@@ -143,6 +155,13 @@ def test_latents_of_other_images(data, capsys):
     assert "do not show the images" in capsys.readouterr().err
 
 
+def test_files_in_folders_of_their_own(data):
+    (data / "vae-sd/elsewhere").mkdir()
+    for name in ("img-mean-std-00000003.npy", "img-mean-std-flip-00000003.npy"):
+        (data / "vae-sd/00000" / name).rename(data / "vae-sd/elsewhere" / name)
+    run(data, "--reconstruct", "0")
+
+
 def test_statistics_are_those_of_drawn_latents():
     rng = np.random.default_rng(0)
     moments = np.stack([rng.normal(1, 2, (1, 100, 100)), np.full((1, 100, 100), 0.5)], axis=1)[0]
@@ -160,3 +179,19 @@ def test_a_codec_that_cannot_be_loaded_is_no_dead_end(data):
     run(data, "--reconstruct", "0")
     with pytest.raises(InputError, match="--reconstruct -1"):
         run(data, "--reconstruct", "-1")
+
+
+@pytest.mark.parametrize("device", ["foo", "cuda:99"])
+def test_devices_that_are_not_there(device, data):
+    with pytest.raises(InputError, match=f"--device {device}: cannot be used here"):
+        run(data, "--device", device)
+
+
+def test_what_cannot_be_written_is_told_before_the_work(data, monkeypatch):
+    (data / "file").write_text("")
+    monkeypatch.setattr(verify, "check_files", None)
+    with pytest.raises(InputError, match=r"--sheet .*file/sheet\.png"):
+        run(data, "--sheet", str(data / "file/sheet.png"))
+    (data / "checksums.sha256").mkdir()
+    with pytest.raises(InputError, match=r"checksums\.sha256: is a folder"):
+        run(data, "--reconstruct", "0", "--update-checksums")
