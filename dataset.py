@@ -71,7 +71,10 @@ class LatentDataset(Dataset):
         named = [len(read_dataset_json(source).get("classes") or []) for source in (self.images, self.latents)]
         self.num_classes = max(int(self.labels.max()) + 1, *named)  # images of the last ones may have been left out
         about_latents = read_dataset_json(self.latents)
-        self.latent_format = LatentFormat.from_json(about_latents.get("codec"))
+        try:
+            self.latent_format = LatentFormat.from_json(about_latents.get("codec"))
+        except InputError as error:
+            raise InputError(f"{self.latents.describe('dataset.json')}: {error}") from error
         self.flip = flip
         if flip and not about_latents.get("flip"):
             raise InputError(

@@ -16,6 +16,7 @@ import fcntl
 import hashlib
 import json
 import os
+import signal
 import socket
 import sys
 import zipfile
@@ -55,6 +56,7 @@ def run_cli(main: Callable[[], None]) -> None:
         print(f"{program}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # libraries take seconds to end: a second one would disturb them
         print(f"\n{program}: interrupted; every file that it wrote is complete", file=sys.stderr)
         sys.exit(130)
     except OSError as error:
