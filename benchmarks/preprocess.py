@@ -43,8 +43,9 @@ def measure(label: str, program: str, flags: list[object], images: int, threads:
     """Run a program twice, print and return images per second without its start-up, and its memory."""
     seconds, memory = run_once(program, flags, threads)
     startup, _ = run_once(program, flags, threads)
-    rate = images / (seconds - startup)
-    print(f"| {label} | {images:,} | {rate:.2f} | {startup:.1f} | {memory:.2f} |", flush=True)
+    rate = images / (seconds - startup) if seconds > startup else None
+    shown = "too few images" if rate is None else f"{rate:.2f}"
+    print(f"| {label} | {images:,} | {shown} | {startup:.1f} | {memory:.2f} |", flush=True)
     return {"run": label, "images": images, "images_per_s": rate, "startup_s": startup, "memory_gb": memory}
 
 

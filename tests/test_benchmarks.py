@@ -190,6 +190,13 @@ def test_a_missing_package_is_named(monkeypatch, tmp_path, module, program, flag
         run(monkeypatch, program, *flags)
 
 
+def test_no_rate_is_made_of_images_that_take_no_longer_than_the_start(monkeypatch, capsys):
+    seconds = iter([3.0, 1.0, 1.0, 1.1])
+    monkeypatch.setattr(preprocess, "run_once", lambda *given: (next(seconds), 0.5))
+    rates = [preprocess.measure("convert", "convert.py", [], 4, 1)["images_per_s"] for _ in range(2)]
+    assert rates == [2.0, None] and "| 4 | too few images | 1.1 |" in capsys.readouterr().out
+
+
 def test_what_saving_costs_is_told(monkeypatch, tmp_path, capsys):
     path = tmp_path / "checkpoint.json"
     monkeypatch.setitem(SiT_models, "SiT-S/8", partial(SiT_models["SiT-S/8"], depth=1, encoder_depth=1))
