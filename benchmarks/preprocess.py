@@ -40,7 +40,7 @@ def run_once(program: str, flags: list[object], threads: int) -> tuple[float, fl
 
 
 def measure(label: str, program: str, flags: list[object], images: int, threads: int) -> dict[str, object]:
-    """Run a program twice, print and return images per second without its start-up, None if that was all, and memory."""
+    """Run a program twice, print and return images per second without start-up (None if that was all) and memory."""
     seconds, memory = run_once(program, flags, threads)
     startup, _ = run_once(program, flags, threads)
     rate = images / (seconds - startup) if seconds > startup else None
