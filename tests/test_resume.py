@@ -27,7 +27,7 @@ from training.preemption import EXIT_RESUMABLE
 
 KILLS = int(os.environ.get("REG_KILLS", "4"))
 STEPS = 12
-STEP_SECONDS = 0.1  # about, of one with its checkpoint
+STEP_SECONDS = 0.1  # no less than one takes, with its checkpoint, on a quiet machine
 LAST = f"{STEPS:07d}.pt"
 
 
