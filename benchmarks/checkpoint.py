@@ -1,16 +1,15 @@
 """What it costs that a run cannot be lost: saving a checkpoint, and the watch over each step.
 
-    python benchmarks/checkpoint.py --model SiT-B/2 --batch-size 1
+    python benchmarks/checkpoint.py --model SiT-B/2 --batch-size 1 [--json checkpoint.json]
 
 Times, in one process and alternately, a plain training step, the same step with all that train.py adds to it (updates
 left out on the device's word, reports, log), and the same again while a checkpoint is being written. Random data, no
-encoder; the smaller the batch, the heavier the additions weigh. Prints JSON.
+encoder; the smaller the batch, the heavier the additions weigh.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.timing import parse_with_json, write_result
 from files import InputError, run_cli
 from loss import REGLoss
 from models import ema
@@ -98,17 +98,31 @@ class Bench:
 
 def main() -> None:
     """Measure as the command line says."""
+    args = parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        figures = measure(Bench(args.model, args.batch_size, device, Path(folder)), Path(folder), args.rounds)
+    print(f"{args.model}, batch {args.batch_size}, torch {torch.__version__}; times in seconds\n")
+    print("| figure | |\n|---|---|")
+    for name, value in figures.items():
+        print(f"| {name.replace('_', ' ')} | {value:.4g} |")
+    if args.json:
+        write_result(args.json, figures, device)
+
+
+def parse_args() -> argparse.Namespace:
+    """Return the checked settings."""
     parser = argparse.ArgumentParser(description="What it costs that a run cannot be lost.")
     parser.add_argument("--model", default="SiT-B/2", choices=SiT_models, help="preset (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=1, help="images of a step (%(default)s)")
     parser.add_argument("--rounds", type=int, default=10, help="steps of each kind (%(default)s)")
     parser.add_argument("--folder", default=tempfile.gettempdir(), help="on the disk to be measured (%(default)s)")
-    args = parser.parse_args()
+    args = parse_with_json(parser)
     if args.rounds < 1 or args.batch_size < 1:
         raise InputError(f"--rounds {args.rounds}, --batch-size {args.batch_size}: must be 1 or greater")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        print(json.dumps(measure(Bench(args.model, args.batch_size, device, Path(folder)), Path(folder), args.rounds)))
+    if not Path(args.folder).is_dir():
+        raise InputError(f"--folder {args.folder}: no such folder")
+    return args
 
 
 def measure(bench: Bench, folder: Path, rounds: int) -> dict[str, float]:

@@ -36,7 +36,7 @@ from tqdm import tqdm
 from benchmarks.comparison import imagenet, report
 from benchmarks.comparison.presets import ABLATIONS, METHODS, PRESETS, REG, Files, Preset, ablations, run
 from benchmarks.comparison.scoring import Judges, Sampling, Scorer, load_images
-from files import InputError, read_json, run_cli, write_json
+from files import InputError, check_writable, read_json, run_cli, write_json
 from models.checkpoint import list_checkpoints
 from pictures import read_metrics
 
@@ -94,6 +94,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     args.report = args.report or args.out
+    for flag, folder in (("--out", args.out), ("--report", args.report)):
+        check_writable(folder / "report.md", flag)
     return args
 
 

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.timing import write_result
+from benchmarks.timing import parse_with_json, write_result
 from dataset import GlobalBatchSampler, LatentDataset
 from files import InputError, run_cli
 
@@ -53,13 +53,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path, help="folder that holds images and latents")
     parser.add_argument(
-        "--workers", type=int, nargs="+", default=[0, 1, 2], help="numbers of reading processes to measure"
+        "--workers", type=int, nargs="+", default=[0, 1, 2], help="numbers of reading processes (%(default)s)"
     )
-    parser.add_argument("--batch-size", type=int, default=64, help="images a batch")
-    parser.add_argument("--batches", type=int, default=60, help="batches to time")
+    parser.add_argument("--batch-size", type=int, default=64, help="images a batch (%(default)s)")
+    parser.add_argument("--batches", type=int, default=60, help="batches to time (%(default)s)")
     parser.add_argument("--pack", action="store_true", help="make zips in a temporary folder and measure them too")
-    parser.add_argument("--json", type=Path, help="write the figures to this file as well")
-    args = parser.parse_args()
+    args = parse_with_json(parser)
     if min(args.batch_size, args.batches) < 1 or min(args.workers) < 0:
         raise InputError("--batch-size and --batches must be at least 1, --workers at least 0")
     torch.set_num_threads(1)

@@ -22,8 +22,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.timing import require
 from evaluations.metrics import FeatureSums, GaussianStatistics, frechet_distance
-from files import InputError, atomic_write, read_json, run_cli, write_json
+from files import InputError, atomic_write, check_writable, read_json, run_cli, write_json
 from models.encoders import load_encoder
 from pictures import save_png
 
@@ -40,6 +41,7 @@ Half = tuple[np.ndarray, np.ndarray]
 
 def load_halves() -> tuple[Half, Half]:
     """Return scans (N, 8, 8) uint8 and labels (N,) of the half to train on, then of the half held out."""
+    require("scikit-learn", "reading the digits", module="sklearn")
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -108,6 +110,7 @@ def score(samples: Path, encoder_weights: Path) -> dict[str, float | int | None]
     frechet_distance, ..._of_real, ..._of_noise: to the held-out digits, in the encoder's class tokens, of the generated
     digits, of as many real ones (the half trained on), and of pure noise.
     """
+    require("scikit-learn", "judging digits", module="sklearn")
     from sklearn.svm import SVC
 
     images, labels = read_samples(samples)
@@ -190,10 +193,14 @@ def main() -> None:
     if args.command == "images":
         write_images(args.dest)
     elif args.command == "encoder":
+        check_writable(args.dest, "--dest")
+        if args.steps < 1:
+            raise InputError(f"--steps {args.steps}: must be at least 1")
         train_encoder(args.dest, args.steps)
     elif args.command == "encoder-spec":
         print(ENCODER_SPEC)
     else:
+        check_writable(args.dest, "--dest")
         result = score(args.samples, args.encoder)
         write_json(args.dest, result)
         print_score(result)

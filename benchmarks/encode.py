@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.timing import in_turns, matrix_rate, peak_memory, write_result
+from benchmarks.timing import in_turns, matrix_rate, parse_with_json, peak_memory, require, write_result
 from devices import AUTO, batch_size, check_batch_size, largest_batch
 from files import InputError, run_cli
 from models.autoencoder import SD_FORMAT, Codec, KLCodec, load_codec
@@ -138,15 +138,15 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--batch-size", type=batch_size, default=32, help="images at a time; auto: all that fit (%(default)s)"
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
+    default_device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=default_device, help="(%(default)s)")
     parser.add_argument(
         "--dtype", default="float32", choices=NETWORK_DTYPES, help="half precision; float32: none (%(default)s)"
     )
     parser.add_argument("--compile", action=switch, default=True, help="measure the compiled codec as well")
     parser.add_argument("--tf32", action=switch, default=True, help="let a GPU use TF32, as encode.py does by default")
     parser.add_argument("--rounds", type=int, default=3, help="timings of each setting (%(default)s)")
-    parser.add_argument("--json", type=Path, help="write the figures to this file as well")
-    args = parser.parse_args()
+    args = parse_with_json(parser)
     check_batch_size("--batch-size", args.batch_size)
     if min(args.rounds, args.resolution) < 1:
         raise InputError("--rounds and --resolution must be at least 1")
@@ -154,6 +154,7 @@ def parse_args() -> argparse.Namespace:
         raise InputError("--device cuda: there is no CUDA device")
     if args.vae == "pixel":
         raise InputError("--vae pixel: it computes nothing that could be measured")
+    require("diffusers", "measuring a codec")
     return args
 
 

@@ -10,7 +10,6 @@ PyTorch's default layout. Each measurement has a process of its own, so that pea
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import sys
 import tempfile
@@ -27,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.timing import matrix_rate, peak_memory, run_measured, write_result
+from benchmarks.timing import matrix_rate, parse_with_json, peak_memory, run_measured, write_result
 from devices import AUTO, batch_size, check_batch_size, largest_batch
 from evaluations.extract import CPU_BATCH
 from evaluations.inception import SPATIAL_CHANNELS, Inception, InceptionOutput, full_precision, load_inception
@@ -77,11 +76,6 @@ class PlainInception(torch.nn.Module):
 
 def main() -> None:
     args = parse_args()
-    check_batch_size("--batch-size", args.batch_size)
-    if args.images < 1 or args.repeats < 1 or args.evaluate < 0:
-        raise InputError("--images and --repeats: expected 1 or more, --evaluate 0 or more")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: there is no CUDA device")
     result: dict[str, Any] = {"machine": machine(args), "networks": {}}
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(args.inception) if args.inception else write_random_weights(Path(folder) / "random.pth")
@@ -94,8 +88,8 @@ def main() -> None:
         if args.evaluate:
             result["evaluation"] = evaluate(Path(folder), weights, args)
     show(result)
-    if args.out:
-        write_result(args.out, result, torch.device(args.device))
+    if args.json:
+        write_result(args.json, result, torch.device(args.device))
 
 
 def parse_args() -> argparse.Namespace:
@@ -110,8 +104,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--inception", help="Inception weights (default: random ones, equally fast)")
     parser.add_argument("--evaluate", type=int, default=0, help="also run the evaluator on so many (default: 0)")
     parser.add_argument("--references", type=int, default=10_000, help="images of its reference (default: 10000)")
-    parser.add_argument("--out", help="JSON file to write")
-    return parser.parse_args()
+    args = parse_with_json(parser)
+    check_batch_size("--batch-size", args.batch_size)
+    if args.images < 1 or args.repeats < 1 or args.evaluate < 0:
+        raise InputError("--images and --repeats: expected 1 or more, --evaluate 0 or more")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: there is no CUDA device")
+    return args
 
 
 def measure(name: str, weights: Path, options: dict[str, Any]) -> dict[str, Any]:
@@ -194,8 +193,9 @@ def machine(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def show(result: dict[str, Any]) -> None:
-    """Print the table and the JSON."""
+    """Print the table."""
     print(f"{result['machine']['device']}, torch {result['machine']['torch']}, images of {RESOLUTION} px")
+    print(f"features of plain and ours differ by {result['relative_difference']:.1e} of their norm\n")
     print("| network | ms an image | ratio | utilisation | peak memory, GB |")
     print("|---|---|---|---|---|")
     for name, row in result["networks"].items():
@@ -210,7 +210,6 @@ def show(result: dict[str, Any]) -> None:
             f"evaluator: {row['samples']:,} samples, {row['references']:,} references: {row['seconds']:.1f} s, "
             f"{row['host_memory_gb']:.2f} GB on the host"
         )
-    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -18,9 +18,9 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.timing import write_result
+from benchmarks.timing import parse_with_json, write_result
 from benchmarks.training_steps import OurForm, PlainForm, Workload
-from files import InputError, atomic_write, run_cli
+from files import InputError, atomic_write, check_writable, run_cli
 
 ONE_ULP = 1 + 2**-23  # moves a float32 to a neighbour
 PARTED = 1e-3  # relative difference from which on two losses count as parted
@@ -57,9 +57,10 @@ def parse_args() -> argparse.Namespace:
     add("--steps", type=int, default=200, help="of each form (%(default)s)")
     add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: CUDA if there is one")
     add("--backend", default="inductor", help="of torch.compile (%(default)s)")
-    add("--json", type=Path, help="write the losses to this file")
-    add("--picture", type=Path, help="draw them into this PNG")
-    args = parser.parse_args()
+    add("--picture", type=Path, help="draw the losses into this PNG")
+    args = parse_with_json(parser)
+    if args.picture:
+        check_writable(args.picture, "--picture")
     if min(args.steps, args.batch_size, args.batches, args.depth) < 1:
         raise InputError("--steps, --batch-size, --batches and --depth must be at least 1")
     return args

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All that is to be known of the speed on one GPU:   OUT=gpu bash benchmarks/on_gpu.sh PART...
+# The speed of training, sampling, evaluator and codec on one GPU:   OUT=gpu bash benchmarks/on_gpu.sh PART...
 # Parts, each of some minutes on an H200 with 141 GB, the most wanted first:
 #   xl2          no step waits (tests); XL/2 at 256 px from plain to compiled; a trace of the final step
 #   slot         the class slot's price in training
@@ -60,7 +60,7 @@ px512() {
 
 codec() {
     measure evaluate benchmarks/evaluate.py --device cuda --batch-size auto --images 512 --evaluate 50000 \
-        --out "$OUT/evaluate.json"
+        --json "$OUT/evaluate.json"
     measure encode benchmarks/encode.py --device cuda --dtype fp16 --json "$OUT/encode.json"
 }
 
@@ -71,7 +71,7 @@ losses() {
 
 growth() {
     measure growth $STEP --forms compile --model SiT-XL/2 --batch-size 64 128 256 --json "$OUT/growth.json"
-    measure scaling benchmarks/scaling.py --json "$OUT/growth.json" --global-batch 256
+    measure scaling benchmarks/scaling.py --measured "$OUT/growth.json" --global-batch 256
 }
 
 largest() {

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.timing import run_measured, write_result
-from files import FileSource, run_cli
+from benchmarks.timing import parse_with_json, run_measured, write_result
+from files import FileSource, InputError, run_cli
 from preprocessing.listing import list_images
 from preprocessing.parallel import available_cores
 
@@ -40,11 +40,12 @@ def run_once(program: str, flags: list[object], threads: int) -> tuple[float, fl
 
 
 def measure(label: str, program: str, flags: list[object], images: int, threads: int) -> dict[str, object]:
-    """Run a program twice, print and return images per second without its start-up, and its memory."""
+    """Run a program twice, print and return images per second without start-up (None if that was all) and memory."""
     seconds, memory = run_once(program, flags, threads)
     startup, _ = run_once(program, flags, threads)
-    rate = images / (seconds - startup)
-    print(f"| {label} | {images:,} | {rate:.2f} | {startup:.1f} | {memory:.2f} |", flush=True)
+    rate = images / (seconds - startup) if seconds > startup else None
+    shown = "too few images" if rate is None else f"{rate:.2f}"
+    print(f"| {label} | {images:,} | {shown} | {startup:.1f} | {memory:.2f} |", flush=True)
     return {"run": label, "images": images, "images_per_s": rate, "startup_s": startup, "memory_gb": memory}
 
 
@@ -53,13 +54,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--source", type=Path, required=True, help="folder or zip of photographs")
     parser.add_argument("--vae", required=True, help="codec for encode.py: a name or a folder")
-    parser.add_argument("--resolution", type=int, default=256, help="side of the crops")
+    parser.add_argument("--resolution", type=int, default=256, help="side of the crops (%(default)s)")
     parser.add_argument("--images", type=int, help="take only so many, spread over the source (default: all)")
     parser.add_argument("--encode-images", type=int, help="encode only so many of them (default: all)")
-    parser.add_argument("--workers", type=int, nargs="+", default=[1, available_cores()], help="processes and threads")
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 16], help="batches of encode.py to measure")
-    parser.add_argument("--json", type=Path, help="write the figures to this file as well")
-    args = parser.parse_args()
+    workers, batches = [1, available_cores()], [1, 16]
+    parser.add_argument("--workers", type=int, nargs="+", default=workers, help="processes, threads (%(default)s)")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=batches, help="of encode.py (%(default)s)")
+    args = parse_with_json(parser)
+    numbers = [args.resolution, args.images, args.encode_images, *args.workers, *args.batch_sizes]
+    if min(number for number in numbers if number is not None) < 1:
+        raise InputError("--resolution, --images, --encode-images, --workers and --batch-sizes must be at least 1")
     source = FileSource(args.source)
     names = list_images(source).names
     names = names[:: max(1, len(names) // (args.images or len(names)))][: args.images]

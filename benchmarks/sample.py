@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.encode import sd_architecture
-from benchmarks.timing import in_turns, matrix_rate, peak_memory, seconds, write_result
+from benchmarks.timing import in_turns, matrix_rate, parse_with_json, peak_memory, seconds, write_result
 from devices import AUTO, batch_size, check_batch_size, largest_batch
 from files import InputError, run_cli
 from models.checkpoint import load_model
@@ -257,19 +257,19 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=250, help="of the run that is reckoned with (%(default)s)")
     parser.add_argument("--cfg-scale", type=float, default=2.3, help="guidance of image and class token (%(default)s)")
     parser.add_argument("--guidance-high", type=float, default=0.85, help="guidance up to this time (%(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
+    default_device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=default_device, help="(%(default)s)")
     parser.add_argument(
         "--dtype", default="bf16", choices=NETWORK_DTYPES, help="half precision; float32: none (%(default)s)"
     )
     parser.add_argument("--compile", action=switch, default=True, help="measure the compiled network as well")
-    parser.add_argument("--decode", action=switch, default=True, help="reckon with decoding; needs diffusers")
+    parser.add_argument("--decode", action=switch, default=True, help="reckon with decoding, if diffusers is there")
     parser.add_argument("--timed-steps", type=int, default=4, help="steps of each timing (%(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="timings of each setting (%(default)s)")
     parser.add_argument("--deviation-steps", type=int, default=10, help="steps before comparison (%(default)s)")
     parser.add_argument("--pairs", type=int, default=20, help="of the class slot's price; 0: leave out (%(default)s)")
     parser.add_argument("--seconds", type=float, default=3, help="least time of other measurements (%(default)s)")
-    parser.add_argument("--json", type=Path, help="write the figures to this file as well")
-    args = parser.parse_args()
+    args = parse_with_json(parser)
     check_batch_size("--batch-size", args.batch_size)
     for name in ("steps", "timed_steps", "rounds", "deviation_steps"):
         if getattr(args, name) < 1:

@@ -1,10 +1,10 @@
 """What more GPUs would bring: the time of a training step on 1 to 256 of them, from steps measured on one GPU.
 
-    python benchmarks/scaling.py --json train_step.json [--global-batch 256]
+    python benchmarks/scaling.py --measured train_step.json [--global-batch 256]
     python benchmarks/scaling.py --step-seconds 0.4 --batch-size 256 --gradient-bytes 2737436160
 
 On paper, not measured. Each GPU keeps its batch, or shares --global-batch with the others; a step takes a fixed time
-and a time for each image, told apart where the JSON has several batch sizes, else all counts as the images'. Gradients
+and a time for each image, told apart where the file has several batch sizes, else all counts as the images'. Gradients
 (float32) are all-reduced in two rings, inside a machine and between machines: a ring of n moves 2 (n - 1) / n of the
 bytes over its slowest link (Patarasuk and Yuan, 2009). DDP reduces bucket by bucket while the backward pass, two thirds
 of a step, still runs; what does not fit into --overlap of that time, and the last bucket in any case, makes the step
@@ -73,7 +73,7 @@ def main() -> None:
     )
     print("| workload | GPUs | batch, each | all-reduce, ms | step, ms | images/s | efficiency |")
     print("|---|---|---|---|---|---|---|")
-    for one in read_measured(args.json) if args.json else given(args):
+    for one in read_measured(args.measured) if args.measured else given(args):
         alone = (one.fixed + one.per_image * one.batch_size) / one.batch_size
         for gpus in GPUS:
             batch = args.global_batch / gpus if args.global_batch else one.batch_size
@@ -91,8 +91,8 @@ def parse_args() -> argparse.Namespace:
     """Return the checked settings."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--json", type=Path, help="what benchmarks/train_step.py wrote: the fastest form of each model and size")
-    add("--step-seconds", type=float, help="instead of --json: a step on one GPU")
+    add("--measured", type=Path, help="JSON of train_step.py: the fastest form of each model and size counts")
+    add("--step-seconds", type=float, help="instead of --measured: a step on one GPU")
     add("--batch-size", type=int, default=256, help="with --step-seconds: images of that step (%(default)s)")
     add("--gradient-bytes", type=float, help="with --step-seconds: 4 for each parameter")
     add("--global-batch", type=int, help="images of a step over all GPUs; default: each keeps the measured batch")
@@ -107,8 +107,8 @@ def parse_args() -> argparse.Namespace:
     add("--latency", type=float, default=10, help="microseconds a hop, assumed (%(default)s)")
     add("--overlap", type=float, default=0.9, help="share of the backward pass to reduce behind (%(default)s)")
     args = parser.parse_args()
-    if (args.json is None) == (args.step_seconds is None or args.gradient_bytes is None):
-        raise InputError("give either --json or both --step-seconds and --gradient-bytes")
+    if (args.measured is None) == (args.step_seconds is None or args.gradient_bytes is None):
+        raise InputError("give either --measured or both --step-seconds and --gradient-bytes")
     return args
 
 

@@ -1,7 +1,10 @@
-"""What all benchmarks measure with: time, memory, and the rate of a large matrix product as the device's ceiling."""
+"""What all benchmarks share: measuring time, memory and the device's ceiling, the rate of a large matrix product; the
+flag for the file of results, and the check for a package that only some of them need."""
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
 import os
 import re
 import resource
@@ -16,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 from tqdm import tqdm
 
-from files import InputError, write_json
+from files import InputError, check_writable, write_json
 from training.throughput import describe_code
 
 Name = TypeVar("Name", bound=Hashable)
@@ -100,6 +103,21 @@ def matrix_rate(device: torch.device, at_least: float, dtype: torch.dtype = torc
     size = MATRIX[device.type]
     a = torch.randn(size, size, device=device).to(dtype)
     return 2 * size**3 / seconds(lambda: a @ a, device, at_least)
+
+
+def parse_with_json(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Add --json, the file of the figures, to a benchmark's flags; return the settings, that file checked."""
+    parser.add_argument("--json", type=Path, help="write the figures to this file as well")
+    args = parser.parse_args()
+    if args.json:
+        check_writable(args.json, "--json")
+    return args
+
+
+def require(package: str, purpose: str, module: str | None = None) -> None:
+    """Raise InputError if a package, whose module may have another name, is not installed."""
+    if importlib.util.find_spec(module or package) is None:
+        raise InputError(f"{purpose}: needs the package {package}, which is not installed (pip install {package})")
 
 
 def write_result(path: str | Path, result: dict[str, Any], device: torch.device) -> None:

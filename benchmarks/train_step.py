@@ -27,9 +27,9 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.timing import matrix_rate, peak_memory, reset_peak_memory, synchronise, write_result
+from benchmarks.timing import matrix_rate, parse_with_json, peak_memory, reset_peak_memory, synchronise, write_result
 from benchmarks.training_steps import SWITCHES, OurForm, PlainForm, Workload
-from files import InputError, run_cli
+from files import InputError, check_writable, run_cli
 from training.settings import SWITCH
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -113,8 +113,9 @@ def parse_args() -> argparse.Namespace:
     add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: CUDA if there is one")
     add("--backend", default="inductor", help="of torch.compile (%(default)s)")
     add("--profile", type=Path, help="write a trace of the last form's steps here, and print its operations")
-    add("--json", type=Path, help="write the figures to this file as well")
-    args = parser.parse_args()
+    args = parse_with_json(parser)
+    if args.profile:
+        check_writable(args.profile, "--profile")
     if min(*args.batch_size, *args.resolution, args.rounds, args.steps) < 1:
         raise InputError("--batch-size, --resolution, --rounds and --steps must be at least 1")
     if args.encoder == "none" and (args.cls_token or args.slot_price):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import random
 import signal
 import socket
 import sys
@@ -15,7 +14,7 @@ from pathlib import Path
 
 from tests.conftest import ROOT
 
-SECONDS = 60  # after which a test gives a process up
+SECONDS = 120  # after which a test gives a process up
 
 _context = multiprocessing.get_context("forkserver")
 
@@ -99,9 +98,3 @@ class Training:
 
     def text(self) -> str:
         return self.output.read_text() if self.output.exists() else ""
-
-
-def moments(seed: int, number: int, longest: float) -> list[float]:
-    """Return `number` random moments between 0 and `longest` seconds."""
-    source = random.Random(seed)
-    return [source.uniform(0, longest) for _ in range(number)]

@@ -1,20 +1,22 @@
 """The benchmarks of training run and are complete. No time is asserted: what they measure is not a test's business."""
 
-import importlib
+import importlib.util
 import json
 import os
 import shlex
 import subprocess
 import sys
+from functools import partial
 from itertools import pairwise
 
 import pytest
 import torch
 
-from benchmarks import losses, scaling, train_step
+from benchmarks import checkpoint, data, digits, encode, evaluate, losses, preprocess, sample, scaling, train_step
 from benchmarks.timing import peak_memory, reset_peak_memory, run_measured
 from benchmarks.training_steps import SWITCHES, OurForm, PlainForm, Workload
 from files import InputError
+from models.sit import SiT_models
 from tests.conftest import ROOT
 
 TINY = ["--model", "SiT-S/8", "--depth", "1", "--batch-size", "2", "--device", "cpu"]
@@ -54,7 +56,7 @@ def test_forms_of_a_training_step_have_the_same_losses(monkeypatch, tmp_path, ca
     table = capsys.readouterr().out
     assert table.count("| SiT-S/8 | 2 | 64 |") == len(written["rows"])
 
-    run(monkeypatch, scaling, "--json", str(path))
+    run(monkeypatch, scaling, "--measured", str(path))
     assert capsys.readouterr().out.count("| SiT-S/8, 64 px, ") == 2 * len(scaling.GPUS)
 
 
@@ -134,7 +136,7 @@ def test_fixed_and_growing_time_of_a_step_are_told_apart(monkeypatch, tmp_path, 
     path.write_text(json.dumps({"rows": rows}))
     (found,) = scaling.read_measured(path)
     assert (found.fixed, found.per_image, found.batch_size) == pytest.approx((0.1, 0.1, 16))
-    run(monkeypatch, scaling, "--json", str(path), "--global-batch", "16", "--overlap", "1")
+    run(monkeypatch, scaling, "--measured", str(path), "--global-batch", "16", "--overlap", "1")
     lines = capsys.readouterr().out.splitlines()[4:]
     assert [line.split("|")[3].strip() for line in lines] == ["16", "8", "4", "2", "1"]
     assert float(lines[1].split("|")[5]) == pytest.approx(900, rel=0.01)
@@ -146,13 +148,62 @@ def test_fixed_and_growing_time_of_a_step_are_told_apart(monkeypatch, tmp_path, 
         (train_step, ["--encoder", "none"], "--encoder none: the class slot needs an encoder"),
         (train_step, ["--rounds", "0"], "must be at least 1"),
         (train_step, ["--device", "cpu", "--largest-batch"], "--largest-batch: needs a CUDA device"),
-        (scaling, ["--step-seconds", "1"], "give either --json or both"),
+        (scaling, ["--step-seconds", "1"], "give either --measured or both"),
         (losses, ["--steps", "0"], "must be at least 1"),
+        (losses, ["--picture", "{here}"], "--picture .*: is a folder; name a file"),
+        (train_step, ["--profile", "{here}"], "--profile .*: is a folder; name a file"),
+        (checkpoint, ["--folder", "{here}/none"], "--folder .*none: no such folder"),
+        (preprocess, ["--source", "x", "--vae", "pixel", "--images", "0"], "--images, .* must be at least 1"),
+        (evaluate, ["--images", "0"], "--images and --repeats: expected 1 or more"),
+        (digits, ["encoder", "--dest", "{here}"], "--dest .*: is a folder; name a file"),
+        (digits, ["encoder", "--dest", "x", "--steps", "0"], "--steps 0: must be at least 1"),
+        (digits, ["score", "--samples", "x", "--encoder", "x", "--dest", "{here}"], "--dest .*: is a folder; name"),
     ],
 )
-def test_bad_settings_are_named(monkeypatch, program, flags, text):
+def test_bad_settings_are_named(monkeypatch, tmp_path, program, flags, text):
+    with pytest.raises(InputError, match=text):
+        run(monkeypatch, program, *(flag.format(here=tmp_path) for flag in flags))
+
+
+NEEDED = {data: ["x"], preprocess: ["--source", "x", "--vae", "pixel"]}
+
+
+@pytest.mark.parametrize("program", [checkpoint, data, encode, evaluate, losses, preprocess, sample, train_step])
+def test_figures_that_could_not_be_written_are_not_measured(monkeypatch, tmp_path, program):
+    with pytest.raises(InputError, match=r"--json .*: is a folder; name a file"):
+        run(monkeypatch, program, *NEEDED.get(program, []), "--json", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("module", "program", "flags", "text"),
+    [
+        ("diffusers", encode, [], "measuring a codec: needs the package diffusers"),
+        ("sklearn", digits, ["images", "--dest", "x"], "reading the digits: needs the package scikit-learn"),
+        ("sklearn", digits, ["score", "--samples", "x", "--encoder", "x", "--dest", "x"], "judging digits: needs the"),
+    ],
+)
+def test_a_missing_package_is_named(monkeypatch, tmp_path, module, program, flags, text):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == module else find_spec(name))
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=text):
         run(monkeypatch, program, *flags)
+
+
+def test_no_rate_is_made_of_images_that_take_no_longer_than_the_start(monkeypatch, capsys):
+    seconds = iter([3.0, 1.0, 1.0, 1.1])
+    monkeypatch.setattr(preprocess, "run_once", lambda *given: (next(seconds), 0.5))
+    rates = [preprocess.measure("convert", "convert.py", [], 4, 1)["images_per_s"] for _ in range(2)]
+    assert rates == [2.0, None] and "| 4 | too few images | 1.1 |" in capsys.readouterr().out
+
+
+def test_what_saving_costs_is_told(monkeypatch, tmp_path, capsys):
+    path = tmp_path / "checkpoint.json"
+    monkeypatch.setitem(SiT_models, "SiT-S/8", partial(SiT_models["SiT-S/8"], depth=1, encoder_depth=1))
+    run(monkeypatch, checkpoint, *f"--model SiT-S/8 --rounds 1 --folder {tmp_path} --json {path}".split())
+    figures = json.loads(path.read_text())
+    assert figures["step"] > 0 and figures["checkpoint_gb"] > 0 and figures["command"].startswith("python")
+    assert "| stall over step |" in capsys.readouterr().out
 
 
 def run_parts(tmp_path, *parts: str) -> tuple[subprocess.CompletedProcess, list[list[str]]]:

@@ -1,9 +1,12 @@
 import json
+import shutil
+import subprocess
 
+import pytest
 import torch
 
 from models.sit import SiT_models
-from tests.conftest import run_training
+from tests.conftest import ROOT, run_training
 from training import throughput
 from training.throughput import peak_flops, training_flops
 
@@ -41,3 +44,42 @@ def test_code_that_git_knows_nothing_of_is_not_called_unchanged(monkeypatch):
     monkeypatch.setattr(throughput, "_git", lambda *command: None)
     described = throughput.describe_code(torch.device("cpu"))
     assert described["commit"] is None and described["uncommitted_changes"] is None
+
+
+def git(folder, *command):
+    identity = ["-c", "user.name=x", "-c", "user.email=x", "-c", "commit.gpgsign=false"]
+    return subprocess.run(["git", *identity, *command], cwd=folder, check=True, capture_output=True, text=True).stdout
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_code_counts_as_changed_and_what_a_run_leaves_beside_it_does_not(monkeypatch, tmp_path):
+    for name in ("train.py", "train.sh", "training/throughput.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("#")
+    git(tmp_path, "init")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-m", "x")
+    monkeypatch.setattr(throughput, "__file__", str(tmp_path / "training" / "throughput.py"))
+
+    def changed():
+        return throughput.describe_code(torch.device("cpu"))["uncommitted_changes"]
+
+    (tmp_path / "reg-xl").mkdir()
+    (tmp_path / "reg-xl" / "config.json").write_text("{}")
+    (tmp_path / "0400000.pt").write_text("")
+    assert changed() is False
+    for name in ("train.sh", "models/new.py", "new.sh"):
+        (tmp_path / "models").mkdir(exist_ok=True)
+        (tmp_path / name).write_text("# changed")
+        assert changed() is True, name
+        git(tmp_path, "add", ".")
+        git(tmp_path, "commit", "-m", "x")
+        assert changed() is False
+
+
+@pytest.mark.skipif(throughput._git("rev-parse", "HEAD") is None, reason="the code did not come by git")
+def test_git_overlooks_what_the_readmes_commands_leave_and_no_file_of_its_own():
+    assert not git(ROOT, "ls-files", "--ignored", "--cached", "--exclude-standard")
+    left = """ILSVRC2012/train/n01440764/x.JPEG data/images/dataset.json exps/run/args.json samples/run/samples.npz
+        0400000.pt reference.npz reg-xl/config.json reg-xl.safetensors gpu/xl2.json fid.png sample.json"""
+    assert git(ROOT, "check-ignore", *left.split()).split() == left.split()

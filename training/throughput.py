@@ -24,6 +24,8 @@ PEAK_FLOPS = {
     "A100": 312e12, "A800": 312e12,
 }  # fmt: skip
 PACKAGES = ("accelerate", "timm", "diffusers", "numpy")
+# Of the whole repository; data and results that lie in it do not change what it does.
+CODE = (":/*.py", ":/*.sh", ":/requirements.txt")
 
 
 def training_flops(network: SiT) -> int:
@@ -64,7 +66,7 @@ def describe_start(args: argparse.Namespace, step: int, device: torch.device, nu
 
 def describe_code(device: torch.device) -> dict[str, Any]:
     """Return by which code, with which packages and on what a result was made."""
-    changes = _git("status", "--porcelain")
+    changes = _git("status", "--porcelain", "--untracked-files=normal", "--", *CODE)
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         "commit": _git("rev-parse", "HEAD"),
