@@ -172,3 +172,17 @@ def test_a_killed_training_process_ends_the_other_with_its_name_told(train_flags
     assert "process 1 on" in (text := process.stderr.read()) and "was ended by SIGKILL; ending the others" in text
     with pytest.raises(ProcessLookupError):
         os.kill(first, 0)
+
+
+def test_ctrl_c_reaches_what_the_scripts_start(tmp_path):
+    """bash hides it from programs in the background; a terminal sends it to every process of the group."""
+    (tmp_path / "program.py").write_text(PROGRAM)
+    script = f"source launch.sh; status=0; launch {tmp_path}/program.py {tmp_path} wait wait || status=$?; "
+    path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
+    process = subprocess.Popen(
+        ["bash", "-c", script + 'echo "$status $INTERRUPTED"'], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "NUM_GPUS": "0"}, start_new_session=True,
+    )  # fmt: skip
+    wait_for(tmp_path / "0", process)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.communicate(timeout=60)[0] == f"{EXIT_RESUMABLE} 1\n"
