@@ -78,18 +78,18 @@ def check_writable(path: str | Path, flag: str) -> None:
 
 
 def lock_folder(folder: str | Path, doing: str) -> None:
-    """Keep a folder, made if missing, to this process until it ends. Workers that it forks do not hold the lock.
+    """Keep a folder, made if missing, to this process until `unlock_folder` or its end. Its forks do not hold the lock.
 
     Raises:
         InputError: another process, which is named as far as known, is `doing` something there.
     """
-    path = (Path(folder) / LOCK_NAME).resolve()
+    path = _lock_path(folder)
     path.parent.mkdir(parents=True, exist_ok=True)
     held = _locks.get(path)  # opening and closing a locked file would give the lock up
     if held and path.exists() and os.path.samestat(os.fstat(held.fileno()), path.stat()):
         return
     try:
-        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (held until the process ends)
+        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (held until the folder is unlocked)
     except OSError:  # a full disk or a foreign folder: what has to be written there will say so
         return
     try:
@@ -97,7 +97,10 @@ def lock_folder(folder: str | Path, doing: str) -> None:
     except (BlockingIOError, PermissionError) as error:
         file.seek(0)
         who = file.read().strip() or "another process"
-        raise InputError(f"{folder}: {who} is {doing} there; wait for it, or choose another folder") from error
+        raise InputError(
+            f"{folder}: {who} is {doing} there; wait for it, or choose another folder. If its machine is dead, and the "
+            f"file server does not know, remove {path}"
+        ) from error
     except OSError:  # a file system without locks
         return
     with contextlib.suppress(OSError):
@@ -105,6 +108,18 @@ def lock_folder(folder: str | Path, doing: str) -> None:
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
     _locks[path] = file
+
+
+def unlock_folder(folder: str | Path) -> None:
+    """Give up a lock of `lock_folder`, if there is one."""
+    path = _lock_path(folder)
+    if file := _locks.pop(path, None):
+        path.unlink(missing_ok=True)
+        file.close()
+
+
+def _lock_path(folder: str | Path) -> Path:
+    return (Path(folder) / LOCK_NAME).resolve()
 
 
 def sha256_of(path: str | Path) -> str:

@@ -84,6 +84,7 @@ def main() -> None:
         if coherence is not None:
             samples.check_images()
             write_json(folder / "coherence.json", coherence(samples.image_paths, samples.read_cls_tokens(), labels))
+        samples.release()
         print(folder / "samples.npz" if args.npz else folder / "images")
     accelerator.wait_for_everyone()
     accelerator.end_training()

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dataset import ErrorsAsItems, GlobalBatchSampler, collate, raise_errors
-from files import InputError, read_json, run_cli, write_json
+from files import InputError, read_json, run_cli, unlock_folder, write_json
 from loss import TrainingNoise, alignment_target, entangled_token
 from models import ema
 from models.encoders import Encoder
@@ -65,6 +65,8 @@ def train(run: Run) -> bool:
     batches.close()
     run.log.draw()
     run.writer.finish()
+    if accelerator.is_main_process:
+        unlock_folder(run.folder)
     accelerator.wait_for_everyone()  # a launcher ends all soon after the first has gone
     if run.step < last_step:
         accelerator.print(f"stopped at step {run.step}; --resume latest goes on from there")

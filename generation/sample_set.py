@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from evaluations.npz import NpzFile, write_npz
-from files import InputError, atomic_write, check_writable, lock_folder, read_json, write_json
+from files import InputError, atomic_write, check_writable, lock_folder, read_json, unlock_folder, write_json
 from pictures import image_grid, save_png
 from preprocessing.crops import decode_rgb
 
@@ -75,6 +75,10 @@ class SampleSet:
         lock_folder(self.folder, "generating")
         self._check_settings(settings)
         write_json(self.folder / "samples.json", settings)
+
+    def release(self) -> None:
+        """Leave the folder to others."""
+        unlock_folder(self.folder)
 
     def _check_settings(self, settings: dict[str, Any]) -> None:
         path = self.folder / "samples.json"

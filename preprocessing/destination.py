@@ -21,7 +21,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from files import LOCK_NAME, FileSource, InputError, atomic_write, lock_folder, read_json, write_json
+from files import LOCK_NAME, FileSource, InputError, atomic_write, lock_folder, read_json, unlock_folder, write_json
 
 _LEFTOVER = re.compile(r"\..+\.\d+\.tmp")  # what a killed `atomic_write` or `write_batch` leaves behind
 _ZIP_TIME = (1980, 1, 1, 0, 0, 0)  # the earliest a zip can hold; the time of packing would change the bytes
@@ -107,8 +107,7 @@ class Destination:
         if self.is_zip:
             _pack(self.folder, self.path)
             shutil.rmtree(self.folder, ignore_errors=True)  # another start may see the zip, and tidy up as well
-        else:
-            (self.folder / LOCK_NAME).unlink(missing_ok=True)
+        unlock_folder(self.folder)
 
     def _remove_leftovers(self) -> None:
         """Remove what a killed run did not finish."""

@@ -7,7 +7,16 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from files import FileSource, InputError, atomic_write, check_writable, lock_folder, read_json, write_json
+from files import (
+    FileSource,
+    InputError,
+    atomic_write,
+    check_writable,
+    lock_folder,
+    read_json,
+    unlock_folder,
+    write_json,
+)
 from tests.conftest import ROOT
 
 
@@ -143,8 +152,8 @@ sys.stdin.read()
 
 def test_a_folder_is_one_process_own_until_it_ends(tmp_path):
     folder = tmp_path / "run"
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    first = subprocess.Popen([sys.executable, "-c", LOCKER, str(folder)], cwd=ROOT, **pipes)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    first = subprocess.Popen([sys.executable, "-c", LOCKER, str(folder)], cwd=ROOT, stdin=subprocess.PIPE, **pipes)
     assert first.stdout.readline() == "locked\n"
     with pytest.raises(InputError, match=rf"run: process {first.pid} on .* is training there"):
         lock_folder(folder, "training")
@@ -152,7 +161,11 @@ def test_a_folder_is_one_process_own_until_it_ends(tmp_path):
     first.communicate()
     lock_folder(folder, "training")
     lock_folder(folder, "training")  # one's own is no hindrance
-    assert "locked" not in subprocess.run([sys.executable, "-c", LOCKER, str(folder)], cwd=ROOT, **pipes).stdout
+    command = [sys.executable, "-c", LOCKER, str(folder)]
+    assert "locked" not in subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, **pipes).stdout
+    unlock_folder(folder)
+    assert not list(folder.iterdir())
+    assert "locked" in subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, **pipes).stdout
 
 
 @pytest.mark.parametrize("place", ["there", "there/file/out.png", "file"])

@@ -182,6 +182,7 @@ def test_ctrl_c_reaches_what_the_scripts_start(tmp_path):
     process = subprocess.Popen(
         ["bash", "-c", script + 'echo "$status $INTERRUPTED"'], cwd=ROOT, stdout=subprocess.PIPE, text=True,
         env={**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "NUM_GPUS": "0"}, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background ignore it, and bash
     )  # fmt: skip
     wait_for(tmp_path / "0", process)
     os.killpg(process.pid, signal.SIGINT)
