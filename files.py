@@ -36,7 +36,7 @@ MEMBER = np.dtype(
     [("place", "u8"), ("length", "u8"), ("size", "u8"), ("crc", "u4"), ("method", "u2"), ("encrypted", "?")]
 )
 
-_locks: dict[Path, IO[str]] = {}  # of this process, by path: a lock lasts as long as its file is open
+_locks: dict[Path, IO[bytes]] = {}  # of this process, by path: a lock lasts as long as its file is open
 
 
 class InputError(ValueError):
@@ -89,14 +89,14 @@ def lock_folder(folder: str | Path, doing: str) -> None:
     if held and path.exists() and os.path.samestat(os.fstat(held.fileno()), path.stat()):
         return
     try:
-        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (held until the folder is unlocked)
+        file = open(path, "ab+", buffering=0)  # noqa: SIM115 (held until the folder is unlocked)
     except OSError:  # a full disk or a foreign folder: what has to be written there will say so
         return
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
         file.seek(0)
-        who = file.read().strip() or "another process"
+        who = file.read().decode(errors="replace").strip() or "another process"
         raise InputError(
             f"{folder}: {who} is {doing} there; wait for it, or choose another folder. If its machine is dead, and the "
             f"file server does not know, remove {path}"
@@ -105,8 +105,7 @@ def lock_folder(folder: str | Path, doing: str) -> None:
         return
     with contextlib.suppress(OSError):
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
+        file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
     _locks[path] = file
 
 
@@ -114,7 +113,8 @@ def unlock_folder(folder: str | Path) -> None:
     """Give up a lock of `lock_folder`, if there is one."""
     path = _lock_path(folder)
     if file := _locks.pop(path, None):
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            path.unlink()
         file.close()
 
 
