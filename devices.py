@@ -1,11 +1,7 @@
-"""What the programs want of a device: the largest batch that fits into its memory, copies that nobody waits for; and
-the types of their flags."""
+"""What the programs want of a device: the largest batch that fits into its memory, copies that nobody waits for."""
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import math
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -20,26 +16,6 @@ if TYPE_CHECKING:
     from accelerate.utils import InitProcessGroupKwargs
 
 LONGEST_WORK = timedelta(days=2)
-AUTO = "auto"  # as the value of a --...-batch-size: `largest_batch`
-
-
-def batch_size(text: str) -> int | str:
-    """Return a number of images, or AUTO: the type of a flag."""
-    return text if text == AUTO else int(text)
-
-
-def finite_float(text: str) -> float:
-    """Return a number that is neither NaN nor infinite, which would pass every comparison made to refuse it."""
-    with contextlib.suppress(ValueError):
-        if math.isfinite(value := float(text)):
-            return value
-    raise argparse.ArgumentTypeError(f"{text!r} is no finite number")
-
-
-def check_batch_size(flag: str, value: int | str) -> None:
-    """Raise InputError, naming the flag, for a number below 1."""
-    if value != AUTO and value < 1:
-        raise InputError(f"{flag} {value}: must be at least 1, or {AUTO}")
 
 
 def largest_batch(attempt: Callable[[int], object], largest: int) -> int:

@@ -22,9 +22,10 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from tqdm import tqdm
 
-from devices import AUTO, largest_batch, patient_processes, to_host
+from devices import largest_batch, patient_processes, to_host
 from evaluations.coherence_report import CoherenceReport
 from files import InputError, run_cli, write_json
+from flags import AUTO
 from generation.sample_set import DIGEST, SampleSet
 from generation.settings import check_against_checkpoint, default_name, image_labels, parse_args, warn_of_idle_scale
 from models.autoencoder import Codec, LatentFormat, load_codec

@@ -25,8 +25,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.timing import in_turns, matrix_rate, parse_with_json, peak_memory, require, write_result
-from devices import AUTO, batch_size, check_batch_size, largest_batch
+from devices import largest_batch
 from files import InputError, run_cli
+from flags import AUTO, SWITCH, batch_size, check_batch_size
 from models.autoencoder import SD_FORMAT, Codec, KLCodec, load_codec
 from models.inference import NETWORK_DTYPES
 
@@ -132,7 +133,6 @@ def count_flops(codec: Codec, images: Tensor, latents: Tensor) -> dict[str, int]
 def parse_args() -> argparse.Namespace:
     """Return the settings."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    switch = argparse.BooleanOptionalAction
     parser.add_argument("--vae", help="codec to measure (default: Stable Diffusion's architecture, random weights)")
     parser.add_argument("--resolution", type=int, default=256, help="side of the images (%(default)s)")
     parser.add_argument(
@@ -143,8 +143,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--dtype", default="float32", choices=NETWORK_DTYPES, help="half precision; float32: none (%(default)s)"
     )
-    parser.add_argument("--compile", action=switch, default=True, help="measure the compiled codec as well")
-    parser.add_argument("--tf32", action=switch, default=True, help="let a GPU use TF32, as encode.py does by default")
+    parser.add_argument("--compile", action=SWITCH, default=True, help="measure the compiled codec as well")
+    parser.add_argument("--tf32", action=SWITCH, default=True, help="let a GPU use TF32, as encode.py does by default")
     parser.add_argument("--rounds", type=int, default=3, help="timings of each setting (%(default)s)")
     args = parse_with_json(parser)
     check_batch_size("--batch-size", args.batch_size)

@@ -30,8 +30,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.encode import sd_architecture
 from benchmarks.timing import in_turns, matrix_rate, parse_with_json, peak_memory, seconds, write_result
-from devices import AUTO, batch_size, check_batch_size, largest_batch
+from devices import largest_batch
 from files import InputError, run_cli
+from flags import AUTO, SWITCH, batch_size, check_batch_size
 from models.checkpoint import load_model
 from models.inference import NETWORK_DTYPES, CudaGraphs, compile_blocks, convert
 from models.interpolant import Interpolant
@@ -249,7 +250,6 @@ def show(result: dict[str, Any]) -> None:
 def parse_args() -> argparse.Namespace:
     """Return the settings."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    switch = argparse.BooleanOptionalAction
     parser.add_argument("--model", default="SiT-XL/2", choices=SiT_models, help="preset (%(default)s)")
     parser.add_argument("--ckpt", help="measure this trained network in place of random weights")
     parser.add_argument("--resolution", type=int, default=256, help="side of the images (%(default)s)")
@@ -262,8 +262,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--dtype", default="bf16", choices=NETWORK_DTYPES, help="half precision; float32: none (%(default)s)"
     )
-    parser.add_argument("--compile", action=switch, default=True, help="measure the compiled network as well")
-    parser.add_argument("--decode", action=switch, default=True, help="reckon with decoding, if diffusers is there")
+    parser.add_argument("--compile", action=SWITCH, default=True, help="measure the compiled network as well")
+    parser.add_argument("--decode", action=SWITCH, default=True, help="reckon with decoding, if diffusers is there")
     parser.add_argument("--timed-steps", type=int, default=4, help="steps of each timing (%(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="timings of each setting (%(default)s)")
     parser.add_argument("--deviation-steps", type=int, default=10, help="steps before comparison (%(default)s)")

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from devices import batch_size, check_batch_size, patient_processes
+from devices import patient_processes
 from evaluations.batches import ImageBatch, open_images
 from evaluations.extract import Extractor
 from evaluations.features import (
@@ -37,6 +37,7 @@ from evaluations.metrics import INCEPTION_SCORE_SPLIT, NEAREST_NEIGHBOURS, frech
 from evaluations.notes import count_notes, weights_notes
 from evaluations.npz import NpzFile
 from files import InputError, check_writable, read_json, run_cli, write_json
+from flags import batch_size, check_batch_size
 from models.encoders import Encoder, load_encoder
 
 LINES = {

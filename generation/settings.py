@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from devices import batch_size, check_batch_size, finite_float
 from files import InputError
+from flags import SWITCH, batch_size, check_batch_size, finite_float, flag, parse, uses_cuda
 from models.autoencoder import LatentFormat
 from models.checkpoint import is_legacy, saved_settings, steps_done
 from models.inference import NETWORK_DTYPES
@@ -19,7 +19,6 @@ from models.interpolant import PATHS
 from models.sit import PATCH_SIZES, PRESETS, SiT
 from samplers import MODES, SOLVERS, derive_seed
 
-SWITCH = argparse.BooleanOptionalAction  # --flag and --no-flag
 LABEL_STREAM = 2  # keeps the draw of an image's label apart from everything else that comes from the seed
 
 
@@ -112,10 +111,7 @@ FLAGS = {
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the settings; names and meanings of the published flags are kept."""
-    parser = argparse.ArgumentParser(description="Generate images from a checkpoint.", allow_abbrev=False)
-    for name, add_flags in FLAGS.items():
-        add_flags(parser.add_argument_group(name).add_argument)
-    args = parser.parse_args(argv)
+    args = parse("Generate images from a checkpoint.", FLAGS, argv)
     _check_args(args)
     return args
 
@@ -124,7 +120,7 @@ def _check_args(args: argparse.Namespace) -> None:
     check_batch_size("--per-proc-batch-size", args.per_proc_batch_size)
     for name in ("num_fid_samples", "num_steps"):
         if getattr(args, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or greater")
+            raise InputError(f"{flag(name)} {getattr(args, name)}: must be 1 or greater")
     if args.global_seed < 0:
         raise InputError(f"--global-seed {args.global_seed}: must be 0 or greater")
     _check_guidance(args)
@@ -134,13 +130,10 @@ def _check_args(args: argparse.Namespace) -> None:
     args.save_cls = args.save_cls or args.coherence is not None
     if args.mode == "sde" and args.solver != "euler":
         raise InputError(f"--solver {args.solver} is a solver of the ODE; add --mode ode")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: no CUDA device is available; allowed here: cpu, auto")
-    on_cuda = args.device != "cpu" and torch.cuda.is_available()
+    on_cuda = uses_cuda(args.device)
     for name, full in (("mixed_precision", "no"), ("network_dtype", "float32")):
         if getattr(args, name) == "fp16" and not on_cuda:
-            flag = f"--{name.replace('_', '-')}"
-            raise InputError(f"{flag} fp16 needs a CUDA device; allowed on the CPU: {full}, bf16")
+            raise InputError(f"{flag(name)} fp16 needs a CUDA device; allowed on the CPU: {full}, bf16")
     if args.cuda_graphs and not on_cuda:
         raise InputError("--cuda-graphs needs a CUDA device")
     if args.mixed_precision != "no" and (args.network_dtype != "float32" or args.cuda_graphs):
@@ -155,7 +148,7 @@ def _check_guidance(args: argparse.Namespace) -> None:
         args.cls_cfg_scale = args.cfg_scale
     for name in ("guidance_low", "guidance_high"):
         if not 0 <= getattr(args, name) <= 1:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: is a time, must be from 0 to 1")
+            raise InputError(f"{flag(name)} {getattr(args, name)}: is a time, must be from 0 to 1")
     if args.guidance_low > args.guidance_high:
         raise InputError(f"--guidance-low {args.guidance_low} is above --guidance-high {args.guidance_high}")
 
@@ -212,7 +205,7 @@ def check_against_checkpoint(
     for name, value in found.items():
         given = getattr(args, name)
         if given is not None and value is not None and given != value:
-            raise InputError(f"--{name.replace('_', '-')} is {given}, but {args.ckpt} has {value}")
+            raise InputError(f"{flag(name)} is {given}, but {args.ckpt} has {value}")
     if args.save_cls and model.cls_token_dim is None:
         raise InputError(f"--save-cls: {args.ckpt} has no class slot")
 

@@ -29,8 +29,9 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from devices import AUTO, batch_size, check_batch_size, largest_batch, patient_processes
+from devices import largest_batch, patient_processes
 from files import FileSource, InputError, run_cli
+from flags import AUTO, SWITCH, batch_size, check_batch_size
 from layout import latents_name, mirrored_name
 from models.autoencoder import Codec, load_codec
 from preprocessing.crops import decode_rgb
@@ -165,7 +166,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--tf32",
-        action=argparse.BooleanOptionalAction,
+        action=SWITCH,
         default=True,
         help="let GPUs compute in TF32, much faster and a little coarser (on by default; no effect on CPUs)",
     )

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from devices import AUTO, batch_size, check_batch_size, largest_batch, to_host
+from devices import largest_batch, to_host
 from files import InputError
 
 
@@ -35,13 +35,6 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory():
 
     with pytest.raises(RuntimeError, match="broken"):
         largest_batch(attempt, 8)
-
-
-def test_batch_sizes_of_flags():
-    assert batch_size("12") == 12 and batch_size("auto") == AUTO
-    check_batch_size("--batch-size", AUTO)
-    with pytest.raises(InputError, match="--batch-size 0: must be at least 1, or auto"):
-        check_batch_size("--batch-size", 0)
 
 
 def test_a_copy_to_the_host_gives_the_tensor():

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from files import InputError
+from flags import SWITCH, finite_float, flag, parse, uses_cuda
 from loss import ENTANGLED, FROM_ENCODER
 from models.interpolant import PATHS, WEIGHTINGS
 from models.sit import SiT_models
@@ -28,15 +26,13 @@ FROM_0 = """
     eval_steps
 """
 BELOW_1 = "ema_decay cfg_prob adam_beta1 adam_beta2"
-SWITCH = argparse.BooleanOptionalAction  # --flag and --no-flag
 # What may differ between a run and its continuation; everything else says which run it is.
 MAY_CHANGE = {
-    "output_dir", "exp_name", "logging_dir", "report_to", "sampling_steps", "resume_step", "resume", "data_dir",
-    "init_from",
-    "allow_tf32", "mixed_precision", "epochs", "max_train_steps", "checkpointing_steps", "fused_attn", "num_workers",
-    "gradient_accumulation_steps", "log_steps", "check_data", "device", "enc_weights", "vae", "grid_samples",
-    "grid_num_steps", "grid_cfg_scale", "eval_steps", "eval_ref", "eval_samples", "eval_num_steps", "eval_batch_size",
-    "eval_inception", "legacy", "keep_last", "keep_every", "background_save", "retry_steps",
+    "output_dir", "exp_name", "logging_dir", "report_to", "sampling_steps", "resume_step", "resume", "init_from",
+    "data_dir", "allow_tf32", "mixed_precision", "epochs", "max_train_steps", "checkpointing_steps", "fused_attn",
+    "num_workers", "gradient_accumulation_steps", "log_steps", "check_data", "device", "enc_weights", "vae",
+    "grid_samples", "grid_num_steps", "grid_cfg_scale", "eval_steps", "eval_ref", "eval_samples", "eval_num_steps",
+    "eval_batch_size", "eval_inception", "legacy", "keep_last", "keep_every", "background_save", "retry_steps",
     "max_bad_steps", "timeout_minutes", "fsdp", "compile", "activation_checkpointing",
 }  # fmt: skip
 
@@ -83,7 +79,12 @@ def _run_flags(add: Callable) -> None:
         default=20,
         help="stop after so many in a row without a finite gradient (%(default)s)",
     )
-    add("--timeout-minutes", type=float, default=30, help="how long processes wait for one that has died (%(default)s)")
+    add(
+        "--timeout-minutes",
+        type=finite_float,
+        default=30,
+        help="how long processes wait for one that has died (%(default)s)",
+    )
     add("--resume-step", type=int, default=0, help="go on from the checkpoint of this step; 0: start anew")
     add("--resume", help="go on from 'latest' (start anew if there is no checkpoint yet) or from a checkpoint file")
     add(
@@ -111,7 +112,7 @@ def _grid_flags(add: Callable) -> None:
     add("--grid-num-steps", type=int, default=50, help="SDE steps for a grid (%(default)s)")
     add(
         "--grid-cfg-scale",
-        type=float,
+        type=finite_float,
         default=1.0,
         help="guidance in a grid; 1: none (%(default)s)",
     )
@@ -150,7 +151,7 @@ def _network_flags(add: Callable) -> None:
         action=SWITCH,
         help="class slot: with it REG, without it REPA (the same as --entangle none)",
     )
-    add("--ema-decay", type=float, default=0.9999, help="decay of the averaged weights (%(default)s)")
+    add("--ema-decay", type=finite_float, default=0.9999, help="decay of the averaged weights (%(default)s)")
 
 
 def _data_flags(add: Callable) -> None:
@@ -186,12 +187,12 @@ def _optimisation_flags(add: Callable) -> None:
         default=1,
         help="parts that a process cuts its samples into (%(default)s)",
     )
-    add("--learning-rate", type=float, default=1e-4, help="constant (%(default)s)")
-    add("--adam-beta1", type=float, default=0.9, help="AdamW (%(default)s)")
-    add("--adam-beta2", type=float, default=0.999, help="AdamW (%(default)s)")
-    add("--adam-weight-decay", type=float, default=0.0, help="AdamW (%(default)s)")
-    add("--adam-epsilon", type=float, default=1e-8, help="AdamW (%(default)s)")
-    add("--max-grad-norm", type=float, default=1.0, help="clip the gradient's norm to this (%(default)s)")
+    add("--learning-rate", type=finite_float, default=1e-4, help="constant (%(default)s)")
+    add("--adam-beta1", type=finite_float, default=0.9, help="AdamW (%(default)s)")
+    add("--adam-beta2", type=finite_float, default=0.999, help="AdamW (%(default)s)")
+    add("--adam-weight-decay", type=finite_float, default=0.0, help="AdamW (%(default)s)")
+    add("--adam-epsilon", type=finite_float, default=1e-8, help="AdamW (%(default)s)")
+    add("--max-grad-norm", type=finite_float, default=1.0, help="clip the gradient's norm to this (%(default)s)")
     add("--seed", type=int, default=0, help="of everything random (%(default)s)")
 
 
@@ -199,7 +200,7 @@ def _method_flags(add: Callable) -> None:
     add("--path-type", default="linear", choices=PATHS, help="path between data and noise (%(default)s)")
     add("--prediction", default="v", choices=["v"], help="what the network predicts: the velocity")
     add("--weighting", default="uniform", choices=WEIGHTINGS, help="distribution of training times (%(default)s)")
-    add("--cfg-prob", type=float, default=0.1, help="share of labels replaced by the null class (%(default)s)")
+    add("--cfg-prob", type=finite_float, default=0.1, help="share of labels replaced by the null class (%(default)s)")
     add(
         "--enc-type",
         default="dinov2-vit-b",
@@ -213,8 +214,13 @@ def _method_flags(add: Callable) -> None:
         "mean of its patch tokens, the mean of the latents; a learnt token, not denoised; or no slot. Whatever it "
         "holds, it is aligned with the class token",
     )
-    add("--proj-coeff", type=float, default=0.5, help="weight of the alignment; 0: none, no projectors (%(default)s)")
-    add("--cls", type=float, default=0.03, help="weight of the class token's velocity (%(default)s)")
+    add(
+        "--proj-coeff",
+        type=finite_float,
+        default=0.5,
+        help="weight of the alignment; 0: no projectors (%(default)s)",
+    )
+    add("--cls", type=finite_float, default=0.03, help="weight of the class token's velocity (%(default)s)")
 
 
 def _speed_flags(add: Callable) -> None:
@@ -254,10 +260,7 @@ FLAGS = {
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the settings; names and meanings of the published flags are kept."""
-    parser = argparse.ArgumentParser(description="Train REG, REPA or SiT.", allow_abbrev=False)
-    for name, add_flags in FLAGS.items():
-        add_flags(parser.add_argument_group(name).add_argument)
-    args = parser.parse_args(argv)
+    args = parse("Train REG, REPA or SiT.", FLAGS, argv)
     _check_args(args)
     return args
 
@@ -282,20 +285,15 @@ def _check_args(args: argparse.Namespace) -> None:
         raise InputError(f"--resume {args.resume} and --resume-step {args.resume_step}: give one of them")
     if args.keep_every and not args.keep_last:
         raise InputError(f"--keep-every {args.keep_every}: says what to keep besides --keep-last; give that too")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: no CUDA device is available; allowed here: cpu, auto")
     if args.report_to != "none" and importlib.util.find_spec(args.report_to) is None:
         raise InputError(f"--report-to {args.report_to}: the package {args.report_to} is not installed")
-    on_cuda = args.device != "cpu" and torch.cuda.is_available()
+    on_cuda = uses_cuda(args.device)
     args.mixed_precision = args.mixed_precision or ("fp16" if on_cuda else "no")
     if args.mixed_precision == "fp16" and not on_cuda:
         raise InputError("--mixed-precision fp16 needs a CUDA device; allowed on the CPU: no, bf16")
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
-    for name, value in vars(args).items():
-        if isinstance(value, float) and not math.isfinite(value):  # nan is neither below a limit nor above it
-            raise InputError(f"{flag(name)} {value}: must be a finite number")
     for names, allowed, fits in (
         (ABOVE_0, "greater than 0", lambda value: value > 0),
         (FROM_0, "0 or greater", lambda value: value >= 0),
@@ -309,10 +307,6 @@ def _check_numbers(args: argparse.Namespace) -> None:
         raise InputError(f"--seed {args.seed}: must be less than 2^63")
     if args.timeout_minutes > MINUTES_OF_A_YEAR:
         raise InputError(f"--timeout-minutes {args.timeout_minutes}: must be at most a year, {MINUTES_OF_A_YEAR}")
-
-
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def check_same_run(args: argparse.Namespace, saved: dict[str, Any], source: str | Path) -> None:

@@ -31,7 +31,7 @@ from training.compiling import compile_training
 from training.networks import build_network, prepare_networks
 from training.preemption import StopSignal
 from training.run_log import RunLog, going_on_despite
-from training.settings import check_same_run, flag
+from training.settings import check_same_run
 from training.sharding import check_sharding, count_parameters
 from training.step_reports import StepReports
 from training.throughput import describe_start, peak_flops, training_flops
@@ -152,7 +152,7 @@ def find_checkpoint(args: argparse.Namespace, folder: Path, accelerator: Acceler
         path = Path(args.resume) if args.resume else checkpoints / f"{args.resume_step:07d}.pt"
         checkpoint = load_run(path, verify=accelerator.is_main_process)
         if args.legacy is not None and args.legacy != is_legacy(checkpoint):
-            raise InputError(f"{flag('legacy')} {args.legacy}, but {path} has legacy layout {is_legacy(checkpoint)}")
+            raise InputError(f"--legacy {args.legacy}, but {path} has legacy layout {is_legacy(checkpoint)}")
         return checkpoint
     elif (folder / "args.json").exists() or list_checkpoints(checkpoints):
         raise InputError(
