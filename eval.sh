@@ -23,7 +23,7 @@ BATCH_SIZE=${BATCH_SIZE:-64}                 # images at a time on each GPU; aut
 INCEPTION=${INCEPTION:-}                     # Inception weights; empty: downloaded once
 
 for file in "$REF_BATCH" ${INCEPTION:+"$INCEPTION"}; do # asked for only when all images are there
-    if [ ! -f "$file" ]; then
+    if [ ! -e "$file" ]; then
         echo "eval.sh: error: $file: no such file" >&2
         exit 2
     fi
