@@ -69,7 +69,8 @@ def train(run: Run) -> bool:
         unlock_folder(run.folder)
     accelerator.wait_for_everyone()  # a launcher ends all soon after the first has gone
     if run.step < last_step:
-        accelerator.print(f"stopped at step {run.step}; --resume latest goes on from there")
+        whence = "the checkpoint before" if run.writer.failure else "there"
+        accelerator.print(f"stopped at step {run.step}; --resume latest goes on from {whence}")
     if run.step == last_step and run.writer.failure:
         raise InputError(f"{run.writer.failure}; make room, then go on from the one before by --resume latest")
     accelerator.end_training()
