@@ -18,6 +18,7 @@ from evaluations.batches import DECODERS
 from evaluations.coherence import CentreSums, CoherenceSums, centre_images
 from files import InputError
 from loss import FROM_ENCODER, entangled_token
+from models.checkpoint import saved_settings
 from models.encoders import Encoder, load_encoder
 
 BATCH_SIZE = 64
@@ -72,7 +73,7 @@ class CoherenceReport:
         source: str | Path = "checkpoint",
         num_images: int | None = None,
     ):
-        settings = vars(checkpoint["args"]) if "args" in checkpoint else {}
+        settings = saved_settings(checkpoint, source)
         self.kind = settings.get("entangle", "class" if settings.get("cls_token", True) else "none")
         if self.kind not in FROM_ENCODER or not settings.get("enc_type"):
             raise InputError(f"--coherence: {source} entangles no encoder's token with the latents")

@@ -133,11 +133,6 @@ def list_checkpoints(folder: str | Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.stem))
 
 
-def latest_checkpoint(folder: str | Path) -> Path | None:
-    """Return the checkpoint of the highest step in a folder of `{step:07d}.pt` files, or None."""
-    return next(reversed(list_checkpoints(folder)), None)
-
-
 def saved_settings(checkpoint: dict[str, Any], source: str | Path = "checkpoint") -> dict[str, Any]:
     """Return the settings of the run that wrote a checkpoint, {} if it holds none.
 

@@ -18,7 +18,7 @@ from models.checkpoint import (
     checkpoint_digest,
     checksum_path,
     is_legacy,
-    latest_checkpoint,
+    list_checkpoints,
     load_checkpoint,
     load_model,
     save_checkpoint,
@@ -230,10 +230,10 @@ def test_code_in_a_checkpoint_is_refused_not_run(tmp_path, trap, as_zip):
 def test_missing_file_and_latest(tmp_path):
     with pytest.raises(InputError, match="no such checkpoint file"):
         load_checkpoint(tmp_path / "none.pt")
-    assert latest_checkpoint(tmp_path) is None
+    assert list_checkpoints(tmp_path) == []
     for name in ("0000010.pt", "0000200.pt", "best.pt", ".0000300.pt.12.tmp"):
         (tmp_path / name).touch()
-    assert latest_checkpoint(tmp_path).name == "0000200.pt"
+    assert list_checkpoints(tmp_path)[-1].name == "0000200.pt"
 
 
 def test_ema_follows_its_formula():

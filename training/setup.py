@@ -21,7 +21,7 @@ from evaluations.in_training import TrainingEvaluation
 from files import InputError, lock_folder, read_json, write_json
 from loss import FROM_ENCODER, REGLoss
 from models.autoencoder import Codec, load_codec
-from models.checkpoint import is_legacy, list_checkpoints, load_checkpoint
+from models.checkpoint import is_legacy, list_checkpoints, load_checkpoint, saved_settings
 from models.checkpoint_writer import CheckpointWriter
 from models.encoders import Encoder, load_encoders
 from models.interpolant import Interpolant
@@ -83,7 +83,7 @@ def set_up(args: argparse.Namespace, stop_signal: StopSignal | None = None) -> R
     evaluation = make_evaluation(args, accelerator, encoders)
     describe_run(args, data, encoders)
     if checkpoint is not None:
-        check_same_run(args, vars(checkpoint["args"]), "the checkpoint's run")
+        check_same_run(args, saved_settings(checkpoint), "the checkpoint's run")
 
     model, average, optimizer = prepare_networks(args, accelerator, checkpoint)
     step = checkpoint["steps"] if checkpoint else 0
