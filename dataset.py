@@ -23,8 +23,17 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, default_collate
 
-from files import FileSource, InputError, decode_name, encode_names, read_dataset_json
-from layout import IMAGE_NAME, LATENT_NAME, label_entries, mirrored_name
+from common.io import InputError
+from common.sources import (
+    IMAGE_NAME,
+    LATENT_NAME,
+    FileSource,
+    decode_name,
+    encode_names,
+    label_entries,
+    mirrored_name,
+    read_dataset_json,
+)
 from models.autoencoder import LatentFormat
 
 IMAGE_FOLDERS = ("images", "imagenet_256_vae", "imagenet_512_vae")

@@ -4,28 +4,28 @@
 # Leaves demo/samples.png, demo/loss.png and demo/score.json.
 set -euo pipefail
 cd "$(dirname "$0")"
-source environment.sh
+source launch/environment.sh
 
 OUT=demo
 rm -rf "$OUT/raw" "$OUT/data" "$OUT/exps" "$OUT/samples" # what an earlier demo left
 START=$SECONDS
 
 echo "1. digits, as photographs come: a folder for each class"
-python benchmarks/digits.py images --dest "$OUT/raw"
+python experiments/digits.py images --dest "$OUT/raw"
 
 echo "2. preprocessing: crops of 16 px, then latents (here the pixels themselves)"
 python preprocessing/convert.py --source "$OUT/raw" --dest "$OUT/data/images" --resolution 16
 python preprocessing/encode.py --source "$OUT/data/images" --dest "$OUT/data/vae-sd" --vae pixel --batch-size 128
 
 echo "3. a small vision transformer learns to read digits: it stands in for DINOv2"
-python benchmarks/digits.py encoder --dest "$OUT/encoder.safetensors"
+python experiments/digits.py encoder --dest "$OUT/encoder.safetensors"
 
 echo "4. REG: a small SiT learns to denoise digits together with the encoder's class token"
 python train.py \
     --output-dir "$OUT/exps" \
     --exp-name digits \
     --data-dir "$OUT/data" \
-    --enc-type "$(python benchmarks/digits.py encoder-spec)" \
+    --enc-type "$(python experiments/digits.py encoder-spec)" \
     --enc-weights "$OUT/encoder.safetensors" \
     --model SiT-S/4 --depth 6 --hidden-size 192 --num-heads 3 --encoder-depth 3 --projector-dim 256 \
     --batch-size 64 \
@@ -49,7 +49,7 @@ python generate.py \
     --save-cls
 
 echo "6. score: a classifier and 899 digits that training never saw"
-python benchmarks/digits.py score \
+python experiments/digits.py score \
     --samples "$OUT/samples/digits" \
     --encoder "$OUT/encoder.safetensors" \
     --dest "$OUT/score.json"

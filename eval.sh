@@ -8,7 +8,7 @@
 # The same command goes on where an interrupted one stopped. The result lies beside the images, as result.json.
 set -euo pipefail
 cd "$(dirname "$0")"
-source launch.sh
+source launch/launch.sh
 
 CKPT=${CKPT:?names the checkpoint to evaluate}
 REF_BATCH=${REF_BATCH:?names the reference .npz, VIRTUAL_imagenet256_labeled.npz for ImageNet at 256 px}

@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from files import InputError, atomic_write, check_writable, run_cli
+from common.io import InputError, atomic_write, check_writable, run_cli
 from models.autoencoder import SD_FORMAT
 from models.checkpoint import (
     architecture,
@@ -24,7 +24,7 @@ from models.checkpoint import (
     steps_done,
     stored_weights,
 )
-from models.exchange import CONFIG_FILE, write_network
+from models.safetensors_format import CONFIG_FILE, write_network
 
 # What of a run's settings a user of the network needs, besides its architecture.
 KEPT_SETTINGS = ("model", "path_type", "resolution", "enc_type", "exp_name")
@@ -39,7 +39,7 @@ A {model} denoising transformer of the REG family ([arXiv 2507.01467](https://ar
 classes, trained for {steps} steps; {weights} weights. Written by `export.py`; with the code of that repository:
 
 ```python
-from pipeline import REGPipeline
+from models.pipeline import REGPipeline
 
 images = REGPipeline.from_pretrained("{name}")([0, 1, 2], guidance_scale=2.3, guidance_interval=(0, 0.85)).images
 ```

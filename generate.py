@@ -22,12 +22,12 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from tqdm import tqdm
 
-from devices import largest_batch, patient_processes, to_host
+from common.cli import AUTO
+from common.distributed import largest_batch, patient_processes, to_host
+from common.io import InputError, run_cli, write_json
 from evaluations.coherence_report import CoherenceReport
-from files import InputError, run_cli, write_json
-from flags import AUTO
+from generation.config import check_against_checkpoint, default_name, image_labels, parse_args, warn_of_idle_scale
 from generation.sample_set import DIGEST, SampleSet
-from generation.settings import check_against_checkpoint, default_name, image_labels, parse_args, warn_of_idle_scale
 from models.autoencoder import Codec, LatentFormat, load_codec
 from models.checkpoint import build_model, checkpoint_digest, load_checkpoint, saved_settings, steps_done
 from models.inference import NETWORK_DTYPES, CudaGraphs, compile_blocks, convert

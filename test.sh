@@ -3,7 +3,7 @@
 # Tests that want real photographs read the folder named by REG_ASSETS and are skipped without it.
 set -euo pipefail
 cd "$(dirname "$0")"
-source environment.sh
+source launch/environment.sh
 
 ruff check .
 ruff format --check .

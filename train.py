@@ -17,19 +17,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from common.io import InputError, read_json, run_cli, unlock_folder, write_json
 from dataset import ErrorsAsItems, GlobalBatchSampler, collate, raise_errors
-from files import InputError, read_json, run_cli, unlock_folder, write_json
 from loss import TrainingNoise, alignment_target, entangled_token
 from models import ema
 from models.encoders import Encoder
 from samplers import derive_seed
+from training.config import parse_args
 from training.lost_process import lost_process_named
+from training.parallelism import to_device, whole, whole_norm
 from training.preemption import EXIT_RESUMABLE, StopSignal, shield_worker
-from training.prefetch import to_device
-from training.samples import score_samples, write_reconstructions, write_samples
-from training.settings import parse_args
+from training.sampling import score_samples, write_reconstructions, write_samples
 from training.setup import Run, agree, set_up
-from training.sharding import whole, whole_norm
 
 TRAINING_STREAM = 1  # keeps the noise of training apart from everything else that comes from the seed
 

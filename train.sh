@@ -4,7 +4,7 @@
 #     MODEL=SiT-XL/2 DATA_DIR=/data/imagenet256 bash train.sh --seed 1
 #
 # The same command goes on where an interrupted run stopped. GPUs are found by themselves; for several machines run it
-# on each with NUM_MACHINES, MACHINE_RANK, HEAD_ADDRESS and HEAD_PORT (launch.sh), or under SLURM simply
+# on each with NUM_MACHINES, MACHINE_RANK, HEAD_ADDRESS and HEAD_PORT (launch/launch.sh), or under SLURM simply
 #
 #     sbatch --nodes 4 --ntasks-per-node 1 --gpus-per-node 8 --requeue --open-mode append --signal USR1@300 --wrap "srun --kill-on-bad-exit=1 bash train.sh"
 #
@@ -12,7 +12,7 @@
 # itself back into the queue.
 set -euo pipefail
 cd "$(dirname "$0")"
-source launch.sh
+source launch/launch.sh
 
 MODEL=${MODEL:-SiT-B/2}                   # SiT-{S,B,L,XL}/{2,4,8}
 DATA_DIR=${DATA_DIR:-data/imagenet256}    # images and latents: preprocessing/README.md

@@ -21,16 +21,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.timing import parse_with_json, write_result
-from files import InputError, run_cli
+from common.io import InputError, run_cli
 from loss import REGLoss
 from models import ema
 from models.checkpoint import verify_checkpoint
-from models.checkpoint_writer import CheckpointWriter
 from models.interpolant import Interpolant
 from models.sit import SiT_models
-from training.bad_steps import BadSteps
-from training.run_log import RunLog
-from training.step_reports import StepReports
+from training.checkpoint_writer import CheckpointWriter
+from training.guards import BadSteps
+from training.metrics import RunLog, StepReports
 
 ENCODER_WIDTH = 768
 

@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.timing import parse_with_json, write_result
+from common.io import InputError, run_cli
 from dataset import GlobalBatchSampler, LatentDataset
-from files import InputError, run_cli
 
 WANTED = 600  # images per second and GPU, from 8 cores: what training REG-XL/2 on a fast GPU could ask for
 

@@ -25,9 +25,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.timing import in_turns, matrix_rate, parse_with_json, peak_memory, require, write_result
-from devices import largest_batch
-from files import InputError, run_cli
-from flags import AUTO, SWITCH, batch_size, check_batch_size
+from common.cli import AUTO, SWITCH, batch_size, check_batch_size
+from common.distributed import largest_batch
+from common.io import InputError, run_cli
 from models.autoencoder import SD_FORMAT, Codec, KLCodec, load_codec
 from models.inference import NETWORK_DTYPES
 

@@ -27,16 +27,16 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.timing import matrix_rate, parse_with_json, peak_memory, run_measured, write_result
-from devices import largest_batch
+from common.cli import AUTO, batch_size, check_batch_size
+from common.distributed import largest_batch
+from common.io import InputError, run_cli
 from evaluations.extract import CPU_BATCH
-from evaluations.inception import SPATIAL_CHANNELS, Inception, InceptionOutput, full_precision, load_inception
-from evaluations.inception import resize_bilinear_tf1 as resize
-from evaluations.inception_graph import BATCH_NORM_EPSILON, HEAD, NUM_CLASSES, NUM_FEATURES, TRUNK, Chain, Conv, Pool
-from evaluations.inception_graph import convolutions as all_convolutions
-from evaluations.inception_weights import load_weights
+from evaluations.inception.graph import BATCH_NORM_EPSILON, HEAD, NUM_CLASSES, NUM_FEATURES, TRUNK, Chain, Conv, Pool
+from evaluations.inception.graph import convolutions as all_convolutions
+from evaluations.inception.network import SPATIAL_CHANNELS, Inception, InceptionOutput, full_precision, load_inception
+from evaluations.inception.network import resize_bilinear_tf1 as resize
+from evaluations.inception.weights import load_weights
 from evaluations.npz import write_npz
-from files import InputError, run_cli
-from flags import AUTO, batch_size, check_batch_size
 
 RESOLUTION = 256
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.timing import parse_with_json, write_result
 from benchmarks.training_steps import OurForm, PlainForm, Workload
-from files import InputError, atomic_write, check_writable, run_cli
+from common.io import InputError, atomic_write, check_writable, run_cli
 
 ONE_ULP = 1 + 2**-23  # moves a float32 to a neighbour
 PARTED = 1e-3  # relative difference from which on two losses count as parted

@@ -18,7 +18,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.timing import parse_with_json, run_measured, write_result
-from files import FileSource, InputError, run_cli
+from common.io import InputError, run_cli
+from common.sources import FileSource
 from preprocessing.listing import list_images
 from preprocessing.parallel import available_cores
 

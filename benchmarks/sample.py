@@ -30,9 +30,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.encode import sd_architecture
 from benchmarks.timing import in_turns, matrix_rate, parse_with_json, peak_memory, seconds, write_result
-from devices import largest_batch
-from files import InputError, run_cli
-from flags import AUTO, SWITCH, batch_size, check_batch_size
+from common.cli import AUTO, SWITCH, batch_size, check_batch_size
+from common.distributed import largest_batch
+from common.io import InputError, run_cli
 from models.checkpoint import load_model
 from models.inference import NETWORK_DTYPES, CudaGraphs, compile_blocks, convert
 from models.interpolant import Interpolant

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from files import InputError, read_json, run_cli
+from common.io import InputError, read_json, run_cli
 
 GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 BACKWARD = 2 / 3  # of a step: backward costs twice the forward pass

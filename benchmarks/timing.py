@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 from tqdm import tqdm
 
-from files import InputError, check_writable, write_json
+from common.io import InputError, check_writable, write_json
 from training.throughput import describe_code
 
 Name = TypeVar("Name", bound=Hashable)

@@ -29,8 +29,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.timing import matrix_rate, parse_with_json, peak_memory, reset_peak_memory, synchronise, write_result
 from benchmarks.training_steps import SWITCHES, OurForm, PlainForm, Workload
-from files import InputError, check_writable, run_cli
-from training.settings import SWITCH
+from common.io import InputError, check_writable, run_cli
+from training.config import SWITCH
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FORMS = ("plain", "switches", "ours", "compile", "checkpointing")

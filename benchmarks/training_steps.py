@@ -24,14 +24,12 @@ from models import ema
 from models.autoencoder import SD_FORMAT
 from models.encoders import load_encoders, untrained_encoder
 from models.interpolant import Interpolant
-from training.compiling import compile_training
-from training.networks import build_network
+from training.config import parse_args
+from training.metrics import RunLog, StepReport, StepReports
+from training.parallelism import compile_training, to_device
 from training.preemption import StopSignal
-from training.prefetch import to_device
-from training.run_log import RunLog
-from training.settings import parse_args
 from training.setup import Run, describe_run, make_accelerator
-from training.step_reports import StepReport, StepReports
+from training.state import build_network
 from training.throughput import training_flops
 
 NUM_CLASSES = 1000

@@ -19,8 +19,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from common.io import InputError, sha256_of
+from common.sources import FileSource
 from evaluations.npz import NpzFile
-from files import FileSource, InputError, sha256_of
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 MAX_SIDE = 4096  # a longer side is taken for a damaged or hostile file

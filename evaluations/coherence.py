@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.io import InputError
 from evaluations.metrics import Sums
-from files import InputError
 
 CENTRE_IMAGES = 10_000  # for the means of all classes together
 

@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from common.io import InputError
 from dataset import LatentDataset
 from evaluations.batches import DECODERS
 from evaluations.coherence import CentreSums, CoherenceSums, centre_images
-from files import InputError
 from loss import FROM_ENCODER, entangled_token
 from models.checkpoint import saved_settings
 from models.encoders import Encoder, load_encoder

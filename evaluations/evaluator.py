@@ -21,7 +21,9 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from devices import patient_processes
+from common.cli import batch_size, check_batch_size
+from common.distributed import patient_processes
+from common.io import InputError, check_writable, read_json, run_cli, write_json
 from evaluations.batches import ImageBatch, open_images
 from evaluations.extract import Extractor
 from evaluations.features import (
@@ -32,12 +34,10 @@ from evaluations.features import (
     encoder_name,
     load_reference,
 )
-from evaluations.inception import Inception, full_precision, load_inception
+from evaluations.inception.network import Inception, full_precision, load_inception
 from evaluations.metrics import INCEPTION_SCORE_SPLIT, NEAREST_NEIGHBOURS, frechet_distance, precision_recall
 from evaluations.notes import count_notes, weights_notes
 from evaluations.npz import NpzFile
-from files import InputError, check_writable, read_json, run_cli, write_json
-from flags import batch_size, check_batch_size
 from models.encoders import Encoder, load_encoder
 
 LINES = {

@@ -11,12 +11,12 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 from tqdm import tqdm
 
-from devices import largest_batch
+from common.cli import AUTO
+from common.distributed import largest_batch
+from common.io import InputError
 from evaluations.batches import ImageBatch
 from evaluations.features import Extraction, FeatureCache
-from evaluations.inception import full_precision
-from files import InputError
-from flags import AUTO
+from evaluations.inception.network import full_precision
 
 CPU_BATCH = 32
 LARGEST_BATCH = 512  # that an automatic batch size tries: more makes no GPU faster

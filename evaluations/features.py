@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evaluations.inception import SPATIAL_FEATURES, Inception, InceptionOutput
-from evaluations.inception_graph import NUM_CLASSES, NUM_FEATURES
-from evaluations.inception_weights import PUBLISHED_NAME
+from common.io import InputError, atomic_write, sha256_of
+from evaluations.inception.graph import NUM_CLASSES, NUM_FEATURES
+from evaluations.inception.network import SPATIAL_FEATURES, Inception, InceptionOutput
+from evaluations.inception.weights import PUBLISHED_NAME
 from evaluations.metrics import FeatureSums, GaussianStatistics, InceptionScoreSums, Sums
 from evaluations.npz import NpzFile
-from files import InputError, atomic_write, sha256_of
 from models.encoders import EncoderOutput
 
 CACHE_VERSION = 1  # to be raised when the same images give other features

@@ -14,12 +14,12 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from tqdm import tqdm
 
+from common.io import InputError
 from evaluations.features import Reference, check_reference, encoder_name, load_reference
-from evaluations.inception import SPATIAL_FEATURES, full_precision, load_inception
-from evaluations.inception_graph import NUM_FEATURES
+from evaluations.inception.graph import NUM_FEATURES
+from evaluations.inception.network import SPATIAL_FEATURES, full_precision, load_inception
 from evaluations.metrics import FeatureSums, GaussianStatistics, Sums, frechet_distance
 from evaluations.notes import count_notes, weights_notes
-from files import InputError
 from models.encoders import Encoder
 
 

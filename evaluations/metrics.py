@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from files import InputError
+from common.io import InputError
 
 INCEPTION_SCORE_SPLIT = 5000  # ADM's; a shorter last split counts as much as a full one
 NEAREST_NEIGHBOURS = 3

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from evaluations.inception import Inception
-from evaluations.inception_graph import NUM_FEATURES
+from evaluations.inception.graph import NUM_FEATURES
+from evaluations.inception.network import Inception
 
 PUBLISHED_COUNT = 50_000  # samples behind the numbers that papers print
 STAND_IN = "STAND-IN"  # how the note on other weights begins

@@ -20,7 +20,7 @@ from typing import IO, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from files import InputError
+from common.io import InputError
 
 MAX_RATIO = 500  # unpacked / packed; deflate reaches 1032 on constant bytes, images stay far below
 SMALL = 1 << 28  # members up to this many bytes cannot hurt, whatever their ratio

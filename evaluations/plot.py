@@ -20,9 +20,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
+from common.io import InputError, atomic_write, check_writable, read_metrics, run_cli
 from evaluations.notes import STAND_IN
-from files import InputError, atomic_write, check_writable, run_cli
-from pictures import read_metrics
 
 FROM_INCEPTION = ("fid", "sfid")
 CROWDED = 8  # times the lowest of the values drawn: so much further up, not every tick has room for its number

@@ -18,14 +18,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 from accelerate import Accelerator
 
-from devices import patient_processes
+from common.cli import batch_size, check_batch_size
+from common.distributed import patient_processes
+from common.io import InputError, atomic_write, check_writable, run_cli
 from evaluations.batches import open_images
 from evaluations.extract import Extractor
 from evaluations.features import EncoderExtraction, InceptionExtraction, encoder_name
-from evaluations.inception import load_inception
+from evaluations.inception.network import load_inception
 from evaluations.npz import write_npz
-from files import InputError, atomic_write, check_writable, run_cli
-from flags import batch_size, check_batch_size
 from models.encoders import load_encoder
 
 

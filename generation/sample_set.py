@@ -20,10 +20,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from common.images import decode_rgb, image_grid, save_png
+from common.io import InputError, atomic_write, check_writable, lock_folder, read_json, unlock_folder, write_json
 from evaluations.npz import NpzFile, write_npz
-from files import InputError, atomic_write, check_writable, lock_folder, read_json, unlock_folder, write_json
-from pictures import image_grid, save_png
-from preprocessing.crops import decode_rgb
 
 GRID_ROWS, GRID_COLUMNS = 8, 12  # at most; of balanced labels, a column a class where there is room
 THREADS = 4  # that read images

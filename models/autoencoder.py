@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from files import InputError, read_json
+from common.io import InputError, read_json
 from models.hub import hub_file
 
 CONFIG_FILE = "config.json"

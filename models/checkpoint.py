@@ -23,9 +23,9 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from files import InputError, atomic_write, sha256_of
-from models.exchange import is_exported, read_network, weights_file
+from common.io import InputError, atomic_write, sha256_of
 from models.interpolant import PATHS
+from models.safetensors_format import is_exported, read_network, weights_file
 from models.sit import ENCODER_DEPTHS, PRESETS, SiT
 
 CHECKPOINT_NAME = re.compile(r"(\d{7,})\.pt")

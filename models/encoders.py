@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from files import InputError
+from common.io import InputError
 from models.hub import hub_file, url_file
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

@@ -11,7 +11,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from files import InputError
+from common.io import InputError
 
 REACH_TIMEOUT = 10  # seconds; a hub that takes longer to say a word is of no use for gigabytes
 

@@ -21,9 +21,10 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from files import FileSource, InputError, atomic_write, run_cli
-from layout import image_name
-from preprocessing.crops import TRANSFORMS, Photograph, decode, decode_rgb, to_png
+from common.images import decode_rgb
+from common.io import InputError, atomic_write, run_cli
+from common.sources import FileSource, image_name
+from preprocessing.crops import TRANSFORMS, Photograph, decode, to_png
 from preprocessing.destination import Destination, explain_write_errors
 from preprocessing.listing import Listing, list_images
 from preprocessing.parallel import available_cores, in_workers

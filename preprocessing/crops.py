@@ -14,11 +14,10 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from files import InputError
+from common.images import IMAGE_FORMATS
+from common.io import InputError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
-# Named, so that no file is handed to one of Pillow's decoders that start other programs (EPS).  "JPEG" includes MPO.
-_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 MAX_PIXELS = 2 * 89_478_485  # where Pillow refuses to decode; also the limit of an enlarged image before its crop
 
 _EXIF_ORIENTATION = 0x0112
@@ -47,7 +46,7 @@ def decode(data: bytes, upright: bool = True) -> Photograph:
     ADM did. With `upright` the EXIF orientation is applied, else only reported. Raises InputError for animations and
     for 32-bit pixels, which have no defined range, and Pillow's many exceptions for broken data.
     """
-    with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+    with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
         # A phone's MPO holds the photograph first and previews after it; other formats' frames are equals.
         frames = getattr(image, "n_frames", 1)
         if frames > 1 and image.format != "MPO":
@@ -118,22 +117,6 @@ TRANSFORMS: dict[str, Callable[[Image.Image, int], Image.Image]] = {
     "center-crop": center_crop,
     "resize": resize,
 }
-
-
-def decode_rgb(data: bytes, resolution: int | None = None) -> np.ndarray:
-    """Return an image of a converted data set, (R, R, 3) uint8.
-
-    Raises InputError if it is broken, is not RGB, or is not `resolution` x `resolution` (None: any square).
-    """
-    try:
-        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
-            pixels = np.array(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"broken image ({error})") from error
-    side = resolution or pixels.shape[0]
-    if pixels.dtype != np.uint8 or pixels.shape != (side, side, 3):
-        raise InputError(f"{image.width} x {image.height} pixels of mode {image.mode}, not RGB {side} x {side}")
-    return pixels
 
 
 def to_png(image: Image.Image) -> bytes:

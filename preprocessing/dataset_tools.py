@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from files import InputError, run_cli
+from common.io import InputError, run_cli
 
 
 def side(resolution: str | None) -> str:

@@ -21,7 +21,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from files import LOCK_NAME, FileSource, InputError, atomic_write, lock_folder, read_json, unlock_folder, write_json
+from common.io import LOCK_NAME, InputError, atomic_write, lock_folder, read_json, unlock_folder, write_json
+from common.sources import FileSource
 
 _LEFTOVER = re.compile(r"\..+\.\d+\.tmp")  # what a killed `atomic_write` or `write_batch` leaves behind
 _ZIP_TIME = (1980, 1, 1, 0, 0, 0)  # the earliest a zip can hold; the time of packing would change the bytes

@@ -29,12 +29,12 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from devices import largest_batch, patient_processes
-from files import FileSource, InputError, run_cli
-from flags import AUTO, SWITCH, batch_size, check_batch_size
-from layout import latents_name, mirrored_name
+from common.cli import AUTO, SWITCH, batch_size, check_batch_size
+from common.distributed import largest_batch, patient_processes
+from common.images import decode_rgb
+from common.io import InputError, run_cli
+from common.sources import FileSource, latents_name, mirrored_name
 from models.autoencoder import Codec, load_codec
-from preprocessing.crops import decode_rgb
 from preprocessing.destination import Destination, explain_write_errors
 from preprocessing.listing import Listing, describe_files, image_index, list_converted
 

@@ -11,8 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import takewhile
 
-from files import FileSource, InputError, read_dataset_json
-from layout import IMAGE_NAME, image_name, label_entries
+from common.io import InputError
+from common.sources import IMAGE_NAME, FileSource, image_name, label_entries, read_dataset_json
 from preprocessing.crops import SUFFIXES
 
 LOOKING_THREADS = 16  # on a network file system, to look at a file is to wait for a millisecond

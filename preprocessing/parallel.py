@@ -11,7 +11,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-from files import InputError
+from common.io import InputError
 
 _job: Callable[[Any], Any]
 

@@ -23,21 +23,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common.images import decode_rgb, image_grid, save_png
+from common.io import InputError, atomic_write, check_writable, run_cli, sha256_of
+from common.sources import FileSource, decode_name, mirrored_name, read_dataset_json
 from dataset import LatentDataset, decode_moments
-from files import (
-    FileSource,
-    InputError,
-    atomic_write,
-    check_writable,
-    decode_name,
-    read_dataset_json,
-    run_cli,
-    sha256_of,
-)
-from layout import mirrored_name
 from models.autoencoder import Codec, LatentFormat, load_codec
-from pictures import image_grid, save_png
-from preprocessing.crops import decode_rgb
 from preprocessing.parallel import available_cores, in_workers
 
 ITEMS_A_PIECE = 200

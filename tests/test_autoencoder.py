@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from files import InputError
+from common.io import InputError
 from models.autoencoder import SD_FORMAT, LatentFormat, load_codec
 from tests.conftest import ROOT
 
@@ -192,7 +192,7 @@ def test_weights_with_a_parameter_missing_are_refused(tmp_path):
 
 def test_unreachable_hub_is_told_at_once_with_the_files_wanted(tmp_path):
     """In a process of its own, where nothing else has imported the hub's client before."""
-    code = "from files import run_cli; from models.autoencoder import load_codec; run_cli(lambda: load_codec('%s'))"
+    code = "from common.io import run_cli; from models.autoencoder import load_codec; run_cli(lambda: load_codec('%s'))"
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_CACHE": str(tmp_path)}
     command = [sys.executable, "-c", code % "sd-vae-ft-mse"]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)

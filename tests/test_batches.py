@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from common.io import InputError
 from evaluations.batches import open_images
 from evaluations.npz import NpzFile, write_npz
-from files import InputError
 
 
 def some_images(count: int = 5, height: int = 6, width: int = 4) -> np.ndarray:

@@ -12,10 +12,11 @@ from itertools import pairwise
 import pytest
 import torch
 
-from benchmarks import checkpoint, data, digits, encode, evaluate, losses, preprocess, sample, scaling, train_step
+from benchmarks import checkpoint, data, encode, evaluate, losses, preprocess, sample, scaling, train_step
 from benchmarks.timing import peak_memory, reset_peak_memory, run_measured
 from benchmarks.training_steps import SWITCHES, OurForm, PlainForm, Workload
-from files import InputError
+from common.io import InputError
+from experiments import digits
 from models.sit import SiT_models
 from tests.conftest import ROOT
 

@@ -8,8 +8,8 @@ import subprocess
 import pytest
 import torch
 
+from common.io import InputError, sha256_of
 from export import describe, export
-from files import InputError, sha256_of
 from models import ema
 from models.checkpoint import (
     OLD_BLOCKS,

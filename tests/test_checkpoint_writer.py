@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import files
-from files import InputError
-from models import checkpoint_writer
+from common import io as files
+from common.io import InputError
 from models.checkpoint import checksum_path, load_checkpoint, verify_checkpoint
-from models.checkpoint_writer import CheckpointWriter, TensorCopies
+from training import checkpoint_writer
+from training.checkpoint_writer import CheckpointWriter, TensorCopies
 
 CONTENT = {"ema": {"weight": torch.arange(1000.0)}, "steps": 7}
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from common.io import InputError
 from dataset import LatentDataset
 from evaluations import coherence
 from evaluations.coherence import CentreSums, CoherenceSums
 from evaluations.coherence_report import CoherenceReport, class_mean_sums
-from files import InputError
 from loss import entangled_token
 from models.encoders import load_encoder
 from tests.conftest import ENCODER, NUM_CLASSES, RESOLUTION

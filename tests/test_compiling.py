@@ -10,8 +10,7 @@ from tests.conftest import run_training
 from tests.test_benchmarks import ENCODER
 from tests.test_sit import inputs, randomise, small
 from tests.test_train import terms, with_flags
-from training.compiling import compile_training
-from training.prefetch import to_device
+from training.parallelism import compile_training, to_device
 
 
 @pytest.fixture(autouse=True)

@@ -8,14 +8,14 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import convergence
-from benchmarks.comparison import imagenet, presets, report
-from benchmarks.comparison.judge import load_judge, train_judge
-from benchmarks.comparison.presets import Files
-from benchmarks.comparison.scoring import Judges, Sampling
-from files import InputError
+from common.io import InputError
+from experiments import convergence
+from experiments.comparison import imagenet, presets, report
+from experiments.comparison.judge import load_judge, train_judge
+from experiments.comparison.presets import Files
+from experiments.comparison.scoring import Judges, Sampling
 from tests.conftest import ENCODER
-from training.settings import parse_args
+from training.config import parse_args
 
 POWERS = [100, 200, 400, 800, 1600]
 

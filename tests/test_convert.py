@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from files import FileSource, InputError
+from common.io import InputError
+from common.sources import FileSource
 from preprocessing import convert, dataset_tools
 from preprocessing.destination import Destination
 from preprocessing.listing import list_images

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
+from common.io import InputError
 from dataset import GlobalBatchSampler, LatentDataset
-from files import InputError
 from tests.conftest import NUM_CLASSES, RESOLUTION
 
 IMAGE = "images/00000/img00000005.png"

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from devices import largest_batch, to_host
-from files import InputError
+from common.distributed import largest_batch, to_host
+from common.io import InputError
 
 
 def device_that_holds(images, tried):

@@ -14,8 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
+from common.io import InputError
 from dataset import LatentDataset
-from files import InputError
 from models.autoencoder import load_codec
 from preprocessing import dataset_tools, encode
 from preprocessing.destination import Destination, write_dataset_json

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from files import InputError
+from common.io import InputError
 from models import encoders
 from models.encoders import ENCODERS, load_encoder, load_encoders
 from models.hub import url_file

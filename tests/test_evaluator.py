@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
+from common.io import InputError
 from evaluations import evaluator, reference
 from evaluations.features import load_reference
-from evaluations.inception import Inception, load_inception
+from evaluations.inception.network import Inception, load_inception
 from evaluations.metrics import FeatureSums, frechet_distance
-from files import InputError
 from models.encoders import load_encoder
 from tests import adm_images, adm_standin
 from tests.conftest import ENCODER, ROOT, reset_accelerate, run_program

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from common.io import InputError
 from export import export
-from files import InputError
 from models.autoencoder import PixelCodec
 from models.checkpoint import load_model, save_checkpoint
 from tests.conftest import ROOT, run_generate
@@ -50,7 +50,7 @@ def test_a_published_checkpoint_is_exported(tmp_path):
 
 def test_the_pipeline_makes_the_images_of_generate(checkpoint, tmp_path, monkeypatch):
     pytest.importorskip("diffusers")
-    from pipeline import REGPipeline
+    from models.pipeline import REGPipeline
 
     export(checkpoint, tmp_path / "folder")
     pipeline = REGPipeline.from_pretrained(tmp_path / "folder").to("cpu")

@@ -7,16 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from files import (
-    FileSource,
-    InputError,
-    atomic_write,
-    check_writable,
-    lock_folder,
-    read_json,
-    unlock_folder,
-    write_json,
-)
+from common.io import InputError, atomic_write, check_writable, lock_folder, read_json, unlock_folder, write_json
+from common.sources import FileSource
 from tests.conftest import ROOT
 
 
@@ -143,7 +135,7 @@ def test_json(tmp_path):
 
 LOCKER = """
 import sys
-from files import lock_folder
+from common.io import lock_folder
 lock_folder(sys.argv[1], "training")
 print("locked", flush=True)
 sys.stdin.read()
@@ -180,7 +172,7 @@ def test_where_a_file_cannot_be_written_is_told_before(tmp_path, place):
 
 
 ENDS = {
-    "raise files.InputError('--flag 1: bad')": (2, "x.py: error: --flag 1: bad"),
+    "raise io.InputError('--flag 1: bad')": (2, "x.py: error: --flag 1: bad"),
     "raise KeyboardInterrupt": (130, "x.py: interrupted"),
     "open('/nowhere/file')": (2, "x.py: error: /nowhere/file: No such file or directory"),
     "raise OSError(28, 'No space left on device')": (2, "x.py: error: No space left on device"),
@@ -189,7 +181,7 @@ ENDS = {
 
 @pytest.mark.parametrize("cause", ENDS)
 def test_a_program_ends_with_one_line(cause):
-    code = f"import sys, files\nsys.argv = ['a/x.py']\ndef main():\n    {cause}\nfiles.run_cli(main)"
+    code = f"import sys\nfrom common import io\nsys.argv = ['a/x.py']\ndef main():\n    {cause}\nio.run_cli(main)"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     status, text = ENDS[cause]
     assert result.returncode == status and text in result.stderr and "Traceback" not in result.stderr

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 import generate
-from files import InputError
-from generation.settings import default_name, warn_of_idle_scale
+from common.io import InputError
+from generation.config import default_name, warn_of_idle_scale
 from models.autoencoder import PixelCodec
 from models.checkpoint import load_checkpoint, save_checkpoint
 from models.encoders import load_encoder

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from common.io import InputError
 from evaluations import reference
-from files import InputError
 from models.checkpoint import load_checkpoint
 from tests import adm_standin
 from tests.conftest import ENCODER, read_rows, reset_accelerate, run_training

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from evaluations.graphdef import Graph
-from evaluations.inception import Inception, full_precision, load_inception, resize_bilinear_tf1
-from evaluations.inception_graph import check_structure
-from evaluations.inception_weights import fetch_graph, load_weights
-from files import InputError
+from common.io import InputError
+from evaluations.inception.graph import check_structure
+from evaluations.inception.graphdef import Graph
+from evaluations.inception.network import Inception, full_precision, load_inception, resize_bilinear_tf1
+from evaluations.inception.weights import fetch_graph, load_weights
 from tests import adm_images, adm_standin
 
 FIRST_TWO = {  # sha256 of the first two images of a set, to which the recorded features belong

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from files import read_json
+from common.io import read_json
 from tests.conftest import ROOT, read_rows
 from tests.processes import SECONDS
 from training.lost_process import EXIT_LOST_PROCESS
@@ -177,7 +177,7 @@ def test_a_killed_training_process_ends_the_other_with_its_name_told(train_flags
 def test_ctrl_c_reaches_what_the_scripts_start(tmp_path):
     """bash hides it from programs in the background; a terminal sends it to every process of the group."""
     (tmp_path / "program.py").write_text(PROGRAM)
-    script = f"source launch.sh; status=0; launch {tmp_path}/program.py {tmp_path} wait wait || status=$?; "
+    script = f"source launch/launch.sh; status=0; launch {tmp_path}/program.py {tmp_path} wait wait || status=$?; "
     path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
     process = subprocess.Popen(
         ["bash", "-c", script + 'echo "$status $INTERRUPTED"'], cwd=ROOT, stdout=subprocess.PIPE, text=True,

@@ -7,9 +7,9 @@ import json
 import numpy as np
 import pytest
 
+from common.io import InputError
+from common.sources import IMAGE_NAME, LATENT_NAME, FileSource, image_name, latents_name, mirrored_name
 from dataset import LatentDataset
-from files import FileSource, InputError
-from layout import IMAGE_NAME, LATENT_NAME, image_name, latents_name, mirrored_name
 from models.autoencoder import LatentFormat
 from preprocessing.listing import list_converted
 from tests.test_crops import header_only_png

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from common.io import InputError
 from evaluations.metrics import (
     FeatureSums,
     GaussianStatistics,
@@ -14,7 +15,6 @@ from evaluations.metrics import (
     precision_recall,
     squared_radii,
 )
-from files import InputError
 
 
 def generator() -> torch.Generator:

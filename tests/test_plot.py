@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
+from common.io import InputError
 from evaluations import plot
-from files import InputError
 
 
 def write_rows(path: Path, *rows: object) -> Path:

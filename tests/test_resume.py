@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from files import InputError
+from common.io import InputError
 from models.checkpoint import checksum_path, load_checkpoint, verify_checkpoint
 from tests.conftest import read_rows, run_training
 from tests.processes import SECONDS, Training
@@ -33,7 +33,7 @@ LAST = f"{STEPS:07d}.pt"
 
 def slow_to_write() -> None:
     """Make this process, a training run's, take long over every checkpoint."""
-    import models.checkpoint_writer as module
+    import training.checkpoint_writer as module
 
     save = module.save_checkpoint
 

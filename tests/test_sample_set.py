@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from files import InputError
+from common.io import InputError
 from generation import sample_set
 from generation.sample_set import DIGEST, SampleSet
 from tests.conftest import ROOT

@@ -5,13 +5,12 @@ import weakref
 import pytest
 import torch
 
-from files import InputError
+from common.io import InputError
 from models import ema
 from tests.conftest import read_rows
 from tests.test_sit import inputs, randomise, small
-from training.bad_steps import BadSteps
-from training.run_log import RunLog
-from training.step_reports import StepReport, StepReports
+from training.guards import BadSteps
+from training.metrics import RunLog, StepReport, StepReports
 
 
 def run_log(tmp_path, **more) -> RunLog:
@@ -127,7 +126,7 @@ def test_rows_leave_bad_steps_out_and_survive_a_full_disk(tmp_path, monkeypatch)
     log.count("bad_steps")
     log.add({"loss": 3.0})
     state = log.state()
-    from training import run_log as module
+    from training import metrics as module
 
     def full(text, path):
         raise OSError(28, "No space left on device")
@@ -145,7 +144,7 @@ def test_rows_leave_bad_steps_out_and_survive_a_full_disk(tmp_path, monkeypatch)
 
 
 def test_half_a_line_is_taken_back(tmp_path, monkeypatch):
-    from training import run_log as module
+    from training import metrics as module
 
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n')

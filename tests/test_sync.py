@@ -137,7 +137,7 @@ def test_a_step_on_a_gpu_never_synchronises(train_flags, more):
 
 @pytest.mark.gpu
 def test_batches_arrive_whole_on_a_gpu():
-    from training.prefetch import to_device
+    from training.parallelism import to_device
 
     device = torch.device("cuda")
     batches = [(torch.full((1 << 20,), float(number)).pin_memory(),) for number in range(8)]

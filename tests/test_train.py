@@ -5,14 +5,14 @@ import pytest
 import torch
 from PIL import Image
 
-from files import InputError
+from common.io import InputError
 from models.checkpoint import load_checkpoint, load_model
 from models.interpolant import Interpolant
 from models.sit import SiT_models
 from samplers import sample_images
 from tests.conftest import NUM_CLASSES, read_rows, run_program, run_training
-from training.networks import build_network, place_moments
-from training.settings import parse_args
+from training.config import parse_args
+from training.state import build_network, place_moments
 
 MODES = {
     "reg": [],

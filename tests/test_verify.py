@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from files import InputError
+from common.io import InputError
 from preprocessing import verify
 from preprocessing.destination import write_dataset_json
 from tests.test_crops import header_only_png

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from files import InputError, run_cli
+from common.io import InputError, run_cli
 from training.lost_process import EXIT_LOST_PROCESS
 from training.preemption import EXIT_RESUMABLE, SIGNALS
 

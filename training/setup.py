@@ -16,24 +16,22 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast_object_list
 from tqdm import tqdm
 
+from common.io import InputError, lock_folder, read_json, write_json
 from dataset import LatentDataset
 from evaluations.in_training import TrainingEvaluation
-from files import InputError, lock_folder, read_json, write_json
 from loss import FROM_ENCODER, REGLoss
 from models.autoencoder import Codec, load_codec
 from models.checkpoint import is_legacy, list_checkpoints, load_checkpoint, saved_settings
-from models.checkpoint_writer import CheckpointWriter
 from models.encoders import Encoder, load_encoders
 from models.interpolant import Interpolant
 from models.sit import ENCODER_DEPTHS, PRESETS, SiT
-from training.bad_steps import BadSteps, sample_names
-from training.compiling import compile_training
-from training.networks import build_network, prepare_networks
+from training.checkpoint_writer import CheckpointWriter
+from training.config import check_same_run
+from training.guards import BadSteps, sample_names
+from training.metrics import RunLog, StepReports, going_on_despite
+from training.parallelism import check_sharding, compile_training, count_parameters
 from training.preemption import StopSignal
-from training.run_log import RunLog, going_on_despite
-from training.settings import check_same_run
-from training.sharding import check_sharding, count_parameters
-from training.step_reports import StepReports
+from training.state import build_network, prepare_networks
 from training.throughput import describe_start, peak_flops, training_flops
 
 

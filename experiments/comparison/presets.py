@@ -1,0 +1,184 @@
+"""What is compared, and at which size: the rows of each table as flags of train.py, and the presets with their data."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from common.images import save_png
+from common.io import InputError
+from common.sources import FileSource
+from experiments import digits
+from experiments.comparison.judge import train_judge
+from experiments.comparison.scoring import Judges, Sampling, load_images
+
+ROOT = Path(__file__).resolve().parents[2]
+
+SIT, REPA, REG = "SiT", "REPA", "REG"
+DIGITS_ENCODER_STEPS = (400, 40)  # of the encoder, and of a worse one for the ablation
+# A row is a name and the flags in which it departs from REG.
+METHODS = {SIT: "--entangle none --proj-coeff 0", REPA: "--entangle none", REG: ""}
+ABLATIONS = ("methods", "entangle", "parts", "cls", "depth", "encoder")
+
+
+def ablations(
+    depths: tuple[int, ...], coefficients: tuple[str, ...], encoders: dict[str, str]
+) -> dict[str, dict[str, str]]:
+    """Return the rows of each table of the paper, by its name in `ABLATIONS`.
+
+    depths and coefficients: blocks to align after and weights of the class token, besides REG's own. encoders: values
+    of --enc-type by the row's name.
+    """
+    return {
+        "methods": METHODS,
+        "entangle": {
+            REPA: METHODS[REPA],
+            "learnable token": "--entangle learnable",
+            "latent mean": "--entangle latent-mean",
+            "patch mean": "--entangle patch-mean",
+            REG: METHODS[REG],
+        },
+        "parts": {**METHODS, "not aligned": "--proj-coeff 0"},
+        "cls": {**{f"cls {value}": f"--cls {value}" for value in coefficients}, REG: METHODS[REG]},
+        "depth": {**{f"depth {block}": f"--encoder-depth {block}" for block in depths}, REG: METHODS[REG]},
+        "encoder": {name: f"--enc-type {spec}" for name, spec in encoders.items()},
+    }
+
+
+@dataclass(frozen=True)
+class Files:
+    """What `Preset.prepare` made: the data to train on, what judges, and the encoders by name."""
+
+    data: Path
+    judges: Judges
+    other_encoders: dict[str, str]  # flags of the rows of the encoder's ablation
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One size of the comparison.
+
+    Args:
+        flags: of train.py, the same for all rows.
+        steps: at which checkpoints are scored; the last one ends the training.
+        seeds: of training.
+        sampling: see `Sampling`.
+        timing_steps: of the short runs that measure the time of a step.
+        depths, coefficients: rows of two ablations, see `ablations`.
+        prepare: makes data, encoder and judge in a folder.
+    """
+
+    flags: str
+    steps: tuple[int, ...]
+    seeds: tuple[int, ...]
+    sampling: Sampling
+    timing_steps: int
+    depths: tuple[int, ...]
+    coefficients: tuple[str, ...]
+    prepare: Callable[[Path, argparse.Namespace], Files]
+
+
+def prepare_digits(folder: Path, args: argparse.Namespace) -> Files:
+    """Make the digits: one half to train on, with an encoder of it; the other half held out, with a judge of it."""
+    for name, (scans, labels) in zip(("train", "held_out"), digits.load_halves(), strict=True):
+        if not (folder / name / "images" / "dataset.json").exists():
+            for number, (scan, label) in enumerate(zip(scans, labels, strict=True)):
+                save_png(folder / "raw" / name / str(label) / f"{number:04d}.png", Image.fromarray(scan))
+            _convert(folder / "raw" / name, folder / name / "images", digits.RESOLUTION)
+    _encode(folder / "train", "pixel")
+    well, badly = (folder / f"encoder-{steps}.safetensors" for steps in DIGITS_ENCODER_STEPS)
+    for weights, steps in zip((well, badly), DIGITS_ENCODER_STEPS, strict=True):
+        if not weights.exists():
+            digits.train_encoder(weights, steps)
+    judge = folder / "judge.pt"
+    if not judge.exists():
+        train_judge(judge, *load_images(folder / "held_out" / "images"), digits.RESOLUTION, [32, 64, 64], 600)
+    judges = Judges(folder / "held_out" / "images", judge, digits.ENCODER_SPEC, str(well), "pixel", "cpu")
+    return Files(folder / "train", judges, {f"encoder of {DIGITS_ENCODER_STEPS[1]} steps": f"--enc-weights {badly}"})
+
+
+def prepare_photographs(folder: Path, args: argparse.Namespace) -> Files:
+    """Split a data set of photographs, class folders in a folder or zip, and make both halves and the judge."""
+    if not args.source:
+        raise InputError("--source is missing: the photographs, class folders in a folder or zip")
+    for half, name in enumerate(("train", "held_out")):
+        if not (folder / name / "images" / "dataset.json").exists():
+            _extract_half(Path(args.source), folder / "raw" / name, half, args.images)
+            _convert(folder / "raw" / name, folder / name / "images", 256)
+    _encode(folder / "train", args.vae)
+    device = "cuda" if args.device == "cuda" else "cpu"
+    judge = folder / "judge.pt"
+    if not judge.exists():
+        held_out = load_images(folder / "held_out" / "images")
+        train_judge(judge, *held_out, 96, [32, 64, 128, 256], args.judge_steps, device)
+    judges = Judges(folder / "held_out" / "images", judge, args.enc_type, args.enc_weights, args.vae, device)
+    return Files(folder / "train", judges, {})
+
+
+def _extract_half(source: Path, dest: Path, half: int, limit: int | None) -> None:
+    """Write every second photograph of each class, from `half` on and at most `limit` of a class, to class folders."""
+    files = FileSource(source)
+    classes: dict[str, list[str]] = {}
+    for name in files.names:
+        if Path(name).suffix.lower() in (".jpg", ".jpeg", ".png"):
+            classes.setdefault(Path(name).parent.name, []).append(name)
+    for label, names in classes.items():
+        for name in names[half::2][:limit]:
+            path = dest / label / Path(name).with_suffix(".png").name
+            if not path.exists():
+                save_png(path, Image.open(io.BytesIO(files.read(name))).convert("RGB"))
+
+
+def _convert(source: Path, dest: Path, resolution: int) -> None:
+    run(["preprocessing/convert.py", "--source", str(source), "--dest", str(dest), "--resolution", str(resolution)])
+
+
+def _encode(data: Path, vae: str) -> None:
+    if not (data / "vae-sd" / "dataset.json").exists():
+        run(["preprocessing/encode.py", "--source", str(data / "images"), "--dest", str(data / "vae-sd"), "--vae", vae])
+
+
+def run(command: list[str], log: Path | None = None, threads: int | None = None) -> None:
+    """Run a program of this repository to its end; its output goes to `log`. Raises InputError if it fails."""
+    environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
+    program = [sys.executable, str(ROOT / command[0]), *command[1:]]
+    if log is not None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "ab") if log is not None else contextlib.nullcontext() as output:
+        done = subprocess.run(program, env=environment, stdout=output, stderr=output)
+    if done.returncode:
+        raise InputError(f"{' '.join(command)} failed with status {done.returncode}" + (f"; see {log}" if log else ""))
+
+
+PRESETS = {
+    "digits": Preset(
+        flags="--model SiT-S/4 --depth 4 --hidden-size 128 --num-heads 4 --encoder-depth 2 --projector-dim 256 "
+        "--batch-size 32 --learning-rate 2e-3 --ema-decay 0.99 --num-workers 0",
+        steps=(400, 600, 800, 1000, 1200, 1600, 2000, 2400),
+        seeds=(0, 1, 2),
+        sampling=Sampling(images=600, num_steps=8, batch_size=300),
+        timing_steps=60,
+        depths=(1, 3, 4),
+        coefficients=("0.003", "0.01", "0.1", "0.3"),
+        prepare=prepare_digits,
+    ),
+    "imagenette": Preset(
+        flags="--model SiT-S/2 --batch-size 64 --learning-rate 3e-4 --ema-decay 0.999 --num-workers 12",
+        steps=(500, 1000, 1500, 2000, 3000, 4000),
+        seeds=(0,),
+        sampling=Sampling(images=2000, num_steps=12, batch_size=200),
+        timing_steps=100,
+        depths=(2, 6, 8),
+        coefficients=("0.01", "0.02", "0.05", "0.1"),
+        prepare=prepare_photographs,
+    ),
+}

@@ -1,0 +1,209 @@
+"""The outcome of a comparison: speed-up factors, a table, a figure after the paper's figure 1, samples side by side."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from PIL import Image
+
+from common.images import save_png
+from common.io import atomic_write, write_json
+
+matplotlib.use("Agg")  # no screen needed
+import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+
+Curve = list[tuple[int, float]]  # steps and distance, by step
+COLOURS = ("tab:gray", "tab:blue", "tab:red", "tab:green", "tab:purple", "tab:orange")
+READ_OFF_FROM = 1.1  # smaller factors are not drawn: they are within the spread of seeds, and would hide the curves
+GRIDS_SHOWN = 3  # steps at which the samples picture shows the methods
+
+
+def steps_to_reach(curve: Curve, level: float) -> float | None:
+    """Return the step at which a curve first is at or below a distance; None if it never is.
+
+    Between two evaluations the distance is a straight line on logarithmic axes. A curve that begins at or below the
+    level has reached it by its first step: that step is returned, an upper bound.
+    """
+    step, distance = curve[0]
+    if distance <= level:
+        return float(step)
+    for next_step, next_distance in curve[1:]:
+        if next_distance <= level:
+            share = math.log(distance / level) / math.log(distance / next_distance)
+            return step * (next_step / step) ** share
+        step, distance = next_step, next_distance
+    return None
+
+
+def speed_up(slower: Curve, faster: Curve) -> float | None:
+    """Return how many times more steps the slower one needs to reach its own last distance than the faster one.
+
+    None if the faster one does not get there. Below 1 it is the slower one.
+    """
+    level = slower[-1][1]
+    needed = steps_to_reach(faster, level)
+    return None if needed is None else steps_to_reach(slower, level) / needed
+
+
+def write(folder: Path, name: str, result: dict[str, Any], runs: dict[tuple[str, int], Path]) -> None:
+    """Write NAME.json, NAME.md, NAME.png and NAME-samples.png to a folder."""
+    result = {**result, "speed_ups": speed_ups(result)}
+    write_json(folder / f"{name}.json", result)
+    with atomic_write(folder / f"{name}.md", "w") as file:
+        file.write(table(result))
+    draw(result, folder / f"{name}.png")
+    draw_samples(result, runs, folder / f"{name}-samples.png")
+    print(table(result))
+    print(f"written: {folder / name}.json, .md, .png, -samples.png")
+
+
+def curves(result: dict[str, Any], row: str, metric: str = "distance") -> list[Curve]:
+    """Return the curve of each seed of a row; empty where the row does not have the metric."""
+    scores = result["scores"][row].values()
+    return [[(s["step"], s[metric]) for s in seed] for seed in scores if all(metric in s for s in seed)]
+
+
+def mean_curve(seeds: list[Curve]) -> Curve:
+    """Return the mean over seeds, step by step."""
+    return [(points[0][0], statistics.mean(value for _, value in points)) for points in zip(*seeds, strict=True)]
+
+
+def speed_ups(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the factors of each pair of rows, by steps and by time: of the mean curves, of each seed by itself, and
+    of the mean curves had the slower one ended at an earlier evaluation."""
+    rows, found = list(result["rows"]), []
+    by_end = sorted(rows, key=lambda row: mean_curve(curves(result, row))[-1][1], reverse=True)
+    for number, slower in enumerate(by_end):
+        for faster in by_end[number + 1 :]:
+            pairs = list(zip(curves(result, slower), curves(result, faster), strict=True))
+            each = [speed_up(a, b) for a, b in pairs]
+            slow, fast = mean_curve(curves(result, slower)), mean_curve(curves(result, faster))
+            steps = speed_up(slow, fast)
+            price = result["seconds_per_step"][slower] / result["seconds_per_step"][faster]
+            found.append(
+                {
+                    "faster": faster,
+                    "slower": slower,
+                    "level": slow[-1][1],
+                    "steps": steps,
+                    "time": None if steps is None else steps * price,
+                    "steps_of_each_seed": each,
+                    "steps_by_length": {slow[i][0]: speed_up(slow[: i + 1], fast) for i in range(len(slow))},
+                }
+            )
+    return found
+
+
+def table(result: dict[str, Any]) -> str:
+    """Return the outcome as Markdown: last scores of each row, mean and standard deviation over seeds; the factors."""
+    columns = {
+        "distance": result["metric"],
+        "encoder_distance": "encoder",
+        "right": "read as its label",
+        "coherence": "coherence",
+        "coherence_shuffled": "shuffled",
+        "coherence_class_mean": "class mean",
+        "cls_tokens_right": "tokens right",
+    }
+    last = max(s["step"] for row in result["scores"].values() for seed in row.values() for s in seed)
+    lines = [f"| after {last} steps | " + " | ".join(columns.values()) + " | s/step |"]
+    lines.append("|---" * (len(columns) + 2) + "|")
+    for row in result["rows"]:
+        ends = [seed[-1] for seed in result["scores"][row].values()]
+        cells = [_mean_and_spread([end[key] for end in ends if key in end]) for key in columns]
+        lines.append(f"| {row} | " + " | ".join(cells) + f" | {result['seconds_per_step'][row]:.3f} |")
+    if real := result["real"]:
+        cells = [f"{real[key]:.3f}" if key in real else "" for key in columns]
+        lines.append("| real images, the half trained on | " + " | ".join(cells) + " | |")
+    lines += ["", "| to reach the last distance of | it needs times fewer steps | each seed | times less time |"]
+    lines.append("|---|---|---|---|")
+    for pair in result["speed_ups"]:
+        each = ", ".join("not reached" if one is None else f"{one:.2f}" for one in pair["steps_of_each_seed"])
+        factors = ["not reached" if pair[key] is None else f"{pair[key]:.2f}" for key in ("steps", "time")]
+        lines.append(
+            f"| {pair['slower']} ({pair['level']:.2f}): {pair['faster']} | {factors[0]} | {each} | {factors[1]} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _mean_and_spread(values: list[float]) -> str:
+    if not values:
+        return ""
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{spread}"
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Draw distance against steps and against time, mean and spread over seeds, and coherence against steps."""
+    figure, (by_steps, by_time, coherence) = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
+    for row, colour in zip(result["rows"], COLOURS, strict=False):
+        seconds = result["seconds_per_step"][row]
+        _band(by_steps, curves(result, row), 1, colour, row)
+        _band(by_time, curves(result, row), seconds, colour, f"{row}, {1000 * seconds:.0f} ms a step")
+        for metric, style in (("coherence", "-"), ("coherence_class_mean", "--"), ("coherence_shuffled", ":")):
+            if found := curves(result, row, metric):
+                label = {"-": "own image", "--": "mean of its class", ":": "another image"}[style]
+                _band(coherence, found, 1, colour, f"{row}: {label}", style)
+    _read_off(result, by_steps)
+    for axes, label in ((by_steps, "training steps"), (by_time, "seconds of training")):
+        if result["real"]:
+            axes.plot([], [], " ", label=f"(real images: {result['real']['distance']:.2f})")
+        axes.set(xlabel=label, ylabel=result["metric"], xscale="log", yscale="log")
+    coherence.set(xlabel="training steps", ylabel="cosine of the generated token with the encoder's", xscale="log")
+    for axes in (by_steps, by_time, coherence):
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.grid(which="both", alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize="small")
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=120)
+    plt.close(figure)
+
+
+def _band(axes: plt.Axes, seeds: list[Curve], scale: float, colour: str, label: str, style: str = "-") -> None:
+    """Draw the mean over seeds as a line, from the lowest to the highest seed as a band."""
+    values = np.array([[value for _, value in seed] for seed in seeds])
+    x = scale * np.array([step for step, _ in seeds[0]])
+    axes.plot(x, values.mean(axis=0), color=colour, label=label, linestyle=style, marker="o", markersize=3)
+    axes.fill_between(x, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.2, linewidth=0)
+
+
+def _read_off(result: dict[str, Any], axes: plt.Axes) -> None:
+    """Draw the factors of the best row: from where the slower one ends to where the best one was there."""
+    best = [pair for pair in result["speed_ups"] if (pair["steps"] or 0) >= READ_OFF_FROM]
+    best = [pair for pair in best if pair["faster"] == result["speed_ups"][-1]["faster"]]
+    for pair in best:
+        slow = steps_to_reach(mean_curve(curves(result, pair["slower"])), pair["level"])
+        ends = (slow / pair["steps"], pair["level"]), (slow, pair["level"])
+        axes.annotate("", *ends, arrowprops={"arrowstyle": "->", "color": "black"})
+        axes.annotate(
+            f"{pair['steps']:.2f} x {pair['slower']}", ends[0], xytext=(-3, 0), textcoords="offset points",
+            fontsize="small", ha="right", va="center",
+        )  # fmt: skip
+
+
+def draw_samples(result: dict[str, Any], runs: dict[tuple[str, int], Path], path: Path) -> None:
+    """Put the grids of the first seed side by side: a column a row of the table, a line a step; same noise, labels."""
+    seed, grids = result["seeds"][0], "samples" if result["preset"] == "imagenet" else "grids"
+    steps = [scores["step"] for scores in next(iter(result["scores"].values()))[str(seed)]]
+    shown = [steps[i] for i in sorted({round(k) for k in np.linspace(0, len(steps) - 1, GRIDS_SHOWN)})]
+    figure, axes = plt.subplots(
+        len(shown), len(result["rows"]), squeeze=False, figsize=(5 * len(result["rows"]), 2.3 * len(shown)),
+        layout="constrained",
+    )  # fmt: skip
+    for line, step in zip(axes, shown, strict=True):
+        for cell, row in zip(line, result["rows"], strict=True):
+            cell.imshow(Image.open(runs[row, seed] / grids / f"{step:07d}.png"), interpolation="nearest")
+            cell.set_title(f"{row}, {step} steps", fontsize="small")
+            cell.axis("off")
+    figure.canvas.draw()
+    save_png(path, Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB"))
+    plt.close(figure)

@@ -1,0 +1,121 @@
+"""The images a run leaves while it trains: grids of EMA samples, real latents decoded, samples to be scored."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.images import image_grid, save_png
+from evaluations.coherence import CoherenceSums
+from evaluations.coherence_report import class_mean_sums
+from loss import FROM_ENCODER, entangled_token
+from models.sit import SiT
+from samplers import Guidance, image_seeds, sample_images
+from training.metrics import going_on_despite
+from training.parallelism import whole
+from training.setup import Run
+from training.state import build_network
+
+
+def write_samples(run: Run) -> None:
+    """Write a grid of EMA samples, the same noise and labels each time, to the run's folder and to the tracker."""
+    network = averaged_network(run)
+    if run.accelerator.is_main_process:
+        args = run.args
+        guidance = Guidance(args.grid_cfg_scale, args.grid_cfg_scale)
+        latents, _ = draw_latents(run, network, range(args.grid_samples), args.grid_num_steps, guidance)
+        write_grid(run, f"{run.step:07d}", latents)
+        run.log.draw()
+    run.accelerator.wait_for_everyone()
+
+
+def score_samples(run: Run) -> dict[str, float]:
+    """Return the scores of EMA samples, made without guidance by all processes; with an encoder's token in the class
+    slot, the samples' coherence as well (evaluations/coherence.py)."""
+    network, device, entangle = averaged_network(run), run.accelerator.device, run.args.entangle
+    sums = CoherenceSums(run.ema.cls_token_dim, device) if entangle in FROM_ENCODER else None
+    if sums is not None and run.class_centres is None:
+        run.class_centres = class_centres(run)
+
+    def draw(numbers: range) -> Tensor:
+        latents, cls_tokens = draw_latents(run, network, numbers, run.args.eval_num_steps, Guidance())
+        images = run.codec.decode(latents)
+        if sums is not None:
+            encoded = entangled_token(entangle, run.encoders[0](images), None)
+            sums.update(cls_tokens, encoded, torch.tensor(image_labels(run, numbers), device=device), run.class_centres)
+        return images
+
+    scores = run.evaluation(draw)
+    if sums is not None:
+        sums.load(run.accelerator.reduce(sums.state(), "sum"))
+        scores |= sums.scores()
+    return scores
+
+
+def averaged_network(run: Run) -> SiT:
+    """Return the EMA network for sampling; of a sharded run a whole copy on each process. Call it on all processes."""
+    if not run.args.fsdp:
+        return run.ema
+    with torch.device("meta"):
+        network = build_network(run.args)
+    network.load_state_dict(whole(run.ema.state_dict()), assign=True)
+    return network.to(run.accelerator.device).eval().requires_grad_(False)
+
+
+def class_centres(run: Run) -> Tensor:
+    """Return the mean token of each class over real training images, (K, D), which all processes read together."""
+    accelerator = run.accelerator
+    sums = class_mean_sums(
+        run.encoders[0],
+        run.args.entangle,
+        run.data,
+        run.args.eval_batch_size,
+        accelerator.device,
+        accelerator.process_index,
+        accelerator.num_processes,
+    )
+    sums.load(accelerator.reduce(sums.state(), "sum"))
+    return sums.centres()
+
+
+def write_reconstructions(run: Run) -> None:
+    """Write a grid of real latents, decoded: what samples can look like at best, and a check of data and codec."""
+    if run.args.sampling_steps and run.accelerator.is_main_process:
+        wanted = min(run.args.grid_samples, len(run.data))
+        moments = torch.stack([run.data[i * len(run.data) // wanted][1] for i in range(wanted)])  # from all classes
+        write_grid(run, "reconstructions", run.data.latent_format.sample(moments.to(run.accelerator.device), None))
+
+
+def image_labels(run: Run, numbers: range) -> list[int]:
+    """Return the labels of images given by number: each class as often as any other."""
+    return [number % run.data.num_classes for number in numbers]
+
+
+def draw_latents(
+    run: Run, network: SiT, numbers: range, num_steps: int, guidance: Guidance
+) -> tuple[Tensor, Tensor | None]:
+    """Return the EMA network's latents (N, C, h, w) and class tokens (N, D) or None, of images given by number."""
+    return sample_images(
+        network,
+        labels=image_labels(run, numbers),
+        seeds=image_seeds(run.args.seed, numbers),
+        interpolant=run.criterion.interpolant,
+        guidance=guidance,
+        num_steps=num_steps,
+    )
+
+
+def write_grid(run: Run, name: str, latents: Tensor) -> None:
+    """Decode latents and write them as samples/NAME.png; to the tracker as well."""
+    grid = image_grid(run.codec.decode(latents.float()).permute(0, 2, 3, 1).cpu().numpy())
+    path = run.folder / "samples" / f"{name}.png"
+    with going_on_despite(str(path)):
+        save_png(path, grid)
+    for tracker in run.accelerator.trackers:
+        if tracker.name == "wandb":
+            import wandb
+
+            tracker.log({"samples": wandb.Image(grid)}, step=run.step)
+        elif tracker.name == "tensorboard":
+            tracker.writer.add_image("samples", np.asarray(grid), run.step, dataformats="HWC")
