@@ -3,13 +3,15 @@ arXiv 2410.06940, section 3), velocity of the class token.
 
     loss = mean (v - v_target)^2 + proj_coeff mean -cos(projected, encoder) + cls_coeff mean (v_cls - v_cls_target)^2
 
-Without a class token it is REPA's loss; without encoder tokens too, SiT's.
+Without a class token this is REPA's loss; without encoder tokens as well, it is SiT's. To add a term, add one entry to
+`TERMS`: it is then computed, weighted, logged, plotted in loss.png and shown in the progress bar.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,88 +19,115 @@ from torch import Tensor
 
 from models.interpolant import Interpolant
 
-# What can be entangled with the latents (REG, the ablation of the entangled signal): the first encoder's class token,
-# the mean of its patch tokens, the mean of the latents, a learnt token that is not denoised, nothing.
+# What the class slot can hold (REG, ablation of the entangled signal): the class token of the first encoder, the mean
+# of its patch tokens, the mean of the latents, a learned token that is not denoised, or nothing.
 ENTANGLED = ("class", "patch-mean", "latent-mean", "learnable", "none")
 FROM_ENCODER = ("class", "patch-mean")
 
 
-@dataclass(frozen=True)
-class LossTerms:
-    """The terms of each sample, (N,) float32, unweighted; a term that does not apply is None."""
+class Targets(NamedTuple):
+    """What the frozen encoders give for a batch."""
 
-    denoise: Tensor
-    proj: Tensor | None
-    cls: Tensor | None
-    total: Tensor  # weighted sum, (N,)
+    cls_token: Tensor | None = None  # (N, D), clean token of the class slot, see `entangled_token`; None without one
+    encoder_tokens: Sequence[Tensor] = ()  # one (N, T, width) per encoder, see `alignment_target`; empty: no alignment
 
-    def named(self) -> dict[str, Tensor]:
-        """Return the terms that apply, by the names they are logged under."""
-        terms = {"loss": self.total, "denoise": self.denoise, "proj": self.proj, "cls": self.cls}
-        return {name: term for name, term in terms.items() if term is not None}
+
+class Draws(NamedTuple):
+    """All random numbers of a training step, one row per sample. Drawn in `training.randomness` only."""
+
+    t: Tensor  # (N,) in [0, 1]
+    noise: Tensor  # (N, C, h, w), standard normal
+    latent_noise: Tensor  # (N, C, h, w), standard normal: samples the latents from their moments
+    label_drop: Tensor  # (N,) bool: labels replaced by the null class
+    cls_noise: Tensor | None = None  # (N, D), standard normal; None without a class token
+
+    def rows(self, first: int, last: int) -> Draws:
+        """Return the draws of samples first .. last - 1."""
+        return Draws(*(None if value is None else value[first:last] for value in self))
+
+
+class Comparison(NamedTuple):
+    """What a term of the loss can read: the outputs of the network and what they are compared with."""
+
+    velocity: Tensor  # (N, C, h, w)
+    projected: Sequence[Tensor] | None  # one (N, T, width) per encoder
+    cls_velocity: Tensor | None  # (N, D)
+    x: Tensor  # clean latents (N, C, h, w)
+    targets: Targets
+    draws: Draws
+    path: Interpolant
+
+
+def velocity_error(at: Comparison) -> Tensor:
+    """Return the squared error of the latents' velocity, (N,) (SiT, arXiv 2401.08740, section 2)."""
+    return squared_error(at.velocity, at.path.velocity_target(at.x, at.draws.noise, at.draws.t))
+
+
+def alignment_error(at: Comparison) -> Tensor | None:
+    """Return minus the cosine of projected and encoder tokens, (N,); None without encoder tokens."""
+    return alignment(at.projected, at.targets.encoder_tokens) if at.targets.encoder_tokens else None
+
+
+def cls_velocity_error(at: Comparison) -> Tensor | None:
+    """Return the squared error of the class token's velocity, (N,); None without a class token (REG, section 3)."""
+    if at.targets.cls_token is None:
+        return None
+    target = at.path.velocity_target(at.targets.cls_token, at.draws.cls_noise, at.draws.t)
+    return squared_error(at.cls_velocity, target)
+
+
+class Term(NamedTuple):
+    """A term of the loss. `compute` returns one float32 value per sample, (N,), or None where it does not apply."""
+
+    name: str  # in metrics.jsonl and in the progress bar
+    title: str  # of its panel in loss.png
+    weight: float  # unless `REGLoss.weights` has another
+    compute: Callable[[Comparison], Tensor | None]
+
+
+TERMS = (
+    Term("denoise", "latents: mean (v - target)²", 1.0, velocity_error),
+    Term("proj", "alignment: mean -cos", 0.5, alignment_error),
+    Term("cls", "class token: mean (v - target)²", 0.03, cls_velocity_error),
+)
 
 
 @dataclass
 class REGLoss:
-    """The loss with its coefficients. What it computes before and after the network stands in `mix` and `compare`.
+    """The loss of a batch.
 
     Args:
-        interpolant: the path.
-        proj_coeff: weight of the alignment (paper: 0.5).
-        cls_coeff: weight of the class token's velocity (paper: 0.03).
-        weighting: how times are drawn where none are given, see `Interpolant.sample_time`.
+        path: the path between data and noise.
+        weights: weights of terms by name, where they differ from `TERMS`.
     """
 
-    interpolant: Interpolant
-    proj_coeff: float = 0.5
-    cls_coeff: float = 0.03
-    weighting: str = "uniform"
+    path: Interpolant
+    weights: dict[str, float] = field(default_factory=dict)
 
     def __call__(
-        self,
-        model: Callable[..., tuple],
-        x: Tensor,
-        y: Tensor,
-        cls_token: Tensor | None = None,
-        encoder_tokens: Sequence[Tensor] = (),
-        t: Tensor | None = None,
-        noise: Tensor | None = None,
-        cls_noise: Tensor | None = None,
-        label_drop: Tensor | None = None,
-    ) -> LossTerms:
-        """Return the loss terms of each sample.
+        self, network: Callable[..., tuple], x: Tensor, y: Tensor, targets: Targets, draws: Draws
+    ) -> dict[str, Tensor]:
+        """Return the loss of each sample and its unweighted terms, (N,) float32 each, by name; "loss" is the sum.
 
         Args:
-            model: the network, see `SiT.forward`.
-            x: clean latents (N, C, H, W).
+            network: see `SiT.forward`.
+            x: clean latents (N, C, h, w).
             y: labels (N,) int64.
-            cls_token: the encoder's class token (N, D), as it comes; None without a class slot.
-            encoder_tokens: targets of the alignment, (N, tokens of the network, width) for each encoder: see
-                `alignment_target`. Empty for no alignment.
-            t: times (N,); drawn by `weighting` where not given.
-            noise: (N, C, H, W); standard normal where not given.
-            cls_noise: (N, D), a noise of its own; standard normal where not given.
-            label_drop: (N,) bool, see `SiT.drop_labels`.
+            targets: clean class token and encoder tokens.
+            draws: times, noise and dropped labels.
         """
-        t = self.interpolant.sample_time(len(x), self.weighting, device=x.device) if t is None else t
-        noise = torch.randn_like(x) if noise is None else noise
-        if cls_token is not None and cls_noise is None:
-            cls_noise = torch.randn_like(cls_token)
-        x_t, cls_t = self.mix(x, noise, cls_token, cls_noise, t)
-        velocity, projected, cls_velocity = model(
-            x_t, t, y, cls_token=cls_t, label_drop=label_drop, project=bool(encoder_tokens)
+        x_t, cls_t = self.mix(x, targets, draws)
+        output = network(
+            x_t, draws.t, y, cls_token=cls_t, label_drop=draws.label_drop, project=bool(targets.encoder_tokens)
         )
-        return LossTerms(
-            *self.compare(velocity, projected, cls_velocity, x, noise, cls_token, cls_noise, encoder_tokens, t)
-        )
+        return self.compare(*output, x, targets, draws)
 
-    def mix(
-        self, x: Tensor, noise: Tensor, cls_token: Tensor | None, cls_noise: Tensor | None, t: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return what the network gets to see, noisy latents (N, C, H, W) and the noisy class token (N, D) or None."""
-        x_t = self.interpolant.interpolate(x, noise, t)
-        cls_t = None if cls_token is None else self.interpolant.interpolate(cls_token, cls_noise, t)
-        return x_t, cls_t
+    def mix(self, x: Tensor, targets: Targets, draws: Draws) -> tuple[Tensor, Tensor | None]:
+        """Return the input of the network: noisy latents (N, C, h, w) and noisy class token (N, D) or None."""
+        x_t = self.path.interpolate(x, draws.noise, draws.t)
+        if targets.cls_token is None:
+            return x_t, None
+        return x_t, self.path.interpolate(targets.cls_token, draws.cls_noise, draws.t)
 
     def compare(
         self,
@@ -106,65 +135,15 @@ class REGLoss:
         projected: Sequence[Tensor] | None,
         cls_velocity: Tensor | None,
         x: Tensor,
-        noise: Tensor,
-        cls_token: Tensor | None,
-        cls_noise: Tensor | None,
-        encoder_tokens: Sequence[Tensor],
-        t: Tensor,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-        """Return the fields of `LossTerms`, from the network's three outputs and what they should have been."""
-        denoise = squared_error(velocity, self.interpolant.velocity_target(x, noise, t))
-        proj = alignment(projected, encoder_tokens) if encoder_tokens else None
-        cls = None
-        if cls_token is not None:
-            cls = squared_error(cls_velocity, self.interpolant.velocity_target(cls_token, cls_noise, t))
-        total = denoise
-        if proj is not None:
-            total = total + self.proj_coeff * proj
-        if cls is not None:
-            total = total + self.cls_coeff * cls
-        return denoise, proj, cls, total
-
-
-@dataclass(frozen=True)
-class TrainingNoise:
-    """All that one training step draws at random, for every sample of the global batch.
-
-    Drawn as a whole and then cut to a process's rows, a step is the same for any number of processes.
-    """
-
-    t: Tensor  # (B,) in [0, 1]
-    noise: Tensor  # (B, C, h, w)
-    latent_noise: Tensor  # (B, C, h, w), draws the latents from their moments
-    label_drop: Tensor  # (B,) bool
-    cls_noise: Tensor | None  # (B, D)
-
-    @classmethod
-    def draw(
-        cls,
-        generator: torch.Generator,
-        batch_size: int,
-        latent_shape: tuple[int, int, int],
-        cls_token_dim: int | None,
-        interpolant: Interpolant,
-        weighting: str = "uniform",
-        label_drop_prob: float = 0.1,
-    ) -> TrainingNoise:
-        """Return the random numbers of `batch_size` samples, float32, on the generator's device."""
-        on = {"generator": generator, "device": generator.device}
-        return cls(
-            t=interpolant.sample_time(batch_size, weighting, **on),
-            noise=torch.randn(batch_size, *latent_shape, **on),
-            latent_noise=torch.randn(batch_size, *latent_shape, **on),
-            label_drop=torch.rand(batch_size, **on) < label_drop_prob,
-            # Drawn last: with and without a class slot, everything else is the same.
-            cls_noise=torch.randn(batch_size, cls_token_dim, **on) if cls_token_dim else None,
-        )
-
-    def rows(self, first: int, last: int) -> TrainingNoise:
-        """Return the part that belongs to samples first .. last - 1 of the global batch."""
-        cut = {f.name: getattr(self, f.name) for f in fields(self)}
-        return TrainingNoise(**{name: None if value is None else value[first:last] for name, value in cut.items()})
+        targets: Targets,
+        draws: Draws,
+    ) -> dict[str, Tensor]:
+        """Return what `__call__` returns, from the three outputs of the network."""
+        at = Comparison(velocity, projected, cls_velocity, x, targets, draws, self.path)
+        values = {term.name: term.compute(at) for term in TERMS}
+        values = {name: value for name, value in values.items() if value is not None}
+        weights = {term.name: self.weights.get(term.name, term.weight) for term in TERMS}
+        return {"loss": sum(weights[name] * value for name, value in values.items()), **values}
 
 
 def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
@@ -194,11 +173,11 @@ def alignment(projected: Sequence[Tensor], encoder_tokens: Sequence[Tensor]) -> 
 
 
 def alignment_target(cls_token: Tensor, patch_tokens: Tensor, with_cls: bool) -> Tensor:
-    """Return what the network's tokens are aligned with: patch tokens (N, T, D), the class token (N, D) put first
-    where the network has a slot, (N, 1 + T, D) (REG, section 3).
+    """Return the tokens that the network's tokens are aligned with (REG, section 3).
 
-    Whatever the slot holds, its target is the class token: the entangled signals of the paper's ablation then differ in
-    nothing else.
+    These are the patch tokens (N, T, D); for a network with a class slot the class token (N, D) is put first,
+    (N, 1 + T, D). Whatever the slot holds, its target is the class token, so the entangled signals of the paper's
+    ablation differ in nothing else.
     """
     return torch.cat([cls_token.unsqueeze(1), patch_tokens], dim=1) if with_cls else patch_tokens
 
@@ -207,7 +186,7 @@ def entangled_token(kind: str, encoded: tuple[Tensor, Tensor] | None, x: Tensor 
     """Return the clean token (N, D) float32 that is denoised with the latents; None for a kind that has none.
 
     Args:
-        kind: of `ENTANGLED`.
+        kind: one of `ENTANGLED`.
         encoded: class token (N, D) and patch tokens (N, T, D) of the first encoder; needed for `FROM_ENCODER`.
         x: clean latents (N, C, h, w); their mean over positions has D = C.
     """

@@ -124,10 +124,17 @@ def parse(config_class: type[AnyConfig], description: str, argv: Sequence[str] |
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
         known = [option for action in parser._actions for option in action.option_strings]
-        nearest = difflib.get_close_matches(unknown[0].split("=")[0].replace("_", "-"), known, n=1, cutoff=0.4)
-        hint = f"did you mean {nearest[0]}?" if nearest else "--help lists all flags"
-        raise InputError(f"{unknown[0]}: unknown argument; {hint}")
+        raise InputError(f"{unknown[0]}: unknown argument; {_suggestion(unknown[0], known)}")
     return config_class(**vars(namespace))
+
+
+def _suggestion(given: str, known: list[str]) -> str:
+    """Return a hint at the known flag that is nearest to an unknown one, by its spelling or by its initials (--lr)."""
+    name = given.split("=")[0].strip("-").replace("_", "-")
+    by_name = {option.strip("-"): option for option in known}
+    nearest = [n for n in by_name if "".join(word[0] for word in n.split("-")) == name and len(name) > 1]
+    nearest += difflib.get_close_matches(name, by_name, n=1)
+    return f"did you mean {by_name[nearest[0]]}?" if nearest else "--help lists all flags"
 
 
 def make_parser(config_class: type[Config], description: str) -> argparse.ArgumentParser:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,9 +13,27 @@ from torch import Tensor
 from common.io import InputError
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
 
 LONGEST_WORK = timedelta(days=2)
+
+
+def broadcast_from_main(accelerator: Accelerator, decide: Callable[[], Any]) -> Any:
+    """Return, or raise as InputError, on every process what `decide` gives on the main process."""
+    from accelerate.utils import broadcast_object_list
+
+    outcome = None
+    if accelerator.is_main_process:
+        try:
+            outcome = decide()
+        except InputError as error:
+            outcome = error
+    if accelerator.num_processes > 1:
+        outcome = broadcast_object_list([outcome])[0]
+    if isinstance(outcome, InputError):
+        raise outcome
+    return outcome
 
 
 def largest_batch(attempt: Callable[[int], object], largest: int) -> int:

@@ -7,10 +7,11 @@ from models import ema
 from models.encoders import untrained_encoder
 from models.interpolant import Interpolant
 from tests.conftest import run_training
-from tests.test_benchmarks import ENCODER
 from tests.test_sit import inputs, randomise, small
 from tests.test_train import terms, with_flags
 from training.parallelism import compile_training, to_device
+
+ENCODER = "timm/vit_tiny_patch16_224:input=64:patch_size=64:depth=1:embed_dim=24:num_heads=2"
 
 
 @pytest.fixture(autouse=True)

@@ -1,8 +1,8 @@
 import pytest
 import torch
-import torch.nn.functional as F
 
-from loss import REGLoss, TrainingNoise, alignment, alignment_target
+import loss
+from loss import Draws, REGLoss, Targets, Term, alignment, alignment_target
 from models.interpolant import PATHS, Interpolant
 
 N, C, H, D, T, W = 3, 4, 8, 6, 16, 10
@@ -23,44 +23,66 @@ class Recorder:
 
 
 def batch(seed=1):
+    """Return latents, labels, a clean class token and the draws of a step."""
     g = torch.Generator().manual_seed(seed)
-    return {
-        "x": torch.randn(N, C, H, H, generator=g), "y": torch.zeros(N, dtype=torch.int64),
-        "cls_token": torch.randn(N, D, generator=g), "t": torch.rand(N, generator=g),
-        "noise": torch.randn(N, C, H, H, generator=g), "cls_noise": torch.randn(N, D, generator=g),
-    }  # fmt: skip
+    x, cls_token = torch.randn(N, C, H, H, generator=g), torch.randn(N, D, generator=g)
+    draws = Draws(
+        t=torch.rand(N, generator=g),
+        noise=torch.randn(N, C, H, H, generator=g),
+        latent_noise=torch.randn(N, C, H, H, generator=g),
+        label_drop=torch.tensor([True, False, False]),
+        cls_noise=torch.randn(N, D, generator=g),
+    )
+    return x, torch.zeros(N, dtype=torch.int64), cls_token, draws
 
 
 @pytest.mark.parametrize("path", PATHS)
 def test_terms_written_out(path):
     """Every term against the formulas of the paper, sample by sample."""
-    model, b, targets = Recorder(), batch(), torch.randn(N, 1 + T, W)
-    interpolant = Interpolant(path)
-    terms = REGLoss(interpolant, proj_coeff=0.5, cls_coeff=0.03)(model, **b, encoder_tokens=[targets])
+    model, targets = Recorder(), torch.randn(N, 1 + T, W)
+    x, y, cls_token, draws = batch()
+    path = Interpolant(path)
+    terms = REGLoss(path)(model, x, y, Targets(cls_token, [targets]), draws)
+    assert list(terms) == ["loss", "denoise", "proj", "cls"]
     for i in range(N):
-        at = interpolant.coefficients(b["t"][i])
-        target = at.d_alpha_t * b["x"][i] + at.d_sigma_t * b["noise"][i]
-        cls_target = at.d_alpha_t * b["cls_token"][i] + at.d_sigma_t * b["cls_noise"][i]
+        at = path.coefficients(draws.t[i])
+        target = at.d_alpha_t * x[i] + at.d_sigma_t * draws.noise[i]
+        cls_target = at.d_alpha_t * cls_token[i] + at.d_sigma_t * draws.cls_noise[i]
         cosines = [
             torch.dot(z, y) / z.norm() / y.norm() for z, y in zip(model.projected[0][i], targets[i], strict=True)
         ]
-        torch.testing.assert_close(terms.denoise[i], ((model.velocity[i] - target) ** 2).mean())
-        torch.testing.assert_close(terms.cls[i], ((model.cls_velocity[i] - cls_target) ** 2).mean())
-        torch.testing.assert_close(terms.proj[i], -sum(cosines) / len(cosines))
-    torch.testing.assert_close(terms.total, terms.denoise + 0.5 * terms.proj + 0.03 * terms.cls)
-    at = interpolant.coefficients(b["t"][:, None])
-    torch.testing.assert_close(model.cls_token, at.alpha_t * b["cls_token"] + at.sigma_t * b["cls_noise"])
-    assert torch.equal(model.t, b["t"])
+        torch.testing.assert_close(terms["denoise"][i], ((model.velocity[i] - target) ** 2).mean())
+        torch.testing.assert_close(terms["cls"][i], ((model.cls_velocity[i] - cls_target) ** 2).mean())
+        torch.testing.assert_close(terms["proj"][i], -sum(cosines) / len(cosines))
+    torch.testing.assert_close(terms["loss"], terms["denoise"] + 0.5 * terms["proj"] + 0.03 * terms["cls"])
+    at = path.coefficients(draws.t[:, None])
+    torch.testing.assert_close(model.cls_token, at.alpha_t * cls_token + at.sigma_t * draws.cls_noise)
+    assert torch.equal(model.t, draws.t) and torch.equal(model.label_drop, draws.label_drop)
 
 
-def test_repa_and_sit_are_the_same_loss_with_less():
-    model, b = Recorder(), batch()
-    b.pop("cls_token"), b.pop("cls_noise")
-    targets = torch.randn(N, 1 + T, W)
-    repa = REGLoss(Interpolant())(model, **b, encoder_tokens=[targets])
-    assert repa.cls is None and list(repa.named()) == ["loss", "denoise", "proj"]
-    sit = REGLoss(Interpolant())(model, **b)
-    assert not model.project and torch.equal(sit.total, sit.denoise)
+def test_repa_and_sit_are_the_same_loss_with_fewer_terms():
+    model, (x, y, _, draws) = Recorder(), batch()
+    repa = REGLoss(Interpolant())(model, x, y, Targets(None, [torch.randn(N, 1 + T, W)]), draws)
+    assert list(repa) == ["loss", "denoise", "proj"]
+    sit = REGLoss(Interpolant())(model, x, y, Targets(), draws)
+    assert not model.project and torch.equal(sit["loss"], sit["denoise"])
+
+
+def test_weights_of_a_run_replace_those_of_the_terms():
+    x, y, cls_token, draws = batch()
+    terms = REGLoss(Interpolant(), {"cls": 2.0})(Recorder(), x, y, Targets(cls_token), draws)
+    torch.testing.assert_close(terms["loss"], terms["denoise"] + 2 * terms["cls"])
+
+
+def test_a_term_is_one_entry(monkeypatch):
+    """It is computed and weighted; tests of train.py show that it is logged and plotted."""
+    norm = Term("norm", "mean |velocity|", 0.1, lambda at: at.velocity.abs().flatten(1).mean(1))
+    monkeypatch.setattr(loss, "TERMS", (*loss.TERMS, norm))
+    x, y, _, draws = batch()
+    model = Recorder()
+    terms = REGLoss(Interpolant())(model, x, y, Targets(), draws)
+    torch.testing.assert_close(terms["norm"], model.velocity.abs().mean(dim=(1, 2, 3)))
+    torch.testing.assert_close(terms["loss"], terms["denoise"] + 0.1 * terms["norm"])
 
 
 def test_several_encoders_are_averaged():
@@ -95,27 +117,19 @@ def test_class_token_stands_first_in_the_target():
     assert torch.equal(alignment_target(cls, patches, with_cls=False), patches)
 
 
-def test_times_and_noise_are_drawn_where_not_given():
-    torch.manual_seed(0)
-    model, b = Recorder(), batch()
-    for name in ("t", "noise", "cls_noise"):
-        b.pop(name)
-    REGLoss(Interpolant())(model, **b)
-    first = model.x, model.cls_token, model.t
-    REGLoss(Interpolant())(model, **b)
-    assert all(not torch.equal(a, z) for a, z in zip(first, (model.x, model.cls_token, model.t), strict=True))
-    assert F.mse_loss(first[0], b["x"]) > 0
+def test_nothing_is_drawn():
+    """The same draws give the same loss, whatever the state of the global generator."""
+    x, y, cls_token, draws = batch()
+    results = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        results.append(REGLoss(Interpolant())(Recorder(), x, y, Targets(cls_token), draws)["loss"])
+    assert torch.equal(*results)
 
 
-def test_training_noise_is_cut_by_rows_and_repeats():
-    def draw():
-        generator = torch.Generator().manual_seed(3)
-        return TrainingNoise.draw(generator, 8, (C, H, H), D, Interpolant(), label_drop_prob=0.5)
-
-    whole, again = draw(), draw()
-    parts = [whole.rows(0, 3), whole.rows(3, 8)]
-    for name in ("t", "noise", "cls_noise", "latent_noise", "label_drop"):
-        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(again, name))
-    assert whole.label_drop.any() and not whole.label_drop.all()
-    assert not torch.equal(whole.noise, whole.latent_noise)
-    assert TrainingNoise.draw(torch.Generator(), 2, (C, H, H), None, Interpolant()).rows(0, 1).cls_noise is None
+def test_draws_are_cut_by_rows():
+    *_, draws = batch()
+    parts = [draws.rows(0, 1), draws.rows(1, 3)]
+    for name in Draws._fields:
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(draws, name))
+    assert draws._replace(cls_noise=None).rows(0, 1).cls_noise is None

@@ -186,7 +186,7 @@ def test_a_broken_newest_checkpoint_is_skipped(train_flags, tmp_path, damage, ca
         )
         checksum_path(path).unlink()
     assert_same_run(whole, run_training(flags))
-    assert "warning: not going on from 0000008.pt, trying the one before it" in capsys.readouterr().err
+    assert "warning: 0000008.pt is skipped, the previous checkpoint is tried" in capsys.readouterr().err
     assert not (tmp_path / "ran").exists()
 
 
@@ -196,7 +196,7 @@ def test_without_a_whole_checkpoint_nothing_is_begun_anew(train_flags):
     for path in (folder / "checkpoints").glob("*.pt"):
         path.write_bytes(path.read_bytes()[:-1])
     before = (folder / "metrics.jsonl").read_bytes()
-    with pytest.raises(InputError, match="none of its 2 checkpoints is whole"):
+    with pytest.raises(InputError, match="all of its 2 checkpoints are damaged"):
         run_training(flags)
     with pytest.raises(InputError, match=r"0000012\.pt: damaged; its SHA-256 is"):
         run_training([*flags[: flags.index("--resume")], *flags[flags.index("--resume") + 2 :], "--resume-step", "12"])
@@ -237,7 +237,7 @@ def test_a_full_disk(train_flags, tmp_path, small_disk, room_is_made):
         assert rows == list(range(3, rows[-1] + 1, 3))
     else:
         assert training.wait() == 2, training.text()
-        assert "train.py: error:" in training.text() and "make room" in training.text()
+        assert "train.py: error:" in training.text() and "free some space" in training.text()
         ballast.unlink()
         assert_same_run(whole, finish(flags, tmp_path))
 
@@ -277,8 +277,8 @@ def test_too_many_bad_steps_in_a_row_end_the_run(train_flags, data, tmp_path):
         poison(data, index, float("nan"))
     training = Training(flags, tmp_path / "output.txt", processes=2)
     assert training.wait() == 2
-    assert "error: the last 3 steps, to step 5, had no finite gradient: the run stops" in training.text()
-    assert "go on from an earlier checkpoint" in training.text().lower()
+    assert "error: the last 3 steps, up to step 5, had no finite gradient: the run stops" in training.text()
+    assert "resume from an earlier checkpoint" in training.text().lower()
     bad = [json.loads(line) for line in (folder / "bad_steps.jsonl").read_text().splitlines()]
     assert [(row["step"], row["kind"], len(row["samples"])) for row in bad] == [(s, "weights", 8) for s in (3, 4, 5)]
     verify_checkpoint(folder / "checkpoints" / "0000003.pt")

@@ -99,7 +99,7 @@ def test_a_read_that_creeps_in_is_found(train_flags, monkeypatch, how):
 
 def test_reports_are_read_once_a_step_two_steps_late(train_flags):
     run, batches = start(train_flags)
-    train.read_reports(run, all_sent=True)
+    train.read_reports(run, wait_for_all=True)
     run.reports.lag, reads = 2, []
     for _ in range(5):
         train.training_step(run, batches)

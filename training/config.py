@@ -1,321 +1,358 @@
-"""The settings of a training run: train.py's flags, what they must satisfy, and which of them say what run it is."""
+"""The settings of a training run: the flags of train.py, and what set-up finds out about the run.
+
+A field of `TrainConfig` is the only place that states a flag's default, allowed values, help, and whether a resumed run
+may change it (`changeable`). What the data and the encoders determine is in `RunFacts`.
+"""
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import MISSING, asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from common.cli import SWITCH, finite_float, flag, legacy_parse, uses_cuda
+from common.cli import (
+    BELOW_ONE,
+    NON_NEGATIVE,
+    POSITIVE,
+    Check,
+    Config,
+    fixed_settings,
+    flag,
+    parse,
+    setting,
+    settings,
+    uses_cuda,
+)
 from common.io import InputError
 from loss import ENTANGLED, FROM_ENCODER
-from models.interpolant import PATHS, WEIGHTINGS
-from models.sit import SiT_models
+from models.autoencoder import LatentFormat
+from models.interpolant import PATHS
+from models.sit import ENCODER_DEPTHS, PRESETS, SiT_models, SiTConfig
+from training.randomness import TIME_DISTRIBUTIONS
 
-MINUTES_OF_A_YEAR = 525_600
-# Flags by the numbers they take.
-ABOVE_0 = """
-    batch_size max_train_steps epochs gradient_accumulation_steps log_steps checkpointing_steps learning_rate
-    max_grad_norm grid_samples grid_num_steps projector_dim eval_samples eval_num_steps eval_batch_size retry_steps
-    max_bad_steps timeout_minutes depth hidden_size num_heads encoder_depth num_classes
-"""
-FROM_0 = """
-    sampling_steps resume_step seed num_workers proj_coeff cls adam_weight_decay adam_epsilon keep_last keep_every
-    eval_steps
-"""
-BELOW_1 = "ema_decay cfg_prob adam_beta1 adam_beta2"
-# What may differ between a run and its continuation; everything else says which run it is.
-MAY_CHANGE = {
-    "output_dir", "exp_name", "logging_dir", "report_to", "sampling_steps", "resume_step", "resume", "init_from",
-    "data_dir", "allow_tf32", "mixed_precision", "epochs", "max_train_steps", "checkpointing_steps", "fused_attn",
-    "num_workers", "gradient_accumulation_steps", "log_steps", "check_data", "device", "enc_weights", "vae",
-    "grid_samples", "grid_num_steps", "grid_cfg_scale", "eval_steps", "eval_ref", "eval_samples", "eval_num_steps",
-    "eval_batch_size", "eval_inception", "legacy", "keep_last", "keep_every", "background_save", "retry_steps",
-    "max_bad_steps", "timeout_minutes", "fsdp", "compile", "activation_checkpointing",
-}  # fmt: skip
+MINUTES_PER_YEAR = 525_600
+SEED = Check("from 0 to 2^63 - 1", lambda value: 0 <= value < 2**63)
+TIMEOUT = Check(f"greater than 0 and at most a year, {MINUTES_PER_YEAR}", lambda value: 0 < value <= MINUTES_PER_YEAR)
+MODEL = Check(f"one of {', '.join(SiT_models)}", lambda value: value in SiT_models)
+FOLDER_NAME = Check("the name of a folder", lambda value: bool(value.strip(". ")))
 
 
-def _run_flags(add: Callable) -> None:
-    add("--output-dir", default="exps", help="folder of all runs (%(default)s)")
-    add("--exp-name", required=True, help="name of this run, its folder in --output-dir")
-    add("--logging-dir", default="logs", help="the tracker's folder inside the run's folder (%(default)s)")
-    add(
-        "--report-to",
-        default="none",
-        choices=["none", "wandb", "tensorboard"],
-        help="tracker beside our own files (%(default)s)",
-    )
-    add(
-        "--log-steps",
-        type=int,
-        default=100,
-        help="steps between two rows of metrics.jsonl (%(default)s)",
-    )
-    add("--checkpointing-steps", type=int, default=50_000, help="steps between two checkpoints (%(default)s)")
-    add("--keep-last", type=int, default=0, help="keep so many of the newest checkpoints; 0: all (%(default)s)")
-    add(
-        "--keep-every",
-        type=int,
-        default=0,
-        help="besides, keep those of every so many steps; 0: none (%(default)s)",
-    )
-    add(
-        "--background-save",
-        action=SWITCH,
-        default=True,
-        help="write checkpoints while training goes on, from a copy (%(default)s)",
-    )
-    add(
-        "--retry-steps",
-        type=int,
-        default=100,
-        help="after a checkpoint that could not be written, try again so many steps later (%(default)s)",
-    )
-    add(
-        "--max-bad-steps",
-        type=int,
-        default=20,
-        help="stop after so many in a row without a finite gradient (%(default)s)",
-    )
-    add(
-        "--timeout-minutes",
-        type=finite_float,
-        default=30,
-        help="how long processes wait for one that has died (%(default)s)",
-    )
-    add("--resume-step", type=int, default=0, help="go on from the checkpoint of this step; 0: start anew")
-    add("--resume", help="go on from 'latest' (start anew if there is no checkpoint yet) or from a checkpoint file")
-    add(
-        "--init-from",
-        help="checkpoint whose averaged weights a new run begins with; what they do not fit (other classes, encoders, "
-        "resolution) begins fresh",
-    )
-    add(
-        "--legacy",
-        action=SWITCH,
-        help="the checkpoint is (not) of the older REPA layout; found by itself",
-    )
-    add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="where to train; auto: CUDA if there is one")
+@dataclass(frozen=True, kw_only=True)
+class RunSettings(Config):
+    """run"""
 
-
-def _grid_flags(add: Callable) -> None:
-    add(
-        "--sampling-steps",
-        type=int,
-        default=10_000,
-        help="steps between two grids; 0: none, no codec needed (%(default)s)",
+    output_dir: str = setting("exps", "folder of all runs", changeable=True)
+    exp_name: str = setting(MISSING, "name of this run; its folder in --output-dir", check=FOLDER_NAME, changeable=True)
+    logging_dir: str = setting("logs", "folder of the tracker, inside the run's folder", changeable=True)
+    report_to: str = setting(
+        "none", "tracker, in addition to our own files", choices=("none", "wandb", "tensorboard"), changeable=True
     )
-    add("--vae", help="codec that decodes the grids; default: the one that made the latents")
-    add("--grid-samples", type=int, default=36, help="images in a grid (%(default)s)")
-    add("--grid-num-steps", type=int, default=50, help="SDE steps for a grid (%(default)s)")
-    add(
-        "--grid-cfg-scale",
-        type=finite_float,
-        default=1.0,
-        help="guidance in a grid; 1: none (%(default)s)",
+    log_steps: int = setting(100, "steps between two rows of metrics.jsonl", check=POSITIVE, changeable=True)
+    checkpointing_steps: int = setting(50_000, "steps between two checkpoints", check=POSITIVE, changeable=True)
+    keep_last: int = setting(0, "keep the N newest checkpoints; 0: all", check=NON_NEGATIVE, changeable=True)
+    keep_every: int = setting(
+        0, "in addition, keep the checkpoints of every N-th step; 0: none", check=NON_NEGATIVE, changeable=True
+    )
+    background_save: bool = setting(True, "write checkpoints in the background, from a copy", changeable=True)
+    retry_steps: int = setting(
+        100, "steps until a checkpoint that could not be written is tried again", check=POSITIVE, changeable=True
+    )
+    max_bad_steps: int = setting(
+        20, "stop after N consecutive steps whose gradient is not finite", check=POSITIVE, changeable=True
+    )
+    timeout_minutes: float = setting(
+        30, "how long processes wait for one that does not answer", check=TIMEOUT, changeable=True
+    )
+    resume_step: int = setting(
+        0, "resume from the checkpoint of this step; 0: start a new run", check=NON_NEGATIVE, changeable=True
+    )
+    resume: str | None = setting(
+        None, "resume from a checkpoint file, or from 'latest' (a new run if there is no checkpoint)", changeable=True
+    )
+    init_from: str | None = setting(
+        None,
+        "checkpoint whose averaged weights initialise a new run; weights that do not fit (other classes, encoders, "
+        "resolution) are initialised as usual",
+        changeable=True,
+    )
+    legacy: bool | None = setting(
+        None, "whether the checkpoint has the older REPA layout; detected if not given", changeable=True
+    )
+    device: str = setting(
+        "auto", "where to train; auto: CUDA if available", choices=("auto", "cpu", "cuda"), changeable=True
     )
 
 
-def _evaluation_flags(add: Callable) -> None:
-    add("--eval-steps", type=int, default=0, help="steps between two evaluations of EMA samples; 0: none (%(default)s)")
-    add("--eval-ref", help="reference .npz: ADM's, or made by evaluations/reference.py")
-    add("--eval-samples", type=int, default=10_000, help="samples of an evaluation (%(default)s)")
-    add("--eval-num-steps", type=int, default=250, help="SDE steps of these samples (%(default)s)")
-    add("--eval-batch-size", type=int, default=64, help="of these, at a time on each process (%(default)s)")
-    add("--eval-inception", help="Inception weights; default: the published ones, downloaded once")
+@dataclass(frozen=True, kw_only=True)
+class GridSettings(Config):
+    """sample grids"""
+
+    sampling_steps: int = setting(
+        10_000, "steps between two grids; 0: none, no codec needed", check=NON_NEGATIVE, changeable=True
+    )
+    vae: str | None = setting(
+        None,
+        "codec that decodes samples; default: that of the latents (for sd-vae-ft-mse: sd-vae-ft-ema)",
+        changeable=True,
+    )
+    grid_samples: int = setting(36, "images in a grid", check=POSITIVE, changeable=True)
+    grid_num_steps: int = setting(50, "SDE steps for a grid", check=POSITIVE, changeable=True)
+    grid_cfg_scale: float = setting(1.0, "guidance scale of a grid; 1: no guidance", changeable=True)
 
 
-def _network_flags(add: Callable) -> None:
-    add("--model", default="SiT-XL/2", help="preset, SiT-{S,B,L,XL}/{2,4,8} (%(default)s)")
-    add("--depth", type=int, help="number of blocks instead of the preset's")
-    add("--hidden-size", type=int, help="width instead of the preset's")
-    add("--num-heads", type=int, help="attention heads instead of the preset's")
-    add("--projector-dim", type=int, default=2048, help="inner width of the projectors (%(default)s)")
-    add("--num-classes", type=int, help="number of classes, no fewer than the data have; default: as many")
-    add(
-        "--encoder-depth",
-        type=int,
-        help="align after this block, from 1; default 4 for S, B, 8 for L, XL",
-    )
-    add(
-        "--fused-attn",
-        action=SWITCH,
-        default=True,
-        help="attention through scaled_dot_product_attention (%(default)s)",
-    )
-    add("--qk-norm", action=SWITCH, default=False, help="LayerNorm on queries and keys (%(default)s)")
-    add(
-        "--cls-token",
-        action=SWITCH,
-        help="class slot: with it REG, without it REPA (the same as --entangle none)",
-    )
-    add("--ema-decay", type=finite_float, default=0.9999, help="decay of the averaged weights (%(default)s)")
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings(Config):
+    """evaluation during training"""
 
-
-def _data_flags(add: Callable) -> None:
-    add("--data-dir", default="data/imagenet256", help="folder with images and latents (%(default)s)")
-    add("--resolution", type=int, help="image size in px; read from the data, this only checks it")
-    add("--batch-size", type=int, default=256, help="samples of an optimiser step, over all processes (%(default)s)")
-    add("--num-workers", type=int, default=4, help="loader processes for each training process (%(default)s)")
-    add(
-        "--flip",
-        action=SWITCH,
-        default=False,
-        help="half of the images mirrored (preprocessing/encode.py --flip) (%(default)s)",
+    eval_steps: int = setting(
+        0, "steps between two evaluations of EMA samples; 0: none", check=NON_NEGATIVE, changeable=True
     )
-    add(
-        "--check-data",
-        action=SWITCH,
-        default=True,
-        help="look at every file for truncation before training (%(default)s)",
+    eval_ref: str | None = setting(
+        None, "reference .npz: ADM's, or one made by evaluations/reference.py", changeable=True
+    )
+    eval_samples: int = setting(10_000, "samples of an evaluation", check=POSITIVE, changeable=True)
+    eval_num_steps: int = setting(250, "SDE steps of these samples", check=POSITIVE, changeable=True)
+    eval_batch_size: int = setting(64, "samples at a time on each process", check=POSITIVE, changeable=True)
+    eval_inception: str | None = setting(
+        None, "Inception weights; default: the published ones, downloaded once", changeable=True
     )
 
 
-def _precision_flags(add: Callable) -> None:
-    add("--allow-tf32", action=SWITCH, default=True, help="TF32 in matrix products of CUDA (%(default)s)")
-    add("--mixed-precision", choices=["no", "fp16", "bf16"], help="autocast; default fp16 on CUDA, no on the CPU")
+@dataclass(frozen=True, kw_only=True)
+class NetworkSettings(Config):
+    """network"""
 
-
-def _optimisation_flags(add: Callable) -> None:
-    add("--max-train-steps", type=int, default=400_000, help="stop after so many steps (%(default)s)")
-    add("--epochs", type=int, help="stop earlier, after so many passes over the data; default: do not")
-    add(
-        "--gradient-accumulation-steps",
-        type=int,
-        default=1,
-        help="parts that a process cuts its samples into (%(default)s)",
+    model: str = setting("SiT-XL/2", "preset, SiT-{S,B,L,XL}/{2,4,8}", check=MODEL)
+    depth: int | None = setting(None, "number of blocks; default: the preset's", check=POSITIVE)
+    hidden_size: int | None = setting(None, "width; default: the preset's", check=POSITIVE)
+    num_heads: int | None = setting(None, "attention heads; default: the preset's", check=POSITIVE)
+    projector_dim: int = setting(2048, "inner width of the projectors", check=POSITIVE)
+    num_classes: int | None = setting(
+        None, "number of classes, at least that of the data; default: that of the data", check=POSITIVE
     )
-    add("--learning-rate", type=finite_float, default=1e-4, help="constant (%(default)s)")
-    add("--adam-beta1", type=finite_float, default=0.9, help="AdamW (%(default)s)")
-    add("--adam-beta2", type=finite_float, default=0.999, help="AdamW (%(default)s)")
-    add("--adam-weight-decay", type=finite_float, default=0.0, help="AdamW (%(default)s)")
-    add("--adam-epsilon", type=finite_float, default=1e-8, help="AdamW (%(default)s)")
-    add("--max-grad-norm", type=finite_float, default=1.0, help="clip the gradient's norm to this (%(default)s)")
-    add("--seed", type=int, default=0, help="of everything random (%(default)s)")
-
-
-def _method_flags(add: Callable) -> None:
-    add("--path-type", default="linear", choices=PATHS, help="path between data and noise (%(default)s)")
-    add("--prediction", default="v", choices=["v"], help="what the network predicts: the velocity")
-    add("--weighting", default="uniform", choices=WEIGHTINGS, help="distribution of training times (%(default)s)")
-    add("--cfg-prob", type=finite_float, default=0.1, help="share of labels replaced by the null class (%(default)s)")
-    add(
-        "--enc-type",
-        default="dinov2-vit-b",
-        help="frozen encoders, comma-separated; the first gives the class token",
+    encoder_depth: int | None = setting(
+        None, "align after this block, counted from 1; default: 4 for S and B, 8 for L and XL", check=POSITIVE
     )
-    add("--enc-weights", help="local weight files of the encoders, comma-separated; default: the hub")
-    add(
-        "--entangle",
+    fused_attn: bool = setting(True, "attention through scaled_dot_product_attention", changeable=True)
+    qk_norm: bool = setting(False, "LayerNorm on queries and keys")
+    cls_token: bool | None = setting(
+        None, "class slot: with it REG, without it REPA (--no-cls-token is --entangle none)"
+    )
+    ema_decay: float = setting(0.9999, "decay of the averaged weights", check=BELOW_ONE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings(Config):
+    """data"""
+
+    data_dir: str = setting("data/imagenet256", "folder with images and latents", changeable=True)
+    resolution: int | None = setting(None, "image size in px; read from the data, this only checks it")
+    batch_size: int = setting(256, "samples of an optimizer step, over all processes", check=POSITIVE)
+    num_workers: int = setting(4, "loader processes of each training process", check=NON_NEGATIVE, changeable=True)
+    flip: bool = setting(False, "mirror half of the images (needs preprocessing/encode.py --flip)")
+    check_data: bool = setting(True, "check every file for truncation before training", changeable=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionSettings(Config):
+    """precision"""
+
+    allow_tf32: bool = setting(True, "TF32 in matrix products on CUDA", changeable=True)
+    mixed_precision: str | None = setting(
+        None, "autocast; default: fp16 on CUDA, no on the CPU", choices=("no", "fp16", "bf16"), changeable=True
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedSettings(Config):
+    """speed and memory"""
+
+    compile: bool = setting(False, "compile network, loss and encoders; only rounding changes", changeable=True)
+    activation_checkpointing: bool = setting(
+        False, "less memory, more time, the same gradients: the backward pass recomputes the blocks", changeable=True
+    )
+    fsdp: bool = setting(
+        False,
+        "shard weights, averages and optimizer state over the processes (FSDP), for networks that do not fit one GPU",
+        changeable=True,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizationSettings(Config):
+    """optimization"""
+
+    max_train_steps: int = setting(400_000, "number of training steps", check=POSITIVE, changeable=True)
+    epochs: int | None = setting(
+        None, "stop after N passes over the data, if this is earlier", check=POSITIVE, changeable=True
+    )
+    gradient_accumulation_steps: int = setting(
+        1, "micro-batches into which a process divides its samples", check=POSITIVE, changeable=True
+    )
+    learning_rate: float = setting(1e-4, "constant learning rate", check=POSITIVE)
+    adam_beta1: float = setting(0.9, "of AdamW", check=BELOW_ONE)
+    adam_beta2: float = setting(0.999, "of AdamW", check=BELOW_ONE)
+    adam_weight_decay: float = setting(0.0, "of AdamW", check=NON_NEGATIVE)
+    adam_epsilon: float = setting(1e-8, "of AdamW", check=NON_NEGATIVE)
+    max_grad_norm: float = setting(1.0, "clip the gradient norm to this value", check=POSITIVE)
+    seed: int = setting(0, "seed of all random numbers", check=SEED)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodSettings(Config):
+    """method"""
+
+    path_type: str = setting("linear", "path between data and noise", choices=PATHS)
+    prediction: str = setting("v", "what the network predicts: the velocity", choices=("v",))
+    weighting: str = setting("uniform", "distribution of training times", choices=tuple(TIME_DISTRIBUTIONS))
+    cfg_prob: float = setting(0.1, "probability that a label is replaced by the null class", check=BELOW_ONE)
+    enc_type: str = setting("dinov2-vit-b", "frozen encoders, comma-separated; the first gives the class token")
+    enc_weights: str | None = setting(
+        None, "local weight files of the encoders, comma-separated; default: the hub", changeable=True
+    )
+    entangle: str | None = setting(
+        None,
+        "what the class slot holds, denoised with the latents: the class token of the first encoder (default), the "
+        "mean of its patch tokens, or the mean of the latents; or a learned token, not denoised; or no slot. In each "
+        "case the slot is aligned with the class token",
         choices=ENTANGLED,
-        help="what the class slot holds, denoised with the latents: the first encoder's class token (the default), the "
-        "mean of its patch tokens, the mean of the latents; a learnt token, not denoised; or no slot. Whatever it "
-        "holds, it is aligned with the class token",
     )
-    add(
-        "--proj-coeff",
-        type=finite_float,
-        default=0.5,
-        help="weight of the alignment; 0: no projectors (%(default)s)",
-    )
-    add("--cls", type=finite_float, default=0.03, help="weight of the class token's velocity (%(default)s)")
+    proj_coeff: float = setting(0.5, "weight of the alignment; 0: no projectors", check=NON_NEGATIVE)
+    cls: float = setting(0.03, "weight of the class token's velocity", check=NON_NEGATIVE)
 
 
-def _speed_flags(add: Callable) -> None:
-    add(
-        "--compile",
-        action=SWITCH,
-        default=False,
-        help="compile network, loss and encoders; changes rounding only (%(default)s)",
-    )
-    add(
-        "--activation-checkpointing",
-        action=SWITCH,
-        default=False,
-        help="less memory, more time, the same gradients: blocks are computed again in the backward pass (%(default)s)",
-    )
-    add(
-        "--fsdp",
-        action=SWITCH,
-        default=False,
-        help="share weights, averages and AdamW's state out among the processes (FSDP), where one GPU cannot hold them "
-        "(%(default)s)",
-    )
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(
+    RunSettings, GridSettings, EvaluationSettings, NetworkSettings, DataSettings, PrecisionSettings, SpeedSettings,
+    OptimizationSettings, MethodSettings,
+):  # fmt: skip
+    """The settings of train.py. Names and meanings of the published flags are kept."""
+
+    def check_combination(self) -> None:
+        if self.eval_steps and not self.eval_ref:
+            raise InputError(f"--eval-steps {self.eval_steps}: needs --eval-ref, the reference .npz")
+        if self.entangle and self.cls_token is not None and self.cls_token != (self.entangle != "none"):
+            given = "--cls-token" if self.cls_token else "--no-cls-token"
+            raise InputError(f"--entangle {self.entangle} contradicts {given}; give one of them")
+        if self.enc_type == "none" and self.slot in FROM_ENCODER:
+            raise InputError("--enc-type none: the class slot needs an encoder; add --no-cls-token to train SiT")
+        if self.resume and self.resume_step:
+            raise InputError(f"--resume {self.resume} and --resume-step {self.resume_step}: give one of them")
+        if self.keep_every and not self.keep_last:
+            raise InputError(f"--keep-every {self.keep_every}: extends --keep-last; give --keep-last as well")
+        if self.report_to != "none" and importlib.util.find_spec(self.report_to) is None:
+            raise InputError(f"--report-to {self.report_to}: the package {self.report_to} is not installed")
+        if self.precision == "fp16" and not uses_cuda(self.device):
+            raise InputError("--mixed-precision fp16 needs a CUDA device; allowed on the CPU: no, bf16")
+
+    @property
+    def slot(self) -> str:
+        """What the class slot holds, one of `loss.ENTANGLED`."""
+        return self.entangle or ("none" if self.cls_token is False else "class")
+
+    @property
+    def precision(self) -> str:
+        """Autocast precision: no, fp16 or bf16."""
+        return self.mixed_precision or ("fp16" if uses_cuda(self.device) else "no")
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the run."""
+        return Path(self.output_dir) / self.exp_name
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """Weights of the loss terms, by the names in `loss.TERMS`."""
+        return {"proj": self.proj_coeff, "cls": self.cls}
 
 
-FLAGS = {
-    "run": _run_flags,
-    "sample grids": _grid_flags,
-    "evaluation while training": _evaluation_flags,
-    "network": _network_flags,
-    "data": _data_flags,
-    "precision": _precision_flags,
-    "speed and memory": _speed_flags,
-    "optimisation": _optimisation_flags,
-    "method": _method_flags,
-}
+def parse_args(argv: Sequence[str] | None = None) -> TrainConfig:
+    """Return the settings of a command line of train.py. Raises InputError for settings that no run can have."""
+    return parse(TrainConfig, "Train REG, REPA or SiT.", argv)
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Return the settings; names and meanings of the published flags are kept."""
-    args = legacy_parse("Train REG, REPA or SiT.", FLAGS, argv)
-    _check_args(args)
-    return args
+@dataclass(frozen=True)
+class RunFacts:
+    """What set-up finds out about a run: the data's resolution and latents, and the network that follows from them."""
+
+    resolution: int
+    latent_format: LatentFormat
+    network: SiTConfig
 
 
-def _check_args(args: argparse.Namespace) -> None:
-    """Raise InputError, naming flag, value and what is allowed, for settings that no run can have."""
-    if args.model not in SiT_models:
-        raise InputError(f"--model {args.model} is unknown; allowed: {', '.join(SiT_models)}")
-    if not args.exp_name.strip(". "):
-        raise InputError(f"--exp-name {args.exp_name!r}: must name a folder")
-    _check_numbers(args)
-    if args.eval_steps and not args.eval_ref:
-        raise InputError(f"--eval-steps {args.eval_steps}: needs --eval-ref, the .npz to compare with")
-    if args.entangle and args.cls_token is not None and args.cls_token != (args.entangle != "none"):
-        given = "--cls-token" if args.cls_token else "--no-cls-token"
-        raise InputError(f"--entangle {args.entangle} contradicts {given}; give one of them")
-    args.entangle = args.entangle or ("none" if args.cls_token is False else "class")
-    args.cls_token = args.entangle != "none"
-    if args.enc_type == "none" and args.entangle in FROM_ENCODER:
-        raise InputError("--enc-type none: the class slot needs an encoder; add --no-cls-token to train SiT")
-    if args.resume and args.resume_step:
-        raise InputError(f"--resume {args.resume} and --resume-step {args.resume_step}: give one of them")
-    if args.keep_every and not args.keep_last:
-        raise InputError(f"--keep-every {args.keep_every}: says what to keep besides --keep-last; give that too")
-    if args.report_to != "none" and importlib.util.find_spec(args.report_to) is None:
-        raise InputError(f"--report-to {args.report_to}: the package {args.report_to} is not installed")
-    on_cuda = uses_cuda(args.device)
-    args.mixed_precision = args.mixed_precision or ("fp16" if on_cuda else "no")
-    if args.mixed_precision == "fp16" and not on_cuda:
-        raise InputError("--mixed-precision fp16 needs a CUDA device; allowed on the CPU: no, bf16")
+def find_facts(
+    config: TrainConfig, resolution: int, latent_size: int, num_classes: int, latent_format: LatentFormat,
+    encoder_widths: Sequence[int],
+) -> RunFacts:  # fmt: skip
+    """Return the facts of a run from its data and from the widths of its encoders.
+
+    Raises:
+        InputError: the sizes of the network do not fit together.
+    """
+    size, patch_size = config.model.removeprefix("SiT-").split("/")
+    depth, hidden_size, num_heads = PRESETS[size]
+    cls_token_dim = None
+    if config.slot in FROM_ENCODER:
+        cls_token_dim = encoder_widths[0]
+    elif config.slot == "latent-mean":
+        cls_token_dim = latent_format.channels
+    try:
+        network = SiTConfig(
+            input_size=latent_size,
+            patch_size=int(patch_size),
+            in_channels=latent_format.channels,
+            hidden_size=config.hidden_size or hidden_size,
+            depth=config.depth or depth,
+            num_heads=config.num_heads or num_heads,
+            num_classes=config.num_classes or num_classes,
+            encoder_depth=config.encoder_depth or ENCODER_DEPTHS[size],
+            z_dims=tuple(encoder_widths) if config.proj_coeff > 0 else (),
+            projector_dim=config.projector_dim,
+            cls_token_dim=cls_token_dim,
+            qk_norm=config.qk_norm,
+            learnable_token=config.slot == "learnable",
+        )
+    except ValueError as error:
+        raise InputError(f"--model {config.model} with the given sizes: {error}") from error
+    return RunFacts(resolution, latent_format, network)
 
 
-def _check_numbers(args: argparse.Namespace) -> None:
-    for names, allowed, fits in (
-        (ABOVE_0, "greater than 0", lambda value: value > 0),
-        (FROM_0, "0 or greater", lambda value: value >= 0),
-        (BELOW_1, "at least 0 and less than 1", lambda value: 0 <= value < 1),
-    ):
-        for name in names.split():
-            value = getattr(args, name)
-            if value is not None and not fits(value):
-                raise InputError(f"{flag(name)} {value}: must be {allowed}")
-    if args.seed >= 2**63:
-        raise InputError(f"--seed {args.seed}: must be less than 2^63")
-    if args.timeout_minutes > MINUTES_OF_A_YEAR:
-        raise InputError(f"--timeout-minutes {args.timeout_minutes}: must be at most a year, {MINUTES_OF_A_YEAR}")
+def saved_args(config: TrainConfig, facts: RunFacts) -> dict[str, Any]:
+    """Return the settings as a checkpoint's `args` and args.json hold them: the flags, completed by the facts."""
+    network = facts.network
+    return {
+        **asdict(config),
+        "entangle": config.slot,
+        "cls_token": config.slot != "none",
+        "mixed_precision": config.precision,
+        "resolution": facts.resolution,
+        "codec": facts.latent_format.to_json(),
+        "latent_size": network.input_size,
+        "z_dims": list(network.z_dims),
+        **{
+            name: getattr(network, name)
+            for name in (
+                "depth", "hidden_size", "num_heads", "encoder_depth", "num_classes", "in_channels", "cls_token_dim",
+            )
+        },
+    }  # fmt: skip
 
 
-def check_same_run(args: argparse.Namespace, saved: dict[str, Any], source: str | Path) -> None:
-    """Raise InputError, naming both values, where settings contradict those that a run was begun with."""
-    for name, value in vars(args).items():
-        if name in MAY_CHANGE or name not in saved or value is None or saved[name] is None:
-            continue
-        if value != saved[name]:
+def check_same_run(current: dict[str, Any], saved: dict[str, Any], source: str | Path) -> None:
+    """Raise InputError, naming both values, where settings contradict those that a run was started with.
+
+    Args:
+        current: settings as `saved_args` returns them, or those of a `TrainConfig` alone.
+        saved: what the run recorded.
+        source: named in the error.
+    """
+    changeable = settings(TrainConfig).keys() - fixed_settings(TrainConfig)
+    for name, value in current.items():
+        before = saved.get(name)
+        if name not in changeable and value is not None and before is not None and value != before:
             raise InputError(
-                f"{flag(name)} is {value}, but {source} was begun with {saved[name]}, and a run keeps that. Another "
-                "may begin with its weights: a new --exp-name, and --init-from CHECKPOINT"
+                f"{flag(name)} is {value}, but {source} was started with {before}, and a run keeps this setting. To "
+                "start another run from its weights: a new --exp-name and --init-from CHECKPOINT"
             )

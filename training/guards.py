@@ -1,42 +1,88 @@
-"""Steps that do not count: whose gradient is not finite.
+"""Guards against steps whose gradient is not finite ("bad steps").
 
-The optimiser leaves them out by itself, so weights and averages stay clean. Here they are counted, their causes told
-apart and what went into them written down; too many in a row end the run.
+The optimizer skips such a step, so weights and averages stay finite. The step is counted, its cause is determined and
+its samples are written to bad_steps.jsonl; too many consecutive bad steps end the run.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor
 
 from common.io import InputError
-from dataset import GlobalBatchSampler, LatentDataset
 from training.metrics import RunLog, StepReport
 
 ADVICE = {
-    "samples": "The files named there are at fault: look at them, or make them anew (preprocessing/encode.py).",
-    "weights": "Every sample is affected, so it is not the data. Go on from an earlier checkpoint (--resume-step) with "
-    "--mixed-precision bf16 or no; if it comes back, begin anew with --qk-norm or a smaller --learning-rate.",
-    "gradient": "The losses are finite and the gradient is not. Look for absurd losses there (latents or images out "
-    "of all proportion); go on with --mixed-precision bf16 or no; if it comes back, begin anew with --qk-norm.",
-    "overflow": "fp16 overflows at any loss scale. Go on with --mixed-precision bf16; or begin anew with --qk-norm.",
+    "samples": "The cause is in the files named there: inspect them, or create them again (preprocessing/encode.py).",
+    "weights": "Every sample is affected, so the data is not the cause. Resume from an earlier checkpoint "
+    "(--resume-step) with --mixed-precision bf16 or no; if it happens again, start a new run with --qk-norm or a "
+    "smaller --learning-rate.",
+    "gradient": "The losses are finite and the gradient is not. Look for very large losses there (latents or images "
+    "out of range); resume with --mixed-precision bf16 or no; if it happens again, start a new run with --qk-norm.",
+    "overflow": "fp16 overflows at any loss scale. Resume with --mixed-precision bf16, or start a new run with "
+    "--qk-norm.",
 }
 
 
-class BadSteps:
-    """Takes note of the steps of a run that do not count.
+# Optimizers whose fused form skips a step on the device if `found_inf` is 1, and leaves its state untouched. (Fused SGD
+# skips too, but if the first step is skipped, its momentum starts from uninitialized memory.)
+SKIP_ON_DEVICE = (torch.optim.Adam, torch.optim.AdamW)
+
+
+class GuardedOptimizer:
+    """An optimizer that applies a step only if the gradient is finite.
+
+    The optimizers of `SKIP_ON_DEVICE` do so without a host sync. For all others, each step reads the gradient norm on
+    the host.
 
     Args:
-        log: counts them, and gets their samples as bad_steps.jsonl.
-        gather: joins the processes' tensors in their order; called on all processes at the same steps.
-        names: of the samples of a step's global batch.
-        limit: so many in a row end the run.
-        precision: "fp16" has a loss scaler, for which an overflow now and then is its way of working.
+        optimizer: prepared by accelerate.
+        tell: is given one line at the start if steps need a host sync.
+    """
+
+    def __init__(self, optimizer: AcceleratedOptimizer, tell: Callable[[str], object] = print):
+        self.optimizer = optimizer
+        inner = optimizer.optimizer
+        self.skips_on_device = isinstance(inner, SKIP_ON_DEVICE) and bool(inner.defaults.get("fused"))
+        if not self.skips_on_device:
+            tell(
+                f"note: {type(inner).__name__} does not honour found_inf: each step waits for the gradient norm, so "
+                "that steps with a gradient that is not finite can be skipped"
+            )
+
+    def step(self, grad_norm: Tensor) -> Tensor:
+        """Update the weights if the norm of the gradient is finite; return 1.0 if so, else 0.0, on the device."""
+        good = grad_norm.isfinite().float()
+        if self.skips_on_device:
+            self.optimizer.optimizer.found_inf = 1 - good
+        if self.skips_on_device or self.optimizer.scaler is not None or good.item():  # a loss scaler skips by itself
+            self.optimizer.step()
+        return good
+
+    def zero_grad(self) -> None:
+        """Release the gradients."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the optimizer state, by index of the parameter."""
+        return self.optimizer.state_dict()
+
+
+class BadSteps:
+    """Counts and describes the bad steps of a run.
+
+    Args:
+        log: receives the counts, and the samples as bad_steps.jsonl.
+        gather: concatenates the tensors of all processes in order; called on all processes at the same steps.
+        names: file names of the samples of a step's global batch.
+        limit: number of consecutive bad steps that ends the run.
+        precision: "fp16" has a loss scaler, for which an occasional overflow is normal.
     """
 
     def __init__(
@@ -52,39 +98,39 @@ class BadSteps:
         self.names = names
         self.limit = limit
         self.scaled = precision == "fp16"
-        self.in_a_row = 0
+        self.consecutive = 0
 
-    def note(self, report: StepReport) -> None:
-        """Take note of a step's report.
+    def record(self, report: StepReport) -> None:
+        """Record the report of a step.
 
         Raises:
-            InputError: it is the last of too many steps in a row that did not count; the text says what to try.
+            InputError: this is the last of `limit` consecutive bad steps; the message says what to try.
         """
         if report.good:
-            self.in_a_row = 0
+            self.consecutive = 0
             return
-        self.in_a_row += 1
-        enough = self.in_a_row >= self.limit
+        self.consecutive += 1
+        at_limit = self.consecutive >= self.limit
         overflow = self.scaled and report.finite_loss
         self.log.count("overflow_steps" if overflow else "bad_steps")
-        if overflow and not enough:
+        if overflow and not at_limit:
             return
         kind, samples = self._samples(report, overflow)
         self.log.write_line(
             "bad_steps.jsonl", {"step": report.step, "kind": kind, "means": report.means, "samples": samples}
         )
-        where = self.log.folder / "bad_steps.jsonl"
-        if enough:
+        file = self.log.folder / "bad_steps.jsonl"
+        if at_limit:
             raise InputError(
-                f"the last {self.in_a_row} steps, to step {report.step}, had no finite gradient: the run stops. The "
-                f"checkpoints are good. What went into them: {where}. {ADVICE[kind]}"
+                f"the last {self.consecutive} steps, up to step {report.step}, had no finite gradient: the run stops. "
+                f"The checkpoints are good. Samples of these steps: {file}. {ADVICE[kind]}"
             )
         if self.log.main:
             what = "loss" if not report.finite_loss else "gradient"
-            print(f"warning: step {report.step} left out, its {what} is not finite; see {where}", file=sys.stderr)
+            print(f"warning: step {report.step} skipped, its {what} is not finite; see {file}", file=sys.stderr)
 
     def _samples(self, report: StepReport, overflow: bool) -> tuple[str, list[dict[str, Any]]]:
-        """Return what ADVICE to give, and the samples whose loss is not finite, or all if it is the gradient."""
+        """Return a key of ADVICE, and the samples whose loss is not finite, or all if only the gradient is not."""
         columns = {name: values.tolist() for name, values in self.gather(report.samples).items()}
         rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         samples = [{"file": name, **row} for name, row in zip(self.names(report.step), rows, strict=True)]
@@ -92,9 +138,3 @@ class BadSteps:
         if not broken:
             return ("overflow" if overflow else "gradient"), samples
         return ("samples" if len(broken) < len(samples) else "weights"), broken
-
-
-def sample_names(args: argparse.Namespace, data: LatentDataset, step: int) -> Iterator[str]:
-    """Return the files of the latents that made up a step's global batch, in its order."""
-    sampler = GlobalBatchSampler(len(data), args.batch_size, args.seed, range(step, step + 1), flip=args.flip)
-    return (data.latent_path(i) for indices in sampler for i in indices)

@@ -1,4 +1,9 @@
-"""What a training run tells about itself: metrics.jsonl and loss.png in its folder, rows for a tracker."""
+"""The numbers of a training run: means of each step, rows of metrics.jsonl, loss.png, rows for a tracker.
+
+The numbers of a step are averaged over the processes and copied to the host while the device computes; they are read
+some steps later, when they have arrived, so the device never waits. All processes read the same numbers at the same
+step, and therefore take the same decisions from them.
+"""
 
 from __future__ import annotations
 
@@ -19,21 +24,102 @@ import torch
 from torch import Tensor
 
 from common.io import atomic_write, read_metrics
+from loss import TERMS
 
-COUNTS = ("bad_steps", "overflow_steps")  # summed over the steps of a row, where all else is averaged
+COUNTS = ("bad_steps", "overflow_steps")  # summed over the steps of a row; all other numbers are averaged
+GPU_LAG = 2  # steps: the GPU always has a complete step queued while the host reads an older one
+SMOOTHED_SHARE = 20  # a curve is averaged over a window of 1/20 of its points
+SMOOTHED_FROM = 50  # points; shorter curves are not averaged
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """The numbers of one step.
+
+    `means` are over the global batch; `samples` holds one value per sample of this process, (n,) each, on the device.
+    """
+
+    step: int
+    means: dict[str, float]
+    requests: frozenset[str]  # of any process
+    samples: dict[str, Tensor]
+
+    @property
+    def good(self) -> bool:
+        """Whether the weights were updated, which needs a finite gradient."""
+        return math.isfinite(self.means["grad_norm"])
+
+    @property
+    def finite_loss(self) -> bool:
+        """Whether the loss of every sample of the global batch is finite."""
+        return math.isfinite(self.means["loss"])
+
+
+class StepReports:
+    """Sends the reports of steps from the device and receives them on the host.
+
+    Args:
+        reduce: averages a tensor over the processes.
+        device: where the numbers are computed.
+        requests: names of what a process can ask all processes for.
+    """
+
+    def __init__(self, reduce: Callable[[Tensor], Tensor], device: torch.device, requests: tuple[str, ...]):
+        self.reduce = reduce
+        self.device = device
+        self.requests = requests
+        self.lag = GPU_LAG if device.type == "cuda" else 0
+        self._parts: list[dict[str, Tensor]] = []
+        self._terms: list[str] = []
+        # Referenced for one more step, so that gloo's thread does not release it last. That release needs Python's
+        # lock, and a process that exits at this moment holds the lock while it waits for that thread: a deadlock.
+        self._reduced: Tensor | None = None
+        self._sent: deque[tuple[int, list[str], Tensor, torch.cuda.Event | None, dict[str, Tensor]]] = deque()
+
+    def add(self, terms: dict[str, Tensor], **details: Tensor) -> None:
+        """Add one micro-batch: the loss terms of each sample, and further values of each sample for the report."""
+        self._parts.append({name: values.detach() for name, values in {**terms, **details}.items()})
+        self._terms = list(terms)
+
+    def send(self, step: int, grad_norm: Tensor, requests: set[str]) -> None:
+        """Complete the report of a step and start its copy to the host."""
+        samples = {name: torch.cat([part[name] for part in self._parts]) for name in self._parts[0]}
+        self._parts = []
+        values = [samples[name].float().mean() for name in self._terms] + [grad_norm.detach().float()]
+        values += [torch.full((), float(name in requests), device=self.device) for name in self.requests]
+        vector = self._reduced = self.reduce(torch.stack(values))
+        copied = None
+        if self.device.type == "cuda":
+            vector = torch.empty(vector.shape, pin_memory=True).copy_(vector, non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record()
+        self._sent.append((step, [*self._terms, "grad_norm"], vector, copied, samples))
+
+    def receive(self, wait_for_all: bool = False) -> list[StepReport]:
+        """Return the reports that have arrived, oldest first; with `wait_for_all`, wait for every report sent."""
+        arrived = []
+        while len(self._sent) > (0 if wait_for_all else self.lag):
+            step, names, vector, copied, samples = self._sent.popleft()
+            if copied is not None:
+                copied.synchronize()
+            values = vector.tolist()
+            requests = {name for name, value in zip(self.requests, values[len(names) :], strict=True) if value > 0}
+            means = dict(zip(names, values[: len(names)], strict=True))
+            arrived.append(StepReport(step, means, frozenset(requests), samples))
+        return arrived
 
 
 class RunLog:
-    """Collects the numbers of each step and writes a row, their means, now and then.
+    """Collects the numbers of each step and writes rows of their means.
 
     Args:
         folder: of the run.
         batch_size: global, for images per second.
         main: whether this process writes.
-        track: hands a row and its step to the tracker.
+        track: passes a row and its step to the tracker.
         state: what `state()` returned when the run was saved; None for a new run.
-        step: of the run's start or continuation; rows beyond it belong to a part of the run that was lost.
-        peak_images_per_second: at which the devices would do nothing but the network's arithmetic; None if unknown.
+        step: at which the run starts or resumes; rows of later steps are removed, since these steps are repeated.
+        peak_images_per_second: throughput at the peak FLOP/s of the devices; None if unknown.
     """
 
     def __init__(
@@ -55,37 +141,37 @@ class RunLog:
         self.peak_images_per_second = peak_images_per_second
         state = state or {"sums": {}, "steps": 0, "seconds": 0.0}
         self.sums = {name: float(value) for name, value in state["sums"].items()}
-        self.steps: int = state["steps"]  # that counted
+        self.steps: int = state["steps"]  # good steps
         self.counts = {name: state.get(name, 0) for name in COUNTS}
         self.started = time.perf_counter() - state["seconds"]
-        self.waiting: dict[str, list[str]] = {}  # lines of files on a full disk
-        self._begin_interval()
+        self.unwritten: dict[str, list[str]] = {}  # lines that could not be written because the disk was full
+        self._start_interval()
         if main:
             for path in (self.metrics, folder / "bad_steps.jsonl"):
-                _keep_rows_up_to(path, step)
+                _remove_rows_after(path, step)
 
     @property
     def seconds(self) -> float:
-        """Seconds of training, earlier parts of the run included."""
+        """Seconds of training, including earlier parts of the run."""
         return time.perf_counter() - self.started
 
     def add(self, means: dict[str, float]) -> None:
-        """Add the means of a step that counted."""
+        """Add the means of a good step."""
         for name, value in means.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
         self.steps += 1
 
     def count(self, name: str) -> None:
-        """Count a step that did not: one of `COUNTS`."""
+        """Count a bad step under one of `COUNTS`."""
         self.counts[name] += 1
 
     def end_step(self) -> None:
-        """Count one step of the clock, whether it counted or not."""
+        """Count a step, good or bad, for images per second."""
         self.steps_in_interval += 1
 
     @contextlib.contextmanager
     def waiting_for_data(self) -> Iterator[None]:
-        """Count the time inside as waiting for data."""
+        """Count the time inside the block as waiting for data."""
         start = time.perf_counter()
         yield
         self.waited += time.perf_counter() - start
@@ -108,12 +194,12 @@ class RunLog:
         if torch.cuda.is_available():
             row["gpu_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
         self.sums, self.steps, self.counts = {}, 0, dict.fromkeys(COUNTS, 0)
-        self._begin_interval()
+        self._start_interval()
         self.append(row)
         return row
 
     def append(self, row: dict[str, Any]) -> None:
-        """Append a row to metrics.jsonl and hand it to the tracker. Numbers that are not finite become null."""
+        """Append a row to metrics.jsonl and pass it to the tracker. Numbers that are not finite become null."""
         if not self.main:
             return
         row = _finite(row)
@@ -122,46 +208,77 @@ class RunLog:
         self.track(numbers, row["step"])
 
     def write_line(self, name: str, row: dict[str, Any]) -> None:
-        """Append a row, which must have a step, to a file of the run's folder; it is on the disk when this returns.
+        """Append a row, which must have a step, to a file of the run's folder and sync it to the disk.
 
-        So a checkpoint never outlives the rows before it, whatever the machine dies of. Where a disk is full, rows wait
-        in memory for the next one.
+        So a checkpoint never survives a crash that its rows do not survive. If the disk is full, rows stay in memory
+        until the next call.
         """
         if not self.main:
             return
-        waiting = self.waiting.setdefault(name, [])
-        waiting.append(json.dumps(_finite(row)) + "\n")
-        with going_on_despite(f"{name} of {self.folder}"):
-            _append("".join(waiting), self.folder / name)
-            waiting.clear()
+        lines = self.unwritten.setdefault(name, [])
+        lines.append(json.dumps(_finite(row)) + "\n")
+        with warn_if_unwritable(f"{name} of {self.folder}"):
+            _append("".join(lines), self.folder / name)
+            lines.clear()
 
     def draw(self) -> None:
         """Write the loss curves."""
         if self.main and self.metrics.exists():
-            with going_on_despite(str(self.picture)):
+            with warn_if_unwritable(str(self.picture)):
                 loss_curves(self.metrics, self.picture)
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint needs, so that the rows of a resumed run are those of one never stopped."""
+        """Return what a checkpoint stores, so that a resumed run writes the rows of a run that was never stopped."""
         return {"sums": dict(self.sums), "steps": self.steps, "seconds": self.seconds, **self.counts}
 
-    def _begin_interval(self) -> None:
+    def _start_interval(self) -> None:
         self.interval_started = time.perf_counter()
         self.steps_in_interval = 0
         self.waited = 0.0
 
 
 @contextlib.contextmanager
-def going_on_despite(what: str) -> Iterator[None]:
-    """Turn a failure to write `what`, which a run does not depend on, into a warning."""
+def warn_if_unwritable(what: str) -> Iterator[None]:
+    """Turn a failure to write `what`, which training does not need, into a warning."""
     try:
         yield
     except OSError as error:
-        print(f"warning: {what} cannot be written, training goes on: {error}", file=sys.stderr)
+        print(f"warning: {what} cannot be written, training continues: {error}", file=sys.stderr)
+
+
+def loss_curves(metrics: str | Path, picture: str | Path) -> None:
+    """Plot the loss and its terms over the steps of a metrics.jsonl, raw and averaged, and write a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = read_metrics(metrics)
+    titles = {"loss": "loss"} | {term.name: term.title for term in TERMS}
+    panels = {name: title for name, title in titles.items() if any(row.get(name) is not None for row in rows)}
+    if not panels:
+        return
+    figure = Figure(figsize=(4 * len(panels), 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axis, (name, title) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels.items(), strict=True):
+        steps, values = np.array([(row["step"], row[name]) for row in rows if row.get(name) is not None]).T
+        if len(steps) >= SMOOTHED_FROM:
+            axis.plot(steps, values, color="tab:blue", alpha=0.3, linewidth=0.8)
+            values = _smooth(values)
+        marker = "o" if len(steps) == 1 else None  # a line of one point is invisible
+        axis.plot(steps, values, color="tab:blue", linewidth=1.5, marker=marker)
+        axis.set(title=title, xlabel="step")
+        axis.grid(alpha=0.3)
+    with atomic_write(picture) as file:
+        figure.savefig(file, format="png", dpi=120)
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Return the mean over a window centred on each value, shortened at the ends."""
+    window = np.ones(len(values) // SMOOTHED_SHARE | 1)
+    return np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")
 
 
 def _append(text: str, path: Path) -> None:
-    """Append `text` and sync it, or leave the file as it was: half a line would spoil the next."""
+    """Append `text` and sync it, or leave the file as it was: a partial line would damage the next one."""
     length = path.stat().st_size if path.exists() else 0
     try:
         with open(path, "a", encoding="utf-8") as file:
@@ -174,12 +291,12 @@ def _append(text: str, path: Path) -> None:
         raise
 
 
-def _keep_rows_up_to(path: Path, step: int) -> None:
+def _remove_rows_after(path: Path, step: int) -> None:
     if path.exists():
         kept = "".join(json.dumps(row) + "\n" for row in read_metrics(path) if row["step"] <= step).encode()
-        whole = path.read_bytes()
-        with going_on_despite(str(path)):
-            if whole.startswith(kept):  # as ever: it is cut, for which a full disk has room
+        content = path.read_bytes()
+        with warn_if_unwritable(str(path)):
+            if content.startswith(kept):  # the usual case; truncating works on a full disk too
                 os.truncate(path, len(kept))
             else:
                 with atomic_write(path) as file:
@@ -193,120 +310,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-GPU_LAG = 2  # steps: the GPU always has a whole step queued while the host looks at an older one
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """The numbers of one step. `samples`: what was added for each sample of this process, (n,) each, on the device."""
-
-    step: int
-    means: dict[str, float]
-    wishes: frozenset[str]  # what any process asked for
-    samples: dict[str, Tensor]
-
-    @property
-    def good(self) -> bool:
-        """Whether the weights were updated: they are not where the gradient is not finite."""
-        return math.isfinite(self.means["grad_norm"])
-
-    @property
-    def finite_loss(self) -> bool:
-        """Whether the loss of every sample of the global batch is finite."""
-        return math.isfinite(self.means["loss"])
-
-
-class StepReports:
-    """Sends the reports of steps from the device and receives them on the host.
-
-    Args:
-        reduce: averages a tensor over the processes.
-        device: where the numbers come from.
-        wishes: names of what a process can ask all others for.
-    """
-
-    def __init__(self, reduce: Callable[[Tensor], Tensor], device: torch.device, wishes: tuple[str, ...]):
-        self.reduce = reduce
-        self.device = device
-        self.wishes = wishes
-        self.lag = GPU_LAG if device.type == "cuda" else 0
-        self._parts: list[dict[str, Tensor]] = []
-        self._terms: list[str] = []
-        # Held for a step, so that gloo's thread is not the last to let go of it: for that it would need Python's lock,
-        # and a process that ends meanwhile holds the lock while it waits for that thread, for ever.
-        self._reduced: Tensor | None = None
-        self._sent: deque[tuple[int, list[str], Tensor, torch.cuda.Event | None, dict[str, Tensor]]] = deque()
-
-    def add(self, terms: dict[str, Tensor], **details: Tensor) -> None:
-        """Add what one accumulation part computed: for each of its samples the loss terms, and what else to keep."""
-        self._parts.append({name: values.detach() for name, values in {**terms, **details}.items()})
-        self._terms = list(terms)
-
-    def send(self, step: int, grad_norm: Tensor, wishes: set[str]) -> None:
-        """Complete the report of a step."""
-        samples = {name: torch.cat([part[name] for part in self._parts]) for name in self._parts[0]}
-        self._parts = []
-        values = [samples[name].float().mean() for name in self._terms] + [grad_norm.detach().float()]
-        values += [torch.full((), float(name in wishes), device=self.device) for name in self.wishes]
-        vector = self._reduced = self.reduce(torch.stack(values))
-        copied = None
-        if self.device.type == "cuda":
-            vector = torch.empty(vector.shape, pin_memory=True).copy_(vector, non_blocking=True)
-            copied = torch.cuda.Event()
-            copied.record()
-        self._sent.append((step, [*self._terms, "grad_norm"], vector, copied, samples))
-
-    def receive(self, everything: bool = False) -> list[StepReport]:
-        """Return the reports that have arrived by now, oldest first; with `everything`, wait for all."""
-        arrived = []
-        while len(self._sent) > (0 if everything else self.lag):
-            step, names, vector, copied, samples = self._sent.popleft()
-            if copied is not None:
-                copied.synchronize()
-            values = vector.tolist()
-            asked = {name for name, value in zip(self.wishes, values[len(names) :], strict=True) if value > 0}
-            means = dict(zip(names, values[: len(names)], strict=True))
-            arrived.append(StepReport(step, means, frozenset(asked), samples))
-        return arrived
-
-
-SMOOTHED_SHARE = 20  # a drawn curve is averaged over one part in so many
-SMOOTHED_FROM = 50  # points; fewer are shown as they are
-
-
-def loss_curves(metrics: str | Path, picture: str | Path) -> None:
-    """Draw the terms of the loss over the steps of a metrics.jsonl, raw and averaged, and write a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    rows = read_metrics(metrics)
-    panels = {
-        "loss": "loss",
-        "denoise": "latents: mean (v - target)²",
-        "proj": "alignment: mean -cos",
-        "cls": "class token: mean (v - target)²",
-    }
-    panels = {key: title for key, title in panels.items() if any(row.get(key) is not None for row in rows)}
-    if not panels:
-        return
-    figure = Figure(figsize=(4 * len(panels), 3.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axis, (key, title) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels.items(), strict=True):
-        steps, values = np.array([(row["step"], row[key]) for row in rows if row.get(key) is not None]).T
-        if len(steps) >= SMOOTHED_FROM:
-            axis.plot(steps, values, color="tab:blue", alpha=0.3, linewidth=0.8)
-            values = _smooth(values)
-        marker = "o" if len(steps) == 1 else None  # a line of one point is not seen
-        axis.plot(steps, values, color="tab:blue", linewidth=1.5, marker=marker)
-        axis.set(title=title, xlabel="step")
-        axis.grid(alpha=0.3)
-    with atomic_write(picture) as file:
-        figure.savefig(file, format="png", dpi=120)
-
-
-def _smooth(values: np.ndarray) -> np.ndarray:
-    """Return the mean over a window centred on each value, cut at the ends."""
-    window = np.ones(len(values) // SMOOTHED_SHARE | 1)
-    return np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")

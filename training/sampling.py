@@ -1,4 +1,4 @@
-"""The images a run leaves while it trains: grids of EMA samples, real latents decoded, samples to be scored."""
+"""Images of a run during training: grids of EMA samples, decoded real latents, samples that are scored."""
 
 from __future__ import annotations
 
@@ -12,37 +12,38 @@ from evaluations.coherence_report import class_mean_sums
 from loss import FROM_ENCODER, entangled_token
 from models.sit import SiT
 from samplers import Guidance, image_seeds, sample_images
-from training.metrics import going_on_despite
-from training.parallelism import whole
-from training.setup import Run
-from training.state import build_network
+from training.metrics import warn_if_unwritable
+from training.parallelism import gather_full
+from training.state import Run, new_network
 
 
 def write_samples(run: Run) -> None:
-    """Write a grid of EMA samples, the same noise and labels each time, to the run's folder and to the tracker."""
+    """Write a grid of EMA samples, with the same noise and labels each time, to the run's folder and the tracker."""
     network = averaged_network(run)
     if run.accelerator.is_main_process:
-        args = run.args
-        guidance = Guidance(args.grid_cfg_scale, args.grid_cfg_scale)
-        latents, _ = draw_latents(run, network, range(args.grid_samples), args.grid_num_steps, guidance)
+        config = run.config
+        guidance = Guidance(config.grid_cfg_scale, config.grid_cfg_scale)
+        latents, _ = draw_latents(run, network, range(config.grid_samples), config.grid_num_steps, guidance)
         write_grid(run, f"{run.step:07d}", latents)
         run.log.draw()
     run.accelerator.wait_for_everyone()
 
 
 def score_samples(run: Run) -> dict[str, float]:
-    """Return the scores of EMA samples, made without guidance by all processes; with an encoder's token in the class
-    slot, the samples' coherence as well (evaluations/coherence.py)."""
-    network, device, entangle = averaged_network(run), run.accelerator.device, run.args.entangle
-    sums = CoherenceSums(run.ema.cls_token_dim, device) if entangle in FROM_ENCODER else None
+    """Return the scores of EMA samples, generated without guidance by all processes.
+
+    With an encoder's token in the class slot these include the coherence of the samples (evaluations/coherence.py).
+    """
+    network, device, slot = averaged_network(run), run.accelerator.device, run.config.slot
+    sums = CoherenceSums(run.facts.network.cls_token_dim, device) if slot in FROM_ENCODER else None
     if sums is not None and run.class_centres is None:
         run.class_centres = class_centres(run)
 
     def draw(numbers: range) -> Tensor:
-        latents, cls_tokens = draw_latents(run, network, numbers, run.args.eval_num_steps, Guidance())
+        latents, cls_tokens = draw_latents(run, network, numbers, run.config.eval_num_steps, Guidance())
         images = run.codec.decode(latents)
         if sums is not None:
-            encoded = entangled_token(entangle, run.encoders[0](images), None)
+            encoded = entangled_token(slot, run.encoders[0](images), None)
             sums.update(cls_tokens, encoded, torch.tensor(image_labels(run, numbers), device=device), run.class_centres)
         return images
 
@@ -54,23 +55,23 @@ def score_samples(run: Run) -> dict[str, float]:
 
 
 def averaged_network(run: Run) -> SiT:
-    """Return the EMA network for sampling; of a sharded run a whole copy on each process. Call it on all processes."""
-    if not run.args.fsdp:
+    """Return the EMA network for sampling; for a sharded run a full copy. All processes must call it."""
+    if not run.config.fsdp:
         return run.ema
     with torch.device("meta"):
-        network = build_network(run.args)
-    network.load_state_dict(whole(run.ema.state_dict()), assign=True)
+        network = new_network(run.config, run.facts)
+    network.load_state_dict(gather_full(run.ema.state_dict()), assign=True)
     return network.to(run.accelerator.device).eval().requires_grad_(False)
 
 
 def class_centres(run: Run) -> Tensor:
-    """Return the mean token of each class over real training images, (K, D), which all processes read together."""
+    """Return the mean token of each class over real training images, (K, D). The processes share the work."""
     accelerator = run.accelerator
     sums = class_mean_sums(
         run.encoders[0],
-        run.args.entangle,
+        run.config.slot,
         run.data,
-        run.args.eval_batch_size,
+        run.config.eval_batch_size,
         accelerator.device,
         accelerator.process_index,
         accelerator.num_processes,
@@ -80,37 +81,37 @@ def class_centres(run: Run) -> Tensor:
 
 
 def write_reconstructions(run: Run) -> None:
-    """Write a grid of real latents, decoded: what samples can look like at best, and a check of data and codec."""
-    if run.args.sampling_steps and run.accelerator.is_main_process:
-        wanted = min(run.args.grid_samples, len(run.data))
-        moments = torch.stack([run.data[i * len(run.data) // wanted][1] for i in range(wanted)])  # from all classes
-        write_grid(run, "reconstructions", run.data.latent_format.sample(moments.to(run.accelerator.device), None))
+    """Write a grid of decoded real latents: an upper bound for the samples, and a check of data and codec."""
+    if run.config.sampling_steps and run.accelerator.is_main_process:
+        count = min(run.config.grid_samples, len(run.data))
+        moments = torch.stack([run.data[i * len(run.data) // count][1] for i in range(count)])  # from all classes
+        write_grid(run, "reconstructions", run.facts.latent_format.sample(moments.to(run.accelerator.device), None))
 
 
 def image_labels(run: Run, numbers: range) -> list[int]:
-    """Return the labels of images given by number: each class as often as any other."""
+    """Return the labels of images given by number, balanced over the classes."""
     return [number % run.data.num_classes for number in numbers]
 
 
 def draw_latents(
     run: Run, network: SiT, numbers: range, num_steps: int, guidance: Guidance
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the EMA network's latents (N, C, h, w) and class tokens (N, D) or None, of images given by number."""
+    """Return latents (N, C, h, w) and class tokens (N, D) or None, of images given by number."""
     return sample_images(
         network,
         labels=image_labels(run, numbers),
-        seeds=image_seeds(run.args.seed, numbers),
-        interpolant=run.criterion.interpolant,
+        seeds=image_seeds(run.config.seed, numbers),
+        interpolant=run.criterion.path,
         guidance=guidance,
         num_steps=num_steps,
     )
 
 
 def write_grid(run: Run, name: str, latents: Tensor) -> None:
-    """Decode latents and write them as samples/NAME.png; to the tracker as well."""
+    """Decode latents and write them as samples/NAME.png, and to the tracker."""
     grid = image_grid(run.codec.decode(latents.float()).permute(0, 2, 3, 1).cpu().numpy())
     path = run.folder / "samples" / f"{name}.png"
-    with going_on_despite(str(path)):
+    with warn_if_unwritable(str(path)):
         save_png(path, grid)
     for tracker in run.accelerator.trackers:
         if tracker.name == "wandb":

@@ -1,8 +1,10 @@
-"""The network of a training run, its average and its optimiser: fresh, from given weights, or from a checkpoint."""
+"""The state of a training run: network, averaged network, optimizer; new, from given weights, or from a checkpoint."""
 
 from __future__ import annotations
 
-import argparse
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,65 +14,102 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor
 
 from common.io import InputError
+from dataset import LatentDataset
+from evaluations.in_training import TrainingEvaluation
+from loss import REGLoss
 from models import ema
-from models.checkpoint import load_checkpoint, network_weights
-from models.sit import SiT, SiT_models
+from models.autoencoder import Codec
+from models.checkpoint import list_checkpoints, load_checkpoint, network_weights
+from models.encoders import Encoder
+from models.sit import SiT
+from training.checkpoint_writer import CheckpointWriter
+from training.config import RunFacts, TrainConfig
+from training.guards import BadSteps, GuardedOptimizer
+from training.metrics import RunLog, StepReports
 from training.parallelism import device_mesh, shard, shard_like
+from training.preemption import StopSignal
+from training.randomness import StepRandomness
+
+IMPLEMENTATION = ("fused", "foreach", "capturable", "differentiable")  # how an optimizer computes, not what
 
 
-def build_network(args: argparse.Namespace) -> SiT:
-    """Return a fresh network of the described settings."""
-    torch.manual_seed(args.seed)
-    try:
-        return SiT_models[args.model](
-            input_size=args.latent_size,
-            in_channels=args.in_channels,
-            depth=args.depth,
-            hidden_size=args.hidden_size,
-            num_heads=args.num_heads,
-            num_classes=args.num_classes,
-            class_dropout_prob=args.cfg_prob,
-            encoder_depth=args.encoder_depth,
-            z_dims=args.z_dims,
-            projector_dim=args.projector_dim,
-            cls_token_dim=args.cls_token_dim,
-            qk_norm=args.qk_norm,
-            fused_attn=args.fused_attn,
-            learnable_token=args.entangle == "learnable",
-        )
-    except ValueError as error:
-        raise InputError(f"--model {args.model} with the given sizes: {error}") from error
+@dataclass
+class Run:
+    """One training run: `training.setup.set_up` builds it, `train.train` advances it."""
+
+    config: TrainConfig
+    facts: RunFacts
+    accelerator: Accelerator
+    data: LatentDataset
+    encoders: list[Encoder]
+    codec: Codec | None  # decodes samples; None if no samples are wanted
+    evaluation: TrainingEvaluation | None
+    model: torch.nn.Module
+    ema: SiT
+    optimizer: GuardedOptimizer
+    criterion: REGLoss
+    randomness: StepRandomness
+    log: RunLog
+    step: int  # optimizer steps done
+    reports: StepReports
+    bad_steps: BadSteps
+    writer: CheckpointWriter
+    stop_signal: StopSignal
+    requests: set[str] = field(default_factory=set)  # what any process asked all processes for: "stop", "save"
+    retry_save_at: int = 0  # step from which a failed checkpoint is tried again
+    class_centres: Tensor | None = None  # mean token of each class, computed by the first evaluation
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the run."""
+        return self.config.folder
+
+
+def new_network(config: TrainConfig, facts: RunFacts) -> SiT:
+    """Return the network of a run with the initial weights of its seed."""
+    torch.manual_seed(config.seed)
+    return SiT(facts.network, fused_attn=config.fused_attn)
+
+
+def make_optimizer(parameters: Iterable[torch.nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+    """Return the optimizer of a run. Any optimizer may be returned here: `GuardedOptimizer` skips bad steps of all."""
+    return torch.optim.AdamW(
+        parameters,
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        weight_decay=config.adam_weight_decay,
+        eps=config.adam_epsilon,
+        fused=True,  # honours `found_inf`, so a bad step is skipped without a host sync
+    )
 
 
 def prepare_networks(
-    args: argparse.Namespace, accelerator: Accelerator, checkpoint: dict[str, Any] | None
+    config: TrainConfig, facts: RunFacts, accelerator: Accelerator, checkpoint: dict[str, Any] | None
 ) -> tuple[torch.nn.Module, SiT, AcceleratedOptimizer]:
-    """Return the network, its average and the optimiser as the processes use them, fresh or from a checkpoint."""
-    model = build_network(args)
+    """Return network, averaged network and optimizer on the devices of the processes, new or from a checkpoint."""
+    # Weights.
+    model = new_network(config, facts)
     average = ema.averaged_copy(model)
-    model.activation_checkpointing = args.activation_checkpointing
+    model.activation_checkpointing = config.activation_checkpointing
     if checkpoint is not None:
         restore_weights(checkpoint, model, average)
-    elif args.init_from:
-        fresh = start_from(args.init_from, model, average)
-        accelerator.print(f"weights of {args.init_from}; fresh: {', '.join(fresh) or 'nothing'}")
-    if args.fsdp:
+    elif config.init_from:
+        initial = initialize_from(config.init_from, model, average)
+        accelerator.print(f"weights of {config.init_from}; newly initialized: {', '.join(initial) or 'none'}")
+
+    # Devices.
+    if config.fsdp:
         mesh = device_mesh(accelerator)
         shard(model, mesh)
         shard(average, mesh)
     else:
         model, average = model.to(accelerator.device), average.to(accelerator.device)
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
-        eps=args.adam_epsilon,
-        fused=True,  # the one kind that leaves out a step on the device's own word
-    )
+
+    # Optimizer and loss scaler.
+    optimizer = make_optimizer(model.parameters(), config)
     if checkpoint is not None:
         restore_optimizer(checkpoint, optimizer, model)
-    if not args.fsdp:
+    if not config.fsdp:
         model = accelerator.prepare(model)
     optimizer = accelerator.prepare(optimizer)
     if checkpoint is not None and accelerator.scaler is not None and checkpoint.get("scaler"):
@@ -88,50 +127,85 @@ def restore_weights(checkpoint: dict[str, Any], model: SiT, average: SiT) -> Non
 
 
 def restore_optimizer(checkpoint: dict[str, Any], optimizer: torch.optim.Optimizer, model: SiT) -> None:
-    """Load the optimiser's state, strictly."""
+    """Load the optimizer state, strictly."""
     # Published checkpoints, and older ones of ours, come from another implementation of the same AdamW.
-    groups = [{**group, "fused": True, "foreach": None} for group in checkpoint["opt"]["param_groups"]]
+    own = {name: optimizer.defaults[name] for name in IMPLEMENTATION if name in optimizer.defaults}
+    groups = [{**group, **own} for group in checkpoint["opt"]["param_groups"]]
     try:
-        state = shard_like(place_moments(checkpoint, model), model)
+        state = shard_like(place_state(checkpoint, model), model)
         optimizer.load_state_dict({"state": state, "param_groups": groups})
-        for state in optimizer.state.values():  # its own memory: the file is mapped, and may be cleared away soon
-            state.update({name: value.clone() for name, value in state.items() if value.device.type == "cpu"})
+        for values in optimizer.state.values():  # own memory: the file is memory-mapped and may be deleted later
+            values.update(
+                {name: v.clone() for name, v in values.items() if isinstance(v, Tensor) and v.device.type == "cpu"}
+            )
     except (RuntimeError, ValueError, IndexError, KeyError, TypeError) as error:
-        raise InputError(f"the checkpoint's optimiser does not fit the network of the flags: {error}") from error
+        raise InputError(f"the checkpoint's optimizer does not fit the network of the flags: {error}") from error
 
 
-def place_moments(checkpoint: dict[str, Any], model: SiT) -> dict[int, dict[str, Tensor]]:
-    """Return AdamW's state, which a checkpoint has by a parameter's index, under the indices of `model`.
+def place_state(checkpoint: dict[str, Any], model: SiT) -> dict[int, dict[str, Any]]:
+    """Return the optimizer state, which a checkpoint has by index of the parameter, by the indices of `model`.
 
-    The older REPA layout may count in an order of its own, that of its weights: taken where ours does not fit. Nothing
-    else compares shapes before the first step reads one parameter's moments as another's.
+    A checkpoint of the older REPA layout may count in the order of its weights; that order is used where ours does not
+    fit. Without this check of the shapes, a step would read the moments of one parameter as those of another.
     """
     state, parameters = checkpoint["opt"]["state"], dict(model.named_parameters())
     names, shapes = list(parameters), [parameter.shape for parameter in parameters.values()]
-    ours, theirs = names, [name for name in network_weights(checkpoint, "model") if name in parameters]
-    for order in (ours, theirs):
-        placed = {names.index(order[index]): moments for index, moments in state.items()}
-        if all(moments["exp_avg"].shape == shapes[index] for index, moments in placed.items()):
+    order_of_file = [name for name in network_weights(checkpoint, "model") if name in parameters]
+
+    def fits(index: int, values: dict[str, Any]) -> bool:
+        return all(v.shape == shapes[index] for v in values.values() if isinstance(v, Tensor) and v.ndim)
+
+    for order in (names, order_of_file):
+        placed = {names.index(order[index]): values for index, values in state.items()}
+        if all(fits(index, values) for index, values in placed.items()):
             return placed
     raise ValueError("its moments have other shapes than the parameters")
 
 
-def start_from(path: str | Path, model: SiT, average: SiT) -> list[str]:
-    """Give a new run the averaged weights of a checkpoint; return the names of what they do not fit and stays fresh.
+def initialize_from(path: str | Path, model: SiT, average: SiT) -> list[str]:
+    """Give a new run the averaged weights of a checkpoint; return the names of the weights that did not fit.
 
-    Blocks and embeddings of latents and time have to fit; labels, projectors and class slot may be others, and so may
-    the resolution, whose position table is computed.
+    Blocks and the embeddings of latents and time must fit. Labels, projectors and class slot may differ, and so may the
+    resolution: its position table is computed.
 
     Raises:
-        InputError: the weights are those of another network, or not to be read.
+        InputError: the weights belong to another network, or cannot be read.
     """
     given, own = network_weights(load_checkpoint(path), "ema", path), model.state_dict()
     wanted = [name for name in own if name != "pos_embed"]
-    fresh = [name for name in wanted if name not in given or given[name].shape != own[name].shape]
-    alien = [name for name in given if name not in own] + fresh
-    if strange := [name for name in alien if name.startswith(("blocks.", "x_embedder.", "t_embedder."))]:
-        raise InputError(f"--init-from {path}: holds another network than that of the flags; {strange[0]} differs")
-    own.update({name: given[name] for name in wanted if name not in fresh})
+    initial = [name for name in wanted if name not in given or given[name].shape != own[name].shape]
+    different = [name for name in given if name not in own] + initial
+    if required := [name for name in different if name.startswith(("blocks.", "x_embedder.", "t_embedder."))]:
+        raise InputError(f"--init-from {path}: holds another network than that of the flags; {required[0]} differs")
+    own.update({name: given[name] for name in wanted if name not in initial})
     model.load_state_dict(own)
     average.load_state_dict(own)
-    return fresh
+    return initial
+
+
+def newest_complete(checkpoints: Path) -> Path | None:
+    """Return the newest undamaged checkpoint of a folder, with a warning for damaged ones; None if it has none.
+
+    Raises:
+        InputError: there are checkpoints, but each of them is damaged.
+    """
+    found = list_checkpoints(checkpoints)
+    for path in reversed(found):
+        try:
+            load_resumable(path)
+            return path
+        except InputError as error:
+            print(f"warning: {path.name} is skipped, the previous checkpoint is tried: {error}", file=sys.stderr)
+    if found:
+        raise InputError(
+            f"{checkpoints}: all of its {len(found)} checkpoints are damaged; remove them to start a new run"
+        )
+    return None
+
+
+def load_resumable(path: Path, verify: bool = True) -> dict[str, Any]:
+    """Return a checkpoint from which a run can be resumed."""
+    checkpoint = load_checkpoint(path, verify)
+    if missing := {"model", "ema", "opt", "args", "steps"} - checkpoint.keys():
+        raise InputError(f"{path}: cannot be resumed, it lacks {', '.join(sorted(missing))}")
+    return checkpoint

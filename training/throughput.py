@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import platform
 import shlex
 import socket
@@ -51,7 +50,7 @@ def peak_flops(device_name: str, mixed_precision: str, allow_tf32: bool) -> floa
     return peak / 2 if mixed_precision == "no" else peak
 
 
-def describe_start(args: argparse.Namespace, step: int, device: torch.device, num_processes: int) -> dict[str, Any]:
+def describe_start(seed: int, step: int, device: torch.device, num_processes: int) -> dict[str, Any]:
     """Return what a later reader wants to know of one start of a run."""
     return {
         "step": step,
@@ -59,7 +58,7 @@ def describe_start(args: argparse.Namespace, step: int, device: torch.device, nu
         "host": socket.gethostname(),
         "processes": num_processes,
         "command": shlex.join([sys.executable, *sys.argv]),
-        "seed": args.seed,
+        "seed": seed,
         **describe_code(device),
     }
 

@@ -4,12 +4,13 @@ import weakref
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from common.io import InputError
 from models import ema
-from tests.conftest import read_rows
+from tests.conftest import read_rows, reset_accelerate
 from tests.test_sit import inputs, randomise, small
-from training.guards import BadSteps
+from training.guards import BadSteps, GuardedOptimizer
 from training.metrics import RunLog, StepReport, StepReports
 
 
@@ -22,7 +23,7 @@ def report(step: int, loss: float = 1.0, grad_norm: float = 1.0, samples: tuple 
     return StepReport(step, {"loss": loss, "grad_norm": grad_norm}, frozenset(), columns)
 
 
-def test_reports_hold_means_over_parts_and_wishes_of_any_process():
+def test_reports_hold_means_over_parts_and_requests_of_any_process():
     def two_processes(values):  # the other one has means one higher, and asks for nothing
         return (values + torch.cat([values[:-2] + 1, torch.zeros(2)])) / 2
 
@@ -31,9 +32,9 @@ def test_reports_hold_means_over_parts_and_wishes_of_any_process():
     reports.add({"loss": torch.tensor([3.0, 6.0])}, t=torch.ones(2))
     reports.send(7, torch.tensor(5.0), {"stop"})
     (found,) = reports.receive()
-    assert found.step == 7 and found.means == {"loss": 3.5, "grad_norm": 5.5} and found.wishes == {"stop"}
+    assert found.step == 7 and found.means == {"loss": 3.5, "grad_norm": 5.5} and found.requests == {"stop"}
     assert found.samples["loss"].tolist() == [1, 2, 3, 6] and found.samples["t"].tolist() == [0, 0, 1, 1]
-    assert found.good and reports.receive(everything=True) == []
+    assert found.good and reports.receive(wait_for_all=True) == []
 
 
 def test_what_a_backend_may_still_use_is_held_for_a_step():
@@ -49,7 +50,7 @@ def test_what_a_backend_may_still_use_is_held_for_a_step():
     for step in range(2):
         reports.add({"loss": torch.ones(2)})
         reports.send(step, torch.tensor(1.0), set())
-        reports.receive(everything=True)
+        reports.receive(wait_for_all=True)
     assert reduced[0]() is None and reduced[1]() is not None
 
 
@@ -60,7 +61,7 @@ def test_reports_come_late_where_the_host_must_not_wait():
         reports.add({"loss": torch.zeros(1)})
         reports.send(step, torch.tensor(float("nan") if step == 3 else 1.0), set())
         assert [found.step for found in reports.receive()] == ([step - 2] if step >= 2 else [])
-    rest = reports.receive(everything=True)
+    rest = reports.receive(wait_for_all=True)
     assert [(found.step, found.good) for found in rest] == [(2, True), (3, False)]
 
 
@@ -68,12 +69,12 @@ def test_an_overflow_of_fp16_is_told_apart_and_only_many_in_a_row_end_the_run(tm
     log = run_log(tmp_path)
     bad = BadSteps(log, lambda samples: samples, lambda step: ["a.npy", "b.npy"], 3, "fp16")
     for step, grad_norm in enumerate([math.inf, math.nan, 1.0, math.inf]):
-        bad.note(report(step, grad_norm=grad_norm))
+        bad.record(report(step, grad_norm=grad_norm))
     assert log.counts == {"bad_steps": 0, "overflow_steps": 3} and not (tmp_path / "bad_steps.jsonl").exists()
-    bad.note(report(4, math.nan, math.nan, samples=(1.0, math.nan)))
+    bad.record(report(4, math.nan, math.nan, samples=(1.0, math.nan)))
     assert log.counts == {"bad_steps": 1, "overflow_steps": 3}
-    with pytest.raises(InputError, match=r"the last 3 steps, to step 5, .*fp16 overflows.*--mixed-precision bf16"):
-        bad.note(report(5, grad_norm=math.inf))
+    with pytest.raises(InputError, match=r"the last 3 steps, up to step 5, .*fp16 overflows.*--mixed-precision bf16"):
+        bad.record(report(5, grad_norm=math.inf))
     rows = [json.loads(line) for line in (tmp_path / "bad_steps.jsonl").read_text().splitlines()]
     assert [(row["step"], row["kind"]) for row in rows] == [(4, "samples"), (5, "overflow")]
     assert rows[0]["samples"] == [{"file": "b.npy", "loss": None, "t": 0.5, "label": 4}]
@@ -81,9 +82,54 @@ def test_an_overflow_of_fp16_is_told_apart_and_only_many_in_a_row_end_the_run(tm
 
 def test_a_gradient_without_a_cause_in_the_loss_is_noted_with_all_samples(tmp_path):
     bad = BadSteps(run_log(tmp_path), lambda samples: samples, lambda step: ["a.npy", "b.npy"], 3, "bf16")
-    bad.note(report(9, grad_norm=math.inf))
+    bad.record(report(9, grad_norm=math.inf))
     (row,) = [json.loads(line) for line in (tmp_path / "bad_steps.jsonl").read_text().splitlines()]
     assert row["kind"] == "gradient" and [sample["file"] for sample in row["samples"]] == ["a.npy", "b.npy"]
+
+
+def matrices(model):
+    """Return the parameters that Muon can train; the others are frozen: no optimizer would reset their gradients."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.requires_grad and parameter.ndim == 2)
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+OPTIMIZERS = {
+    "AdamW": lambda model: torch.optim.AdamW(model.parameters(), lr=0.1, fused=True),
+    "AdamW, not fused": lambda model: torch.optim.AdamW(model.parameters(), lr=0.1),
+    "SGD": lambda model: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
+    "SGD, fused": lambda model: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=True),
+    "NAdam": lambda model: torch.optim.NAdam(model.parameters(), lr=0.1),
+    "Muon": lambda model: torch.optim.Muon(matrices(model), lr=0.1),
+}
+
+
+def train_with(make, factors: list[float]) -> tuple[list[torch.Tensor], list[str]]:
+    """Return weights and averages after one step per factor of the loss, and what was said at the start."""
+    reset_accelerate()
+    accelerator, said = Accelerator(cpu=True), []
+    model = randomise(small())
+    average = ema.averaged_copy(model)
+    optimizer = GuardedOptimizer(accelerator.prepare(make(model)), said.append)
+    for factor in factors:
+        accelerator.backward(model(*inputs(model)).velocity.square().mean() * factor)
+        good = optimizer.step(accelerator.clip_grad_norm_(model.parameters(), 1.0))
+        optimizer.zero_grad()
+        ema.update(average, model, 0.9, good)
+    return [*model.parameters(), *average.parameters()], said
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_bad_step_changes_nothing_with_any_optimizer(name, poison):
+    """Weights and averages are those of a run without this step, bit for bit, even if it is the first one."""
+    if name == "Muon" and not hasattr(torch.optim, "Muon"):
+        pytest.skip("this torch has no Muon")
+    expected, said = train_with(OPTIMIZERS[name], [1.0, 2.0])
+    assert said == [] if name == "AdamW" else "does not honour found_inf: each step waits" in said[0]
+    for factors in ([1.0, poison, 2.0], [poison, 1.0, 2.0]):
+        found, _ = train_with(OPTIMIZERS[name], factors)
+        assert all(torch.equal(a, b) and a.isfinite().all() for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("scaled", [False, True])

@@ -1,0 +1,69 @@
+import math
+
+import pytest
+import torch
+
+from loss import Draws
+from models.interpolant import PATHS, Interpolant
+from training.randomness import TIME_DISTRIBUTIONS, StepRandomness, lognormal_times, uniform_times
+
+SHAPE, WIDTH = (4, 8, 8), 6
+
+
+def source(**changes) -> StepRandomness:
+    settings = {"seed": 3, "batch_size": 64, "latent_shape": SHAPE, "cls_token_dim": WIDTH, "path": Interpolant()}
+    return StepRandomness(**settings | changes)
+
+
+def test_a_step_repeats_and_steps_and_seeds_differ():
+    first, again = source().draw(5), source().draw(5)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    for other in (source().draw(6), source(seed=4).draw(5)):
+        assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def test_draws_do_not_depend_on_the_global_generator():
+    torch.manual_seed(0)
+    first = source().draw(5)
+    torch.manual_seed(1)
+    assert torch.equal(first.noise, source().draw(5).noise)
+
+
+def test_shapes_and_independence():
+    draws = source().draw(0)
+    assert draws.t.shape == draws.label_drop.shape == (64,) and draws.label_drop.dtype == torch.bool
+    assert draws.noise.shape == draws.latent_noise.shape == (64, *SHAPE) and draws.cls_noise.shape == (64, WIDTH)
+    assert not torch.equal(draws.noise, draws.latent_noise)
+
+
+def test_without_a_class_token_all_other_draws_are_the_same():
+    with_slot, without = source().draw(1), source(cls_token_dim=None).draw(1)
+    assert without.cls_noise is None
+    assert all(torch.equal(getattr(with_slot, name), getattr(without, name)) for name in Draws._fields[:4])
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.1, 0.7])
+def test_labels_are_dropped_with_their_probability(probability):
+    dropped = source(batch_size=20_000, latent_shape=(1, 1, 1), cfg_prob=probability).draw(0).label_drop
+    assert dropped.float().mean().item() == pytest.approx(probability, abs=0.015)
+
+
+def test_uniform_times_fill_the_interval():
+    t = uniform_times(20_000, Interpolant(), torch.Generator().manual_seed(0))
+    assert t.dtype == torch.float32 and t.min() >= 0 and t.max() <= 1
+    torch.testing.assert_close(t.sort().values, torch.linspace(0, 1, 20_000), atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_lognormal_times_have_that_noise_to_signal_ratio(path):
+    path = Interpolant(path)
+    t = lognormal_times(20_000, path, torch.Generator().manual_seed(0)).double()
+    at = path.coefficients(t)
+    log_ratio = (at.sigma_t / at.alpha_t).log()
+    assert log_ratio.mean().abs() < 0.03 and (log_ratio.std() - 1).abs() < 0.03
+    assert math.isclose(t.median().item(), 0.5, abs_tol=0.02)
+
+
+def test_a_distribution_is_one_entry(monkeypatch):
+    monkeypatch.setitem(TIME_DISTRIBUTIONS, "late", lambda count, path, generator: torch.full((count,), 0.9))
+    assert source(weighting="late").draw(0).t.unique().tolist() == pytest.approx([0.9])

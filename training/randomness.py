@@ -1,0 +1,79 @@
+"""Everything random in a training step, drawn in one place for the global batch.
+
+The draws of step s come from (seed, s) only, and each process takes its rows of them. So a step is the same for any
+number of processes and after a resume. To add a distribution of training times, add one entry to `TIME_DISTRIBUTIONS`;
+`--weighting` then offers it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loss import Draws
+from models.interpolant import Interpolant
+from samplers import derive_seed
+
+TRAINING_STREAM = 1  # separates the draws of training from others that come from the same seed
+
+
+def uniform_times(count: int, path: Interpolant, generator: torch.Generator) -> Tensor:
+    """Return times (count,) from U(0, 1)."""
+    return torch.rand(count, generator=generator, device=generator.device)
+
+
+def lognormal_times(count: int, path: Interpolant, generator: torch.Generator) -> Tensor:
+    """Return times (count,) of the noise-to-signal ratio s = exp(N(0, 1)) (EDM, arXiv 2206.00364, section 5)."""
+    ratio = torch.randn(count, generator=generator, device=generator.device).exp()
+    return ratio / (1 + ratio) if path.path_type == "linear" else 2 / math.pi * torch.atan(ratio)
+
+
+#: Distributions of training times by the name that `--weighting` gives them; each returns (count,) float32 in [0, 1].
+TIME_DISTRIBUTIONS: dict[str, Callable[[int, Interpolant, torch.Generator], Tensor]] = {
+    "uniform": uniform_times,
+    "lognormal": lognormal_times,
+}
+
+
+@dataclass(frozen=True)
+class StepRandomness:
+    """The source of a run's draws.
+
+    Args:
+        seed: of the run.
+        batch_size: samples of the global batch.
+        latent_shape: of one image, (C, h, w).
+        cls_token_dim: width of the class token; None without one.
+        path: the path between data and noise.
+        weighting: distribution of times, a key of `TIME_DISTRIBUTIONS`.
+        cfg_prob: probability that a label is replaced by the null class.
+        device: of the draws.
+    """
+
+    seed: int
+    batch_size: int
+    latent_shape: tuple[int, int, int]
+    cls_token_dim: int | None
+    path: Interpolant
+    weighting: str = "uniform"
+    cfg_prob: float = 0.1
+    device: torch.device | str = "cpu"
+
+    def draw(self, step: int) -> Draws:
+        """Return the draws of a step for the global batch, float32, on the device."""
+        generator = torch.Generator(self.device)
+        generator.manual_seed(derive_seed(self.seed, TRAINING_STREAM, step))
+        source = {"generator": generator, "device": generator.device}
+        n = self.batch_size
+        return Draws(
+            t=TIME_DISTRIBUTIONS[self.weighting](n, self.path, generator),
+            noise=torch.randn(n, *self.latent_shape, **source),
+            latent_noise=torch.randn(n, *self.latent_shape, **source),
+            label_drop=torch.rand(n, **source) < self.cfg_prob,
+            # Drawn last, so that all other draws are the same with and without a class token.
+            cls_noise=torch.randn(n, self.cls_token_dim, **source) if self.cls_token_dim else None,
+        )
