@@ -29,7 +29,6 @@ def build_network(args: argparse.Namespace) -> SiT:
             hidden_size=args.hidden_size,
             num_heads=args.num_heads,
             num_classes=args.num_classes,
-            class_dropout_prob=args.cfg_prob,
             encoder_depth=args.encoder_depth,
             z_dims=args.z_dims,
             projector_dim=args.projector_dim,
