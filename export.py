@@ -1,32 +1,33 @@
-"""Write the network of a checkpoint for others: weights and configuration, without the training run.
+"""Export the network of a checkpoint: its weights and its configuration, without the state of the training run.
 
     python export.py --ckpt exps/NAME/checkpoints/0400000.pt --dest reg-xl.safetensors
     python export.py --ckpt exps/NAME/checkpoints/0400000.pt --dest reg-xl
 
-A file holds both in one; a folder is laid out as on the Hugging Face hub, and `pipeline.REGPipeline.from_pretrained`
-generates from it. Every program here takes either in the place of a checkpoint.
+A .safetensors file contains both. A folder has the layout of the Hugging Face hub, and `REGPipeline.from_pretrained`
+generates images from it. All programs accept both in place of a checkpoint.
 """
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
+from common.cli import Config, parse, setting
 from common.io import InputError, atomic_write, check_writable, run_cli
 from models.autoencoder import SD_FORMAT
 from models.checkpoint import (
-    architecture,
     build_model,
     load_checkpoint,
+    network_config,
     network_weights,
     saved_settings,
     steps_done,
-    stored_weights,
 )
 from models.safetensors_format import CONFIG_FILE, write_network
 
-# What of a run's settings a user of the network needs, besides its architecture.
+# The settings of a run that a user of the network needs in addition to its architecture.
 KEPT_SETTINGS = ("model", "path_type", "resolution", "enc_type", "exp_name")
 CARD = """---
 library_name: diffusers
@@ -46,30 +47,34 @@ images = REGPipeline.from_pretrained("{name}")([0, 1, 2], guidance_scale=2.3, gu
 """
 
 
-def main() -> None:
-    """Export as the command line says."""
-    parser = argparse.ArgumentParser(description="Write the network of a checkpoint for others.", allow_abbrev=False)
-    parser.add_argument("--ckpt", required=True, help="checkpoint, of this or of the published code")
-    parser.add_argument("--dest", required=True, help="a .safetensors file, or a new folder in the hub's layout")
-    parser.add_argument("--weights", default="ema", choices=["ema", "model"], help="which weights of it (%(default)s)")
-    args = parser.parse_args()
-    export(args.ckpt, args.dest, args.weights)
-    print(args.dest)
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig(Config):
+    """Export."""
+
+    ckpt: str = setting(MISSING, "checkpoint of this or of the published code")
+    dest: str = setting(MISSING, "a .safetensors file, or a new folder in the layout of the Hugging Face hub")
+    weights: str = setting("ema", "which weights of the checkpoint to export", choices=("ema", "model"))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Export the network of a checkpoint as the command line says."""
+    config = parse(ExportConfig, "Export the network of a checkpoint.", argv)
+    export(config.ckpt, config.dest, config.weights)
+    print(config.dest)
 
 
 def export(ckpt: str | Path, dest: str | Path, weights: str = "ema") -> None:
     """Write the network of a checkpoint to a .safetensors file or a folder.
 
     Raises:
-        InputError: the checkpoint holds no such network, or there is something at `dest` already, or nothing can be
-            written there.
+        InputError: the checkpoint has no such network, or `dest` exists already or cannot be written.
     """
     dest = Path(dest)
     if dest.exists() and not (dest.is_dir() and not any(dest.iterdir())):
         raise InputError(f"--dest {dest}: there is something already; choose another name")
     check_writable(dest if dest.suffix == ".safetensors" else dest / CONFIG_FILE, "--dest")
     checkpoint = load_checkpoint(ckpt)
-    build_model(checkpoint, weights, source=ckpt)  # only what can be read again is written
+    build_model(checkpoint, weights, source=ckpt)  # a network that cannot be rebuilt is not exported
     config = describe(checkpoint, weights, ckpt)
     write_network(dest, network_weights(checkpoint, weights, ckpt), config)
     if dest.suffix != ".safetensors":
@@ -81,11 +86,11 @@ def export(ckpt: str | Path, dest: str | Path, weights: str = "ema") -> None:
 
 
 def describe(checkpoint: dict[str, Any], weights: str, source: str | Path) -> dict[str, Any]:
-    """Return the configuration that rebuilds a checkpoint's network and decodes what it generates, as JSON has it."""
+    """Return the configuration of an export: what is needed to rebuild the network and to decode its latents."""
     saved = saved_settings(checkpoint, source)
     return {
         "_class_name": "SiT",
-        **architecture(stored_weights(checkpoint, weights, source), saved, source),
+        **network_config(checkpoint, weights, source).to_json(),
         **{name: saved[name] for name in KEPT_SETTINGS if saved.get(name) is not None},
         "codec": saved.get("codec") or SD_FORMAT.to_json(),
         "steps": steps_done(checkpoint, source),

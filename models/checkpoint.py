@@ -3,10 +3,12 @@
 The format is the published one, a dict with
     model, ema   state dicts of the network and of its average
     opt          AdamW's state, by index of the parameter
-    args         the run's settings, an `argparse.Namespace`
-    steps        optimiser steps done
-and what else the writer adds. A file is data: nothing in it is ever executed. Beside 0050000.pt lies 0050000.pt.sha256,
-as `sha256sum --check` reads it; a file without one, such as the published ones, is checked by the sums inside the zip.
+    args         settings of the run, an `argparse.Namespace`
+    steps        number of optimizer steps done
+    network      description of the network, `SiTConfig.to_json()`; published files do not have this entry
+and any further entries of the writer. Loading a file never executes code from it. The checksum of 0050000.pt is in
+0050000.pt.sha256, in the format of `sha256sum --check`. A file without it, such as a published one, is checked by the
+checksums inside the zip.
 """
 
 from __future__ import annotations
@@ -26,39 +28,39 @@ from torch import Tensor
 from common.io import InputError, atomic_write, sha256_of
 from models.interpolant import PATHS
 from models.safetensors_format import is_exported, read_network, weights_file
-from models.sit import ENCODER_DEPTHS, PRESETS, SiT
+from models.sit import ENCODER_DEPTHS, PRESETS, SiT, SiTConfig
 
 CHECKPOINT_NAME = re.compile(r"(\d{7,})\.pt")
-OLD_BLOCKS = "decoder_blocks."  # older REPA checkpoints name the blocks behind the projectors so
+OLD_BLOCKS = "decoder_blocks."  # name of the blocks after the projectors in older REPA checkpoints
 BLOCK_WEIGHT = re.compile(r"(?:decoder_)?blocks\.(\d{1,6})\.(.+)")
 
 
 def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
-    """Write a checkpoint and its checksum; it appears under its name only when it is complete.
+    """Write a checkpoint and its checksum. The file gets its name only when it is complete.
 
     Raises:
-        OSError: it cannot be written; a file that was there before is still there.
+        OSError: the file cannot be written; an existing file of that name is kept.
     """
     path = Path(path)
     with atomic_write(path) as file:
         hashing = _HashingFile(file)
         torch.save(content, hashing)
-        # From here to the end the file stands without a checksum, never beside that of another.
+        # Until the new checksum is written there is none, rather than the one of the old file.
         checksum_path(path).unlink(missing_ok=True)
     with atomic_write(checksum_path(path), "w") as file:
         file.write(f"{hashing.digest.hexdigest()}  {path.name}\n")
 
 
 def checksum_path(path: Path) -> Path:
-    """Return where the checksum of a checkpoint lies."""
+    """Return the path of a checkpoint's checksum."""
     return path.with_name(path.name + ".sha256")
 
 
 def verify_checkpoint(path: str | Path) -> None:
-    """Read a checkpoint through and compare it with its checksum, or a zip without one with the sums inside it.
+    """Read the complete file and compare it with its checksum; without one, with the checksums inside the zip.
 
     Raises:
-        InputError: there is no such file, or its bytes are not those that were written.
+        InputError: there is no such file, or it differs from the file that was written.
     """
     path = Path(path)
     if not path.is_file():
@@ -80,10 +82,11 @@ def verify_checkpoint(path: str | Path) -> None:
 
 
 def checkpoint_digest(path: str | Path) -> str:
-    """Return the SHA-256 of the file with a network's weights: which network it is, wherever the file lies.
+    """Return the SHA-256 of the file with a network's weights, which identifies the network in any folder.
 
     Args:
-        path: as `load_checkpoint` takes it, verified: the checksum beside a checkpoint is believed.
+        path: as for `load_checkpoint`. A recorded checksum is returned without reading the checkpoint, so verify it
+            first.
     """
     path = Path(path)
     if is_exported(path):
@@ -96,15 +99,15 @@ def _recorded_sum(path: Path) -> str:
 
 
 def load_checkpoint(path: str | Path, verify: bool = True) -> dict[str, Any]:
-    """Return the content of a checkpoint, tensors on the CPU and, where the format allows, read only when used.
+    """Return the content of a checkpoint, with tensors on the CPU. Tensors in a zip are read when they are used.
 
     Args:
-        path: of this or of the published code; or what export.py wrote, a .safetensors file or a folder.
+        path: a checkpoint of this or of the published code, or an export: a .safetensors file or a folder.
         verify: whether to compare the file with its checksum first, see `verify_checkpoint`.
 
     Raises:
-        InputError: no such file, damaged, truncated, of another kind, or holding anything but tensors, plain Python
-            values and `argparse.Namespace`.
+        InputError: the file does not exist, is damaged, truncated or of another kind, or contains anything but tensors,
+            plain Python values and `argparse.Namespace`.
     """
     path = Path(path)
     if is_exported(path):
@@ -118,26 +121,26 @@ def load_checkpoint(path: str | Path, verify: bool = True) -> dict[str, Any]:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{path}: refused, it holds more than weights, or is no checkpoint ({reason})") from error
+        raise InputError(f"{path}: refused, it contains more than weights or is no checkpoint ({reason})") from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{path}: not a readable checkpoint; truncated or of another kind ({reason})") from error
+        raise InputError(f"{path}: not a readable checkpoint; it is truncated or of another kind ({reason})") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds a {type(content).__name__}; expected a dict with model, ema, opt, args, steps")
     return content
 
 
 def list_checkpoints(folder: str | Path) -> list[Path]:
-    """Return the `{step:07d}.pt` files of a folder, in the order of their steps."""
+    """Return the `{step:07d}.pt` files of a folder, sorted by step."""
     found = [path for path in Path(folder).glob("*.pt") if CHECKPOINT_NAME.fullmatch(path.name)]
     return sorted(found, key=lambda path: int(path.stem))
 
 
 def saved_settings(checkpoint: dict[str, Any], source: str | Path = "checkpoint") -> dict[str, Any]:
-    """Return the settings of the run that wrote a checkpoint, {} if it holds none.
+    """Return the settings of the run that wrote a checkpoint, {} if it has none.
 
     Raises:
-        InputError: they are no settings, or name a path between data and noise that is unknown here.
+        InputError: `args` is of another type, or its path between data and noise is unknown.
     """
     settings = checkpoint.get("args")
     if settings is None:
@@ -152,7 +155,7 @@ def saved_settings(checkpoint: dict[str, Any], source: str | Path = "checkpoint"
 
 
 def steps_done(checkpoint: dict[str, Any], source: str | Path = "checkpoint") -> int:
-    """Return the optimiser steps of a checkpoint, 0 if it does not say. Raises InputError for anything but a number."""
+    """Return the number of optimizer steps of a checkpoint, 0 if it has none. Raises InputError for another type."""
     steps = checkpoint.get("steps", 0)
     if not isinstance(steps, int) or steps < 0:
         raise InputError(f"{source}: its steps are {steps!r}; expected a whole number from 0")
@@ -162,33 +165,17 @@ def steps_done(checkpoint: dict[str, Any], source: str | Path = "checkpoint") ->
 def network_weights(
     checkpoint: dict[str, Any], weights: str = "ema", source: str | Path = "checkpoint"
 ) -> dict[str, Tensor]:
-    """Return the state dict of the network under today's names.
+    """Return the state dict of the network, with `blocks.N` in place of the older REPA names.
 
     Args:
-        checkpoint: as `load_checkpoint` returns it, or a bare state dict.
+        checkpoint: as `load_checkpoint` returns it, or a state dict.
         weights: "ema" or "model".
-        source: named in errors.
+        source: name of the file in errors.
 
     Raises:
-        InputError: there are no such weights, or they are not a SiT's.
+        InputError: there are no such weights, or they are not those of a SiT.
     """
-    return _rename_old_blocks(stored_weights(checkpoint, weights, source))
-
-
-def stored_weights(
-    checkpoint: dict[str, Any], weights: str = "ema", source: str | Path = "checkpoint"
-) -> dict[str, Tensor]:
-    """Return what `network_weights` returns, under the names that the file has."""
-    state = checkpoint if "x_embedder.proj.weight" in checkpoint else checkpoint.get(weights)
-    if not isinstance(state, dict) or "x_embedder.proj.weight" not in state or "pos_embed" not in state:
-        keys = ", ".join(list(map(str, checkpoint))[:6]) or "nothing"
-        raise InputError(f"{source}: no {weights} weights of a SiT in it; it holds {keys}")
-    for name, value in state.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise InputError(f"{source}: {name} in its weights is a {type(value).__name__}; expected a tensor")
-        if name.startswith(("blocks.", OLD_BLOCKS)) and not BLOCK_WEIGHT.fullmatch(name):
-            raise InputError(f"{source}: {name} is no block's weight; expected blocks.NUMBER.NAME")
-    return state
+    return _rename_old_blocks(_stored_weights(checkpoint, weights, source))
 
 
 def is_legacy(checkpoint: dict[str, Any]) -> bool:
@@ -197,65 +184,26 @@ def is_legacy(checkpoint: dict[str, Any]) -> bool:
     return any(str(key).startswith(OLD_BLOCKS) for key in state)
 
 
-def architecture(
-    state: dict[str, Tensor], settings: dict[str, Any] | None = None, source: str | Path = "checkpoint"
-) -> dict[str, Any]:
-    """Return `SiT`'s arguments, read off the names and shapes of `stored_weights`.
+def network_config(checkpoint: dict[str, Any], weights: str = "ema", source: str | Path = "checkpoint") -> SiTConfig:
+    """Return the description of a checkpoint's network: its entry `network`, compared with the weights.
 
-    What these do not tell comes from the run's `settings` (num_heads, encoder_depth), or from the preset of the same
-    width. In the older REPA layout the projectors stand where the blocks' names change.
+    Published files and older checkpoints lack the entry. Their network is inferred from the names and shapes of the
+    weights; what these do not determine (num_heads, encoder_depth) comes from the settings of the run, or else from the
+    preset with the same depth and width. The arguments are those of `network_weights`.
 
     Raises:
-        InputError: the shapes are not a SiT's, or the settings are odd.
+        InputError: the weights are not those of a SiT, the settings are invalid, or the entry contradicts the weights.
     """
-    settings = settings or {}
-    legacy_depth = _plain_blocks(state) if any(name.startswith(OLD_BLOCKS) for name in state) else None
-    state = _rename_old_blocks(state)
+    known = _fields_of_weights(_stored_weights(checkpoint, weights, source), source)
+    settings, entry = saved_settings(checkpoint, source), checkpoint.get("network")
     try:
-        hidden_size, in_channels, patch_size, _ = state["x_embedder.proj.weight"].shape
-        rows = state["pos_embed"].shape[1]
-        cls_weight, slot_token = state.get("cls_projectors2.weight"), state.get("slot_token")
-        cls_token_dim = None if cls_weight is None else cls_weight.shape[1]
-        depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
-        count = sum(re.fullmatch(r"projectors\.\d+\.4\.weight", name) is not None for name in state)
-        projectors = [state[f"projectors.{k}.4.weight"].shape for k in range(count)]  # [(z_dim, projector_dim)]
-        projector_dim = projectors[0][1] if projectors else 2048
-        q_norm = state.get("blocks.0.attn.q_norm.weight")
-        num_heads = None if q_norm is None else hidden_size // len(q_norm)
-        num_classes = state["y_embedder.embedding_table.weight"].shape[0] - 1
-        mlp_ratio = state["blocks.0.mlp.fc1.weight"].shape[0] / hidden_size
-    except (KeyError, ValueError, IndexError, TypeError, ZeroDivisionError) as error:
-        raise InputError(f"{source}: not a SiT's weights ({error} is missing or odd)") from error
-    grid_size = round((rows - (cls_weight is not None or slot_token is not None)) ** 0.5)
-    size = next((name for name, (d, width, _) in PRESETS.items() if (d, width) == (depth, hidden_size)), None)
-    num_heads = num_heads or _whole(settings, "num_heads", source) or (PRESETS[size][2] if size else None)
-    if num_heads is None:
-        raise InputError(f"{source}: depth {depth}, width {hidden_size} fit no preset, and args names no num_heads")
-    encoder_depth = legacy_depth or _whole(settings, "encoder_depth", source)
-    return {
-        "input_size": grid_size * patch_size,
-        "patch_size": patch_size,
-        "in_channels": in_channels,
-        "hidden_size": hidden_size,
-        "depth": depth,
-        "num_heads": num_heads,
-        "mlp_ratio": mlp_ratio,
-        "num_classes": num_classes,
-        "encoder_depth": encoder_depth or (ENCODER_DEPTHS[size] if size else depth),
-        "z_dims": [shape[0] for shape in projectors],
-        "projector_dim": projector_dim,
-        "cls_token_dim": cls_token_dim,
-        "qk_norm": q_norm is not None,
-        "learnable_token": slot_token is not None,
-    }
-
-
-def _whole(settings: dict[str, Any], name: str, source: str | Path) -> int | None:
-    """Return a setting that is a whole number or not there."""
-    value = settings.get(name)
-    if value is not None and not (isinstance(value, int) and value >= 0):
-        raise InputError(f"{source}: its {name} is {value!r}; expected a whole number")
-    return value
+        config = SiTConfig.from_json(_complete(known, settings) if entry is None else entry)
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from error
+    for name, value in known.items():
+        if name != "mlp_ratio" and getattr(config, name) != value:  # `load_state_dict` compares the width of the MLPs
+            raise InputError(f"{source}: network has {name} {getattr(config, name)}, but the weights have {value}")
+    return config
 
 
 def build_model(
@@ -265,41 +213,102 @@ def build_model(
     fused_attn: bool = True,
     source: str | Path = "checkpoint",
 ) -> SiT:
-    """Return the network of a loaded checkpoint, in eval mode, float32.
+    """Return the network of a loaded checkpoint, frozen, in eval mode and with float32 weights.
 
     Args:
         checkpoint: as `load_checkpoint` returns it.
         weights: "ema" or "model".
-        device: where to.
+        device: device of the network.
         fused_attn: see `SiT`.
-        source: named in errors.
+        source: name of the file in errors.
 
     Raises:
-        InputError: the weights are missing, or not a SiT's.
+        InputError: the weights are missing, or they do not fit the network.
     """
-    state = network_weights(checkpoint, weights, source)
-    settings = architecture(stored_weights(checkpoint, weights, source), saved_settings(checkpoint, source), source)
+    config, state = network_config(checkpoint, weights, source), network_weights(checkpoint, weights, source)
     try:
-        with torch.device("meta"):  # no time spent on random weights
-            model = SiT(**settings, fused_attn=fused_attn)
+        with torch.device("meta"):  # no time is spent on random weights
+            model = SiT(config, fused_attn)
         model.to_empty(device=device).load_state_dict(state, strict=True)
-    except (RuntimeError, ValueError, ZeroDivisionError) as error:
-        raise InputError(f"{source}: the weights do not fit the network they describe ({error})") from error
+    except (RuntimeError, ValueError, TypeError, OverflowError) as error:
+        raise InputError(f"{source}: the weights do not fit the network that it describes ({error})") from error
     return model.eval().requires_grad_(False)
 
 
 def load_model(path: str | Path, weights: str = "ema", device: torch.device | str = "cpu") -> SiT:
-    """Return the trained network of a checkpoint file, in eval mode: all one needs in a notebook.
+    """Return the trained network of a checkpoint file, frozen and in eval mode.
 
     Args:
-        path: a REG, REPA or SiT checkpoint, of this or of the published code, or what export.py wrote.
+        path: a REG, REPA or SiT checkpoint of this or of the published code, or an export.
         weights: "ema", the averaged weights, or "model".
-        device: where to.
+        device: device of the network.
 
     Raises:
         InputError: see `load_checkpoint` and `build_model`.
     """
     return build_model(load_checkpoint(path), weights, device, source=path)
+
+
+def _stored_weights(checkpoint: dict[str, Any], weights: str, source: str | Path) -> dict[str, Tensor]:
+    """Return what `network_weights` returns, under the names in the file."""
+    state = checkpoint if "x_embedder.proj.weight" in checkpoint else checkpoint.get(weights)
+    if not isinstance(state, dict) or "x_embedder.proj.weight" not in state or "pos_embed" not in state:
+        keys = ", ".join(list(map(str, checkpoint))[:6]) or "nothing"
+        raise InputError(f"{source}: no {weights} weights of a SiT in it; it holds {keys}")
+    for name, value in state.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise InputError(f"{source}: {name} in its weights is a {type(value).__name__}; expected a tensor")
+        if name.startswith(("blocks.", OLD_BLOCKS)) and not BLOCK_WEIGHT.fullmatch(name):
+            raise InputError(f"{source}: {name} is not a weight of a block; expected blocks.NUMBER.NAME")
+    return state
+
+
+def _fields_of_weights(stored: dict[str, Tensor], source: str | Path) -> dict[str, Any]:
+    """Return the fields of `SiTConfig` that the names and shapes of the weights determine."""
+    state = _rename_old_blocks(stored)
+    try:
+        hidden_size, in_channels, patch_size, _ = state["x_embedder.proj.weight"].shape
+        cls_weight, slot_token = state.get("cls_projectors2.weight"), state.get("slot_token")
+        patches = state["pos_embed"].shape[1] - (cls_weight is not None or slot_token is not None)
+        count = sum(re.fullmatch(r"projectors\.\d+\.4\.weight", name) is not None for name in state)
+        projectors = [state[f"projectors.{k}.4.weight"].shape for k in range(count)]  # [(z_dim, projector_dim)]
+        q_norm = state.get("blocks.0.attn.q_norm.weight")
+        fields = {
+            "input_size": round(patches**0.5) * patch_size,
+            "patch_size": patch_size,
+            "in_channels": in_channels,
+            "hidden_size": hidden_size,
+            "depth": len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
+            "mlp_ratio": state["blocks.0.mlp.fc1.weight"].shape[0] / hidden_size,
+            "num_classes": state["y_embedder.embedding_table.weight"].shape[0] - 1,
+            "z_dims": tuple(shape[0] for shape in projectors),
+            "cls_token_dim": None if cls_weight is None else cls_weight.shape[1],
+            "qk_norm": q_norm is not None,
+            "learnable_token": slot_token is not None,
+        }
+        if projectors:
+            fields["projector_dim"] = projectors[0][1]
+        if q_norm is not None:
+            fields["num_heads"] = hidden_size // len(q_norm)
+        if is_legacy(stored) and (first_blocks := _plain_blocks(stored)):  # the projectors read after these
+            fields["encoder_depth"] = first_blocks
+    except (KeyError, ValueError, IndexError, TypeError, ZeroDivisionError) as error:
+        raise InputError(f"{source}: not a SiT's weights ({error} is missing or has a wrong shape)") from error
+    return fields
+
+
+def _complete(fields: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """Return all fields of `SiTConfig`, the missing ones taken from the settings of a run or from a preset."""
+    depth, hidden_size = fields["depth"], fields["hidden_size"]
+    size = next((name for name, (d, width, _) in PRESETS.items() if (d, width) == (depth, hidden_size)), None)
+    others = {
+        "num_heads": settings.get("num_heads") or (PRESETS[size][2] if size else None),
+        "encoder_depth": settings.get("encoder_depth") or ENCODER_DEPTHS.get(size, depth),
+        "projector_dim": SiTConfig.projector_dim,
+    }
+    if not (fields := {**others, **fields})["num_heads"]:
+        raise InputError(f"depth {depth}, width {hidden_size} fit no preset, and args has no num_heads")
+    return fields
 
 
 def _rename_old_blocks(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -315,12 +324,12 @@ def _rename_old_blocks(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _plain_blocks(state: dict[str, Tensor]) -> int:
-    """Return the number of blocks that are not named in the older REPA way."""
+    """Return the number of blocks named `blocks.N`."""
     return 1 + max((int(name.split(".")[1]) for name in state if name.startswith("blocks.")), default=-1)
 
 
 class _HashingFile(io.RawIOBase):
-    """Hands everything on to a file opened for writing, and takes its SHA-256 in passing."""
+    """Writes to an open file and computes the SHA-256 of the written bytes."""
 
     def __init__(self, file: IO[bytes]):
         self.file = file

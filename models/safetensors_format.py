@@ -1,14 +1,15 @@
-"""A network outside a checkpoint: weights as safetensors, and what rebuilds it as JSON beside or inside them.
+"""Exported networks: weights as safetensors, and the configuration as JSON.
 
-    model.safetensors               alone: its header carries the configuration
-    FOLDER/model.safetensors, config.json      as on the Hugging Face hub
+    NETWORK.safetensors                      one file, with the configuration in its header
+    FOLDER/model.safetensors, config.json    two files, as on the Hugging Face hub
 
-Both are plain data; reading them runs nothing.
+The configuration contains the fields of `SiTConfig`. Both files are plain data; reading them never executes code.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,14 @@ from typing import Any
 from torch import Tensor
 
 from common.io import InputError, atomic_write, read_json, write_json
+from models.sit import SiTConfig
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 
 
 def is_exported(path: Path) -> bool:
-    """Return whether a path is of this format: a .safetensors file, or a folder."""
+    """Return whether a path has this format: a .safetensors file or a folder."""
     return path.suffix == ".safetensors" or path.is_dir()
 
 
@@ -32,12 +34,12 @@ def weights_file(path: Path) -> Path:
 
 
 def write_network(path: str | Path, state: dict[str, Tensor], config: dict[str, Any]) -> None:
-    """Write a network's weights and its configuration: as one file if `path` ends in .safetensors, else as a folder."""
+    """Write weights and configuration of a network, to one file if `path` ends in .safetensors, else to a folder."""
     from safetensors.torch import save
 
     path = Path(path)
     tensors = {name: tensor.detach().contiguous() for name, tensor in state.items()}
-    # "format" is what the transformers and diffusers libraries look for.
+    # The transformers and diffusers libraries require the entry "format".
     data = save(tensors, {"format": "pt", "config": json.dumps(config)})
     if path.suffix != ".safetensors":
         write_json(path / CONFIG_FILE, config)
@@ -47,10 +49,10 @@ def write_network(path: str | Path, state: dict[str, Tensor], config: dict[str, 
 
 
 def read_network(path: str | Path) -> dict[str, Any]:
-    """Return what `write_network` wrote in the form of a checkpoint: `ema`, and `args` if a configuration is there.
+    """Return an exported network as a checkpoint: `ema`, and with a configuration also `args`, `steps` and `network`.
 
     Raises:
-        InputError: something is missing or damaged.
+        InputError: a file is missing or damaged.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -61,7 +63,7 @@ def read_network(path: str | Path) -> dict[str, Any]:
         raise InputError(f"{path}: no such file")
     try:
         with safe_open(path, "pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
             header = file.metadata() or {}
         config = config or json.loads(header.get("config", "{}"))
     except (SafetensorError, OSError, ValueError) as error:
@@ -71,4 +73,7 @@ def read_network(path: str | Path) -> dict[str, Any]:
     content = {"ema": state}
     if config:
         content |= {"args": argparse.Namespace(**config), "steps": config.get("steps", 0)}
+    names = [field.name for field in dataclasses.fields(SiTConfig)]
+    if config.keys() >= set(names):
+        content["network"] = {name: config[name] for name in names}
     return content

@@ -1,92 +1,147 @@
 """The network: SiT (arXiv 2401.08740), a diffusion transformer (DiT, arXiv 2212.09748, section 3) that denoises the
-latents of an image and, in REG (arXiv 2507.01467, section 3), one class token beside them; with the projectors that
-REPA (arXiv 2410.06940, section 3) aligns to a frozen encoder.
+latents of an image. REG (arXiv 2507.01467, section 3) adds one class token to the sequence, which is denoised together
+with the latents. REPA (arXiv 2410.06940, section 3) adds projectors, whose outputs are aligned with a frozen encoder.
 
-One class is all three: without the class slot it is REPA, without projectors too it is SiT.
+`SiTConfig` selects the method: REG has the class slot and projectors, REPA has projectors only, SiT has neither.
 
-Names and order of the parameters are those of the published checkpoints, ugly or not: they are the file format.
+The names and the order of the parameters are the format of the published checkpoints. Do not change them.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import zlib
-from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-TIME_FREQUENCIES = 256  # width of the sinusoidal features of t (DiT)
-NORM_EPS = 1e-6
-PRESETS = {  # depth, width, heads (DiT, table 1)
-    "S": (12, 384, 6),
-    "B": (12, 768, 12),
-    "L": (24, 1024, 16),
-    "XL": (28, 1152, 16),
-}
+from common.io import InputError
+
+TIME_FEATURES = 256  # width of the sinusoidal features of t (DiT)
+PlainNorm = partial(nn.LayerNorm, elementwise_affine=False, eps=1e-6)
+# Depth, width and heads (DiT, table 1).
+PRESETS = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 PATCH_SIZES = (2, 4, 8)
-# The block after which the projectors read, counted from 1 (REPA, section 4; REG, table 5 for B).
+# The projectors read the output of this block, counted from 1 (REPA, section 4; REG, table 5 for B).
 ENCODER_DEPTHS = {"S": 4, "B": 4, "L": 8, "XL": 8}
+FIRST_ENCODER = -1  # value of `cls_token_dim`: the width of the first encoder
+
+
+@dataclasses.dataclass(frozen=True)
+class SiTConfig:
+    """Description of a network, saved in every checkpoint. Raises ValueError if sizes do not fit together."""
+
+    input_size: int = 32  # height and width of the latents
+    patch_size: int = 2  # height and width of a patch, in latent pixels
+    in_channels: int = 4  # channels of the latents
+    hidden_size: int = 1152  # width of the tokens
+    depth: int = 28  # number of blocks
+    num_heads: int = 16  # attention heads of each block
+    mlp_ratio: float = 4.0  # inner width of each block's MLP, divided by hidden_size
+    num_classes: int = 1000  # without the null class, which has the index num_classes
+    encoder_depth: int = 8  # the projectors read the output of this block, counted from 1
+    z_dims: tuple[int, ...] = (768,)  # width of each encoder to align with; empty for no projectors
+    projector_dim: int = 2048  # inner width of the projectors
+    cls_token_dim: int | None = FIRST_ENCODER  # width of the class token; None for no class slot
+    qk_norm: bool = False  # LayerNorm on queries and keys
+    learnable_token: bool = False  # a learned token in the class slot, not noised and not denoised (REG, an ablation)
+
+    def __post_init__(self) -> None:
+        cls_token_dim = self.cls_token_dim or None
+        if cls_token_dim == FIRST_ENCODER:
+            cls_token_dim = self.z_dims[0] if self.z_dims and not self.learnable_token else None
+        object.__setattr__(self, "cls_token_dim", cls_token_dim)  # the way to set a field of a frozen dataclass
+        object.__setattr__(self, "z_dims", tuple(self.z_dims))
+        if self.learnable_token and cls_token_dim:
+            raise ValueError(f"cls_token_dim {cls_token_dim} and learnable_token: there is one slot for one of them")
+        size, patch = self.input_size, self.patch_size
+        if not 1 <= patch <= size or size % patch:
+            raise ValueError(f"latents of {size} x {size} do not divide into patches of {patch}")
+        if self.num_heads < 1 or self.hidden_size % math.lcm(self.num_heads, 4):  # 4: parts of the position table
+            raise ValueError(f"hidden_size {self.hidden_size} is no multiple of num_heads {self.num_heads} and of 4")
+        if self.z_dims and not 1 <= self.encoder_depth <= self.depth:
+            raise ValueError(f"encoder_depth {self.encoder_depth} is outside 1 .. {self.depth}, the number of blocks")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as JSON has them, with a list in place of the tuple."""
+        return {**dataclasses.asdict(self), "z_dims": list(self.z_dims)}
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> SiTConfig:
+        """Return the configuration that `to_json` wrote.
+
+        Raises InputError, naming the fields, if some are missing, unknown, of a wrong type, or do not fit together.
+        """
+        kinds = {field.name: field.type for field in dataclasses.fields(cls)}
+        if wrong := set(fields if isinstance(fields, dict) else ()) ^ set(kinds):
+            names = ", ".join(sorted(map(str, wrong)))
+            raise InputError(f"network: missing or unknown fields {names}; expected {', '.join(kinds)}")
+        for name, kind in kinds.items():
+            if kind == "int" and type(fields[name]) is not int:
+                raise InputError(f"network: its {name} is {fields[name]!r}; expected a whole number")
+        try:
+            return cls(**fields)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"network: {error}") from error
 
 
 class SiTOutput(NamedTuple):
-    """What the network returns. `projected` is None where it was not asked for, `cls_velocity` without a class slot."""
+    """What the network returns. `projected` is None if it is not requested, `cls_velocity` without a class slot."""
 
     velocity: Tensor  # (N, C, H, W)
-    projected: list[Tensor] | None  # one (N, 1 + T, width) for each encoder; without a class slot (N, T, width)
+    projected: list[Tensor] | None  # one (N, 1 + T, z_dim) for each encoder; without a class slot (N, T, z_dim)
     cls_velocity: Tensor | None  # (N, cls_token_dim)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Return x (1 + scale) + shift, with shift and scale (N, D) for all tokens of x (N, T, D)."""
+    """Return x (1 + scale) + shift, (N, T, D), for tokens x (N, T, D); shift and scale (N, D)."""
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
 class PatchEmbed(nn.Module):
-    """Latents (N, C, H, W) to one token for each patch (N, T, D), row by row."""
+    """Embeds latents (N, C, H, W) as one token for each patch (N, T, D), in row-major order."""
 
     def __init__(self, patch_size: int, in_channels: int, hidden_size: int):
         super().__init__()
         self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2)
+        return self.proj(x).flatten(2).transpose(1, 2)  # (N, D, H / patch, W / patch), then (N, T, D)
 
 
 class TimestepEmbedder(nn.Module):
-    """Times (N,) in [0, 1] to vectors (N, D)."""
+    """Embeds times (N,) in [0, 1] as vectors (N, D)."""
 
     def __init__(self, hidden_size: int):
         super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(TIME_FREQUENCIES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
-        )
+        self.mlp = nn.Sequential(nn.Linear(TIME_FEATURES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
     @staticmethod
     def features(t: Tensor) -> Tensor:
-        """Return [cos, sin] of t at geometric frequencies, (N, 256) float32. t itself, not t times 1000."""
-        half = TIME_FREQUENCIES // 2
+        """Return [cos, sin] of t at geometric frequencies, (N, 256) float32. t is not multiplied by 1000."""
+        half = TIME_FEATURES // 2
         frequencies = torch.exp(-math.log(10000) / half * torch.arange(half, dtype=torch.float32, device=t.device))
-        angles = t.float()[:, None] * frequencies
-        return torch.cat([angles.cos(), angles.sin()], dim=-1)
+        angles = t.float()[:, None] * frequencies  # (N, 128)
+        return torch.cat([angles.cos(), angles.sin()], dim=-1)  # (N, 256)
 
     def forward(self, t: Tensor) -> Tensor:
-        return self.mlp(self.features(t).to(self.mlp[0].weight.dtype))
+        return self.mlp(self.features(t).to(self.mlp[0].weight.dtype))  # (N, D)
 
 
 class LabelEmbedder(nn.Module):
-    """Class labels (N,) to vectors (N, D). Index num_classes is the null class of classifier-free guidance."""
+    """Embeds class labels (N,) as vectors (N, D). Label num_classes is the null class of classifier-free guidance."""
 
     def __init__(self, num_classes: int, hidden_size: int):
         super().__init__()
         self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
 
     def forward(self, y: Tensor) -> Tensor:
-        return self.embedding_table(y)
+        return self.embedding_table(y)  # (N, D)
 
 
 class Attention(nn.Module):
@@ -94,8 +149,7 @@ class Attention(nn.Module):
 
     def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool, fused_attn: bool):
         super().__init__()
-        self.num_heads = num_heads
-        self.fused_attn = fused_attn
+        self.num_heads, self.fused_attn = num_heads, fused_attn
         head_size = hidden_size // num_heads
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
         self.q_norm = nn.LayerNorm(head_size) if qk_norm else nn.Identity()
@@ -104,19 +158,19 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n, tokens, width = x.shape
-        qkv = self.qkv(x).view(n, tokens, 3, self.num_heads, width // self.num_heads).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)  # each (N, heads, T, D / heads)
-        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)  # autocast normalises in float32
+        qkv = self.qkv(x).view(n, tokens, 3, self.num_heads, width // self.num_heads)  # (N, T, 3, heads, D / heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (N, heads, T, D / heads)
+        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)  # under autocast LayerNorm returns float32
         if self.fused_attn:
-            x = F.scaled_dot_product_attention(q, k, v)
+            x = F.scaled_dot_product_attention(q, k, v)  # (N, heads, T, D / heads)
         else:
-            weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-            x = weights.softmax(dim=-1).to(v.dtype) @ v
-        return self.proj(x.transpose(1, 2).reshape(n, tokens, width))
+            weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (N, heads, T, T)
+            x = weights.softmax(dim=-1).to(v.dtype) @ v  # (N, heads, T, D / heads)
+        return self.proj(x.transpose(1, 2).reshape(n, tokens, width))  # (N, T, D)
 
 
 class Mlp(nn.Module):
-    """The block's feed-forward part."""
+    """The MLP of a block: (N, T, D) to (N, T, D)."""
 
     def __init__(self, hidden_size: int, inner_size: int):
         super().__init__()
@@ -127,61 +181,53 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
-def _norm(hidden_size: int) -> nn.LayerNorm:
-    return nn.LayerNorm(hidden_size, elementwise_affine=False, eps=NORM_EPS)
-
-
 class SiTBlock(nn.Module):
     """Transformer block with adaLN-Zero conditioning (DiT, section 3.2)."""
 
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, qk_norm: bool, fused_attn: bool):
+    def __init__(self, config: SiTConfig, fused_attn: bool):
         super().__init__()
-        self.norm1 = _norm(hidden_size)
-        self.attn = Attention(hidden_size, num_heads, qk_norm, fused_attn)
-        self.norm2 = _norm(hidden_size)
-        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
+        hidden_size = config.hidden_size
+        self.norm1 = PlainNorm(hidden_size)
+        self.attn = Attention(hidden_size, config.num_heads, config.qk_norm, fused_attn)
+        self.norm2 = PlainNorm(hidden_size)
+        self.mlp = Mlp(hidden_size, int(hidden_size * config.mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """Return tokens (N, T, D) of tokens x (N, T, D) and conditioning c (N, D)."""
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=-1)
-        x = x + gate_attn.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_attn, scale_attn))
-        return x + gate_mlp.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+        x = x + gate_attn.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_attn, scale_attn))  # (N, T, D)
+        return x + gate_mlp.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))  # (N, T, D)
 
 
 class FinalLayer(nn.Module):
-    """Tokens to velocities: patches through `linear`, the class token, which stands first, through `linear_cls`."""
+    """Maps patch tokens to velocities by `linear`, and the class token, the first one, by `linear_cls`."""
 
     def __init__(self, hidden_size: int, patch_values: int, cls_token_dim: int | None):
         super().__init__()
-        self.norm_final = _norm(hidden_size)
+        self.norm_final = PlainNorm(hidden_size)
         self.linear = nn.Linear(hidden_size, patch_values)
         if cls_token_dim:
             self.linear_cls = nn.Linear(hidden_size, cls_token_dim)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
     def forward(self, x: Tensor, c: Tensor, has_cls: bool) -> tuple[Tensor, Tensor | None]:
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
-        x = modulate(self.norm_final(x), shift, scale)
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)  # each (N, D)
+        x = modulate(self.norm_final(x), shift, scale)  # (N, 1 + T, D), or (N, T, D) without a class slot
         if has_cls:
-            return self.linear(x[:, 1:]), self.linear_cls(x[:, 0])
+            return self.linear(x[:, 1:]), self.linear_cls(x[:, 0])  # (N, T, p p C), (N, cls_token_dim)
         return self.linear(x), None
 
 
 class Projector(nn.Sequential):
-    """The three-layer MLP of REPA (arXiv 2410.06940, section 3), from the network's width to an encoder's."""
+    """The three-layer MLP of REPA (section 3): tokens (N, T, D) to tokens of an encoder's width (N, T, z_dim)."""
 
     def __init__(self, hidden_size: int, projector_dim: int, z_dim: int):
-        super().__init__(
-            nn.Linear(hidden_size, projector_dim),
-            nn.SiLU(),
-            nn.Linear(projector_dim, projector_dim),
-            nn.SiLU(),
-            nn.Linear(projector_dim, z_dim),
-        )
+        first, second = nn.Linear(hidden_size, projector_dim), nn.Linear(projector_dim, projector_dim)
+        super().__init__(first, nn.SiLU(), second, nn.SiLU(), nn.Linear(projector_dim, z_dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return tokens (N, T, z_dim) of tokens (N, T, D)."""
-        for layer in self:  # written out: older torch (2.6) leaves nn.Sequential's own forward uncompiled
+        for layer in self:  # an explicit loop, because torch 2.6 does not compile the forward of nn.Sequential
             x = layer(x)
         return x
 
@@ -190,93 +236,51 @@ class SiT(nn.Module):
     """Scalable interpolant transformer with an optional class slot.
 
     Args:
-        input_size: height and width of the latents; a multiple of patch_size.
-        patch_size, in_channels, hidden_size, depth, num_heads, mlp_ratio: the usual.
-        num_classes: classes without the null class, which gets index num_classes.
-        class_dropout_prob: in training mode each label becomes null with this probability.
-        encoder_depth: the projectors read after this block, counted from 1.
-        z_dims: width of each encoder to be aligned with; empty for no projectors.
-        projector_dim: inner width of the projectors.
-        cls_token_dim: width of the class token (the first encoder's); None for no class slot.
-        learnable_token: put a learnt token, the same for all images, into the slot instead: it takes part in attention
-            and alignment, but is neither noised nor denoised (REG, the ablation of the entangled signal).
-        qk_norm: LayerNorm on queries and keys.
-        fused_attn: attention through scaled_dot_product_attention.
+        config: description of the network.
+        fused_attn: whether attention uses scaled_dot_product_attention. It does not change the weights.
+        fields: fields of `SiTConfig`, in place of `config` or to replace fields of it.
 
     Attributes:
-        activation_checkpointing: off at first; set to True, the blocks keep their inputs alone for the backward pass,
-            which computes the rest a second time. Less memory, more time, the same gradients.
-
-    Raises:
-        ValueError: sizes that do not go together.
+        activation_checkpointing: False at first. If True, only the inputs of the blocks are kept for the backward pass,
+            which computes the rest again: less memory, more time, the same gradients.
     """
 
-    def __init__(
-        self,
-        input_size: int = 32,
-        patch_size: int = 2,
-        in_channels: int = 4,
-        hidden_size: int = 1152,
-        depth: int = 28,
-        num_heads: int = 16,
-        mlp_ratio: float = 4.0,
-        num_classes: int = 1000,
-        class_dropout_prob: float = 0.1,
-        encoder_depth: int = 8,
-        z_dims: Sequence[int] = (768,),
-        projector_dim: int = 2048,
-        cls_token_dim: int | None = 768,
-        qk_norm: bool = False,
-        fused_attn: bool = True,
-        learnable_token: bool = False,
-    ):
+    def __init__(self, config: SiTConfig | None = None, fused_attn: bool = True, **fields: Any):
         super().__init__()
-        seed = int(torch.randint(2**62, (), device="cpu"))  # before PyTorch's own initialisation draws, which varies
-        if learnable_token and cls_token_dim:
-            raise ValueError(f"cls_token_dim {cls_token_dim} and learnable_token: there is one slot for one of them")
-        _check_sizes(input_size, patch_size, hidden_size, num_heads, depth, encoder_depth if z_dims else 1)
-        self.input_size = input_size
-        self.patch_size = patch_size
-        self.in_channels = in_channels
-        self.num_classes = num_classes
-        self.class_dropout_prob = class_dropout_prob
-        self.encoder_depth = encoder_depth
-        self.cls_token_dim = cls_token_dim or None
-        self.grid_size = input_size // patch_size
+        seed = int(torch.randint(2**62, (), device="cpu"))  # drawn before PyTorch's own initialisation draws numbers
+        self.config = config = SiTConfig(**fields) if config is None else dataclasses.replace(config, **fields)
+        self.input_size, self.patch_size, self.in_channels = config.input_size, config.patch_size, config.in_channels
+        self.num_classes = self.null_class = config.num_classes  # the null class stands for "no class"
+        self.encoder_depth, self.cls_token_dim = config.encoder_depth, config.cls_token_dim
+        self.grid_size = config.input_size // config.patch_size
         self.activation_checkpointing = False
 
-        # Registration order is part of the checkpoint format: the optimiser's state is kept by index.
-        rows = self.grid_size**2 + (1 if self.cls_token_dim or learnable_token else 0)
-        self.pos_embed = nn.Parameter(torch.zeros(1, rows, hidden_size), requires_grad=False)
-        self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
-        self.t_embedder = TimestepEmbedder(hidden_size)
-        self.y_embedder = LabelEmbedder(num_classes, hidden_size)
-        self.blocks = nn.ModuleList(
-            SiTBlock(hidden_size, num_heads, mlp_ratio, qk_norm, fused_attn) for _ in range(depth)
-        )
-        self.projectors = nn.ModuleList(Projector(hidden_size, projector_dim, z_dim) for z_dim in z_dims)
-        self.final_layer = FinalLayer(hidden_size, patch_size**2 * in_channels, self.cls_token_dim)
+        # The registration order is part of the checkpoint format: the optimizer's state is stored by index.
+        width = config.hidden_size
+        rows = self.grid_size**2 + (1 if self.cls_token_dim or config.learnable_token else 0)
+        self.pos_embed = nn.Parameter(torch.zeros(1, rows, width), requires_grad=False)
+        self.x_embedder = PatchEmbed(self.patch_size, self.in_channels, width)
+        self.t_embedder = TimestepEmbedder(width)
+        self.y_embedder = LabelEmbedder(self.num_classes, width)
+        self.blocks = nn.ModuleList(SiTBlock(config, fused_attn) for _ in range(config.depth))
+        self.projectors = nn.ModuleList(Projector(width, config.projector_dim, z_dim) for z_dim in config.z_dims)
+        self.final_layer = FinalLayer(width, self.patch_size**2 * self.in_channels, self.cls_token_dim)
         if self.cls_token_dim:
-            self.cls_projectors2 = nn.Linear(self.cls_token_dim, hidden_size)  # embeds the noisy class token ...
-            self.wg_norm = nn.LayerNorm(hidden_size, eps=NORM_EPS)  # ... and normalises it
-        self.slot_token = nn.Parameter(torch.zeros(1, 1, hidden_size)) if learnable_token else None
+            self.cls_projectors2 = nn.Linear(self.cls_token_dim, width)  # embeds the noisy class token
+            self.wg_norm = nn.LayerNorm(width, eps=1e-6)  # normalises the embedded class token
+        self.slot_token = nn.Parameter(torch.zeros(1, 1, width)) if config.learnable_token else None
         self.initialize_weights(seed)
 
     @property
-    def null_class(self) -> int:
-        """The label that stands for "no class"."""
-        return self.num_classes
-
-    @property
     def dtype(self) -> torch.dtype:
-        """The parameters' dtype, by the name that diffusers' pipelines ask for."""
+        """The dtype of the parameters; diffusers' pipelines read this attribute."""
         return self.pos_embed.dtype
 
     def initialize_weights(self, seed: int) -> None:
-        """Initialise as DiT (section 3.2) does: a fresh network returns exactly zero.
+        """Initialise as DiT (section 3.2) does: a new network returns exactly zero.
 
-        Each weight has a random stream of its own, made of `seed` and its name. So networks of the same seed share what
-        they have in common, whichever of slot and projectors they have: REG, REPA and SiT start alike.
+        Each weight has its own random stream, made from `seed` and the weight's name. Networks with the same seed
+        therefore have equal weights in all parts that they share, with or without the class slot and the projectors.
         """
         if self.pos_embed.is_meta:
             return
@@ -289,23 +293,24 @@ class SiT(nn.Module):
                 nn.init.xavier_uniform_(module.weight, generator=stream(name))
                 nn.init.zeros_(module.bias)
 
-        # Fixed positions; the class token, which stands first, has none.
+        # Fixed positions of the patches. The class token, which is the first token, has the position zero.
         table = sincos_2d(self.pos_embed.shape[-1], self.grid_size)
         with torch.no_grad():
             self.pos_embed[0, -len(table) :].copy_(table)
 
-        # The patch embedding is a linear layer in the shape of a convolution.
+        # The patch embedding is initialised as a linear layer.
         patches = self.x_embedder.proj
         nn.init.xavier_uniform_(patches.weight.view(patches.weight.shape[0], -1), generator=stream("x_embedder"))
         nn.init.zeros_(patches.bias)
 
+        # Embeddings of labels and times, and the learned token.
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02, generator=stream("y_embedder"))
         nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02, generator=stream("t_embedder.mlp.0"))
         nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02, generator=stream("t_embedder.mlp.2"))
         if self.slot_token is not None:
             nn.init.normal_(self.slot_token, std=0.02, generator=stream("slot_token"))
 
-        # adaLN-Zero: every block begins as the identity, every output as zero.
+        # adaLN-Zero: every block is the identity at the start, and every output is zero.
         for layer in [*self.blocks, self.final_layer]:
             nn.init.zeros_(layer.adaLN_modulation[1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)
@@ -313,21 +318,10 @@ class SiT(nn.Module):
             nn.init.zeros_(self.final_layer.linear_cls.weight)
 
     def unpatchify(self, x: Tensor) -> Tensor:
-        """Return latents (N, C, H, W) of patch tokens (N, T, p p C), the channel last inside each token."""
+        """Return latents (N, C, H, W) of patch tokens (N, T, p p C), whose last index is the channel."""
         n, p, g, c = x.shape[0], self.patch_size, self.grid_size, self.in_channels
         x = x.view(n, g, g, p, p, c)
         return x.permute(0, 5, 1, 3, 2, 4).reshape(n, c, g * p, g * p)
-
-    def drop_labels(self, y: Tensor, drop: Tensor | None = None) -> Tensor:
-        """Return labels (N,) with the null class where `drop` (N,) bool says so.
-
-        Without `drop`, labels are dropped at random in training mode and kept in eval mode.
-        """
-        if drop is None:
-            if not (self.training and self.class_dropout_prob > 0):
-                return y
-            drop = torch.rand(y.shape, device=y.device) < self.class_dropout_prob
-        return torch.where(drop, self.null_class, y)
 
     def forward(
         self,
@@ -342,84 +336,63 @@ class SiT(nn.Module):
 
         Args:
             x: noisy latents (N, C, H, W).
-            t: times (N,) in [0, 1], or (1,) for the whole batch.
-            y: labels (N,) int64, 0 .. num_classes (the last is the null class).
-            cls_token: noisy class token (N, cls_token_dim); needed if and only if the network has a class slot.
-            label_drop: (N,) bool, which labels to replace by the null class; None: see `drop_labels`.
-            project: whether to compute the projected tokens. They serve the alignment loss only, so sampling
-                switches them off.
+            t: times (N,) in [0, 1], or (1,) for the complete batch.
+            y: labels (N,) int64, 0 .. num_classes (the last one is the null class).
+            cls_token: noisy class token (N, cls_token_dim); required if the network has a class slot, else not allowed.
+            label_drop: (N,) bool, the labels to replace by the null class; None keeps all labels.
+            project: whether to compute the projected tokens. Only the alignment loss needs them.
 
-        Raises:
-            ValueError: a class token is missing, or given to a network without a class slot.
+        Raises ValueError if a class token is missing, or given to a network without a class slot.
         """
         if (cls_token is None) != (self.cls_token_dim is None):
             slot = f"has a class slot of width {self.cls_token_dim}" if self.cls_token_dim else "has no class slot"
             raise ValueError(f"this network {slot}, but cls_token is {'missing' if cls_token is None else 'given'}")
+        if label_drop is not None:
+            y = torch.where(label_drop, self.null_class, y)  # (N,)
+
         x = self.x_embedder(x)  # (N, T, D)
         if cls_token is not None:
-            x = torch.cat([self.wg_norm(self.cls_projectors2(cls_token)).unsqueeze(1), x], dim=1)
+            cls_token = self.wg_norm(self.cls_projectors2(cls_token))  # (N, D)
+            x = torch.cat([cls_token.unsqueeze(1), x], dim=1)  # (N, 1 + T, D)
         elif self.slot_token is not None:
-            x = torch.cat([self.slot_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
-        x = x + self.pos_embed  # (N, 1 + T, D)
-        c = (self.t_embedder(t) + self.y_embedder(self.drop_labels(y, label_drop))).to(x.dtype)  # (N, D)
+            x = torch.cat([self.slot_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1)  # (N, 1 + T, D)
+        x = x + self.pos_embed  # (N, 1 + T, D), or (N, T, D) without a class slot
+        c = (self.t_embedder(t) + self.y_embedder(y)).to(x.dtype)  # (N, D)
 
         projected = None
         for number, block in enumerate(self.blocks, start=1):
-            x = self._run_block(block, x, c)  # (N, 1 + T, D)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                # A block draws no random numbers, so the random state need not be kept.
+                x = checkpoint(block, x, c, use_reentrant=False, preserve_rng_state=False)  # (N, 1 + T, D)
+            else:
+                x = block(x, c)  # (N, 1 + T, D)
             if project and number == self.encoder_depth:
                 projected = [projector(x) for projector in self.projectors]  # [(N, 1 + T, z_dim)]
         if self.slot_token is not None:
-            x = x[:, 1:]  # it has served the other tokens, and has no velocity of its own
+            x = x[:, 1:]  # (N, T, D): the learned token has no velocity
         patches, cls_velocity = self.final_layer(x, c, has_cls=cls_token is not None)  # (N, T, p p C), (N, cls_dim)
         return SiTOutput(self.unpatchify(patches), projected, cls_velocity)
-
-    def _run_block(self, block: SiTBlock, x: Tensor, c: Tensor) -> Tensor:
-        if not (self.activation_checkpointing and torch.is_grad_enabled()):
-            return block(x, c)
-        # Nothing in a block is random, so there is no random state to keep.
-        return checkpoint(block, x, c, use_reentrant=False, preserve_rng_state=False)
-
-
-def _check_sizes(
-    input_size: int, patch_size: int, hidden_size: int, num_heads: int, depth: int, encoder_depth: int
-) -> None:
-    if input_size < patch_size or input_size % patch_size:
-        raise ValueError(f"latents of {input_size} x {input_size} do not divide into patches of {patch_size}")
-    if hidden_size % num_heads:
-        raise ValueError(f"hidden_size {hidden_size} does not divide by num_heads {num_heads}")
-    if hidden_size % 4:
-        raise ValueError(f"hidden_size {hidden_size} is not a multiple of 4, which the position table needs")
-    if not 1 <= encoder_depth <= depth:
-        raise ValueError(f"encoder_depth {encoder_depth} is outside 1 .. {depth}, the number of blocks")
 
 
 def sincos_2d(width: int, grid_size: int) -> Tensor:
     """Return the fixed position table (grid_size^2, width), float32, tokens in row-major order.
 
-    The first half of each row comes from the column, the second from the row of the token; each half is
-    [sin(k w_j), cos(k w_j)] with w_j = 10000^(-j / (width / 4)) (MAE, arXiv 2111.06377, in DiT's arrangement).
+    The first half of each row encodes the token's column, the second half its row. Each half is
+    [sin(k w_j), cos(k w_j)] with w_j = 10000^(-j / (width / 4)) (MAE, arXiv 2111.06377, in DiT's order of the halves).
     """
     frequencies = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    angles = torch.arange(grid_size, dtype=torch.float64)[:, None] * frequencies
+    angles = torch.arange(grid_size, dtype=torch.float64)[:, None] * frequencies  # (grid, width / 4)
     line = torch.cat([angles.sin(), angles.cos()], dim=1)  # (grid, width / 2)
-    columns = line.repeat(grid_size, 1)
-    rows = line.repeat_interleave(grid_size, dim=0)
+    columns = line.repeat(grid_size, 1)  # (grid^2, width / 2)
+    rows = line.repeat_interleave(grid_size, dim=0)  # (grid^2, width / 2)
     return torch.cat([columns, rows], dim=1).float()
 
 
-def _preset(size: str, patch_size: int) -> Callable[..., SiT]:
-    depth, hidden_size, num_heads = PRESETS[size]
-    return partial(
-        SiT,
-        depth=depth,
-        hidden_size=hidden_size,
-        num_heads=num_heads,
-        patch_size=patch_size,
-        encoder_depth=ENCODER_DEPTHS[size],
+#: "SiT-XL/2" and so on: functions that build the network; their keyword arguments are those of `SiT`.
+SiT_models: dict[str, partial[SiT]] = {
+    f"SiT-{size}/{patch}": partial(
+        SiT, depth=depth, hidden_size=width, num_heads=heads, patch_size=patch, encoder_depth=ENCODER_DEPTHS[size]
     )
-
-
-#: "SiT-XL/2" and so on: functions that build the network; their keyword arguments are SiT's.
-SiT_models: dict[str, Callable[..., SiT]] = {
-    f"SiT-{size}/{patch_size}": _preset(size, patch_size) for size in PRESETS for patch_size in PATCH_SIZES
+    for size, (depth, width, heads) in PRESETS.items()
+    for patch in PATCH_SIZES
 }

@@ -13,7 +13,6 @@ from export import describe, export
 from models import ema
 from models.checkpoint import (
     OLD_BLOCKS,
-    architecture,
     build_model,
     checkpoint_digest,
     checksum_path,
@@ -21,6 +20,7 @@ from models.checkpoint import (
     list_checkpoints,
     load_checkpoint,
     load_model,
+    network_config,
     save_checkpoint,
 )
 from models.sit import SiT, SiT_models
@@ -97,8 +97,8 @@ def test_an_older_repa_checkpoint_loads(tmp_path):
 def test_the_names_of_an_older_repa_checkpoint_tell_where_its_projectors_read():
     with torch.device("meta"):
         state = SiT_models["SiT-S/8"](z_dims=[6]).state_dict()  # the preset has encoder_depth 4
-    assert architecture(state)["encoder_depth"] == 4
-    assert architecture(in_old_names(state, 7))["encoder_depth"] == 7
+    assert network_config(state).encoder_depth == 4
+    assert network_config(in_old_names(state, 7)).encoder_depth == 7
     assert describe({"ema": in_old_names(state, 7)}, "ema", "repa.pt")["encoder_depth"] == 7
 
 
@@ -153,16 +153,65 @@ def test_optimizer_state_is_by_index_and_leaves_out_the_position_table(tmp_path)
     assert state["param_groups"][0]["params"][0] == 0 and 0 not in state["state"] and 1 in state["state"]
 
 
-def test_architecture_is_read_off_the_shapes():
+def test_a_network_is_inferred_from_shapes():
     model = small(in_channels=3, num_classes=7, z_dims=[24, 8], mlp_ratio=2.0)
-    found = architecture(model.state_dict(), {"num_heads": 2, "encoder_depth": 2})
-    assert found == {
+    found = network_config({"ema": model.state_dict(), "args": {"num_heads": 2, "encoder_depth": 2}})
+    assert found == model.config
+    assert found.to_json() == {
         "input_size": 8, "patch_size": 2, "in_channels": 3, "hidden_size": 32, "depth": 3, "num_heads": 2,
         "mlp_ratio": 2.0, "num_classes": 7, "encoder_depth": 2, "z_dims": [24, 8], "projector_dim": 16,
         "cls_token_dim": 24, "qk_norm": False, "learnable_token": False,
     }  # fmt: skip
-    learnt = architecture(small(cls_token_dim=None, learnable_token=True).state_dict(), {"num_heads": 2})
-    assert (learnt["input_size"], learnt["cls_token_dim"], learnt["learnable_token"]) == (8, None, True)
+    state = small(cls_token_dim=None, learnable_token=True).state_dict()
+    learned = network_config({"ema": state, "args": {"num_heads": 2}})
+    assert (learned.input_size, learned.cls_token_dim, learned.learnable_token) == (8, None, True)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"cls_token_dim": None, "learnable_token": True}, {"z_dims": [], "projector_dim": 5}, {"mlp_ratio": 2.7}],
+)
+def test_a_network_is_rebuilt_from_its_entry(tmp_path, options):
+    model = randomise(small(**options, num_heads=8, encoder_depth=1)).eval()
+    # Without the entry it would have other heads and another depth of the projectors.
+    saved = {"network": model.config.to_json(), "ema": model.state_dict(), "args": argparse.Namespace(num_heads=2)}
+    save_checkpoint(tmp_path / "0000012.pt", saved)
+    for path in (tmp_path / "0000012.pt", tmp_path / "folder", tmp_path / "file.safetensors"):
+        if not path.exists():
+            export(tmp_path / "0000012.pt", path)
+        rebuilt = load_model(path)
+        assert rebuilt.config == model.config
+        x, t, y, cls = inputs(model)
+        assert torch.equal(rebuilt(x, t, y, cls).velocity, model(x, t, y, cls).velocity)
+
+
+CONTRADICTIONS = {
+    "depth": ({"depth": 4}, "network has depth 4, but the weights have 3"),
+    "huge depth": ({"depth": 10**12}, f"network has depth {10**12}, but the weights have 3"),
+    "classes": ({"num_classes": 6}, "network has num_classes 6, but the weights have 5"),
+    "encoders": ({"z_dims": [24, 24]}, r"network has z_dims \(24, 24\), but the weights have \(24,\)"),
+    "slot": ({"cls_token_dim": None}, "network has cls_token_dim None, but the weights have 24"),
+    "norm": ({"qk_norm": True}, "network has qk_norm True, but the weights have False"),
+    "heads": ({"num_heads": 3}, "network: hidden_size 32 is no multiple of num_heads 3"),
+    "mlp": ({"mlp_ratio": 2.0}, r"blocks\.0\.mlp\.fc1\.weight.*\[128, 32\].*\[64, 32\]"),
+    "infinite mlp": ({"mlp_ratio": float("inf")}, "do not fit the network"),
+    "no number": ({"mlp_ratio": None}, "do not fit the network"),
+    "unknown": ({"width": 3}, "unknown fields width"),
+}
+
+
+@pytest.mark.parametrize("change, text", CONTRADICTIONS.values(), ids=CONTRADICTIONS)
+def test_an_entry_that_contradicts_the_weights_is_refused(change, text):
+    model = small()
+    checkpoint = {"network": {**model.config.to_json(), **change}, "ema": model.state_dict()}
+    with pytest.raises(InputError, match=rf"(?s)odd\.pt: .*{text}"):
+        build_model(checkpoint, source="odd.pt")
+
+
+@pytest.mark.parametrize("entry", ["text", 3, ["depth"], {}])
+def test_an_entry_of_another_type_is_refused(entry):
+    with pytest.raises(InputError, match=r"odd\.pt: network: missing or unknown fields cls_token_dim, depth"):
+        build_model({"network": entry, "ema": small().state_dict()}, source="odd.pt")
 
 
 def test_missing_weights_are_named():

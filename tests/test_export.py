@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+import export
 from common.io import InputError
-from export import export
 from models.autoencoder import PixelCodec
-from models.checkpoint import load_model, save_checkpoint
+from models.checkpoint import load_checkpoint, load_model, save_checkpoint
 from tests.conftest import ROOT, run_generate
 from tests.test_checkpoint import content, published
 from tests.test_sit import inputs, randomise, small
@@ -28,7 +28,7 @@ def checkpoint(tmp_path):
 @pytest.mark.parametrize("dest", ["network.safetensors", "folder"])
 @pytest.mark.parametrize("weights", ["ema", "model"])
 def test_an_exported_network_is_the_same(checkpoint, tmp_path, dest, weights):
-    export(checkpoint, tmp_path / dest, weights)
+    export.export(checkpoint, tmp_path / dest, weights)
     ours, theirs = load_model(checkpoint, weights), load_model(tmp_path / dest)
     assert ours.encoder_depth == theirs.encoder_depth
     for (name, a), (other, b) in zip(ours.state_dict().items(), theirs.state_dict().items(), strict=True):
@@ -41,18 +41,73 @@ def test_a_published_checkpoint_is_exported(tmp_path):
     from models.sit import SiT_models
 
     torch.save(published(SiT_models["SiT-S/2"](z_dims=[768], cls_token_dim=768)), tmp_path / "reg.pt")
-    export(tmp_path / "reg.pt", tmp_path / "folder")
+    export.export(tmp_path / "reg.pt", tmp_path / "folder")
     config = json.loads((tmp_path / "folder" / "config.json").read_text())
     assert (config["codec"]["codec"], config["steps"], config["path_type"]) == ("sd-vae-ft-mse", 400_000, "linear")
     assert load_model(tmp_path / "folder").num_classes == 1000
     assert "SiT-S/2" in (tmp_path / "folder" / "README.md").read_text()
 
 
+def as_before(folder, model, without=()):
+    """Write an export as it was written before checkpoints had the entry `network`."""
+    from safetensors.torch import save_file
+
+    config = {
+        "_class_name": "SiT", "input_size": 8, "patch_size": 2, "in_channels": 4, "hidden_size": 32, "depth": 3,
+        "num_heads": 4, "mlp_ratio": 4.0, "num_classes": 5, "encoder_depth": 1, "z_dims": [24], "projector_dim": 16,
+        "cls_token_dim": 24, "qk_norm": False, "learnable_token": False, "path_type": "cosine", "resolution": 8,
+        "codec": PixelCodec().format.to_json(), "steps": 12, "weights": "ema",
+    }  # fmt: skip
+    config = {name: value for name, value in config.items() if name not in without}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    header = {"format": "pt", "config": json.dumps(config)}
+    for path in (folder / "model.safetensors", folder / "alone.safetensors"):
+        save_file(model.state_dict(), path, header)
+    return config
+
+
+@pytest.mark.parametrize("without", [(), ("learnable_token",)], ids=["latest", "oldest"])
+def test_an_export_of_earlier_code_loads(tmp_path, without):
+    model = randomise(small(num_heads=4, encoder_depth=1)).eval()
+    config = as_before(tmp_path / "folder", model, without)
+    x, t, y, cls = inputs(model)
+    for path in (tmp_path / "folder", tmp_path / "folder" / "alone.safetensors"):
+        rebuilt = load_model(path)
+        assert rebuilt.config == model.config
+        assert torch.equal(rebuilt(x, t, y, cls).velocity, model(x, t, y, cls).velocity)
+        assert load_checkpoint(path)["args"] == argparse.Namespace(**config)
+
+
+def test_the_configuration_of_an_export_has_the_fields_of_before(checkpoint, tmp_path):
+    config = as_before(tmp_path / "before", small())
+    export.main(["--ckpt", str(checkpoint), "--dest", str(tmp_path / "folder")])
+    assert list(config) == [k for k in json.loads((tmp_path / "folder" / "config.json").read_text()) if k != "exp_name"]
+
+
+def test_a_contradiction_in_an_export_is_refused(checkpoint, tmp_path):
+    export.export(checkpoint, tmp_path / "folder")
+    path = tmp_path / "folder" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "depth": 2}))
+    with pytest.raises(InputError, match=r"folder: network has depth 2, but the weights have 3"):
+        load_model(tmp_path / "folder")
+
+
+def test_the_command_line_names_its_flags(checkpoint, tmp_path):
+    for flags, text in (
+        (["--ckpt", "x.pt"], "--dest"),
+        (["--ckpt", "x.pt", "--dest", "x", "--weights", "best"], "--weights.*ema"),
+        (["--ckpt", "x.pt", "--dst", "x"], "--dest|--dst"),
+    ):
+        with pytest.raises(InputError, match=text):
+            export.main(flags)
+
+
 def test_the_pipeline_makes_the_images_of_generate(checkpoint, tmp_path, monkeypatch):
     pytest.importorskip("diffusers")
     from models.pipeline import REGPipeline
 
-    export(checkpoint, tmp_path / "folder")
+    export.export(checkpoint, tmp_path / "folder")
     pipeline = REGPipeline.from_pretrained(tmp_path / "folder").to("cpu")
     pipeline.set_progress_bar_config(disable=True)
     more = {"guidance_scale": 2.0, "guidance_interval": (0, 0.85)}
@@ -68,7 +123,7 @@ def test_the_pipeline_makes_the_images_of_generate(checkpoint, tmp_path, monkeyp
 
 
 def test_damage_is_named(checkpoint, tmp_path):
-    export(checkpoint, tmp_path / "folder")
+    export.export(checkpoint, tmp_path / "folder")
     path = tmp_path / "folder" / "model.safetensors"
     whole = path.read_bytes()
     for broken in (whole[: len(whole) // 2], b"", b"\xff" * 100):
@@ -86,10 +141,10 @@ def test_damage_is_named(checkpoint, tmp_path):
 def test_nothing_is_overwritten_and_mistakes_are_one_line(checkpoint, tmp_path):
     (tmp_path / "there.safetensors").write_bytes(b"mine")
     with pytest.raises(InputError, match="there is something already"):
-        export(checkpoint, tmp_path / "there.safetensors")
+        export.export(checkpoint, tmp_path / "there.safetensors")
     assert (tmp_path / "there.safetensors").read_bytes() == b"mine"
     with pytest.raises(InputError, match=r"--dest .*there\.safetensors.* is no folder that may be written to"):
-        export(tmp_path / "nowhere.pt", tmp_path / "there.safetensors" / "below")
+        export.export(tmp_path / "nowhere.pt", tmp_path / "there.safetensors" / "below")
     save_checkpoint(tmp_path / "odd.pt", {"args": argparse.Namespace()})
     command = [sys.executable, "export.py", "--ckpt", str(tmp_path / "odd.pt"), "--dest", str(tmp_path / "x")]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

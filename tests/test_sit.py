@@ -1,9 +1,12 @@
+import dataclasses
+import json
 import math
 
 import pytest
 import torch
 
-from models.sit import ENCODER_DEPTHS, PRESETS, SiT, SiT_models, sincos_2d
+from common.io import InputError
+from models.sit import ENCODER_DEPTHS, PRESETS, SiT, SiT_models, SiTConfig, sincos_2d
 
 COUNTS = {"SiT-S/2": 40_107_792, "SiT-B/2": 139_028_496, "SiT-L/2": 467_533_328, "SiT-XL/2": 685_017_360}
 
@@ -171,16 +174,74 @@ def test_projectors_cost_nothing_when_switched_off():
     assert with_.projected[0].shape == (3, 17, 24)  # in eval mode as well
 
 
-def test_labels_are_dropped_in_training_only_and_as_told():
-    model = small(class_dropout_prob=0.3)
-    y = torch.zeros(20_000, dtype=torch.int64)
+@pytest.mark.parametrize("training", [True, False])
+def test_labels_are_dropped_where_the_mask_says(training):
+    model = randomise(small()).train(training)
+    x, t, y, cls = inputs(model)
+    drop = torch.tensor([True, False, True])
+    dropped = model(x, t, y, cls, label_drop=drop)
+    expected = model(x, t, torch.tensor([model.null_class, y[1], model.null_class]), cls)
+    assert torch.equal(dropped.velocity, expected.velocity)
+    assert not torch.equal(dropped.velocity[0], model(x, t, y, cls).velocity[0])
+
+
+def test_a_network_draws_no_random_numbers_in_forward():
+    model = randomise(small()).train()
+    before = torch.get_rng_state()
+    first, second = model(*inputs(model)), model(*inputs(model))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(first.velocity, second.velocity)
+
+
+def test_a_configuration_survives_json():
+    config = SiTConfig(input_size=8, z_dims=[24, 16], mlp_ratio=2.5, qk_norm=True)
+    assert SiTConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+    assert config.to_json()["z_dims"] == [24, 16] and config.z_dims == (24, 16)
+    without = dataclasses.replace(config, cls_token_dim=None)
+    assert SiTConfig.from_json(without.to_json()) == without and without.cls_token_dim is None
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, 768),
+        ({"z_dims": [24, 16]}, 24),
+        ({"z_dims": []}, None),
+        ({"learnable_token": True}, None),
+        ({"cls_token_dim": None}, None),
+        ({"cls_token_dim": 0}, None),
+        ({"z_dims": [], "cls_token_dim": 3}, 3),
+        ({"z_dims": [24], "cls_token_dim": 5}, 5),
+    ],
+)
+def test_the_class_token_has_the_width_of_the_first_encoder_unless_given(options, expected):
+    assert SiTConfig(**options).cls_token_dim == expected
+
+
+def test_a_network_is_built_from_a_configuration_or_from_its_fields():
+    model = small()
     torch.manual_seed(0)
-    assert (model.train().drop_labels(y) == model.null_class).float().mean() == pytest.approx(0.3, abs=0.02)
-    assert torch.equal(model.eval().drop_labels(y), y)
-    drop = torch.tensor([True, False])
-    assert model.drop_labels(torch.tensor([2, 2]), drop).tolist() == [model.null_class, 2]
-    never = small(class_dropout_prob=0.0).train()
-    assert torch.equal(never.drop_labels(y), y)
+    again = SiT(model.config, fused_attn=False)
+    assert again.config == model.config and not again.blocks[0].attn.fused_attn
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    assert SiT(model.config, qk_norm=True).config == dataclasses.replace(model.config, qk_norm=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda fields: fields.pop("depth"), "missing or unknown fields depth; expected input_size, patch_size"),
+        (lambda fields: fields.update(width=3), "missing or unknown fields width"),
+        (lambda fields: fields.update(num_heads=2.0), "its num_heads is 2.0; expected a whole number"),
+        (lambda fields: fields.update(z_dims=3), "network: .*not iterable"),
+        (lambda fields: fields.update(input_size=9), "network: latents of 9 x 9 do not divide into patches of 2"),
+    ],
+)
+def test_odd_fields_are_named(change, text):
+    fields = SiTConfig().to_json()
+    change(fields)
+    with pytest.raises(InputError, match=text):
+        SiTConfig.from_json(fields)
 
 
 def test_class_token_reaches_every_output():
@@ -198,12 +259,12 @@ def test_networks_of_a_seed_share_what_they_have_in_common():
         shared = [key for key in state if key in whole and state[key].shape == whole[key].shape]
         assert len(shared) > 40 and all(torch.equal(state[key], whole[key]) for key in shared)
     assert not torch.equal(
-        SiT(8, hidden_size=32, depth=1, num_heads=2, encoder_depth=1).blocks[0].attn.qkv.weight,
-        SiT(8, hidden_size=32, depth=1, num_heads=2, encoder_depth=1).blocks[0].attn.qkv.weight,
+        SiT(input_size=8, hidden_size=32, depth=1, num_heads=2, encoder_depth=1).blocks[0].attn.qkv.weight,
+        SiT(input_size=8, hidden_size=32, depth=1, num_heads=2, encoder_depth=1).blocks[0].attn.qkv.weight,
     )
 
 
-def test_a_learnt_token_serves_the_others_and_has_no_velocity():
+def test_a_learned_token_serves_the_others_and_has_no_velocity():
     model = randomise(small(cls_token_dim=None, learnable_token=True)).eval()
     x, t, y, _ = inputs(model)
     out = model(x, t, y)
@@ -230,6 +291,9 @@ def test_wrong_use_is_named():
         small(input_size=9)
     with pytest.raises(ValueError, match=r"encoder_depth 4 is outside 1 .. 3"):
         small(encoder_depth=4)
+    for options in ({"num_heads": 5}, {"num_heads": 0}, {"hidden_size": 34, "num_heads": 2}):
+        with pytest.raises(ValueError, match="is no multiple of num_heads"):
+            small(**options)
 
 
 def test_autocast_gives_finite_velocities():
