@@ -1,34 +1,40 @@
-"""Generate images from a checkpoint (REG, arXiv 2507.01467; sampling after SiT, arXiv 2401.08740).
+"""Generate images from a checkpoint (REG, arXiv 2507.01467) by the samplers of SiT (arXiv 2401.08740).
 
     accelerate launch generate.py --ckpt CHECKPOINT --num-fid-samples 50000
 
-An image's noise and label come from the seed and the image's number alone, so the images do not depend on the number
-of processes, and an interrupted folder is completed by the same command. SAMPLE_DIR/NAME/ holds images/, samples.npz
-(arr_0, as evaluators read it), grid.png and samples.json.
+The noise and the label of an image depend only on the seed and the image's number. The images are therefore the same
+for any number of processes, and the same command completes an interrupted sample set. SAMPLE_DIR/NAME/ contains
+images/, samples.npz (arr_0, the format that evaluators read), grid.png and samples.json.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from tqdm import tqdm
 
 from common.cli import AUTO
-from common.distributed import largest_batch, patient_processes, to_host
+from common.distributed import broadcast_from_main, largest_batch, long_collective_timeout, to_host
 from common.io import InputError, run_cli, write_json
 from evaluations.coherence_report import CoherenceReport
-from generation.config import check_against_checkpoint, default_name, image_labels, parse_args, warn_of_idle_scale
+from generation.config import (
+    GenerateConfig,
+    check_against_checkpoint,
+    default_name,
+    image_labels,
+    parse_args,
+    warn_of_unused_scale,
+)  # fmt: skip
 from generation.sample_set import DIGEST, SampleSet
-from models.autoencoder import Codec, LatentFormat, load_codec
+from models.autoencoder import Codec, LatentFormat, load_decoder
 from models.checkpoint import build_model, checkpoint_digest, load_checkpoint, saved_settings, steps_done
 from models.inference import NETWORK_DTYPES, CudaGraphs, compile_blocks, convert
 from models.interpolant import Interpolant
@@ -36,187 +42,196 @@ from models.sit import SiT
 from samplers import Guidance, image_seeds, sample_images
 
 WRITER_THREADS = 4
-LARGEST_BATCH = 256  # that --per-proc-batch-size auto tries: more makes no GPU faster
+LARGEST_BATCH = 256  # tried by --per-proc-batch-size auto; larger batches are not faster on any GPU
 CPU_BATCH = 8
-PUBLISHED_VAES = {"ema": "sd-vae-ft-ema", "mse": "sd-vae-ft-mse"}
+
+
+@dataclass(frozen=True)
+class SamplePlan:
+    """The settings, and what was loaded and found out for them."""
+
+    config: GenerateConfig
+    checkpoint: dict[str, Any]
+    model: SiT
+    codec: Codec
+    coherence: CoherenceReport | None
+    interpolant: Interpolant
+    labels: list[int]
+    batch_size: int
+
+    def record(self) -> dict[str, Any]:
+        """Return the content of samples.json: the settings with their final values, and the checkpoint's identity."""
+        config = self.config
+        is_folder = config.vae is not None and Path(config.vae).is_dir()
+        return {
+            **asdict(config),
+            "save_cls": config.with_cls_tokens,
+            "solver": config.chosen_solver,
+            "cls_cfg_scale": config.guidance.cls_scale,
+            "per_proc_batch_size": self.batch_size,
+            "path_type": self.interpolant.path_type,
+            "vae": config.vae if is_folder else self.codec.format.codec,
+            "steps": steps_done(self.checkpoint, config.ckpt),
+            DIGEST: checkpoint_digest(config.ckpt),
+        }
 
 
 def main() -> None:
-    """Generate as the command line says."""
-    args = parse_args()
-    if args.local_rank is not None and torch.cuda.is_available():
-        torch.cuda.set_device(args.local_rank)
-    accelerator = Accelerator(
-        cpu=args.device == "cpu", mixed_precision=args.mixed_precision, kwargs_handlers=[patient_processes()]
-    )
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
+    """Generate images as the command line describes."""
+    config = parse_args()
+    accelerator = start_accelerator(config)
+    plan = make_plan(config, accelerator)
+    folder = Path(config.sample_dir) / (config.name or default_name(config, plan.checkpoint))
+    samples = SampleSet(folder, config.num_fid_samples, plan.model.input_size * plan.codec.format.factor)
 
-    checkpoint = load_checkpoint(args.ckpt)
-    saved = saved_settings(checkpoint, args.ckpt)
-    model = build_model(checkpoint, args.weights, accelerator.device, args.fused_attn, source=args.ckpt)
-    latent_format = LatentFormat.from_json(saved.get("codec"))
-    args.path_type = args.path_type or saved.get("path_type", "linear")
-    check_against_checkpoint(args, checkpoint, model, latent_format)
-    codec = load_decoder(args, latent_format, accelerator.device)
-    coherence = None
-    if args.coherence is not None:
-        coherence = CoherenceReport(
-            checkpoint, args.coherence, args.enc_weights, accelerator.device, args.ckpt, args.num_fid_samples
-        )
+    def claim_folder() -> list[range]:
+        samples.claim(plan.record())
+        warn_of_unused_scale(config.guidance)
+        return samples.missing_batches(plan.batch_size, config.with_cls_tokens)
 
-    folder = Path(args.sample_dir) / (args.name or default_name(args, checkpoint))
-    labels = image_labels(args, model.num_classes)
-    convert(model, NETWORK_DTYPES[args.network_dtype])
-    if args.per_proc_batch_size == AUTO:
-        args.per_proc_batch_size = find_batch_size(args, accelerator, model, codec)
-    samples = SampleSet(folder, args.num_fid_samples, model.input_size * codec.format.factor)
-
-    def prepare() -> list[range]:
-        steps, digest = steps_done(checkpoint, args.ckpt), checkpoint_digest(args.ckpt)
-        samples.claim({**vars(args), "steps": steps, DIGEST: digest})
-        warn_of_idle_scale(args)
-        return samples.missing_batches(args.per_proc_batch_size, args.save_cls)
-
-    batches = decided_by_main(accelerator, prepare)
-    generate(args, accelerator, model, codec, labels, samples, batches)
+    generate(plan, accelerator, samples, broadcast_from_main(accelerator, claim_folder))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        samples.finish(labels, args.label_sampling == "balanced", args.save_cls, args.npz)
-        if coherence is not None:
-            samples.check_images()
-            write_json(folder / "coherence.json", coherence(samples.image_paths, samples.read_cls_tokens(), labels))
-        samples.release()
-        print(folder / "samples.npz" if args.npz else folder / "images")
+        finish(plan, samples)
     accelerator.wait_for_everyone()
     accelerator.end_training()
 
 
-def decided_by_main(accelerator: Accelerator, decide: Callable[[], Any]) -> Any:
-    """Return, or raise as InputError, on every process what `decide` gives on the main one.
+def start_accelerator(config: GenerateConfig) -> Accelerator:
+    """Return the accelerator, after setting this process's GPU and TF32."""
+    if config.local_rank is not None and torch.cuda.is_available():
+        torch.cuda.set_device(config.local_rank)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
+    return Accelerator(
+        cpu=config.device == "cpu",
+        mixed_precision=config.mixed_precision,
+        kwargs_handlers=[long_collective_timeout()],
+    )
 
-    What is missing must be seen once: a process that looked a little later would find the others' first images.
+
+def make_plan(config: GenerateConfig, accelerator: Accelerator) -> SamplePlan:
+    """Return the plan, with network and codec on the accelerator's device.
+
+    Raises:
+        InputError: a file is missing or damaged, or a setting contradicts the checkpoint.
     """
-    outcome = None
-    if accelerator.is_main_process:
-        try:
-            outcome = decide()
-        except InputError as error:
-            outcome = error
-    if accelerator.num_processes > 1:
-        outcome = broadcast_object_list([outcome])[0]
-    if isinstance(outcome, InputError):
-        raise outcome
-    return outcome
+    device = accelerator.device
+    checkpoint = load_checkpoint(config.ckpt)
+    saved = saved_settings(checkpoint, config.ckpt)
+    model = build_model(checkpoint, config.weights, device, config.fused_attn, source=config.ckpt)
+    latent_format = LatentFormat.from_json(saved.get("codec"))
+    check_against_checkpoint(config, checkpoint, model, latent_format)
+    codec = load_decoder(latent_format, config.vae, device).to(memory_format=torch.channels_last)
+    coherence = None
+    if config.coherence is not None:
+        coherence = CoherenceReport(
+            checkpoint, config.coherence, config.enc_weights, device, config.ckpt, config.num_fid_samples
+        )
+    interpolant = Interpolant(config.path_type or saved.get("path_type", "linear"))
+    labels = image_labels(config, model.num_classes)
+    convert(model, NETWORK_DTYPES[config.network_dtype])
+    batch_size = config.per_proc_batch_size
+    if batch_size == AUTO:
+        batch_size = find_batch_size(config, accelerator, model, codec)
+    return SamplePlan(config, checkpoint, model, codec, coherence, interpolant, labels, batch_size)
 
 
-def generate(
-    args: argparse.Namespace,
-    accelerator: Accelerator,
-    model: SiT,
-    codec: Codec,
-    labels: list[int],
-    samples: SampleSet,
-    batches: list[range],
-) -> None:
-    """Write the images of `batches`, which are the same for any number of processes; each takes its own.
-
-    While a batch is sampled, the images of the one before are copied, compressed and written.
-    """
-    interpolant = Interpolant(args.path_type)
-    guidance = Guidance(args.cfg_scale, args.cls_cfg_scale, args.guidance_low, args.guidance_high)
-    if args.compile:
-        compile_blocks(model)
-    network = CudaGraphs(model) if args.cuda_graphs else model
-    # A smaller last batch would be compiled or captured for a single use: it is filled up.
-    rows = args.per_proc_batch_size if args.compile or args.cuda_graphs else 1
-    mine = batches[accelerator.process_index :: accelerator.num_processes]
-    bar = tqdm(total=sum(map(len, mine)), unit="img", disable=not accelerator.is_main_process, desc="generating")
-    with ThreadPoolExecutor(WRITER_THREADS) as pool, bar:
-        writing: list[Future] = []
-        for numbers in mine:
-            drawn = [*numbers, *[numbers[-1]] * (rows - len(numbers))]
-            with accelerator.autocast():
-                latents, cls_tokens = sample_images(
-                    model,
-                    [labels[number] for number in drawn],
-                    image_seeds(args.global_seed, drawn),
-                    interpolant,
-                    guidance,
-                    args.mode,
-                    args.solver,
-                    args.num_steps,
-                    network=network,
-                )
-            latents = latents[: len(numbers)].float()
-            images = if_finite(latents, to_host(codec.decode(latents)), args.ckpt)
-            bar.update(sum(future.result() for future in writing))  # of the batch before
-            writing = [pool.submit(write_image, samples, images, row, number) for row, number in enumerate(numbers)]
-            if args.save_cls:
-                cls_tokens = cls_tokens[: len(numbers)].float()
-                arriving = if_finite(cls_tokens, to_host(cls_tokens), args.ckpt)
-                writing.append(pool.submit(write_cls_tokens, samples, arriving, numbers))
-        bar.update(sum(future.result() for future in writing))
-
-
-def if_finite(sampled: Tensor, arriving: Callable[[], np.ndarray], source: str) -> Callable[[], np.ndarray]:
-    """Return `arriving`, which waits for what was made of the samples, so that it raises InputError for NaN in these.
-
-    The samples are looked at on their device, which nobody waits for before.
-    """
-    finite = to_host(sampled.isfinite().all())
-
-    def arrived() -> np.ndarray:
-        if not finite():
-            raise InputError(
-                f"{source}: samples of it are not finite (NaN, infinity): its weights are spoilt, or overflow in fp16"
-            )
-        return arriving()
-
-    return arrived
-
-
-def find_batch_size(args: argparse.Namespace, accelerator: Accelerator, model: SiT, codec: Codec) -> int:
-    """Return how many images at a time fit into every process's GPU, guidance and decoding included."""
+def find_batch_size(config: GenerateConfig, accelerator: Accelerator, model: SiT, codec: Codec) -> int:
+    """Return how many images fit into the memory of every process's GPU, with guidance and decoding."""
     if accelerator.device.type != "cuda":
         return CPU_BATCH
-
-    guidance = Guidance(args.cfg_scale, args.cls_cfg_scale)
+    guidance = Guidance(config.cfg_scale)  # at all times
 
     def attempt(count: int) -> None:
-        network = CudaGraphs(model) if args.cuda_graphs else model
+        network = CudaGraphs(model) if config.cuda_graphs else model
         numbers = [0] * count
         with accelerator.autocast():
             latents, _ = sample_images(model, numbers, numbers, Interpolant(), guidance, num_steps=1, network=network)
         codec.decode(latents.float())
 
-    found = torch.tensor([largest_batch(attempt, LARGEST_BATCH)], device=accelerator.device)
-    return int(accelerator.gather(found).min())
+    return largest_batch(attempt, LARGEST_BATCH)
+
+
+def generate(plan: SamplePlan, accelerator: Accelerator, samples: SampleSet, batches: list[range]) -> None:
+    """Write the images of `batches`. The list is the same on every process; each process takes its share.
+
+    While a batch is sampled, threads write the images of the previous one.
+    """
+    config, model = plan.config, plan.model
+    if config.compile:
+        compile_blocks(model)
+    network = CudaGraphs(model) if config.cuda_graphs else model
+    # Compilation and CUDA graphs are specific to a batch size, so a smaller last batch is padded.
+    rows = plan.batch_size if config.compile or config.cuda_graphs else 1
+    mine = batches[accelerator.process_index :: accelerator.num_processes]
+    bar = tqdm(total=sum(map(len, mine)), unit="img", disable=not accelerator.is_main_process, desc="generating")
+    with ThreadPoolExecutor(WRITER_THREADS) as pool, bar:
+        writing: list[Future[int]] = []
+        for numbers in mine:
+            padded = [*numbers, *[numbers[-1]] * (rows - len(numbers))]
+            with accelerator.autocast():
+                latents, cls_tokens = sample_images(
+                    model,
+                    [plan.labels[number] for number in padded],
+                    image_seeds(config.global_seed, padded),
+                    plan.interpolant,
+                    config.guidance,
+                    config.mode,
+                    config.chosen_solver,
+                    config.num_steps,
+                    network=network,
+                )
+            latents = latents[: len(numbers)].float()
+            images = if_finite(latents, to_host(plan.codec.decode(latents)), config.ckpt)
+            if config.with_cls_tokens:
+                cls_tokens = cls_tokens[: len(numbers)].float()
+                cls_tokens = if_finite(cls_tokens, to_host(cls_tokens), config.ckpt)
+            bar.update(sum(future.result() for future in writing))  # the previous batch
+            writing = [pool.submit(write_image, samples, images, row, number) for row, number in enumerate(numbers)]
+            if config.with_cls_tokens:
+                writing.append(pool.submit(write_cls_tokens, samples, cls_tokens, numbers))
+        bar.update(sum(future.result() for future in writing))
+
+
+def if_finite(sampled: Tensor, get: Callable[[], np.ndarray], source: str) -> Callable[[], np.ndarray]:
+    """Return a function that returns `get()`, or raises InputError if `sampled` contains NaN or infinity.
+
+    The check runs on the device of `sampled`; this call does not wait for it.
+    """
+    get_finite = to_host(sampled.isfinite().all())
+
+    def checked() -> np.ndarray:
+        if not get_finite():
+            raise InputError(
+                f"{source}: its samples are not finite (NaN or infinity): the weights are damaged, or fp16 overflows"
+            )
+        return get()
+
+    return checked
 
 
 def write_image(samples: SampleSet, images: Callable[[], np.ndarray], row: int, number: int) -> int:
-    """Write image `number`, which is `row` of the images that are arriving; return 1, the images written."""
+    """Write image `number`, which is `row` of the array that `images()` returns. Return 1, the images written."""
     samples.write_image(number, images()[row].transpose(1, 2, 0))
     return 1
 
 
 def write_cls_tokens(samples: SampleSet, cls_tokens: Callable[[], np.ndarray], numbers: range) -> int:
-    """Write the class tokens of a batch; return 0, the images written."""
+    """Write the class tokens of a batch. Return 0, the images written."""
     samples.write_cls_tokens(numbers, cls_tokens())
     return 0
 
 
-def load_decoder(args: argparse.Namespace, latent_format: LatentFormat, device: torch.device) -> Codec:
-    """Return the codec that decodes, which must have the latents' channels and factor."""
-    name = PUBLISHED_VAES.get(args.vae, args.vae) or latent_format.codec
-    if args.vae is None and name == PUBLISHED_VAES["mse"]:
-        name = PUBLISHED_VAES["ema"]
-    args.vae = name
-    codec = load_codec(name, device).to(memory_format=torch.channels_last)
-    for what in ("channels", "factor"):
-        ours, needed = getattr(codec.format, what), getattr(latent_format, what)
-        if ours != needed:
-            raise InputError(f"--vae {name} has {what} {ours}, but the latents of {args.ckpt} have {needed}")
-    return codec
+def finish(plan: SamplePlan, samples: SampleSet) -> None:
+    """Write the files of the complete set, print the path of the images, and unlock the folder."""
+    config = plan.config
+    samples.finish(plan.labels, config.label_sampling == "balanced", config.with_cls_tokens, config.npz)
+    if plan.coherence is not None:
+        samples.check_images()
+        scores = plan.coherence(samples.image_paths, samples.read_cls_tokens(), plan.labels)
+        write_json(samples.folder / "coherence.json", scores)
+    samples.release()
+    print(samples.folder / ("samples.npz" if config.npz else "images"))
 
 
 if __name__ == "__main__":

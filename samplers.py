@@ -1,10 +1,10 @@
-"""Samplers (SiT, arXiv 2401.08740, section 2): from noise at t = 1 to data at t = 0, image and class token together.
+"""Samplers (SiT, arXiv 2401.08740, section 2): image and class token together, from noise at t = 1 to data at t = 0.
 
-A sampler takes any function `velocity(x, cls, t) -> (v, v_cls)`; `GuidedVelocity` makes one of a network, with
-classifier-free guidance (arXiv 2207.12598) inside an interval of times (arXiv 2404.07724). The state is float64, the
-network is called in its own dtype. Random numbers are passed in.
+A sampler takes any function `velocity(x, cls, t) -> (v, v_cls)`. `GuidedVelocity` makes one from a network, with
+classifier-free guidance (arXiv 2207.12598) inside an interval of times (arXiv 2404.07724). The state is float64; the
+network is called in its own dtype. The source of random numbers is an argument.
 
-`cls` is None throughout for networks without a class slot.
+`cls` is None for networks without a class token.
 """
 
 from __future__ import annotations
@@ -26,41 +26,45 @@ Progress = Callable[[Iterator], Iterator]
 
 MODES = ("sde", "ode")
 SOLVERS = ("euler", "heun", "dopri5")
-SDE_LAST_TIME = 0.04  # the SDE's last step goes from here to 0 without noise (SiT, appendix; REG's setting)
-GPU_NOISE_THREADS = 4  # one takes 7 ms for 64 images of 256 px, longer than small networks do
-SEED_STEP = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: odd, so that multiples of it differ in their low 32 bits too
-ODE_TOLERANCE = 1e-6  # absolute and relative, of the adaptive solver (SiT, section 4)
+SDE_LAST_TIME = 0.04  # start of the SDE's last step, which adds no noise (SiT, appendix; REG uses this value)
+GPU_NOISE_THREADS = 4  # one thread takes 7 ms for 64 images of 256 px; small networks are faster than that
+SEED_STEP = 0x9E3779B97F4A7C15  # 2^64 / golden ratio; odd, so the low 32 bits of its multiples differ as well
+ODE_TOLERANCE = 1e-6  # absolute and relative tolerance of the adaptive solver (SiT, section 4)
 
 
 @dataclass(frozen=True)
 class Guidance:
     """Classifier-free guidance: uncond + scale (cond - uncond), where low <= t <= high and `scale` > 1.
 
-    The image's scale alone switches guidance on; the class token then has `cls_scale` in the same formula, and stays
-    conditional where that is 0 or less.
+    Only the image's scale turns guidance on. The class token then uses `cls_scale` in the same formula, or stays
+    conditional if `cls_scale` is 0 or less. `cls_scale` None becomes `scale`.
     """
 
     scale: float = 1.0
-    cls_scale: float = 0.0
+    cls_scale: float | None = None
     low: float = 0.0
     high: float = 1.0
 
+    def __post_init__(self) -> None:
+        if self.cls_scale is None:
+            object.__setattr__(self, "cls_scale", self.scale)
+
     def active(self, t: float) -> bool:
-        """Return whether guidance is on at time t; the bounds count as inside."""
+        """Return whether guidance is on at time t. Times equal to `low` or `high` are inside the interval."""
         return self.scale > 1 and self.low <= t <= self.high
 
 
 @dataclass(frozen=True)
 class GuidedVelocity:
-    """The velocity of a network under guidance, as samplers want it.
+    """The velocity of a network with guidance, as a function for the samplers.
 
     Args:
-        model: the network, see `SiT.forward`; it computes no projectors, and gets one time for the whole batch.
+        model: the network, see `SiT.forward`; it gets one time for the full batch and computes no projectors.
         y: labels (N,) int64.
-        null_class: the label that stands for "no class".
+        null_class: the label that means "no class".
         guidance: scales and interval.
-        dtype: what the network is called in, except for the time, which half precision would blur by as much as a
-            step of 250; the result is float64.
+        dtype: dtype of x and cls in the network call. The time stays float32: half precision cannot tell neighbouring
+            times of 250 steps apart.
     """
 
     model: Callable[..., tuple]
@@ -70,7 +74,7 @@ class GuidedVelocity:
     dtype: torch.dtype = torch.float32
 
     def __call__(self, x: Tensor, cls: Tensor | None, t: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return velocities of x (N, C, H, W) and cls (N, D), float64, at one time `t`, a float64 scalar on the CPU."""
+        """Return the velocities of x (N, C, H, W) and cls (N, D), float64, at time `t`, a float64 scalar on the CPU."""
         guided = self.guidance.active(t.item())
         t = torch.full((1,), t.item(), dtype=torch.float32, device=x.device)
         x, cls = x.to(self.dtype), None if cls is None else cls.to(self.dtype)
@@ -84,7 +88,7 @@ class GuidedVelocity:
 
     @cached_property
     def _both_labels(self) -> Tensor:
-        """Labels and as many null classes, (2 N,)."""
+        """The labels, then N times the null class, (2 N,)."""
         return torch.cat([self.y, torch.full_like(self.y, self.null_class)])
 
     def _call(self, x: Tensor, cls: Tensor | None, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -98,9 +102,9 @@ def _guide(v: Tensor, scale: float) -> Tensor:
 
 
 def sde_times(num_steps: int) -> Tensor:
-    """Return the times of the SDE sampler: `num_steps` from 1 to 0.04, then 0; (num_steps + 1,) float64.
+    """Return the times of the SDE sampler: `num_steps` times from 1 to 0.04, then 0; (num_steps + 1,) float64.
 
-    As in `ode_times`, a time that is a decimal fraction is that very number, so that bounds count as inside.
+    A time that is a decimal fraction equals its literal, see `ode_times`.
     """
     intervals = max(num_steps - 1, 1)
     hundredths = 100 * intervals - (100 - 100 * SDE_LAST_TIME) * torch.arange(num_steps, dtype=torch.float64)
@@ -108,20 +112,21 @@ def sde_times(num_steps: int) -> Tensor:
 
 
 def ode_times(num_steps: int) -> Tensor:
-    """Return the times of the ODE samplers: 1 to 0 in `num_steps` equal steps; (num_steps + 1,) float64.
+    """Return the times of the ODE samplers: from 1 to 0 in `num_steps` equal steps; (num_steps + 1,) float64.
 
-    Each is one division of whole numbers, rounded as a literal is: 6 of 20 steps are 0.3, not 0.30000000000000004.
+    Each time is one division of whole numbers, so it equals the literal of its decimal fraction: 0.3, not
+    0.30000000000000004. A time equal to a bound of the guidance interval is therefore inside the interval.
     """
     return torch.arange(num_steps, -1, -1, dtype=torch.float64) / num_steps
 
 
 def diffusion(t: Tensor) -> Tensor:
-    """Return w_t = 2 t, the squared strength of the SDE's noise. REG uses sigma_t of the linear path on both paths."""
+    """Return w_t = 2 t, the squared noise strength of the SDE. REG uses sigma_t of the linear path for both paths."""
     return 2 * t
 
 
 def _axpy(x: Tensor | None, v: Tensor | None, dt: Tensor) -> Tensor | None:
-    """Return x + v dt, or None for a stream that does not exist."""
+    """Return x + v dt, or None if there is no class token."""
     return None if x is None else x + v * dt
 
 
@@ -138,14 +143,13 @@ def euler_maruyama(
 
     Args:
         velocity: the vector field.
-        x: noise (N, C, H, W). cls: noise (N, D) or None.
-        noise: called once a step, except the last; returns standard normals in the shapes of x and cls.
-        interpolant: the path, which turns velocity into score.
+        x, cls: noise (N, C, H, W) and (N, D) or None, float64.
+        noise: called at each step except the last; returns standard normals with the shapes of x and cls.
+        interpolant: the path; it converts velocity to score.
         num_steps: 1 or more.
-        progress: wraps the iterator over steps, to show a bar.
+        progress: wraps the iterator over steps, for example in a progress bar.
     """
     times = sde_times(num_steps)
-    x, cls = x.double(), None if cls is None else cls.double()
 
     def drift(x: Tensor | None, v: Tensor | None, t: Tensor) -> Tensor | None:
         return None if x is None else v - diffusion(t) / 2 * interpolant.score_from_velocity(v, x, t)
@@ -154,7 +158,7 @@ def euler_maruyama(
         t, dt = times[step], times[step + 1] - times[step]
         v, v_cls = velocity(x, cls, t)
         x, cls = _axpy(x, drift(x, v, t), dt), _axpy(cls, drift(cls, v_cls, t), dt)
-        if step < num_steps - 1:  # the last step is the mean only
+        if step < num_steps - 1:  # the last step adds no noise
             strength = (diffusion(t) * dt.abs()).sqrt()
             noise_x, noise_cls = noise()
             x, cls = _axpy(x, noise_x, strength), _axpy(cls, noise_cls, strength)
@@ -166,7 +170,6 @@ def euler(
 ) -> tuple[Tensor, Tensor | None]:
     """Return x and cls at t = 0 by Euler's method on the probability-flow ODE. `num_steps` network calls."""
     times = ode_times(num_steps)
-    x, cls = x.double(), None if cls is None else cls.double()
     for step in progress(range(num_steps)):
         v, v_cls = velocity(x, cls, times[step])
         dt = times[step + 1] - times[step]
@@ -179,10 +182,10 @@ def heun(
 ) -> tuple[Tensor, Tensor | None]:
     """Return x and cls at t = 0 by Heun's second-order method on the probability-flow ODE.
 
-    The last step is Euler's, so there are 2 num_steps - 1 network calls (EDM, arXiv 2206.00364, algorithm 1).
+    The last step is an Euler step, so there are 2 num_steps - 1 network calls (EDM, arXiv 2206.00364, algorithm 1).
+    The second call of a step is guided if the time at the end of the step is inside the guidance interval.
     """
     times = ode_times(num_steps)
-    x, cls = x.double(), None if cls is None else cls.double()
     for step in progress(range(num_steps)):
         t, t_next = times[step], times[step + 1]
         dt = t_next - t
@@ -201,12 +204,12 @@ def dopri5(
 ) -> tuple[Tensor, Tensor | None]:
     """Return x and cls at t = 0 by the adaptive Dormand-Prince method on the probability-flow ODE.
 
-    The step is chosen for the whole batch, so a sample depends on its neighbours within the tolerance.
+    The step size is chosen for the full batch, so a sample depends on the rest of its batch, within the tolerance.
     """
     from torchdiffeq import odeint
 
     times = torch.tensor([1.0, 0.0], dtype=torch.float64, device=x.device)
-    state = (x.double(),) if cls is None else (x.double(), cls.double())
+    state = (x,) if cls is None else (x, cls)
 
     def field(t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         v, v_cls = velocity(state[0], state[1] if len(state) > 1 else None, t.cpu())
@@ -217,18 +220,18 @@ def dopri5(
 
 
 class ImageNoise:
-    """Noise that belongs to images, not to batches: each image has a generator of its own (as in EDM2).
+    """Noise for a batch; each image has its own generator (as in EDM2), so its noise does not depend on the batch.
 
-    Drawn on the CPU, so that an image does not depend on the device either. Each call draws, for every image, first
-    the latents' noise and then the class token's.
+    Noise is drawn on the CPU, so it does not depend on the device either. Each call draws for every image the noise of
+    the latents, then that of the class token.
 
     Args:
         seeds: one for each image of the batch, see `image_seeds`.
-        shape: of one image's latents (C, H, W).
+        shape: shape of one image's latents (C, H, W).
         cls_token_dim: width of the class token, or None.
-        device: where the noise is wanted.
-        threads: that draw the next call's noise meanwhile; default: 4 for a GPU, none on the CPU, where they would
-            only take time from the network.
+        device: device of the returned noise.
+        threads: number of threads that draw the next call's noise in the background. Default: 4 for a GPU; 0 on the
+            CPU, where they would slow down the network.
     """
 
     def __init__(
@@ -245,20 +248,20 @@ class ImageNoise:
         self.device = torch.device(device)
         self.threads = threads if threads is not None else GPU_NOISE_THREADS * (self.device.type == "cuda")
         self._pool = ThreadPoolExecutor(self.threads) if self.threads else None
-        self._coming = self._start()
+        self._pending = self._start()
 
     def __call__(self) -> tuple[Tensor, Tensor | None]:
         """Return standard normals (N, C, H, W) and (N, D) or None, float64."""
-        x, cls, drawing = self._coming
+        x, cls, drawing = self._pending
         for part in drawing:
             part()
-        self._coming = self._start()
+        self._pending = self._start()
         x = x.to(self.device, non_blocking=True)
         return x, None if cls is None else cls.to(self.device, non_blocking=True)
 
     def _start(self) -> tuple[Tensor, Tensor | None, list[Callable[[], None]]]:
-        """Return tensors on the CPU, and what has to be called before there is noise in them."""
-        pinned = self.device.type == "cuda"  # the copy then runs beside the network
+        """Return tensors on the CPU, and functions to call; after the calls, the tensors contain noise."""
+        pinned = self.device.type == "cuda"  # so that the copy to the GPU does not wait for the network
         count = len(self.generators)
         x = torch.empty(count, *self.shape, dtype=torch.float64, pin_memory=pinned)
         cls = None
@@ -269,7 +272,7 @@ class ImageNoise:
         parts = [range(first, count, self.threads) for first in range(self.threads)]
         return x, cls, [self._pool.submit(self._fill, x, cls, rows).result for rows in parts]
 
-    @torch.inference_mode()  # the caller's mode does not reach the threads
+    @torch.inference_mode()  # the mode is set for each thread separately
     def _fill(self, x: Tensor, cls: Tensor | None, rows: range) -> None:
         for i in rows:
             x[i].normal_(generator=self.generators[i])
@@ -278,18 +281,18 @@ class ImageNoise:
 
 
 def derive_seed(*key: int) -> int:
-    """Return a 64-bit generator seed for `key`, whole numbers from 0; seeds of different keys are independent.
+    """Return a 64-bit generator seed for `key`, whole numbers from 0. Seeds of different keys are independent.
 
-    The key's length goes in as well: NumPy fills keys up with zeros, so that (0, 1) and (0, 1, 0) would be one.
+    The key's length is part of the entropy, because NumPy pads keys with zeros: (0, 1) and (0, 1, 0) would be equal.
     """
     return int(np.random.SeedSequence((len(key), *key)).generate_state(1, np.uint64)[0])
 
 
 def image_seeds(seed: int, numbers: Iterable[int]) -> list[int]:
-    """Return the generator seeds of images, given by number, under a global seed.
+    """Return the generator seeds of the images with these numbers, for a global seed.
 
-    No two images share their noise: PyTorch's generator on the CPU takes the low 32 bits of a seed, of which 50,000
-    random ones meet in every fourth set; these differ for any two numbers below 2^32.
+    No two images below number 2^32 have the same noise. PyTorch's CPU generator uses only the low 32 bits of a seed;
+    among 50,000 random seeds, two would have equal low bits in about every fourth set. These seeds never do.
     """
     first = derive_seed(seed)
     return [(first + number * SEED_STEP) % 2**64 for number in numbers]
@@ -308,15 +311,15 @@ def sample(
 
     Args:
         velocity: see `GuidedVelocity`.
-        noise: its first draw is where both streams start.
+        noise: returns standard normals; the first ones are the state at t = 1.
         interpolant: the path.
         mode: "sde" (Euler-Maruyama) or "ode".
-        solver: of the ODE: "euler", "heun" or "dopri5", which chooses its steps itself.
-        num_steps: of the solvers with fixed steps.
-        progress: wraps the iterator over steps, to show a bar.
+        solver: solver of the ODE: "euler", "heun" or "dopri5", which chooses its step sizes itself.
+        num_steps: number of steps; not used by dopri5.
+        progress: wraps the iterator over steps, for example in a progress bar.
 
     Raises:
-        ValueError: unknown mode or solver, or no step.
+        ValueError: unknown mode or solver, or `num_steps` below 1.
     """
     if mode not in MODES:
         raise ValueError(f"mode {mode!r} is unknown; allowed: {', '.join(MODES)}")
@@ -325,6 +328,7 @@ def sample(
     if num_steps < 1:
         raise ValueError(f"num_steps is {num_steps}; allowed: 1 or more")
     x, cls = noise()
+    x, cls = x.double(), None if cls is None else cls.double()
     if mode == "sde":
         return euler_maruyama(velocity, x, cls, noise, interpolant, num_steps, progress)
     if solver == "dopri5":
@@ -345,19 +349,19 @@ def sample_images(
     progress: Progress = iter,
     network: Callable[..., tuple] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the latents (N, C, H, W) and class tokens (N, D) or None, float64, of images given by label and seed.
+    """Return latents (N, C, H, W) and class tokens (N, D) or None, float64, for images given by label and seed.
 
     Args:
-        model: a `SiT`; the latents come on its device.
+        model: a `SiT`; the result is on its device.
         labels: one for each image, 0 .. num_classes.
-        seeds: one for each image, see `image_seeds`: the image is the same in any batch.
+        seeds: one for each image, see `image_seeds`. An image does not depend on the rest of the batch.
         interpolant: the path the model was trained on.
-        guidance, mode, solver, num_steps, progress: see `sample` and `GuidedVelocity`.
-        dtype: what the network is called in; default: its own.
-        network: what to call in the model's place, such as `models.inference.CudaGraphs` of it.
+        guidance, mode, solver, num_steps, progress: see `GuidedVelocity` and `sample`.
+        dtype: dtype of the network call; default: the model's dtype.
+        network: called instead of the model, for example `models.inference.CudaGraphs(model)`.
     """
     device = next(model.parameters()).device
-    # Pinned, as a copy from other memory would wait for the work on the batch before.
+    # Pinned, because a copy from pageable memory waits for the previous batch.
     y = torch.tensor(labels, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
     shape = (model.in_channels, model.input_size, model.input_size)
     noise = ImageNoise(seeds, shape, model.cls_token_dim, device)

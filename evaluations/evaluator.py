@@ -22,7 +22,7 @@ import torch
 from accelerate import Accelerator
 
 from common.cli import batch_size, check_batch_size
-from common.distributed import patient_processes
+from common.distributed import long_collective_timeout
 from common.io import InputError, check_writable, read_json, run_cli, write_json
 from evaluations.batches import ImageBatch, open_images
 from evaluations.extract import Extractor
@@ -54,7 +54,7 @@ def main() -> None:
     args = parse_args()
     check_args(args)
     started = time.perf_counter()
-    accelerator = Accelerator(cpu=args.cpu, kwargs_handlers=[patient_processes()])
+    accelerator = Accelerator(cpu=args.cpu, kwargs_handlers=[long_collective_timeout()])
     samples, statistics = open_images(args.sample_batch), load_reference(args.ref_batch)
     reference = open_reference_images(statistics)
     sampling = read_sampling(samples.path)

@@ -19,7 +19,7 @@ import numpy as np
 from accelerate import Accelerator
 
 from common.cli import batch_size, check_batch_size
-from common.distributed import patient_processes
+from common.distributed import long_collective_timeout
 from common.io import InputError, atomic_write, check_writable, run_cli
 from evaluations.batches import open_images
 from evaluations.extract import Extractor
@@ -35,7 +35,7 @@ def main() -> None:
     images = open_images(args.source)
     if images.count < 2:
         raise InputError(f"{args.source}: {images.count} image; a covariance needs at least 2")
-    accelerator = Accelerator(cpu=args.cpu, kwargs_handlers=[patient_processes()])
+    accelerator = Accelerator(cpu=args.cpu, kwargs_handlers=[long_collective_timeout()])
     device = accelerator.device
     with accelerator.local_main_process_first():  # one process of a machine downloads, the others find the file
         inception = load_inception(args.inception, device)

@@ -1,9 +1,10 @@
-"""The folder of a set of samples: what it was made with, what of it is missing, and what is made of it once complete.
+"""The folder of a sample set: its settings, the images that are still missing, and the files of the complete set.
 
-images/000000.png ...     and their labels, images/dataset.json
-samples.npz               the same as one array, arr_0 (N, R, R, 3) uint8, as evaluators read it
-cls_tokens.npy            class tokens (M, D) float32, M >= N: those of further images, where there are some, stay
-samples.json, grid.png    the settings; the first images
+images/000000.png ...     the images; images/dataset.json has their labels
+samples.npz               all images as one array, arr_0 (N, R, R, 3) uint8, the format that evaluators read
+cls_tokens.npy            class tokens (M, D) float32; M > N if more images were generated before
+samples.json, grid.png    the settings; a grid of the first images
+cls/                      class tokens of single batches, until cls_tokens.npy is written
 """
 
 from __future__ import annotations
@@ -20,30 +21,27 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from common.cli import fixed_settings, settings
 from common.images import decode_rgb, image_grid, save_png
 from common.io import InputError, atomic_write, check_writable, lock_folder, read_json, unlock_folder, write_json
 from evaluations.npz import NpzFile, write_npz
+from generation.config import GenerateConfig
 
-GRID_ROWS, GRID_COLUMNS = 8, 12  # at most; of balanced labels, a column a class where there is room
-THREADS = 4  # that read images
-READ_AHEAD = 64  # images: all 50,000 decoded at once would not fit into memory
-CLS_PART = re.compile(r"(\d+)-(\d+)\.npy")  # class tokens of one batch: first number, and that after the last
-REMEDY = "remove it, and the same command makes anew what it held"
+GRID_ROWS, GRID_COLUMNS = 8, 12  # at most; with balanced labels, one column for each class if they fit
+THREADS = 4  # for reading images
+READ_AHEAD = 64  # images; 50,000 decoded images do not fit into memory
+CLS_PART = re.compile(r"(\d+)-(\d+)\.npy")  # class tokens of one batch: first image number, and last one + 1
+REMEDY = "remove it and run the same command again"
 DIGEST = "checkpoint_sha256"
-# What may differ when an interrupted folder is completed: none of it changes an image.
-MAY_CHANGE = {
-    "ckpt", "sample_dir", "name", "per_proc_batch_size", "num_fid_samples", "device", "local_rank", "npz", "fused_attn",
-    "coherence", "enc_weights",
-}  # fmt: skip
 
 
 class SampleSet:
-    """One folder.
+    """The folder of a sample set.
 
     Args:
-        folder: the set's own; made when it is first written to.
-        total: number of images wanted.
-        resolution: of the images, in px.
+        folder: the folder; it is created when the first file is written.
+        total: number of images.
+        resolution: image size in pixels.
     """
 
     def __init__(self, folder: Path, total: int, resolution: int):
@@ -52,55 +50,56 @@ class SampleSet:
         self.resolution = resolution
 
     def image_path(self, number: int) -> Path:
-        """Return where image `number` lies."""
+        """Return the path of image `number`."""
         return self.folder / "images" / f"{number:06d}.png"
 
     @property
     def image_paths(self) -> list[Path]:
-        """Where the images lie, in their order."""
+        """The paths of all images, in order."""
         return [self.image_path(number) for number in range(self.total)]
 
-    def claim(self, settings: dict[str, Any]) -> None:
-        """Take the folder for this process and these settings, and note them there.
+    def claim(self, made_with: dict[str, Any]) -> None:
+        """Lock the folder for this process and write the settings to samples.json.
 
         Args:
-            settings: all that made the images; under `DIGEST` the checkpoint's SHA-256.
+            made_with: everything that determines the images; under `DIGEST` the checkpoint's SHA-256.
 
         Raises:
-            InputError: nothing can be written there, another process is generating there, or there are images of other
-                settings.
+            InputError: the folder is not writable, another process is generating there, or it contains images made
+                with other settings.
         """
         check_writable(self.folder / "samples.json", "--sample-dir")
         lock_folder(self.folder, "generating")
-        self._check_settings(settings)
-        write_json(self.folder / "samples.json", settings)
+        self._check_settings(made_with)
+        write_json(self.folder / "samples.json", made_with)
 
     def release(self) -> None:
-        """Leave the folder to others."""
+        """Unlock the folder."""
         unlock_folder(self.folder)
 
-    def _check_settings(self, settings: dict[str, Any]) -> None:
+    def _check_settings(self, made_with: dict[str, Any]) -> None:
         path = self.folder / "samples.json"
         if not path.exists():
             if (self.folder / "images").exists():
-                raise InputError(f"{self.folder} holds images but no samples.json; choose another --name")
+                raise InputError(f"{self.folder} contains images but no samples.json; choose another --name")
             return
-        noted = read_json(path)
-        if not isinstance(noted, dict):
-            raise InputError(f"{path}: is a {type(noted).__name__}; expected the settings of its images, an object")
-        if DIGEST not in noted:
+        saved = read_json(path)
+        if not isinstance(saved, dict):
+            raise InputError(f"{path}: is a {type(saved).__name__}; expected an object with the images' settings")
+        if DIGEST not in saved:
             raise InputError(
-                f"{self.folder} was begun by an earlier version, whose seeds gave other noise; choose another --name"
+                f"{self.folder} was started by an earlier version, whose seeds gave other noise; choose another --name"
             )
-        for name, value in noted.items():
-            if name not in MAY_CHANGE and settings.get(name) != value:
+        changeable = settings(GenerateConfig).keys() - fixed_settings(GenerateConfig)
+        for name, value in saved.items():
+            if name not in changeable and made_with.get(name) != value:
                 raise InputError(
-                    f"{self.folder} holds images made with {name} {value}, not {settings.get(name)}; choose another "
-                    f"--name"
+                    f"{self.folder} contains images made with {name} {value}, not {made_with.get(name)}; choose "
+                    f"another --name"
                 )
 
     def missing_batches(self, size: int, with_cls: bool) -> list[range]:
-        """Return the batches, as image numbers, of which an image or, if wanted, a class token is not on the disk."""
+        """Return the batches, as image numbers, that lack an image or, if `with_cls`, a class token."""
         cls_tokens = self._known_cls_tokens() if with_cls else {}
 
         def complete(number: int) -> bool:
@@ -114,15 +113,19 @@ class SampleSet:
         save_png(self.image_path(number), Image.fromarray(pixels))
 
     def write_cls_tokens(self, numbers: range, cls_tokens: np.ndarray) -> None:
-        """Write the class tokens of a batch (len(numbers), D), float32, where they lie until all are there."""
+        """Write the class tokens of a batch, (len(numbers), D) float32, to a file of the batch."""
         with atomic_write(self.folder / "cls" / f"{numbers.start:06d}-{numbers.stop:06d}.npy") as file:
             np.save(file, cls_tokens)
 
     def finish(self, labels: list[int], balanced: bool, with_cls: bool, npz: bool) -> None:
-        """Write the labels, the grid and, if wanted, class tokens and .npz of a complete set.
+        """Write labels and grid of a complete set; if `with_cls`, cls_tokens.npy; if `npz`, samples.npz.
+
+        Args:
+            labels: one for each image.
+            balanced: whether every class has the same number of images, so that the grid can have one column per class.
 
         Raises:
-            InputError: a file of the set is damaged, or is none of this set's.
+            InputError: an image or a file of class tokens is damaged.
         """
         listed = [[path.name, label] for path, label in zip(self.image_paths, labels, strict=True)]
         write_json(self.folder / "images" / "dataset.json", {"labels": listed})
@@ -137,18 +140,18 @@ class SampleSet:
                 write_npz(file, self.read_images(), self._npz_shape)
 
     def read_images(self) -> Iterator[np.ndarray]:
-        """Yield the images (R, R, 3), uint8, in their order. Raises InputError, naming the file, if one is damaged."""
-        coming: deque[Future[np.ndarray]] = deque()
+        """Yield the images in order, (R, R, 3) uint8. Raises InputError with the file's name if one is damaged."""
+        pending: deque[Future[np.ndarray]] = deque()
         with ThreadPoolExecutor(THREADS) as pool:
             for path in self.image_paths:
-                coming.append(pool.submit(self._read_image, path))
-                if len(coming) == READ_AHEAD:
-                    yield coming.popleft().result()
-            while coming:
-                yield coming.popleft().result()
+                pending.append(pool.submit(self._read_image, path))
+                if len(pending) == READ_AHEAD:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
 
     def check_images(self) -> None:
-        """Raise InputError, naming the file, if an image is damaged; one in a current samples.npz is not."""
+        """Raise InputError with the file's name if an image is damaged. Skipped if samples.npz is up to date."""
         if not self._has_current_npz():
             deque(self.read_images(), maxlen=0)
 
@@ -163,7 +166,7 @@ class SampleSet:
         return (self.total, self.resolution, self.resolution, 3)
 
     def _has_current_npz(self) -> bool:
-        """Return whether samples.npz has the images: it is of their shape, and newer than each of them."""
+        """Return whether samples.npz has the expected shape and is newer than every image."""
         path = self.folder / "samples.npz"
         try:
             header = NpzFile(path).header("arr_0")
@@ -173,11 +176,11 @@ class SampleSet:
         return (header.shape, header.dtype) == (self._npz_shape, np.uint8) and path.stat().st_mtime_ns > newest
 
     def read_cls_tokens(self) -> np.ndarray:
-        """Return the class tokens (N, D), float32, of a finished set."""
+        """Return the class tokens of a finished set, (N, D) float32."""
         return _read_cls_tokens(self.folder / "cls_tokens.npy")[: self.total]
 
     def _known_cls_tokens(self) -> dict[int, np.ndarray]:
-        """Return all class tokens on the disk by the number of their image."""
+        """Return all class tokens that have been written, by image number."""
         known: dict[int, np.ndarray] = {}
         if (self.folder / "cls_tokens.npy").exists():
             known.update(enumerate(_read_cls_tokens(self.folder / "cls_tokens.npy")))
@@ -186,12 +189,12 @@ class SampleSet:
         return known
 
     def _cls_parts(self) -> list[tuple[Path, range]]:
-        """Return the files of batches' class tokens and the numbers of their images."""
+        """Return the files with the class tokens of single batches, each with its image numbers."""
         found = [(path, CLS_PART.fullmatch(path.name)) for path in sorted((self.folder / "cls").glob("*.npy"))]
         return [(path, range(int(match[1]), int(match[2]))) for path, match in found if match]
 
     def _join_cls_tokens(self) -> None:
-        """Write the class tokens of the batches into cls_tokens.npy, which has all from the first to the first gap."""
+        """Write cls_tokens.npy from the files of single batches: all class tokens before the first missing one."""
         known, parts = self._known_cls_tokens(), self._cls_parts()
         if not parts:
             return
@@ -206,12 +209,12 @@ class SampleSet:
 
 
 def _read_cls_tokens(path: Path, rows: int | None = None) -> np.ndarray:
-    """Return an array (rows, D). Raises InputError, naming the file, if it is damaged."""
+    """Return an array (rows, D). Raises InputError with the file's name if it is damaged."""
     try:
         with open(path, "rb") as file:
             cls_tokens = np.lib.format.read_array(file, allow_pickle=False)
         if cls_tokens.ndim != 2 or (rows is not None and len(cls_tokens) != rows):
-            raise ValueError(f"their shape is {cls_tokens.shape}")
+            raise ValueError(f"shape {cls_tokens.shape}")
     except (OSError, ValueError, EOFError) as error:
         raise InputError(f"{path}: broken class tokens ({error}); {REMEDY}") from error
     return cls_tokens

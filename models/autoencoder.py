@@ -138,6 +138,7 @@ CODECS = {
     "sd3-vae": CodecSpec("stabilityai/stable-diffusion-3-medium-diffusers/vae"),  # 16 channels
     "flux-vae": CodecSpec("black-forest-labs/FLUX.1-schnell/vae"),  # 16 channels
 }
+SHORT_NAMES = {"ema": "sd-vae-ft-ema", "mse": "sd-vae-ft-mse"}
 
 
 class Codec(nn.Module):
@@ -246,6 +247,23 @@ def load_codec(name: str, device: str | torch.device = "cpu") -> Codec:
     autoencoder = _load_autoencoder(folder, config)
     codec_class = TinyCodec if _class_name(folder, config) == "AutoencoderTiny" else KLCodec
     return codec_class(autoencoder, _latent_format(name, spec, folder, config)).to(device)
+
+
+def load_decoder(latent_format: LatentFormat, name: str | None = None, device: str | torch.device = "cpu") -> Codec:
+    """Return the frozen codec that decodes latents of this format.
+
+    `name` is as for `load_codec`, or "ema", "mse" for Stable Diffusion's. Default: the codec that made the latents,
+    except that sd-vae-ft-ema decodes the latents of sd-vae-ft-mse. Raises InputError if the codec has other latents.
+    """
+    name = SHORT_NAMES.get(name, name)
+    if name is None:
+        name = "sd-vae-ft-ema" if latent_format.codec == "sd-vae-ft-mse" else latent_format.codec
+    codec = load_codec(name, device)
+    for what in ("channels", "factor"):
+        found, needed = getattr(codec.format, what), getattr(latent_format, what)
+        if found != needed:
+            raise InputError(f"--vae {name}: its {what} is {found}, but that of the latents is {needed}")
+    return codec
 
 
 def _codec_folder(name: str, source: str) -> Path:

@@ -1,10 +1,10 @@
-"""A diffusers pipeline that generates with the paper's sampler (REG, arXiv 2507.01467) from an exported network.
+"""A diffusers pipeline that samples as in the paper (REG, arXiv 2507.01467) from an exported network.
 
     from models.pipeline import REGPipeline
     images = REGPipeline.from_pretrained("reg-xl").to("cuda")([207, 360], guidance_scale=2.3).images
 
-Its images are those of generate.py, number by number. A folder or a repository of the hub only gives data: the code is
-this file's and nothing fetched is run.
+For the same seed, image N equals image N of generate.py. A folder or hub repository provides only data: no downloaded
+code is run. This module is in models/ because it wraps a network and its codec; it imports the samplers nevertheless.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from PIL import Image
 
-from models.autoencoder import Codec, LatentFormat, load_codec
+from models.autoencoder import Codec, LatentFormat, load_decoder
 from models.checkpoint import build_model, load_checkpoint, saved_settings
 from models.hub import hub_file
 from models.interpolant import Interpolant
@@ -23,16 +23,16 @@ from models.safetensors_format import CONFIG_FILE, WEIGHTS_FILE
 from models.sit import SiT
 from samplers import Guidance, image_seeds, sample_images
 
-BATCH_SIZE = 32  # images at a time; the images do not depend on it
+BATCH_SIZE = 32  # the images do not depend on it
 
 
 class REGPipeline(DiffusionPipeline):
-    """Class labels to images.
+    """Generates images from class labels.
 
     Args:
         transformer: the trained network.
         vae: the codec that decodes its latents.
-        path_type: the path it was trained on.
+        path_type: the path the network was trained on.
     """
 
     def __init__(self, transformer: SiT, vae: Codec, path_type: str = "linear"):
@@ -42,25 +42,22 @@ class REGPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, vae: str | Codec | None = None) -> REGPipeline:
-        """Return the pipeline of an exported network or of a checkpoint.
+        """Return the pipeline of an exported network or a checkpoint.
 
         Args:
-            path: a local folder, .safetensors file or checkpoint, or a repository of the hub, "owner/name".
-            vae: the codec, or its name or folder; default: the one that made the latents (Stable Diffusion's "ema").
+            path: a local folder, .safetensors file or checkpoint, or a hub repository "owner/name".
+            vae: the codec, its name or its folder; default: see `load_decoder`.
 
         Raises:
-            InputError: the network or the codec is not there, or is damaged.
+            InputError: the network or the codec is missing or damaged.
         """
         if not Path(path).exists():
-            instead = f"Put its {CONFIG_FILE} and {WEIGHTS_FILE} into a folder and give that instead."
+            instead = f"Put its {CONFIG_FILE} and {WEIGHTS_FILE} into a folder and give that folder instead."
             files = [hub_file(str(path), name, instead) for name in (CONFIG_FILE, WEIGHTS_FILE)]
             path = files[0].parent
         checkpoint = load_checkpoint(path)
         settings = saved_settings(checkpoint, path)
-        codec = vae
-        if not isinstance(codec, Codec):
-            name = vae or LatentFormat.from_json(settings.get("codec")).codec
-            codec = load_codec("sd-vae-ft-ema" if vae is None and name == "sd-vae-ft-mse" else name)
+        codec = vae if isinstance(vae, Codec) else load_decoder(LatentFormat.from_json(settings.get("codec")), vae)
         return cls(build_model(checkpoint, source=path), codec, settings.get("path_type", "linear"))
 
     @torch.inference_mode()
@@ -80,17 +77,16 @@ class REGPipeline(DiffusionPipeline):
 
         Args:
             class_labels: 0 .. num_classes - 1.
-            num_inference_steps: of the solver (paper: 250).
-            guidance_scale, cls_guidance_scale: of image and class token; the second as the first where not given.
-            guidance_interval: times with guidance; 0 is data (paper: 0 to 0.85).
+            num_inference_steps: number of solver steps (paper: 250).
+            guidance_scale: guidance scale of the image; 1: no guidance.
+            cls_guidance_scale: guidance scale of the class token; default: `guidance_scale`.
+            guidance_interval: lowest and highest time with guidance; time 0 is data (paper: 0 to 0.85).
             mode, solver: see `samplers.sample`.
-            seed: an image comes from the seed and its number, as in generate.py.
-            output_type: "pil" or "np", (N, H, W, 3) uint8.
+            seed: an image depends on the seed, its number and its label, as in generate.py.
+            output_type: "pil" for a list of images, "np" for an array (N, H, W, 3) uint8.
         """
         labels = [class_labels] if isinstance(class_labels, int) else list(class_labels)
-        guidance = Guidance(
-            guidance_scale, guidance_scale if cls_guidance_scale is None else cls_guidance_scale, *guidance_interval
-        )
+        guidance = Guidance(guidance_scale, cls_guidance_scale, *guidance_interval)
         images = []
         for first in self.progress_bar(range(0, len(labels), BATCH_SIZE)):
             part = labels[first : first + BATCH_SIZE]

@@ -120,7 +120,7 @@ def test_an_image_that_is_none_is_named(samples, content, text):
     path.write_bytes(content) if isinstance(content, bytes) else content.save(path)
     os.utime(path, (2**32, 2**32))  # newer than samples.npz
     for use in (samples.check_images, lambda: samples.finish([0] * 7, False, with_cls=False, npz=True)):
-        with pytest.raises(InputError, match=rf"000003\.png: {text}.*; remove it, and the same command"):
+        with pytest.raises(InputError, match=rf"000003\.png: {text}.*; remove it and run the same command"):
             use()
 
 
@@ -132,12 +132,12 @@ SETTINGS = {"ckpt": "a.pt", "num_steps": 3, "steps": 2, DIGEST: "abc"}
     [
         (
             {**SETTINGS, DIGEST: "def"},
-            "set holds images made with checkpoint_sha256 def, not abc; choose another --name",
+            "set contains images made with checkpoint_sha256 def, not abc; choose another --name",
         ),
         ({**SETTINGS, "new_flag": 1}, "made with new_flag 1, not None"),
-        ({"ckpt": "a.pt", "num_steps": 3, "checkpoint_bytes": 9}, "set was begun by an earlier version"),
-        ([], r"samples\.json: is a list; expected the settings of its images, an object"),
-        (None, "holds images but no samples.json"),
+        ({"ckpt": "a.pt", "num_steps": 3, "checkpoint_bytes": 9}, "set was started by an earlier version"),
+        ([], r"samples\.json: is a list; expected an object with the images' settings"),
+        (None, "contains images but no samples.json"),
     ],
 )
 def test_a_folder_of_other_images_is_refused(samples, noted, text):

@@ -154,8 +154,19 @@ def test_guidance_acts_in_its_interval_only_and_in_one_call():
 
 
 @pytest.mark.parametrize("guidance", [Guidance(1.0, 5.0), Guidance(0.5, 5.0)])
-def test_the_image_scale_alone_switches_guidance_on(guidance):
+def test_only_the_image_scale_turns_guidance_on(guidance):
     assert not guidance.active(0.5)
+
+
+def test_the_class_token_has_the_scale_of_the_image_unless_given():
+    assert Guidance(3.0) == Guidance(3.0, 3.0) != Guidance(3.0, 0.0)
+
+
+def test_the_second_call_of_a_heun_step_is_guided_by_its_own_time():
+    x, cls = torch.zeros(2, 1, 2, 2).double(), torch.zeros(2, 3).double()
+    velocity = guided(scale=2.0, low=0.5, high=0.5)
+    samplers.heun(velocity, x, cls, num_steps=4)  # times 1, .75; .75, .5; .5, .25; .25
+    assert velocity.model.batches == [2, 2, 2, 4, 4, 2, 2]
 
 
 def trained_looking_network(cls_token_dim=6):

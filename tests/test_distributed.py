@@ -1,0 +1,103 @@
+import argparse
+
+import numpy as np
+import pytest
+import torch
+
+from common import distributed
+from common.distributed import broadcast_from_main, largest_batch, to_host
+from common.io import InputError
+from tests.conftest import run_program
+
+PROGRAM = """
+import sys
+sys.path.insert(0, ".")
+from accelerate import Accelerator
+from common.distributed import broadcast_from_main, largest_batch
+from common.io import InputError, run_cli
+
+def attempt(size):
+    if size > 8 >> accelerator.process_index:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 1 GiB")
+
+def refuse():
+    raise InputError("no")
+
+accelerator = Accelerator(cpu=True)
+decided = broadcast_from_main(accelerator, lambda: f"by process {accelerator.process_index}")
+print("decided", decided, "batch", largest_batch(attempt, 16), flush=True)
+try:
+    broadcast_from_main(accelerator, refuse)
+except InputError as error:
+    print("refused:", error, flush=True)
+"""
+
+
+def test_all_processes_get_the_value_of_the_main_process(tmp_path):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    result = run_program(str(tmp_path / "program.py"), processes=2)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert sorted(result.stdout.splitlines()) == ["decided by process 0 batch 4"] * 2 + ["refused: no"] * 2
+
+
+def test_only_the_main_process_decides(monkeypatch):
+    """A process that looked later by itself would not list the files that others have written by then."""
+    sent = []
+    monkeypatch.setattr(distributed, "broadcast_object_list", lambda values: sent.append(values) or ["of the main one"])
+    main, other = (argparse.Namespace(is_main_process=value, num_processes=2) for value in (True, False))
+    for process in (main, other):
+        assert broadcast_from_main(process, lambda: "decided") == "of the main one"
+    assert sent == [["decided"], [None]]
+
+    def refuse():
+        raise InputError("no")
+
+    monkeypatch.setattr(distributed, "broadcast_object_list", lambda values: [InputError("no")])
+    for process in (main, other):
+        with pytest.raises(InputError, match="no"):
+            broadcast_from_main(process, refuse)
+
+
+def device_that_holds(images, tried):
+    """Return work that runs out of memory above a number of images."""
+
+    def attempt(size):
+        tried.append(size)
+        if size > images:
+            raise torch.cuda.OutOfMemoryError(f"CUDA out of memory. {size} images do not fit")
+
+    return attempt
+
+
+@pytest.mark.parametrize(("holds", "found"), [(1000, 256), (256, 256), (255, 128), (20, 16), (1, 1)])
+def test_the_largest_batch_that_fits_is_found(holds, found):
+    tried = []
+    assert largest_batch(device_that_holds(holds, tried), 256) == found
+    assert tried == [256 >> i for i in range(len(tried))] and tried[-1] == found
+
+
+def test_no_batch_fits():
+    with pytest.raises(InputError, match=r"memory is too small for a batch of one image \(.* 1 images do not fit\)"):
+        largest_batch(device_that_holds(0, []), 8)
+
+
+def test_other_errors_do_not_count_as_out_of_memory():
+    def attempt(size):
+        raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError, match="broken"):
+        largest_batch(attempt, 8)
+
+
+def test_a_copy_to_the_host_gives_the_tensor():
+    tensor = torch.arange(6).view(2, 3)
+    assert np.array_equal(to_host(tensor)(), tensor.numpy())
+
+
+@pytest.mark.gpu
+def test_a_copy_from_the_gpu_is_complete_once_it_is_read():
+    tensor = torch.randn(64, 1024, device="cuda")
+    product = tensor @ tensor.T @ tensor
+    arrived = to_host(product.T)
+    product.zero_()  # after the copy, in the order of the stream
+    assert np.array_equal(arrived(), (tensor @ tensor.T @ tensor).T.cpu().numpy())
