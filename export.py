@@ -17,14 +17,7 @@ from typing import Any
 from common.cli import Config, parse, setting
 from common.io import InputError, atomic_write, check_writable, run_cli
 from models.autoencoder import SD_FORMAT
-from models.checkpoint import (
-    build_model,
-    load_checkpoint,
-    network_config,
-    network_weights,
-    saved_settings,
-    steps_done,
-)
+from models.checkpoint import build_model, load_checkpoint, network_config, network_weights, saved_settings, steps_done
 from models.safetensors_format import CONFIG_FILE, write_network
 
 # The settings of a run that a user of the network needs in addition to its architecture.
@@ -36,7 +29,7 @@ tags: [{tags}]
 ---
 # {name}
 
-A {model} denoising transformer of the REG family ([arXiv 2507.01467](https://arxiv.org/abs/2507.01467)), {classes}
+A {model} denoising transformer of the REG family ([arXiv 2507.01467](https://arxiv.org/abs/2507.01467)), {num_classes}
 classes, trained for {steps} steps; {weights} weights. Written by `export.py`; with the code of that repository:
 
 ```python
@@ -80,9 +73,7 @@ def export(ckpt: str | Path, dest: str | Path, weights: str = "ema") -> None:
     if dest.suffix != ".safetensors":
         with atomic_write(dest / "README.md", "w") as file:
             tags = "image-generation" if config["cls_token_dim"] is None else "image-generation, reg"
-            name, classes = dest.name, config["num_classes"]
-            model, steps = config.get("model", "SiT"), config["steps"]
-            file.write(CARD.format(tags=tags, name=name, model=model, classes=classes, steps=steps, weights=weights))
+            file.write(CARD.format(**{"model": "SiT", **config}, tags=tags, name=dest.name))
 
 
 def describe(checkpoint: dict[str, Any], weights: str, source: str | Path) -> dict[str, Any]:

@@ -1,11 +1,12 @@
-"""Image codecs: images to latents and back, through diffusers. The only home of the scale and shift of latents.
+"""Image codecs: images to latents and back, through diffusers. Scale and shift of latents are applied only here.
 
 Latent diffusion (Rombach et al., arXiv 2112.10752, section 3.1 and appendix G); REG uses Stable Diffusion's codec.
-In this project `moments` are mean and STANDARD DEVIATION stacked on the channels, as they lie on the disk; diffusers'
-own word means mean and log-variance. `latents` are a sample of them, shifted and scaled: what the network sees.
+In this project `moments` are mean and STANDARD DEVIATION stacked on the channels, as the files of latents store them;
+in diffusers the word means mean and log-variance. `latents` are a sample of the moments, shifted and scaled: the input
+of the network.
 
-A codec of one's own is a line in `CODECS`, or a folder (or repository of the hub) as diffusers saves it, whose
-config.json says channels, factor, scale and shift.
+To add a codec, add a line to `CODECS`, or give a folder or a repository of the Hugging Face hub in diffusers' format,
+whose config.json determines channels, factor, scale and shift.
 """
 
 from __future__ import annotations
@@ -24,15 +25,16 @@ from models.hub import hub_file
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
-DECODED_PIXELS = 2**21  # at a time, 32 images of 256 px: far more, and activations pass 2^31 values
-SD_SCALE = 0.18215  # makes Stable Diffusion's latents about unit variance (arXiv 2112.10752, appendix G)
+DECODED_PIXELS = 2**21  # in one call, 32 images of 256 px; far more would need activations of more than 2^31 values
+SD_SCALE = 0.18215  # gives Stable Diffusion's latents about unit variance (arXiv 2112.10752, appendix G)
 
 
 @dataclasses.dataclass(frozen=True)
 class LatentFormat:
-    """What latents are: their codec, channels, image pixels per latent pixel, and the map to about unit variance.
+    """Format of latents: codec, channels, image pixels per latent pixel, and the map to about unit variance.
 
-    `scale` and `shift` are one number or one for each channel: latents = (sample - shift) * scale.
+    `scale` and `shift` are one number, or one number for each channel: latents = (sample - shift) * scale.
+    Raises InputError, naming the field, for impossible values.
     """
 
     codec: str
@@ -61,8 +63,8 @@ class LatentFormat:
     def sample(self, moments: Tensor, noise: Tensor | None) -> Tensor:
         """Return latents (N, C, h, w) = (mean + std * noise - shift) * scale.
 
-        moments (N, 2C, h, w): mean, then standard deviation; noise (N, C, h, w), standard normal, or None for the mean.
-        Raises InputError if the moments have another number of channels.
+        moments (N, 2C, h, w): mean, then standard deviation. noise (N, C, h, w): standard normal; None for the mean.
+        Raises InputError if the moments have a wrong number of channels.
         """
         if moments.shape[1] != 2 * self.channels:
             raise InputError(
@@ -74,20 +76,20 @@ class LatentFormat:
         return (latents - _per_channel(self.shift, latents)) * _per_channel(self.scale, latents)
 
     def unscale(self, latents: Tensor) -> Tensor:
-        """Return what the codec decodes, (N, C, h, w) = latents / scale + shift: the way back from `sample`."""
+        """Return the input of the codec's decoder, (N, C, h, w) = latents / scale + shift: the inverse of `sample`."""
         return latents / _per_channel(self.scale, latents) + _per_channel(self.shift, latents)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields as JSON has them, for a data set's dataset.json and a run's settings."""
+        """Return the fields as JSON has them, for dataset.json and for the settings of a run."""
         return {
             name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(self).items()
         }
 
     @classmethod
     def from_json(cls, fields: dict[str, Any] | None) -> LatentFormat:
-        """Return the format that `to_json` wrote; None, as in the published data sets, means Stable Diffusion's.
+        """Return the format that `to_json` wrote. None, as in the published data sets, means Stable Diffusion's format.
 
-        Raises InputError, naming them, for fields that are missing or unknown or have impossible values.
+        Raises InputError, naming the fields, if some are missing or unknown, or have impossible values.
         """
         if fields is None:
             return SD_FORMAT
@@ -104,11 +106,11 @@ def _is_finite(value: Any) -> bool:
 
 
 def _per_channel(value: float | tuple[float, ...], like: Tensor) -> float | Tensor:
-    """Return a number as it is, and one number for each channel as (C, 1, 1), to broadcast over (N, C, h, w)."""
+    """Return one number unchanged, and numbers for each channel as (C, 1, 1), to broadcast over (N, C, h, w)."""
     return _on_device(value, like.device, like.dtype) if isinstance(value, tuple) else value
 
 
-@functools.lru_cache(maxsize=8)  # copying it to a GPU each time would make each training step wait
+@functools.lru_cache(maxsize=8)  # a copy to a GPU in each training step would synchronise with it
 def _on_device(value: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
     return torch.tensor(value, device=device, dtype=dtype)[:, None, None]
 
@@ -118,7 +120,7 @@ SD_FORMAT = LatentFormat(codec="sd-vae-ft-mse", channels=4, factor=8, scale=SD_S
 
 @dataclasses.dataclass(frozen=True)
 class CodecSpec:
-    """Where a codec's files lie, and the scale and shift of its latents where its own config.json does not tell.
+    """Source of a codec's files, and scale and shift of its latents if its config.json lacks them.
 
     `source` is a repository of the hub, `owner/name` or `owner/name/subfolder`, or a local folder.
     """
@@ -128,12 +130,13 @@ class CodecSpec:
     shift: float | tuple[float, ...] | None = None
 
 
-# Channels, factor, and what a line leaves out, come from the codec's own config.json.
+PUBLISHED_NAMES = {"ema": "sd-vae-ft-ema", "mse": "sd-vae-ft-mse"}  # of codecs, on the published command line
+# Channels, factor, and the scale and shift that a line does not give, come from the codec's config.json.
 CODECS = {
-    # Stable Diffusion's configs are older than the entry for the scale.
+    # The config.json of these two has no entry for the scale.
     "sd-vae-ft-mse": CodecSpec("stabilityai/sd-vae-ft-mse", scale=SD_SCALE, shift=0.0),
     "sd-vae-ft-ema": CodecSpec("stabilityai/sd-vae-ft-ema", scale=SD_SCALE, shift=0.0),
-    "taesd": CodecSpec("madebyollin/taesd", scale=1.0, shift=0.0),  # works on latents that are scaled already
+    "taesd": CodecSpec("madebyollin/taesd", scale=1.0, shift=0.0),  # works on scaled latents
     "sdxl-vae": CodecSpec("stabilityai/sdxl-vae"),
     "sd3-vae": CodecSpec("stabilityai/stable-diffusion-3-medium-diffusers/vae"),  # 16 channels
     "flux-vae": CodecSpec("black-forest-labs/FLUX.1-schnell/vae"),  # 16 channels
@@ -142,7 +145,7 @@ SHORT_NAMES = {"ema": "sd-vae-ft-ema", "mse": "sd-vae-ft-mse"}
 
 
 class Codec(nn.Module):
-    """A frozen image codec: uint8 images to moments, latents to uint8 images. `format` says what its latents are."""
+    """A frozen image codec: uint8 images to moments, latents to uint8 images. `format` describes its latents."""
 
     def __init__(self, latent_format: LatentFormat):
         super().__init__()
@@ -150,18 +153,18 @@ class Codec(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The parameters' dtype, by the name that diffusers' pipelines ask for; float32 where there are none."""
+        """The dtype of the parameters, float32 without any; diffusers' pipelines read this attribute."""
         return next((parameter.dtype for parameter in self.parameters()), torch.float32)
 
     def train(self, mode: bool = True) -> Codec:
-        """Stay in evaluation mode, whatever a parent module is set to."""
+        """Stay in eval mode if a parent module is set to training mode."""
         return super().train(False)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Return moments (N, 2C, h, w), float32: the mean, then the standard deviation (0 where a codec has none).
+        """Return moments (N, 2C, h, w), float32: the mean, then the standard deviation (0 if a codec has none).
 
-        images (N, 3, H, W), uint8, 0-255, enter the network as x/127.5 - 1.
+        images (N, 3, H, W), uint8, 0-255; the input of the codec's network is x/127.5 - 1.
         Raises InputError if H or W is not a multiple of the codec's factor.
         """
         height, width = images.shape[-2:]
@@ -189,11 +192,11 @@ class Codec(nn.Module):
         raise NotImplementedError
 
     def _quantise(self, pixels: Tensor) -> Tensor:
-        return pixels.to(torch.uint8)  # cut, not rounded: so the published images, and their FID, were made
+        return pixels.to(torch.uint8)  # truncated, not rounded, as for the published images and their FID
 
 
 class KLCodec(Codec):
-    """An `AutoencoderKL`: a normal distribution for each latent value."""
+    """An `AutoencoderKL`, which gives a normal distribution for each latent value."""
 
     def __init__(self, autoencoder: nn.Module, latent_format: LatentFormat):
         super().__init__(latent_format)
@@ -208,7 +211,7 @@ class KLCodec(Codec):
 
 
 class TinyCodec(KLCodec):
-    """An `AutoencoderTiny` (TAESD): latents without a variance."""
+    """An `AutoencoderTiny` (TAESD), whose latents have no variance."""
 
     def _moments(self, pixels: Tensor) -> Tensor:
         mean = self.autoencoder.encode(pixels).latents
@@ -216,7 +219,7 @@ class TinyCodec(KLCodec):
 
 
 class PixelCodec(Codec):
-    """No codec: the image itself, -1..1, is the latent; every one of the 256 levels comes back exactly."""
+    """No codec: the latents are the image itself, from -1 to 1. All 256 levels are decoded exactly."""
 
     def __init__(self) -> None:
         super().__init__(LatentFormat(codec="pixel", channels=3, factor=1))
@@ -228,25 +231,47 @@ class PixelCodec(Codec):
         return unscaled
 
     def _quantise(self, pixels: Tensor) -> Tensor:
-        # Cutting is the rule for a decoder network's output. Here it would take a level off whatever comes back a
-        # rounding error too low: none of the 256 after float32, but half of them after storage as float16.
+        # Truncation is the rule for the output of a decoder network. Here it would lower a level by one if a rounding
+        # error makes it slightly too small: no level after storage as float32, but half of them after float16.
         return pixels.round().to(torch.uint8)
+
+
+def load_decoder(latent_format: LatentFormat, name: str | None = None, device: str | torch.device = "cpu") -> Codec:
+    """Return the codec that decodes latents of a format.
+
+    It is the codec `name` ("ema" and "mse" are the published names of Stable Diffusion's), or else the latents' own
+    codec. Latents of sd-vae-ft-mse are decoded by sd-vae-ft-ema, as in the published sampling.
+    Raises InputError, naming --vae, if the channels or the factor of the codec are not those of the latents.
+    """
+    if name is None:
+        name = "ema" if latent_format.codec == SD_FORMAT.codec else latent_format.codec
+    name = PUBLISHED_NAMES.get(name, name)
+    codec = load_codec(name, device)
+    for what in ("channels", "factor"):
+        ours, needed = getattr(codec.format, what), getattr(latent_format, what)
+        if ours != needed:
+            raise InputError(f"--vae {name} has {what} {ours}, but latents of {latent_format.codec} have {needed}")
+    return codec
 
 
 def load_codec(name: str, device: str | torch.device = "cpu") -> Codec:
     """Return the frozen codec `name`: a line of `CODECS`, `pixel`, a local folder, or a repository of the hub.
 
-    Folder and repository hold config.json and diffusion_pytorch_model.safetensors of an AutoencoderKL or
-    AutoencoderTiny. Raises InputError if there is no such codec, its files are not usable, or the hub is out of reach.
+    Folder and repository contain config.json and diffusion_pytorch_model.safetensors of an AutoencoderKL or an
+    AutoencoderTiny. Raises InputError if there is no such codec, its files are not usable, or the hub is unreachable.
     """
     if name == "pixel":
         return PixelCodec().to(device)
     spec = CODECS.get(name, CodecSpec(name))
     folder = _codec_folder(name, spec.source)
     config = read_json(folder / CONFIG_FILE)
-    autoencoder = _load_autoencoder(folder, config)
-    codec_class = TinyCodec if _class_name(folder, config) == "AutoencoderTiny" else KLCodec
-    return codec_class(autoencoder, _latent_format(name, spec, folder, config)).to(device)
+    class_name = config.get("_class_name") if isinstance(config, dict) else None
+    codec_class = {"AutoencoderKL": KLCodec, "AutoencoderTiny": TinyCodec}.get(class_name)
+    if codec_class is None:
+        raise InputError(
+            f"{folder / CONFIG_FILE}: _class_name is {class_name!r}; allowed: AutoencoderKL, AutoencoderTiny"
+        )
+    return codec_class(_load_autoencoder(folder, class_name), _latent_format(name, spec, folder, config)).to(device)
 
 
 def load_decoder(latent_format: LatentFormat, name: str | None = None, device: str | torch.device = "cpu") -> Codec:
@@ -267,12 +292,12 @@ def load_decoder(latent_format: LatentFormat, name: str | None = None, device: s
 
 
 def _codec_folder(name: str, source: str) -> Path:
-    """Return the local folder of a codec's files; those of a repository of the hub are fetched first."""
+    """Return the local folder of a codec's files, which are downloaded first if they are on the hub."""
     if Path(source).is_dir():
         return Path(source)
     if source.count("/") not in (1, 2) or source.startswith((".", "/", "~")):
         raise InputError(
-            f"codec {name}: no such folder; allowed: pixel, {', '.join(CODECS)}, a local folder holding {CONFIG_FILE} "
+            f"codec {name}: no such folder; allowed: pixel, {', '.join(CODECS)}, a local folder with {CONFIG_FILE} "
             f"and {WEIGHTS_FILE}, or a repository of the hub (owner/name or owner/name/subfolder)"
         )
     owner, repo, *subfolder = source.split("/")
@@ -285,45 +310,35 @@ def _codec_folder(name: str, source: str) -> Path:
     return path.parent
 
 
-def _class_name(folder: Path, config: Any) -> str:
-    class_name = config.get("_class_name") if isinstance(config, dict) else None
-    if class_name not in ("AutoencoderKL", "AutoencoderTiny"):
-        raise InputError(
-            f"{folder / CONFIG_FILE}: _class_name is {class_name!r}; allowed: AutoencoderKL, AutoencoderTiny"
-        )
-    return class_name
-
-
-def _load_autoencoder(folder: Path, config: dict[str, Any]) -> nn.Module:
-    """Return diffusers' module with the folder's weights, every one of which must find its place."""
-    class_name = _class_name(folder, config)
+def _load_autoencoder(folder: Path, class_name: str) -> nn.Module:
+    """Return diffusers' module with the weights of the folder. No weight may be missing or left over."""
     weights = folder / WEIGHTS_FILE
     if not weights.is_file():
-        raise InputError(f"{weights}: no such file; a codec's folder holds {CONFIG_FILE} and {WEIGHTS_FILE}")
+        raise InputError(f"{weights}: no such file; the folder of a codec contains {CONFIG_FILE} and {WEIGHTS_FILE}")
     import diffusers
     from safetensors import SafetensorError
 
-    diffusers.logging.set_verbosity_error()  # it warns of what is checked below
+    diffusers.logging.set_verbosity_error()  # the check below replaces its warnings
     try:
         autoencoder, report = getattr(diffusers, class_name).from_pretrained(
             folder, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
-        raise InputError(f"{weights}: cannot be loaded as {class_name} of {CONFIG_FILE} beside it ({error})") from error
+        raise InputError(f"{weights}: cannot be loaded as {class_name} of its {CONFIG_FILE} ({error})") from error
     problems = {kind: keys for kind, keys in report.items() if keys}
     if problems:
-        raise InputError(f"{weights}: does not fit {class_name} of {CONFIG_FILE} beside it: {problems}")
+        raise InputError(f"{weights}: does not fit {class_name} of its {CONFIG_FILE}: {problems}")
     return autoencoder
 
 
 def _latent_format(name: str, spec: CodecSpec, folder: Path, config: dict[str, Any]) -> LatentFormat:
-    """Return the format that config.json tells, in diffusers' convention, where the codec's line does not overrule it.
+    """Return the format of config.json, in diffusers' convention, with scale and shift of the codec's line if given.
 
     scale = scaling_factor / latents_std, shift = shift_factor or latents_mean (one number, or one for each channel).
     """
     is_tiny = config["_class_name"] == "AutoencoderTiny"
     std, mean = config.get("latents_std"), config.get("latents_mean")
-    # Stable Diffusion's first configs leave the factor out; statistics for each channel leave nothing for it to do.
+    # The first configs, those of Stable Diffusion, have no entry for the scale; latents_std replaces it.
     scale = config.get("scaling_factor") or (1.0 if is_tiny or std else SD_SCALE)
     shift = config.get("shift_factor") or 0.0
     if std:
@@ -332,12 +347,12 @@ def _latent_format(name: str, spec: CodecSpec, folder: Path, config: dict[str, A
         shift = tuple(mean)
     stages = config.get("num_encoder_blocks" if is_tiny else "block_out_channels")
     if not stages or not config.get("latent_channels"):
-        raise InputError(f"{folder / CONFIG_FILE}: latent_channels and the numbers of the encoder's blocks are missing")
+        raise InputError(f"{folder / CONFIG_FILE}: latent_channels or the numbers of the encoder's blocks are missing")
     is_local = spec.source == name and Path(name).is_dir()
     return LatentFormat(
-        codec=str(folder.resolve()) if is_local else name,  # written into data sets, which are read from anywhere
+        codec=str(folder.resolve()) if is_local else name,  # absolute, because data sets store it
         channels=config["latent_channels"],
-        factor=2 ** (len(stages) - 1),  # the resolution halves between one stage and the next
+        factor=2 ** (len(stages) - 1),  # each stage after the first halves the resolution
         scale=scale if spec.scale is None else spec.scale,
         shift=shift if spec.shift is None else spec.shift,
     )

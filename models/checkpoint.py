@@ -38,8 +38,7 @@ BLOCK_WEIGHT = re.compile(r"(?:decoder_)?blocks\.(\d{1,6})\.(.+)")
 def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
     """Write a checkpoint and its checksum. The file gets its name only when it is complete.
 
-    Raises:
-        OSError: the file cannot be written; an existing file of that name is kept.
+    Raises OSError if the file cannot be written; an existing file of that name is kept.
     """
     path = Path(path)
     with atomic_write(path) as file:
@@ -59,34 +58,28 @@ def checksum_path(path: Path) -> Path:
 def verify_checkpoint(path: str | Path) -> None:
     """Read the complete file and compare it with its checksum; without one, with the checksums inside the zip.
 
-    Raises:
-        InputError: there is no such file, or it differs from the file that was written.
+    Raises InputError if there is no such file, or if it differs from the file that was written.
     """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint file")
     try:
         if checksum_path(path).exists():
-            expected = _recorded_sum(path)
-            found = sha256_of(path)
+            found, expected = sha256_of(path), _recorded_sum(path)
             if found != expected:
-                raise InputError(
-                    f"{path}: damaged; its SHA-256 is {found}, not {expected} as {checksum_path(path)} says"
-                )
+                raise InputError(f"{path}: damaged; its SHA-256 is {found}, but {checksum_path(path)} has {expected}")
         elif zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 if (name := archive.testzip()) is not None:
                     raise InputError(f"{path}: damaged; the checksum of {name} in it is wrong")
     except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
-        raise InputError(f"{path}: damaged or truncated, it cannot be read through ({error})") from error
+        raise InputError(f"{path}: damaged or truncated, it cannot be read completely ({error})") from error
 
 
 def checkpoint_digest(path: str | Path) -> str:
     """Return the SHA-256 of the file with a network's weights, which identifies the network in any folder.
 
-    Args:
-        path: as for `load_checkpoint`. A recorded checksum is returned without reading the checkpoint, so verify it
-            first.
+    A recorded checksum is returned without reading the checkpoint, so the caller has to verify the checkpoint first.
     """
     path = Path(path)
     if is_exported(path):
@@ -139,8 +132,7 @@ def list_checkpoints(folder: str | Path) -> list[Path]:
 def saved_settings(checkpoint: dict[str, Any], source: str | Path = "checkpoint") -> dict[str, Any]:
     """Return the settings of the run that wrote a checkpoint, {} if it has none.
 
-    Raises:
-        InputError: `args` is of another type, or its path between data and noise is unknown.
+    Raises InputError if `args` is of another type, or if its path between data and noise is unknown.
     """
     settings = checkpoint.get("args")
     if settings is None:
@@ -169,7 +161,7 @@ def network_weights(
 
     Args:
         checkpoint: as `load_checkpoint` returns it, or a state dict.
-        weights: "ema" or "model".
+        weights: "ema", the averaged weights, or "model".
         source: name of the file in errors.
 
     Raises:
@@ -215,15 +207,8 @@ def build_model(
 ) -> SiT:
     """Return the network of a loaded checkpoint, frozen, in eval mode and with float32 weights.
 
-    Args:
-        checkpoint: as `load_checkpoint` returns it.
-        weights: "ema" or "model".
-        device: device of the network.
-        fused_attn: see `SiT`.
-        source: name of the file in errors.
-
-    Raises:
-        InputError: the weights are missing, or they do not fit the network.
+    The arguments are those of `network_weights` and `SiT`.
+    Raises InputError if the weights are missing or do not fit the network.
     """
     config, state = network_config(checkpoint, weights, source), network_weights(checkpoint, weights, source)
     try:

@@ -1,8 +1,8 @@
-"""Frozen vision encoders, through timm: the class token REG entangles and the tokens its alignment looks up to.
+"""Frozen vision encoders, through timm. They give the class token that REG denoises and the tokens of the alignment.
 
 REPA (Yu et al., arXiv 2410.06940, section 3) aligns with the patch tokens; REG (arXiv 2507.01467, section 3) adds the
-class token. Every encoder has its own input size and normalisation and the same output: a class token, patch tokens.
-An encoder of one's own is a line in `ENCODERS`, or any timm model by name: `timm/<model name>`.
+class token. Each encoder has its own input size and normalisation; the output is always a class token and patch tokens.
+To add an encoder, add a line to `ENCODERS`, or name any timm model: `timm/<model name>`.
 """
 
 from __future__ import annotations
@@ -25,17 +25,18 @@ from models.hub import hub_file, url_file
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-WIDTH_GENERATORS = {"mobilenetv1": "_gen_mobilenet_v1", "mobilenetv2": "_gen_mobilenet_v2"}  # in timm's efficientnet
-BASE_RESOLUTION = 256  # images of this size enter at an encoder's `input_size`; other resolutions in proportion
+# Functions of timm.models.efficientnet that accept `channel_multiplier`, which the models with a name fix.
+WIDTH_GENERATORS = {"mobilenetv1": "_gen_mobilenet_v1", "mobilenetv2": "_gen_mobilenet_v2"}
+BASE_RESOLUTION = 256  # images of this size are resized to an encoder's `input_size`, other images in proportion
 
 
 @dataclasses.dataclass(frozen=True)
 class EncoderSpec:
-    """One encoder: timm's model name, its input in px for images of 256 px, and where it departs from timm's settings.
+    """One encoder: the name of its timm model, its input size in px for images of 256 px, and differences from timm.
 
-    Mean and standard deviation are the model's own unless given. `prefix` is what a checkpoint of the original authors
-    puts before the names of the network's parameters. Without weights on the hub (`local_only`) a file is needed.
-    `options` go to `timm.create_model`.
+    `mean` and `std` default to those of the timm model. `prefix` precedes the parameter names in checkpoints of the
+    original authors. `local_only` encoders have no weights on the hub and need a file. `options` are arguments of
+    `timm.create_model`.
     """
 
     model: str
@@ -47,15 +48,12 @@ class EncoderSpec:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def _moco(model: str) -> EncoderSpec:
-    """MoCo v3's networks have timm's shape; its checkpoints hold two of them and a predictor."""
-    return EncoderSpec(model, 256, mean=IMAGENET_MEAN, std=IMAGENET_STD, prefix="module.base_encoder.", local_only=True)
-
-
+# Checkpoints of MoCo v3 contain two networks and a predictor.
+MOCO = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "prefix": "module.base_encoder.", "local_only": True}
 # input_size gives 16 x 16 tokens for images of 256 px: 224 with patches of 14 px, 256 with patches of 16 px.
 ENCODERS = {
     "dinov2-vit-s": EncoderSpec("vit_small_patch14_dinov2.lvd142m", 224),
-    "dinov2-vit-b": EncoderSpec("vit_base_patch14_dinov2.lvd142m", 224),  # the paper's
+    "dinov2-vit-b": EncoderSpec("vit_base_patch14_dinov2.lvd142m", 224),  # the encoder of the paper
     "dinov2-vit-l": EncoderSpec("vit_large_patch14_dinov2.lvd142m", 224),
     "dinov2-vit-g": EncoderSpec("vit_giant_patch14_dinov2.lvd142m", 224),
     "dinov2reg-vit-s": EncoderSpec("vit_small_patch14_reg4_dinov2.lvd142m", 224),
@@ -66,13 +64,13 @@ ENCODERS = {
     "dinov3-vit-b": EncoderSpec("vit_base_patch16_dinov3.lvd1689m", 256),
     "dinov3-vit-l": EncoderSpec("vit_large_patch16_dinov3.lvd1689m", 256),
     "dinov1-vit-b": EncoderSpec("vit_base_patch16_224.dino", 256),
-    # OpenAI trained with the quick form of GELU; timm's plain `clip_224` runs the same weights with another one.
+    # OpenAI trained with QuickGELU; timm's model without `quickgelu` uses another GELU with the same weights.
     "clip-vit-b": EncoderSpec("vit_base_patch16_clip_quickgelu_224.openai", 256),
     "clip-vit-L": EncoderSpec("vit_large_patch14_clip_quickgelu_224.openai", 224),
     "mae-vit-b": EncoderSpec("vit_base_patch16_224.mae", 256),
     "mae-vit-l": EncoderSpec("vit_large_patch16_224.mae", 256),
-    "mocov3-vit-b": _moco("vit_base_patch16_224"),
-    "mocov3-vit-l": _moco("vit_large_patch16_224"),
+    "mocov3-vit-b": EncoderSpec("vit_base_patch16_224", 256, **MOCO),
+    "mocov3-vit-l": EncoderSpec("vit_large_patch16_224", 256, **MOCO),
     "jepa-vit-h": EncoderSpec("vit_huge_patch14_gap_224.in1k_ijepa", 224),
     "siglip-vit-b": EncoderSpec("vit_base_patch16_siglip_256.webli", 256),
     "siglip2-vit-b": EncoderSpec("vit_base_patch16_siglip_256.v2_webli", 256),
@@ -80,16 +78,16 @@ ENCODERS = {
 
 
 class EncoderOutput(NamedTuple):
-    """cls_token (N, D): the class token, or the pooled vector; patch_tokens (N, T, D), row-major. Both float32."""
+    """cls_token (N, D): the class token or the pooled features; patch_tokens (N, T, D), row-major. Both float32."""
 
     cls_token: Tensor
     patch_tokens: Tensor
 
 
 class Encoder(nn.Module):
-    """A frozen vision encoder: images in, class token and patch tokens out, both after the network's final norm.
+    """A frozen vision encoder: images to class token and patch tokens, both after the network's final norm.
 
-    Attributes: `name`, as asked for; `width` D; `num_tokens` T; `input_size`, the square the network sees, in px.
+    Attributes: `name`, as given; `width` D; `num_tokens` T; `input_size`, height and width of its input in px.
     """
 
     def __init__(self, name: str, network: nn.Module, input_size: int, mean: tuple[float, ...], std: tuple[float, ...]):
@@ -101,24 +99,24 @@ class Encoder(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
         self.num_prefix_tokens = getattr(network, "num_prefix_tokens", 0)  # class token, then registers
         self.has_class_token = self.num_prefix_tokens > 0 and getattr(network, "cls_token", None) is not None
-        # timm moves the final norm behind the pooling of some networks: their tokens have yet to pass it.
+        # In some networks timm applies the final norm after the pooling; the tokens need it as well.
         moved = isinstance(getattr(network, "norm", None), nn.Identity)
         self.final_norm = getattr(network, "fc_norm", nn.Identity()) if moved else nn.Identity()
         features = self._probe()
-        if features.ndim == 4:  # convolutions are faster so, on CPUs and, in half precision, on GPUs
+        if features.ndim == 4:  # convolutions are faster in this format, on CPUs and, in half precision, on GPUs
             self.network.to(memory_format=torch.channels_last)
         _, self.num_tokens, self.width = self._tokens(features)[:, self.num_prefix_tokens :].shape
 
     def train(self, mode: bool = True) -> Encoder:
-        """Stay in evaluation mode, whatever a parent module is set to."""
+        """Stay in eval mode if a parent module is set to training mode."""
         return super().train(False)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> EncoderOutput:
         """Return class token (N, D) and patch tokens (N, T, D), float32, of images (N, 3, H, W), uint8, 0-255.
 
-        Pixels/255, mean and standard deviation, THEN the resize to `input_size`, bicubic without antialias: the order
-        of the published recipe.
+        Pixels are divided by 255, normalised, and THEN resized to `input_size` (bicubic without antialias), which is
+        the order of the published recipe.
         """
         pixels = (images.float() / 255 - self.mean) / self.std
         if pixels.shape[-2:] != (self.input_size, self.input_size):
@@ -129,27 +127,27 @@ class Encoder(nn.Module):
         return EncoderOutput(cls_token.float(), tokens[:, self.num_prefix_tokens :].float())
 
     def _tokens(self, features: Tensor) -> Tensor:
-        """Return all tokens (N, prefix + T, D), normalised, of a sequence or of a map, channels first or last."""
+        """Return all tokens (N, prefix + T, D), normalised, of a sequence or of a map (channels first or last)."""
         if features.ndim == 4:
             channels_last = getattr(self.network, "output_fmt", None) == "NHWC"
             features = features.flatten(1, 2) if channels_last else features.flatten(2).transpose(1, 2)
         return self.final_norm(features)
 
     def _pooled(self, features: Tensor, tokens: Tensor) -> Tensor:
-        """Return (N, D) as timm pools: attention pool or mean. A head that changes the width is passed by: the mean."""
+        """Return (N, D), pooled as in timm (attention pool or mean), or the mean if the head changes the width."""
         pooled = self.network.forward_head(features, pre_logits=True)
         same_width = pooled.shape == (tokens.shape[0], tokens.shape[-1])
         return pooled if same_width else tokens[:, self.num_prefix_tokens :].mean(dim=1)
 
     def _probe(self) -> Tensor:
-        """Return the network's features of one blank image; raises InputError for a network that has no tokens."""
+        """Return the features of one blank image. Raises InputError if the network has no tokens."""
         blank = torch.zeros(1, len(self.mean), self.input_size, self.input_size, device=self.mean.device)
         with torch.no_grad():
             try:
                 features = self.network.forward_features(blank)
             except (RuntimeError, AssertionError, ValueError) as error:
                 raise InputError(
-                    f"encoder {self.name}: an input of {self.input_size} px does not suit it ({_brief(error)})"
+                    f"encoder {self.name}: it does not accept an input of {self.input_size} px ({_brief(error)})"
                 ) from error
             if not isinstance(features, Tensor) or features.ndim not in (3, 4):
                 raise InputError(f"encoder {self.name}: the network has neither tokens nor a feature map")
@@ -163,10 +161,10 @@ def load_encoders(
     num_tokens: int | None = None,
     device: str | torch.device = "cpu",
 ) -> list[Encoder]:
-    """Return the encoders of a comma-separated list, as `load_encoder` does each.
+    """Return the encoders of a comma-separated list, each as `load_encoder` returns it.
 
-    `weights`: as many files, comma-separated, an empty one meaning the hub. `num_tokens`: the number of latent tokens.
-    Raises InputError, naming both numbers, if an encoder has another number of tokens.
+    `weights`: one file for each encoder, comma-separated; an empty name means the hub. `num_tokens`: the number of
+    latent tokens. Raises InputError, naming both numbers, if an encoder has another number of tokens.
     """
     names = [name.strip() for name in specs.split(",")]
     files = [file.strip() for file in weights.split(",")] if weights else [""] * len(names)
@@ -176,9 +174,14 @@ def load_encoders(
         )
     encoders = []
     for name, file in zip(names, files, strict=True):
-        encoder = load_encoder(name, resolution, file or None, device)
+        encoder = load_encoder(name, resolution, file, device)
         if num_tokens is not None and encoder.num_tokens != num_tokens:
-            raise InputError(_token_mismatch(encoder, num_tokens))
+            fitting = encoder.input_size * math.sqrt(num_tokens / encoder.num_tokens)
+            hint = f"append :input={fitting:.0f} to its name" if fitting.is_integer() else "choose another encoder"
+            raise InputError(
+                f"encoder {encoder.name}: {encoder.num_tokens} tokens from an input of {encoder.input_size} px, but "
+                f"there are {num_tokens} latent tokens, and the numbers must be equal: {hint}, or change the latents"
+            )
         encoders.append(encoder)
     return encoders
 
@@ -186,42 +189,39 @@ def load_encoders(
 def load_encoder(
     spec: str, resolution: int, weights: str | Path | None = None, device: str | torch.device = "cpu"
 ) -> Encoder:
-    """Return the frozen encoder for images of `resolution` px, with weights from a local file or else from the hub.
+    """Return the frozen encoder for images of `resolution` px, with weights from a local file or from the hub.
 
-    spec: a name of `ENCODERS` or `timm/<model name>`, either followed by options `:key=value`. `input` is the input
-    size in px as given (without it: the encoder's own, times resolution/256), `mean` and `std` the normalisation (one
-    number, or three between slashes), every other key an argument of `timm.create_model`.
-    weights: timm's layout or the authors' own (DINOv2, MAE, MoCo v3, I-JEPA), safetensors or a PyTorch file; position
-    tables are resampled to the grid. Raises InputError for anything unknown, unfitting or out of reach.
+    spec: a name of `ENCODERS` or `timm/<model name>`, optionally followed by options `:key=value`. `input` is the input
+    size in px (default: that of the encoder, times resolution/256); `mean` and `std` are the normalisation (one number,
+    or three numbers separated by slashes); all other keys are arguments of `timm.create_model`.
+    weights: a safetensors or PyTorch file in the layout of timm or of the authors (DINOv2, MAE, MoCo v3, I-JEPA).
+    Position tables are resampled to the grid.
+    Raises InputError if the encoder or an option is unknown, the weights do not fit, or the hub is unreachable.
     """
-    encoder_spec, input_size = _resolve(spec, resolution)
-    if weights is None:
-        weights = _hub_weights(spec, encoder_spec)
-    state = _read_weights(Path(weights), encoder_spec)
-    return _build(spec, encoder_spec, input_size, state, weights).to(device)
+    line, input_size = _resolve(spec, resolution)
+    weights = weights or _hub_weights(spec, line)
+    return _build(spec, line, input_size, _read_weights(Path(weights), line), weights).to(device)
 
 
 def untrained_encoder(spec: str, resolution: int, device: str | torch.device = "cpu") -> Encoder:
-    """Return what `load_encoder` returns, but with random weights: as fast as the trained one, and as large."""
+    """Return the encoder of `load_encoder` with random weights, for measurements of speed and memory."""
     return _build(spec, *_resolve(spec, resolution)).to(device)
 
 
-def _token_mismatch(encoder: Encoder, num_tokens: int) -> str:
-    fitting = encoder.input_size * math.sqrt(num_tokens / encoder.num_tokens)
-    way_out = f"append :input={fitting:.0f} to its name" if fitting.is_integer() else "choose another encoder"
-    return (
-        f"encoder {encoder.name}: {encoder.num_tokens} tokens from an input of {encoder.input_size} px, but there are "
-        f"{num_tokens} latent tokens; they must be as many: {way_out}, or change the latents"
-    )
-
-
 def _resolve(spec: str, resolution: int) -> tuple[EncoderSpec, int]:
-    """Return the line of the table, or of a timm name, with the options applied, and the input size in px."""
+    """Return the description of an encoder with its options applied, and its input size in px."""
     name, *options = spec.split(":")
     if name in ENCODERS:
         line = ENCODERS[name]
     elif name.startswith("timm/"):
-        line = EncoderSpec(_known_timm_model(name.removeprefix("timm/")))
+        import timm
+
+        line = EncoderSpec(name.removeprefix("timm/"))
+        known = timm.list_models(pretrained=True) + timm.list_models()
+        if line.model not in known:
+            raise InputError(
+                f"encoder {name!r}: timm {timm.__version__} has no such model{_suggestion(line.model, known)}"
+            )
     else:
         raise InputError(
             f"encoder {name!r}: unknown{_suggestion(name, ENCODERS)}; allowed: {', '.join(ENCODERS)}, timm/<model name>"
@@ -238,21 +238,9 @@ def _resolve(spec: str, resolution: int) -> tuple[EncoderSpec, int]:
     if input_size * resolution % BASE_RESOLUTION:
         raise InputError(
             f"encoder {spec}: an input of {input_size} px for images of {BASE_RESOLUTION} px is no whole number of px "
-            f"at resolution {resolution}; give one by :input="
+            f"at resolution {resolution}; set it with :input="
         )
     return line, input_size * resolution // BASE_RESOLUTION
-
-
-def _known_timm_model(name: str) -> str:
-    import timm
-
-    tagged = timm.list_models(pretrained=True)
-    plain = timm.list_models()
-    if name not in tagged and name not in plain:
-        raise InputError(
-            f"encoder 'timm/{name}': timm {timm.__version__} has no such model{_suggestion(name, tagged + plain)}"
-        )
-    return name
 
 
 def _suggestion(name: str, known: Iterable[str]) -> str:
@@ -262,7 +250,7 @@ def _suggestion(name: str, known: Iterable[str]) -> str:
 
 
 def _parse_option(spec: str, option: str) -> tuple[str, Any]:
-    """Return key and value of `key=value`, the value as the int, float or bool it looks like, else as a string."""
+    """Return key and value of `key=value`, the value as bool, int, float or, if it is none of these, as a string."""
     key, separator, text = option.partition("=")
     if not separator or not key.isidentifier():
         raise InputError(f"encoder {spec}: option {option!r}; allowed: key=value")
@@ -282,30 +270,30 @@ def _three_numbers(spec: str, key: str, value: Any) -> tuple[float, ...]:
     except ValueError:
         numbers = ()
     if len(numbers) not in (1, 3) or (key == "std" and not all(number > 0 for number in numbers)):
-        raise InputError(f"encoder {spec}: {key}={value}; allowed: one number, or three between slashes (std above 0)")
+        raise InputError(f"encoder {spec}: {key}={value}; allowed: one number, or three with slashes (std above 0)")
     return numbers * (3 // len(numbers))
 
 
 def _pretrained_cfg(model: str) -> Any:
-    """Return timm's record of a model: input size, mean, std, classifier, and where its weights lie."""
+    """Return timm's settings of a model: input size, mean, std, classifier, and address of its weights."""
     import timm
 
     return timm.get_pretrained_cfg(model)
 
 
 def _hub_weights(spec: str, line: EncoderSpec) -> Path:
-    """Return the local copy of the weights that timm names for a model."""
+    """Return the local copy of a model's weights, which are downloaded from the address in timm's settings."""
     cfg = _pretrained_cfg(line.model)
-    instead = "Fetch that file elsewhere and name it by --enc-weights"
+    instead = "Download that file on another machine and give it by --enc-weights"
     if line.local_only or not (cfg.hf_hub_id or cfg.url):
-        raise InputError(f"encoder {spec}: its weights are not on the hub; name a local file by --enc-weights")
+        raise InputError(f"encoder {spec}: its weights are not on the hub; give a local file by --enc-weights")
     if not cfg.hf_hub_id:
         return url_file(cfg.url, instead)
     return hub_file(cfg.hf_hub_id, cfg.hf_hub_filename or "model.safetensors", instead)
 
 
 def _read_weights(path: Path, line: EncoderSpec) -> dict[str, Any]:
-    """Return a checkpoint's parameters without classifier, in the layout they have. No code in a file is ever run."""
+    """Return the parameters of a file without the classifier, in the file's layout. Code in a file is never run."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -317,16 +305,13 @@ def _read_weights(path: Path, line: EncoderSpec) -> dict[str, Any]:
         else:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise InputError(
-            f"--enc-weights {path}: no file of weights, or one that holds code, which is never run"
-        ) from error
+        raise InputError(f"--enc-weights {path}: no file of weights, or one with code, which is never run") from error
     except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
         raise InputError(f"--enc-weights {path}: damaged, or no file of weights ({_brief(error)})") from error
     for wrapper in ("state_dict", "model"):
         if isinstance(checkpoint, dict) and isinstance(checkpoint.get(wrapper), dict):
             checkpoint = checkpoint[wrapper]
-    if not isinstance(checkpoint, dict):
-        raise InputError(f"--enc-weights {path}: holds no parameters by name")
+    checkpoint = checkpoint if isinstance(checkpoint, dict) else {}
     if line.prefix and any(str(key).startswith(line.prefix) for key in checkpoint):
         checkpoint = {k.removeprefix(line.prefix): v for k, v in checkpoint.items() if str(k).startswith(line.prefix)}
     classifier = _pretrained_cfg(line.model).classifier or ()
@@ -338,37 +323,36 @@ def _read_weights(path: Path, line: EncoderSpec) -> dict[str, Any]:
 
 
 def _create(model: str, **options: Any) -> nn.Module:
-    """Return timm's network. Its named MobileNets fix their width; the function behind each name takes it, too."""
+    """Return timm's network."""
     import timm
-    from timm.models import efficientnet
 
     variant, _, tag = model.partition(".")
     generator = WIDTH_GENERATORS.get(variant.split("_")[0])
     if "channel_multiplier" not in options or generator is None:
         return timm.create_model(model, **options)
-    return getattr(efficientnet, generator)(variant, pretrained_cfg=tag or None, **options)
+    return getattr(timm.models.efficientnet, generator)(variant, pretrained_cfg=tag or None, **options)
 
 
 def _build(
     spec: str, line: EncoderSpec, input_size: int, state: dict[str, Any] | None = None, source: str | Path = ""
 ) -> Encoder:
-    """Return the encoder with the parameters of `state` (of the file `source`), or, without it, untrained ones."""
+    """Return the encoder with the parameters `state` of the file `source`, or with random ones if there are none."""
     cfg = _pretrained_cfg(line.model)
     options: dict[str, Any] = {"num_classes": 0, **line.options}
     if cfg.fixed_input_size:
         options.setdefault("img_size", input_size)
-    # timm's own door for parameters translates the authors' layouts and resamples position tables. Told of the same
-    # number of classes in file and network, it insists that every parameter is there and none is left over.
+    # timm converts the authors' layouts and resamples position tables if it gets the parameters in this way. Because
+    # the number of classes in file and network is the same, it raises an error for missing and unexpected parameters.
     overlay = {"state_dict": state, "num_classes": options["num_classes"]}
     try:
         network = _create(line.model, pretrained=state is not None, pretrained_cfg_overlay=overlay, **options)
     except (TypeError, ValueError, RuntimeError, AssertionError, KeyError) as error:
         culprit = f"--enc-weights {source}: does not fit encoder {spec}" if state else f"encoder {spec}"
         raise InputError(f"{culprit}: {_brief(error)}") from error
-    network.pretrained_cfg["state_dict"] = None  # timm keeps a second copy of all parameters there
+    network.pretrained_cfg["state_dict"] = None  # a second copy of all parameters
     return Encoder(spec, network, input_size, line.mean or cfg.mean, line.std or cfg.std)
 
 
 def _brief(error: Exception) -> str:
-    """Return an error's text on one line, long lists of parameters cut."""
+    """Return the text of an error on one line, shortened."""
     return textwrap.shorten(str(error) or type(error).__name__, 400, placeholder=" ...")

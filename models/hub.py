@@ -1,7 +1,7 @@
-"""Published weights: from the local cache if they are there, else downloaded, else a clear error at once.
+"""Published weights: from the local cache, else downloaded, else a clear error without delay.
 
-The one place that knows of the Hugging Face hub. The hub's own client tries an unreachable network for up to a minute
-with each file; here the cache is asked first, and one short request then tells whether the hub can be reached at all.
+The client of the Hugging Face hub retries an unreachable server for up to a minute for each file. Here the cache is
+read first, and one short request tests whether the server is reachable.
 """
 
 from __future__ import annotations
@@ -13,44 +13,43 @@ from pathlib import Path
 
 from common.io import InputError
 
-REACH_TIMEOUT = 10  # seconds; a hub that takes longer to say a word is of no use for gigabytes
+REACH_TIMEOUT = 10  # seconds; a slower server is not usable for gigabytes
 
 
 def hub_file(repo: str, filename: str, instead: str) -> Path:
-    """Return the local path of `filename` in the hub's repository `repo`, downloading it if it is not in the cache.
+    """Return the local path of `filename` in repository `repo` of the hub, downloaded if it is not cached.
 
-    `instead` says what to do without the hub (which file to put where, which flag names it).
-    Raises InputError, naming the address and `instead`, if the file is neither in the cache nor to be had.
+    `instead` says what to do without the hub, for example in which folder to put the file.
+    Raises InputError, with the address and `instead`, if the file is not cached and cannot be downloaded.
     """
-    from huggingface_hub import constants, hf_hub_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
     address = f"{constants.ENDPOINT}/{repo}/resolve/main/{filename}"
     try:
-        return Path(hf_hub_download(repo, filename, local_files_only=True))
+        if isinstance(cached := try_to_load_from_cache(repo, filename), str):
+            return Path(cached)
     except HFValidationError as error:
         raise InputError(f"{repo}: not a name of the hub (owner/name). {instead}") from error
-    except LocalEntryNotFoundError:
-        pass
-    if not _answers(constants.ENDPOINT):
+    if not _is_reachable(constants.ENDPOINT):
         raise InputError(f"{address}: not in the local cache, and the hub cannot be reached. {instead}")
     try:
         return Path(hf_hub_download(repo, filename))
-    except Exception as error:  # the client lets through whatever its HTTP library of the day raises
+    except Exception as error:  # the exceptions depend on the client's HTTP library, which has changed
         raise InputError(f"{address}: cannot be downloaded ({_first_line(error)}). {instead}") from error
 
 
 def url_file(address: str, instead: str) -> Path:
-    """Return the local copy of a file of weights that its authors serve themselves, kept in PyTorch's own cache.
+    """Return the local copy, in PyTorch's cache, of a file of weights on the authors' own server.
 
-    Raises InputError, naming the address and `instead`, if the file is neither there nor to be had.
+    Raises InputError, with the address and `instead`, if the file is not cached and cannot be downloaded.
     """
     import torch
 
     path = Path(torch.hub.get_dir()) / "checkpoints" / address.rsplit("/", 1)[-1]
     if path.is_file():
         return path
-    if not _answers(address):
+    if not _is_reachable(address):
         raise InputError(f"{address}: not in {path.parent}, and the server cannot be reached. {instead}")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -60,14 +59,14 @@ def url_file(address: str, instead: str) -> Path:
     return path
 
 
-def _answers(address: str) -> bool:
-    """Whether a server answers there, if only to refuse; the environment's proxy settings are followed."""
+def _is_reachable(address: str) -> bool:
+    """Return whether a server responds, with any status; the proxy settings of the environment apply."""
     try:
         urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=REACH_TIMEOUT).close()
     except urllib.error.HTTPError:
         return True
     except urllib.error.URLError as error:
-        # A certificate that Python's own list does not know may be in the list of the hub's client.
+        # The hub's client may have the certificate that Python's own list lacks.
         return isinstance(error.reason, ssl.SSLError)
     except OSError:
         return False

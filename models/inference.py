@@ -1,6 +1,6 @@
-"""A trained network made fast for sampling: half precision, compiled blocks, CUDA graphs.
+"""Faster sampling from a trained network: half precision, compiled blocks, CUDA graphs.
 
-Each changes an image by rounding alone; benchmarks/sample.py measures by how much, and what each is worth.
+Each of them changes images only by rounding; benchmarks/sample.py measures the change and the gain in speed.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from torch import Tensor
 from models.sit import SiT, SiTOutput
 
 NETWORK_DTYPES = {"float32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-WARM_UP_CALLS = 3  # before a capture: libraries choose their kernels and take their memory in the first calls
+WARM_UP_CALLS = 3  # before a capture, because libraries choose kernels and allocate memory in the first calls
 
 
 def convert(model: SiT, dtype: torch.dtype) -> SiT:
-    """Return the network with its weights turned to `dtype`, in place; the time's embedder stays as it is.
+    """Convert the weights to `dtype` in place, except those of the time embedder, and return the network.
 
-    bfloat16 keeps 8 bits: it cannot tell two neighbouring times of 250 steps apart. The embedder is called once for a
-    whole batch, so its precision costs nothing.
+    bfloat16 has 8 bits of precision: two consecutive times of 250 steps can be equal in it. The embedder is called once
+    for a complete batch, so its float32 costs no time.
     """
     for part in model.children():
         if part is not model.t_embedder:
@@ -30,9 +30,9 @@ def convert(model: SiT, dtype: torch.dtype) -> SiT:
 
 
 def compile_blocks(model: SiT, backend: str = "inductor") -> None:
-    """Have the blocks and the final layer compiled at their first call, once for each shape of a batch.
+    """Let the first call compile the blocks and the final layer, once for each shape of a batch.
 
-    All blocks share one compilation, which takes a fraction of the whole network's time.
+    All blocks share one compilation, which is much faster than compiling the complete network.
     """
     for part in (*model.blocks, model.final_layer):
         part.compile(fullgraph=True, dynamic=False, backend=backend)
@@ -40,7 +40,7 @@ def compile_blocks(model: SiT, backend: str = "inductor") -> None:
 
 @dataclass(frozen=True)
 class _Captured:
-    """A graph, the tensors it reads and those it writes."""
+    """A graph, its input tensors and its output tensors."""
 
     graph: torch.cuda.CUDAGraph
     inputs: tuple[Tensor | None, ...]
@@ -48,18 +48,18 @@ class _Captured:
 
 
 class CudaGraphs:
-    """Calls a network through CUDA graphs: one launch for each call in place of hundreds.
+    """Calls a network through CUDA graphs: one kernel launch for each call instead of hundreds.
 
-    A graph is captured at the first call with each shape. What a call returns is overwritten by the next one.
+    The first call with each shape captures a graph. Each call overwrites the output of the previous call.
 
     Args:
-        model: on a CUDA device; its weights may change, but not move.
+        model: network on a CUDA device. Its weights may change their values, but not their addresses.
     """
 
     def __init__(self, model: SiT):
         self.model = model
         self._captured: dict[tuple, _Captured] = {}
-        self._memory = torch.cuda.graph_pool_handle()  # of all graphs, as no two of them run at once
+        self._memory = torch.cuda.graph_pool_handle()  # shared by all graphs, because only one runs at a time
 
     @torch.inference_mode()
     def __call__(
@@ -80,14 +80,14 @@ class CudaGraphs:
     def _capture(self, given: tuple[Tensor | None, ...], project: bool) -> _Captured:
         inputs = tuple(None if tensor is None else tensor.clone() for tensor in given)
         x, t, y, cls_token = inputs
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
+        side_stream = torch.cuda.Stream()
+        side_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side_stream):
             for _ in range(WARM_UP_CALLS):
                 self.model(x, t, y, cls_token=cls_token, project=project)
-        torch.cuda.current_stream().wait_stream(aside)
+        torch.cuda.current_stream().wait_stream(side_stream)
         graph = torch.cuda.CUDAGraph()
-        # "thread_local": threads that draw noise or write images may go on meanwhile.
+        # "thread_local": other threads may draw noise and write images during the capture.
         with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
             output = self.model(x, t, y, cls_token=cls_token, project=project)
         return _Captured(graph, inputs, output)

@@ -1,10 +1,10 @@
-"""Paths between data and noise: the stochastic interpolant of SiT (arXiv 2401.08740, section 2), with time running the
-other way: t = 0 is data, t = 1 is noise.
+"""Paths between data and noise: the stochastic interpolant of SiT (arXiv 2401.08740, section 2), with reversed time:
+t = 0 is data, t = 1 is noise.
 
     x_t = alpha_t x + sigma_t noise,    velocity = d x_t / d t = d_alpha_t x + d_sigma_t noise
 
-This is the only home of alpha and sigma: the loss and the samplers ask here. Tensors in, tensors out; every function
-serves images (N, C, H, W) and class tokens (N, D) alike.
+The loss and the samplers take alpha and sigma from here. All functions accept images (N, C, H, W) and class tokens
+(N, D).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ WEIGHTINGS = ("uniform", "lognormal")
 
 
 class Coefficients(NamedTuple):
-    """alpha_t, sigma_t and their derivatives in t, each of t's shape and dtype."""
+    """alpha_t, sigma_t and their derivatives with respect to t, each with the shape and dtype of t."""
 
     alpha_t: Tensor
     sigma_t: Tensor
@@ -35,7 +35,7 @@ class Interpolant:
         path_type: "linear" (alpha = 1 - t, sigma = t) or "cosine" (alpha = cos(pi t/2), sigma = sin(pi t/2)).
 
     Raises:
-        ValueError: `path_type` is neither.
+        ValueError: `path_type` is unknown.
     """
 
     def __init__(self, path_type: str = "linear"):
@@ -44,7 +44,7 @@ class Interpolant:
         self.path_type = path_type
 
     def coefficients(self, t: Tensor) -> Coefficients:
-        """Return alpha_t, sigma_t, d_alpha_t, d_sigma_t at times `t` in [0, 1], any shape (SiT, section 2)."""
+        """Return alpha_t, sigma_t, d_alpha_t, d_sigma_t at times `t` in [0, 1] of any shape (SiT, section 2)."""
         if self.path_type == "linear":
             one = torch.ones_like(t)
             return Coefficients(1 - t, t, -one, one)
@@ -53,26 +53,23 @@ class Interpolant:
         return Coefficients(cos, sin, -math.pi / 2 * sin, math.pi / 2 * cos)
 
     def interpolate(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Return x_t = alpha_t x + sigma_t noise.
-
-        Shapes: x and noise (N, ...), t (N,) or a scalar.
-        """
+        """Return x_t = alpha_t x + sigma_t noise for x and noise (N, ...), t (N,) or a scalar."""
         at = self.coefficients(_match(t, x))
         return at.alpha_t * x + at.sigma_t * noise
 
     def velocity_target(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Return d x_t / d t = d_alpha_t x + d_sigma_t noise, what the network learns (SiT, section 2).
+        """Return d x_t / d t = d_alpha_t x + d_sigma_t noise for x and noise (N, ...), t (N,) or a scalar.
 
-        Shapes: x and noise (N, ...), t (N,) or a scalar.
+        It is the target of the network (SiT, section 2).
         """
         at = self.coefficients(_match(t, x))
         return at.d_alpha_t * x + at.d_sigma_t * noise
 
     def score_from_velocity(self, velocity: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """Return the score, grad log p_t(x_t), of a velocity (SiT, section 2). It exists for t > 0 only.
+        """Return the score, grad log p_t(x_t), of a velocity (SiT, section 2). It exists only for t > 0.
 
-        With r = alpha_t / d_alpha_t it is (r velocity - x_t) / (sigma_t^2 - r d_sigma_t sigma_t); here both sides of
-        the fraction are multiplied by d_alpha_t, which vanishes at t = 0 on the cosine path.
+        With r = alpha_t / d_alpha_t it is (r velocity - x_t) / (sigma_t^2 - r d_sigma_t sigma_t). Here numerator and
+        denominator are multiplied by d_alpha_t, which is 0 at t = 0 on the cosine path.
 
         Shapes: velocity and x_t (N, ...), t (N,) or a scalar.
         """
@@ -89,11 +86,11 @@ class Interpolant:
     ) -> Tensor:
         """Return `num` training times (num,), float32 in [0, 1].
 
-        "uniform" is U(0, 1); "lognormal" draws the noise-to-signal ratio s = exp(N(0, 1)) (EDM, arXiv 2206.00364,
-        section 5) and returns the time at which the path has that ratio.
+        "uniform" is U(0, 1). "lognormal" draws the noise-to-signal ratio s = exp(N(0, 1)) (EDM, arXiv 2206.00364,
+        section 5) and returns the time at which the path has this ratio.
 
         Raises:
-            ValueError: `weighting` is neither.
+            ValueError: `weighting` is unknown.
         """
         if weighting == "uniform":
             return torch.rand(num, generator=generator, device=device)
@@ -104,5 +101,5 @@ class Interpolant:
 
 
 def _match(t: Tensor, like: Tensor) -> Tensor:
-    """View t (N,) as (N, 1, ..., 1), so that it broadcasts over `like` of any rank. A scalar does so by itself."""
+    """Return t (N,) as (N, 1, ..., 1), which broadcasts over `like` of any rank. A scalar is returned unchanged."""
     return t if t.ndim == 0 else t.view(-1, *[1] * (like.ndim - 1))

@@ -51,8 +51,7 @@ def write_network(path: str | Path, state: dict[str, Tensor], config: dict[str, 
 def read_network(path: str | Path) -> dict[str, Any]:
     """Return an exported network as a checkpoint: `ema`, and with a configuration also `args`, `steps` and `network`.
 
-    Raises:
-        InputError: a file is missing or damaged.
+    Raises InputError if a file is missing or damaged.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -73,7 +72,7 @@ def read_network(path: str | Path) -> dict[str, Any]:
     content = {"ema": state}
     if config:
         content |= {"args": argparse.Namespace(**config), "steps": config.get("steps", 0)}
-    names = [field.name for field in dataclasses.fields(SiTConfig)]
-    if config.keys() >= set(names):
+    names = {field.name for field in dataclasses.fields(SiTConfig)}
+    if config.keys() >= names:  # the oldest exports lack a field
         content["network"] = {name: config[name] for name in names}
     return content

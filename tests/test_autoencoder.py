@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 
 from common.io import InputError
-from models.autoencoder import SD_FORMAT, LatentFormat, load_codec
+from models import autoencoder
+from models.autoencoder import SD_FORMAT, LatentFormat, load_codec, load_decoder
 from tests.conftest import ROOT
 
 ASSETS = os.environ.get("REG_ASSETS")
@@ -141,6 +142,37 @@ def test_a_local_folder_is_written_down_so_that_it_is_found_from_elsewhere(tmp_p
     assert load_codec("kl").format.codec == load_codec("../" + tmp_path.name + "/kl").format.codec == str(folder)
     monkeypatch.chdir("/")
     assert load_codec(str(folder)).format.codec == str(folder)
+
+
+@pytest.mark.parametrize(
+    ("latents", "name", "expected"),
+    [
+        ("sd-vae-ft-mse", None, "sd-vae-ft-ema"),  # the published default
+        ("sd-vae-ft-ema", None, "sd-vae-ft-ema"),
+        ("taesd", None, "taesd"),
+        ("/some/folder", None, "/some/folder"),
+        ("sd-vae-ft-mse", "mse", "sd-vae-ft-mse"),
+        ("taesd", "ema", "sd-vae-ft-ema"),
+        ("sd-vae-ft-mse", "sd-vae-ft-mse", "sd-vae-ft-mse"),
+        ("sd-vae-ft-mse", "taesd", "taesd"),
+    ],
+)
+def test_which_codec_decodes_which_latents(monkeypatch, tmp_path, latents, name, expected):
+    """The one rule, with a small codec in place of all."""
+    folder, loaded = str(save_kl(tmp_path)), []
+    monkeypatch.setattr(autoencoder, "load_codec", lambda *given: loaded.append(given) or load_codec(folder))
+    codec = load_decoder(LatentFormat(latents, channels=4, factor=4), name, "cpu")
+    assert loaded == [(expected, "cpu")] and codec.format.codec == folder
+
+
+@pytest.mark.parametrize(
+    ("channels", "factor", "text"),
+    [(16, 4, "has channels 4, but latents of other have 16"), (4, 8, "has factor 4, but latents of other have 8")],
+)
+def test_a_decoder_that_does_not_fit_the_latents_is_refused(tmp_path, channels, factor, text):
+    folder = str(save_kl(tmp_path))
+    with pytest.raises(InputError, match=rf"--vae {folder} {text}"):
+        load_decoder(LatentFormat("other", channels, factor), folder)
 
 
 def test_codec_stays_frozen_inside_a_training_module(tmp_path):
