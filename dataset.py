@@ -13,7 +13,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from common.sources import (
     decode_name,
     encode_names,
     label_entries,
+    map_files,
     mirrored_name,
     read_dataset_json,
 )
@@ -40,8 +41,6 @@ IMAGE_FOLDERS = ("images", "imagenet_256_vae", "imagenet_512_vae")
 LATENT_FOLDERS = ("vae-sd", "latents")
 PNG_END = b"IEND\xaeB`\x82"  # the last eight bytes of every complete PNG (PNG specification, section 11.2.5)
 ERRORS_SHOWN = 5
-CHECK_THREADS = 16
-CHECK_CHUNK = 250  # files that a thread checks between two updates of the progress
 
 
 class LatentDataset(Dataset):
@@ -73,8 +72,12 @@ class LatentDataset(Dataset):
         self.images = _find(self.data_dir, IMAGE_FOLDERS, "images")
         self.latents = _find(self.data_dir, LATENT_FOLDERS, "latents")
         image_names, latent_names = _by_index(self.images, IMAGE_NAME), _by_index(self.latents, LATENT_NAME)
-        _require_partners(image_names, self.images, latent_names, self.latents)
-        _require_partners(latent_names, self.latents, image_names, self.images)
+        if unpaired := sorted(image_names.keys() ^ latent_names.keys()):
+            source, names = (self.images, image_names) if unpaired[0] in image_names else (self.latents, latent_names)
+            first = source.describe(names[unpaired[0]])
+            raise InputError(
+                f"{self.data_dir}: {len(unpaired)} files have no partner of the same index; first: {first}"
+            )
         indices = sorted(image_names)
         self.image_names = encode_names([image_names[i] for i in indices])
         self.latent_names = encode_names([latent_names[i] for i in indices])
@@ -96,7 +99,8 @@ class LatentDataset(Dataset):
             )
 
         # The first image and its latents define the shapes.
-        self.resolution = self._image(0).shape[-1]
+        self.resolution = self.moments_shape = None
+        self.resolution = self.image(0).shape[-1]
         self.moments_shape = self._moments(0).shape
         self.latent_size = self.moments_shape[-1]
         self._check_shapes()
@@ -107,45 +111,35 @@ class LatentDataset(Dataset):
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
         mirrored, i = divmod(i, len(self))
         image, moments = self.image(i), self._moments(i, bool(mirrored))
-        if moments.shape != self.moments_shape:
-            raise InputError(
-                f"{self.latent_path(i)}: shape {moments.shape}, but the first latents have {self.moments_shape}"
-            )
         return image.flip(2) if mirrored else image, torch.from_numpy(moments), torch.tensor(self.labels[i])
 
     def image(self, i: int) -> Tensor:
         """Return image i, (3, R, R) uint8, without reading its latents. Raises InputError if it is broken."""
-        image = self._image(i)
-        if image.shape[1:] != (self.resolution, self.resolution):
-            size = f"{image.shape[2]} x {image.shape[1]}"
-            raise InputError(
-                f"{self._image_path(i)}: {size} pixels, but the first image has {self.resolution} x {self.resolution}"
-            )
-        return torch.from_numpy(image)
+        name = self.image_file(i)
+        data = self.images.read(name)
+        try:
+            pixels = np.asarray(open_image(data).convert("RGB"))
+        except ValueError as error:  # of open_image or convert
+            raise InputError(f"{self.images.describe(name)}: {error}") from error
+        height, width, _ = pixels.shape
+        side = self.resolution or height
+        if (height, width) != (side, side):
+            raise InputError(f"{self.images.describe(name)}: {width} x {height} pixels; expected {side} x {side}")
+        return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
 
     def check(self, progress: Callable[[int], object] = lambda count: None, part: int = 0, parts: int = 1) -> None:
         """Check every file without decoding it: PNGs must be complete, latents must have the size of the first ones.
 
-        Args:
-            progress: called with the number of files checked since the last call.
-            part: which of `parts` equal shares to check; each process checks its own.
-            parts: number of shares.
-
-        Raises:
-            InputError: files are broken; the message states their number and names the first ones.
+        Each of several processes checks its own of `parts` equal parts. `progress` receives numbers of items done.
+        Raises InputError that states the number of broken files and names the first ones.
         """
         expected = self.latents.size(self.latents_file(0))
-
-        def check_chunk(items: range) -> tuple[int, list[str]]:
-            return len(items), [error for i in items if (error := self._file_error(i, expected))]
-
-        share = range(len(self) * part // parts, len(self) * (part + 1) // parts)
-        chunks = [share[first : first + CHECK_CHUNK] for first in range(0, len(share), CHECK_CHUNK)]
-        errors = []
-        with ThreadPoolExecutor(CHECK_THREADS) as pool:
-            for count, found in pool.map(check_chunk, chunks):
-                errors += found
-                progress(count)
+        errors: list[str] = []
+        for found in map_files(
+            lambda i: self._file_error(i, expected), range(len(self) * part // parts, len(self) * (part + 1) // parts)
+        ):
+            errors += filter(None, found)
+            progress(len(found))
         if errors:
             raise InputError(f"{len(errors)} broken files:\n  " + "\n  ".join(errors[:ERRORS_SHOWN]))
 
@@ -163,17 +157,6 @@ class LatentDataset(Dataset):
         mirrored, i = divmod(i, len(self))
         return self.latents.describe(self.latents_file(i, bool(mirrored)))
 
-    def _image_path(self, i: int) -> str:
-        return self.images.describe(self.image_file(i))
-
-    def _image(self, i: int) -> np.ndarray:
-        """Return image i, (3, H, W) uint8."""
-        try:
-            picture = open_image(self.images.read(self.image_file(i)))
-            return np.asarray(picture.convert("RGB")).transpose(2, 0, 1).copy()
-        except ValueError as error:  # of open_image or convert
-            raise InputError(f"{self._image_path(i)}: {error}") from error
-
     def _moments(self, i: int, mirrored: bool = False) -> np.ndarray:
         """Return the moments of image i, or of its mirror image, (2 C, h, w) float32."""
         name = self.latents_file(i, mirrored)
@@ -186,6 +169,8 @@ class LatentDataset(Dataset):
             raise InputError(f"{path}: dtype {moments.dtype}; allowed: float32, float16")
         if moments.ndim != 3 or moments.shape[0] % 2 or moments.shape[1] != moments.shape[2]:
             raise InputError(f"{path}: shape {moments.shape}; allowed: (2 C, h, h), mean, then standard deviation")
+        if self.moments_shape not in (None, moments.shape):
+            raise InputError(f"{path}: shape {moments.shape}; expected {self.moments_shape}, the shape of the first")
         return moments.astype(np.float32, copy=False)
 
     def _file_error(self, i: int, latents_bytes: int) -> str | None:
@@ -194,7 +179,7 @@ class LatentDataset(Dataset):
             for mirrored in (False, True) if self.flip else (False,):
                 name = self.latents_file(i, mirrored)
                 if (size := self.latents.size(name)) != latents_bytes:
-                    return f"{self.latents.describe(name)}: {size} bytes, but the first latents have {latents_bytes}"
+                    return f"{self.latents.describe(name)}: {size} bytes; the first latents have {latents_bytes}"
             return _png_error(self.images, self.image_file(i))
         except InputError as error:
             return str(error)
@@ -242,6 +227,7 @@ def raise_errors(batches: Iterable[Any]) -> Iterator[Any]:
         yield batch
 
 
+@dataclass(eq=False)
 class GlobalBatchSampler(Sampler):
     """The order of training samples: the same global batches for any number of processes and of accumulation steps.
 
@@ -249,35 +235,23 @@ class GlobalBatchSampler(Sampler):
     (s + 1) B - 1, so that an epoch's end skips no sample and a resumed run needs only its step. Each process takes its
     share of the global batch in `micro_batches` parts. The sampler yields one list of indices per part. With `flip`,
     half of an epoch's samples, chosen by (seed, epoch), are mirror images.
-
-    Raises:
-        InputError: the batch size is not divisible by the number of processes and parts.
     """
 
-    def __init__(
-        self,
-        num_samples: int,
-        batch_size: int,
-        seed: int,
-        steps: range,
-        rank: int = 0,
-        world_size: int = 1,
-        micro_batches: int = 1,
-        flip: bool = False,
-    ):
-        if batch_size % (world_size * micro_batches):
+    num_samples: int
+    batch_size: int
+    seed: int
+    steps: range
+    rank: int = 0
+    world_size: int = 1
+    micro_batches: int = 1
+    flip: bool = False
+
+    def __post_init__(self) -> None:
+        if self.batch_size % (self.world_size * self.micro_batches):
             raise InputError(
-                f"--batch-size {batch_size} (global) is not divisible by {world_size} processes "
-                f"x {micro_batches} gradient accumulation steps"
+                f"--batch-size {self.batch_size} (global) is not divisible by {self.world_size} processes "
+                f"x {self.micro_batches} gradient accumulation steps"
             )
-        self.num_samples = num_samples
-        self.batch_size = batch_size
-        self.seed = seed
-        self.steps = steps
-        self.rank = rank
-        self.world_size = world_size
-        self.micro_batches = micro_batches
-        self.flip = flip
         self._epoch: tuple[int, np.ndarray] | None = None
 
     def __len__(self) -> int:
@@ -333,17 +307,10 @@ def _by_index(source: FileSource, pattern: re.Pattern[str]) -> dict[int, str]:
     return names
 
 
-def _require_partners(names: dict[int, str], source: FileSource, partners: dict[int, str], where: FileSource) -> None:
-    if alone := sorted(names.keys() - partners.keys()):
-        first = source.describe(names[alone[0]])
-        raise InputError(f"{len(alone)} files have no partner of the same index in {where.path}; first: {first}")
-
-
 def _labels(described: dict[FileSource, dict[str, Any]], indices: list[int]) -> np.ndarray:
     """Return the label of each index, (N,) int64, from the dataset.json contents of images and latents.
 
-    Raises:
-        InputError: an index has no label or two different ones.
+    Raises InputError if an index has no label or two different ones.
     """
     found: dict[int, tuple[int, str]] = {}
     for source, content in described.items():

@@ -1,67 +1,89 @@
-"""What the programs want of a device: the largest batch that fits into its memory, copies that nobody waits for."""
+"""Helpers for programs that run on several processes or on a GPU."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
 import numpy as np
 import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, find_executable_batch_size, gather_object
 from torch import Tensor
 
 from common.io import InputError
 
-if TYPE_CHECKING:
-    from accelerate.utils import InitProcessGroupKwargs
-
 LONGEST_WORK = timedelta(days=2)
+Value = TypeVar("Value")
 
 
-def largest_batch(attempt: Callable[[int], object], largest: int) -> int:
-    """Return the first of `largest`, half of it, a quarter, ... with which `attempt` has enough GPU memory.
+def broadcast_from_main(accelerator: Accelerator, decide: Callable[[], Value]) -> Value:
+    """Return on every process the value of `decide()`, which only the main process calls. All processes must call this.
+
+    For decisions that depend on files: a process that looks later could already find what another one has written.
 
     Raises:
-        InputError: not even 1 fits.
+        InputError: `decide` raised it on the main process; it is raised on every process.
     """
-    size = largest
-    while True:
+    outcome = None
+    if accelerator.is_main_process:
         try:
-            attempt(size)
-            return size
-        except torch.cuda.OutOfMemoryError as error:
-            if size == 1:
-                raise InputError(f"the GPU's memory does not hold the work on a single image ({error})") from error
-        finally:
-            torch.cuda.empty_cache()  # does nothing where there is no GPU in use
-        size //= 2
+            outcome = decide()
+        except InputError as error:
+            outcome = error
+    outcome = broadcast_object_list([outcome])[0]
+    if isinstance(outcome, InputError):
+        raise outcome
+    return outcome
 
 
-def patient_processes() -> InitProcessGroupKwargs:
-    """Return the setting by which accelerate's processes wait days, not minutes, for one that has more to do.
+def long_collective_timeout() -> InitProcessGroupKwargs:
+    """Return accelerate's setting that lets processes wait two days for each other instead of NCCL's 10 minutes.
 
-    For programs whose processes meet seldom: one GPU is done hours before another, the main process joins what all have
-    written. NCCL would end those that wait after 10 minutes. (A process that died is noticed by the launcher.)
+    For programs that communicate rarely: one GPU may finish hours before another one. The launcher still notices a
+    process that has died.
     """
-    from accelerate.utils import InitProcessGroupKwargs
-
     return InitProcessGroupKwargs(timeout=LONGEST_WORK)
 
 
-def to_host(tensor: Tensor) -> Callable[[], np.ndarray]:
-    """Start copying a tensor to the host; return what waits for the copy and gives it.
+def largest_batch(attempt: Callable[[int], object], largest: int) -> int:
+    """Return the largest batch size that fits into memory: the first of `largest`, half of it, a quarter, ...
 
-    The GPU goes on meanwhile with what it is told next, and any thread may wait.
+    `attempt(size)` does the work for one batch. On several processes, all must call this; the result is the minimum.
+
+    Raises:
+        InputError: not even a batch of one image fits.
+    """
+    size = largest
+
+    def halve() -> int:  # called while the out-of-memory error is handled
+        nonlocal size
+        if size == 1:
+            raise InputError(f"the memory is too small for a batch of one image ({sys.exc_info()[1]})")
+        size //= 2
+        return size
+
+    find_executable_batch_size(attempt, largest, halve)()
+    torch.cuda.empty_cache()  # NCCL allocates outside PyTorch's cache; without a GPU this does nothing
+    return min(gather_object([size])) if torch.distributed.is_initialized() else size
+
+
+def to_host(tensor: Tensor) -> Callable[[], np.ndarray]:
+    """Start copying a tensor to the host and return a function that waits for the copy and returns it as an array.
+
+    Meanwhile the GPU continues with the next work. Any thread may call the returned function.
     """
     if tensor.device.type != "cuda":
         return tensor.numpy
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     host.copy_(tensor, non_blocking=True)
-    copied = torch.cuda.Event(blocking=True)  # waits asleep
+    copied = torch.cuda.Event(blocking=True)  # waiting uses no CPU time
     copied.record()
 
-    def arrived() -> np.ndarray:
+    def wait() -> np.ndarray:
         copied.synchronize()
         return host.numpy()
 
-    return arrived
+    return wait

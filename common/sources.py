@@ -12,7 +12,8 @@ import os
 import re
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ FILES_PER_FOLDER = 1000
 IMAGE_NAME = re.compile(r"(?:.*/)?img(\d+)\.png")
 LATENT_NAME = re.compile(r"(?:.*/)?img-mean-std-(\d+)\.npy")
 MAX_CLASSES = 10_000_000  # the network has an embedding per class: a larger label is a mistake and would need gigabytes
+
+THREADS, THREAD_CHUNK = 16, 250  # of `map_files`
 
 ZIP_HEADER_BYTES = 30  # of a member, without its name and extra field
 ZIP_NAME_BYTES = 512  # read in advance for name and extra field; longer ones need a second read
@@ -49,11 +52,7 @@ def mirrored_name(name: str) -> str:
 
 
 def read_dataset_json(source: FileSource) -> dict[str, Any]:
-    """Return the content of a data set's dataset.json, {} if there is none.
-
-    Raises:
-        InputError: it is not valid JSON or not an object.
-    """
+    """Return the content of a data set's dataset.json, {} if there is none. Raises InputError if it is no object."""
     if "dataset.json" not in source:
         return {}
     where = source.describe("dataset.json")
@@ -69,12 +68,7 @@ def read_dataset_json(source: FileSource) -> dict[str, Any]:
 def label_entries(content: dict[str, Any], where: str) -> list[tuple[str, int]]:
     """Return the [name, label] entries in the content of a dataset.json; [] if its labels are null or missing.
 
-    Args:
-        content: result of `read_dataset_json`.
-        where: path of the file, for error messages.
-
-    Raises:
-        InputError: an entry is not [name, label], or a label is not an integer in the allowed range.
+    Raises InputError, starting with `where`, if an entry is not [name, label] or a label is out of range.
     """
     entries = content.get("labels")
     if entries is None:
@@ -88,6 +82,13 @@ def label_entries(content: dict[str, Any], where: str) -> list[tuple[str, int]]:
         if type(label) is not int or not 0 <= label < MAX_CLASSES:  # isinstance would allow True and False
             raise InputError(f"{where}: {name} has label {label!r}; allowed: integers from 0 to {MAX_CLASSES - 1:,}")
     return entries
+
+
+def map_files(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[list[Any]]:
+    """Yield lists of `function(item)` in order. Threads call it: a network file system takes about 1 ms per file."""
+    chunks = [items[start : start + THREAD_CHUNK] for start in range(0, len(items), THREAD_CHUNK)]
+    with ThreadPoolExecutor(THREADS) as pool:
+        yield from pool.map(lambda chunk: [function(item) for item in chunk], chunks)
 
 
 class FileSource:
