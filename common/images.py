@@ -1,4 +1,4 @@
-"""The pictures that the programs leave for people who would rather look than read."""
+"""Decoding images, and writing images and image grids as PNG."""
 
 from __future__ import annotations
 
@@ -12,36 +12,16 @@ from PIL import Image
 
 from common.io import InputError, atomic_write
 
-# Named, so that no file is handed to one of Pillow's decoders that start other programs (EPS). JPEG includes MPO.
+# Listed, so that Pillow does not use decoders that start other programs (EPS). JPEG includes MPO.
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
-MIN_TILE = 64  # px: smaller images are shown enlarged
-
-
-def image_grid(images: np.ndarray, columns: int | None = None, gap: int = 2) -> Image.Image:
-    """Return images (N, H, W, 3), uint8, as one picture, row by row; small ones are enlarged in whole steps."""
-    images = np.asarray(images)
-    columns = columns or math.ceil(math.sqrt(len(images)))
-    zoom = max(1, MIN_TILE // images.shape[1])
-    images = images.repeat(zoom, axis=1).repeat(zoom, axis=2)
-    rows = math.ceil(len(images) / columns)
-    height, width = images.shape[1] + gap, images.shape[2] + gap
-    canvas = np.full((rows * height - gap, columns * width - gap, 3), 255, dtype=np.uint8)
-    for number, image in enumerate(images):
-        top, left = number // columns * height, number % columns * width
-        canvas[top : top + image.shape[0], left : left + image.shape[1]] = image
-    return Image.fromarray(canvas)
-
-
-def save_png(path: str | Path, picture: Image.Image) -> None:
-    """Write a picture as PNG, atomically."""
-    with atomic_write(path) as file:
-        picture.save(file, format="PNG")
+MIN_TILE = 64  # px; a grid shows smaller images enlarged
 
 
 def open_image(data: bytes, formats: Sequence[str] = IMAGE_FORMATS) -> Image.Image:
-    """Return the decoded image in a file's bytes, in its own mode.
+    """Return the image in a file's bytes, decoded, in its own mode.
 
-    Raises InputError if the bytes are not a complete image of one of `formats`.
+    Raises:
+        InputError: the bytes are not a complete image of one of `formats`.
     """
     try:
         image = Image.open(io.BytesIO(data), formats=formats)
@@ -52,9 +32,10 @@ def open_image(data: bytes, formats: Sequence[str] = IMAGE_FORMATS) -> Image.Ima
 
 
 def decode_rgb(data: bytes, resolution: int | None = None) -> np.ndarray:
-    """Return an image of a converted data set, (R, R, 3) uint8.
+    """Return the pixels of a square RGB PNG, (R, R, 3) uint8.
 
-    Raises InputError if it is broken, is not RGB, or is not `resolution` x `resolution` (None: any square).
+    Raises:
+        InputError: the image is broken, not RGB, or not `resolution` x `resolution` (None: any square).
     """
     image = open_image(data, ("PNG",))
     pixels = np.array(image)
@@ -62,3 +43,26 @@ def decode_rgb(data: bytes, resolution: int | None = None) -> np.ndarray:
     if pixels.dtype != np.uint8 or pixels.shape != (side, side, 3):
         raise InputError(f"{image.width} x {image.height} pixels of mode {image.mode}, not RGB {side} x {side}")
     return pixels
+
+
+def image_grid(images: np.ndarray, columns: int | None = None, gap: int = 2) -> Image.Image:
+    """Return one picture of images (N, H, W, 3) uint8, row by row with `gap` white pixels between them.
+
+    Images smaller than MIN_TILE are enlarged by an integer factor. The default for `columns` gives a square grid.
+    """
+    import torch  # imported here: convert.py uses this module without torch
+    from torchvision.utils import make_grid
+
+    images = np.asarray(images)
+    zoom = max(1, MIN_TILE // images.shape[1])
+    tiles = torch.from_numpy(images.repeat(zoom, axis=1).repeat(zoom, axis=2)).permute(0, 3, 1, 2)
+    grid = make_grid(tiles, nrow=columns or math.ceil(math.sqrt(len(tiles))), padding=gap, pad_value=255)
+    if len(tiles) > 1:  # make_grid adds a margin around all other grids
+        grid = grid[:, gap : grid.shape[1] - gap, gap : grid.shape[2] - gap]
+    return Image.fromarray(grid.permute(1, 2, 0).numpy())
+
+
+def save_png(path: str | Path, picture: Image.Image) -> None:
+    """Write a picture as PNG, atomically."""
+    with atomic_write(path) as file:
+        picture.save(file, format="PNG")

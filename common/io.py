@@ -1,10 +1,7 @@
-"""Files, as every program here treats them: written whole or not at all, read from a folder and a zip alike, and
-complained about by name.
+"""Reading and writing files, and reporting errors.
 
-Three rules of the project live here, so that no program has to remember them:
-a file appears under its final name only when it is complete (`atomic_write`);
-a data set may be a folder or a zip (`FileSource`);
-bad input ends a program with one clear line, not with a traceback (`InputError`, `run_cli`).
+`atomic_write` and `write_json` never leave an incomplete file under its final name. `lock_folder` lets one process at a
+time write to a folder. `InputError` and `run_cli` end a program with one line instead of a traceback.
 """
 
 from __future__ import annotations
@@ -22,22 +19,22 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 LOCK_NAME = ".lock"
-HASHED_AT_ONCE = 1 << 24  # bytes
+HASH_BLOCK = 1 << 24  # bytes
 
-_locks: dict[Path, IO[bytes]] = {}  # of this process, by path: a lock lasts as long as its file is open
+_locks: dict[Path, IO[bytes]] = {}  # locks of this process by path; closing the file releases the lock
 
 
 class InputError(ValueError):
-    """Bad input: a file, a flag or a value that the caller can mend. The text names it and says what is allowed."""
+    """Invalid input that the user can correct. The message names the file, flag or value and what is allowed."""
 
 
 def run_cli(main: Callable[[], None]) -> None:
-    """Run an entry point's `main` and end without a traceback where the cause lies outside the program.
+    """Run a program's `main` and exit without a traceback if the cause is outside the program.
 
-    Bad input and files that cannot be read or written become one line on stderr and exit status 2, Ctrl-C one line and
-    status 130.
+    Invalid input and files that cannot be read or written give one line on stderr and exit status 2. Ctrl-C gives one
+    line and status 130.
     """
     program = Path(sys.argv[0]).name
     try:
@@ -46,11 +43,11 @@ def run_cli(main: Callable[[], None]) -> None:
         print(f"{program}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # libraries take seconds to end: a second one would disturb them
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would interrupt the exit
         print(f"\n{program}: interrupted; every file that it wrote is complete", file=sys.stderr)
         sys.exit(130)
     except OSError as error:
-        if error.filename is None and error.errno not in NO_ROOM:
+        if error.filename is None and error.errno not in WRITE_ERRORS:
             raise
         where = "" if error.filename is None else f"{error.filename}: "
         print(f"{program}: error: {where}{error.strerror}", file=sys.stderr)
@@ -58,29 +55,36 @@ def run_cli(main: Callable[[], None]) -> None:
 
 
 def check_writable(path: str | Path, flag: str) -> None:
-    """Raise InputError, naming the flag, if no file can be written at `path`; called before the work, not after it."""
+    """Raise InputError, naming the flag, if no file can be written at `path`. Programs call it before long work."""
     path = Path(path)
     if path.is_dir():
-        raise InputError(f"{flag} {path}: is a folder; name a file")
+        raise InputError(f"{flag} {path}: is a folder; allowed: the name of a file")
     nearest = next(parent for parent in path.absolute().parents if parent.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise InputError(f"{flag} {path}: {nearest} is no folder that may be written to")
+        raise InputError(f"{flag} {path}: {nearest} is not a writable folder")
 
 
 def lock_folder(folder: str | Path, doing: str) -> None:
-    """Keep a folder, made if missing, to this process until `unlock_folder` or its end. Its forks do not hold the lock.
+    """Lock a folder for this process until `unlock_folder` or the end of the process. Creates a missing folder.
+
+    Forked processes do not hold the lock. Without an error, the folder may still be unlocked: some file systems have no
+    locks, and on a full disk the lock file cannot be created.
+
+    Args:
+        folder: the folder.
+        doing: what this process does there, for the message of another process ("training").
 
     Raises:
-        InputError: another process, which is named as far as known, is `doing` something there.
+        InputError: another process holds the lock; the message names it.
     """
     path = _lock_path(folder)
     path.parent.mkdir(parents=True, exist_ok=True)
-    held = _locks.get(path)  # opening and closing a locked file would give the lock up
+    held = _locks.get(path)  # opening and closing a locked file would release the lock
     if held and path.exists() and os.path.samestat(os.fstat(held.fileno()), path.stat()):
         return
     try:
         file = open(path, "ab+", buffering=0)  # noqa: SIM115 (held until the folder is unlocked)
-    except OSError:  # a full disk or a foreign folder: what has to be written there will say so
+    except OSError:  # full disk or no permission: the first write will report it
         return
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -88,8 +92,8 @@ def lock_folder(folder: str | Path, doing: str) -> None:
         file.seek(0)
         who = file.read().decode(errors="replace").strip() or "another process"
         raise InputError(
-            f"{folder}: {who} is {doing} there; wait for it, or choose another folder. If its machine is dead, and the "
-            f"file server does not know, remove {path}"
+            f"{folder}: {who} is {doing} there; wait for it, or choose another folder. If that machine has crashed and "
+            f"the file server still holds the lock, remove {path}"
         ) from error
     except OSError:  # a file system without locks
         return
@@ -100,7 +104,7 @@ def lock_folder(folder: str | Path, doing: str) -> None:
 
 
 def unlock_folder(folder: str | Path) -> None:
-    """Give up a lock of `lock_folder`, if there is one."""
+    """Release the lock of `lock_folder`, if this process holds it."""
     path = _lock_path(folder)
     if file := _locks.pop(path, None):
         with contextlib.suppress(OSError):
@@ -116,17 +120,16 @@ def sha256_of(path: str | Path) -> str:
     """Return the hexadecimal SHA-256 of a file's bytes."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(HASHED_AT_ONCE):
+        while block := file.read(HASH_BLOCK):
             digest.update(block)
     return digest.hexdigest()
 
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
-    """Open a file that appears under `path` only once it is complete and on the disk.
+    """Open a temporary file that is renamed to `path` when it is complete and on the disk.
 
-    Written beside the target, flushed, synced, renamed. An error inside the block leaves the old file, if there was
-    one, untouched. `mode` is "wb" or "w"; the folder is made if it is missing.
+    An error inside the block leaves an existing file unchanged. `mode` is "wb" or "w". A missing folder is created.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -143,7 +146,7 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename durable: on POSIX the entry lives in the folder, which has to reach the disk as well."""
+    """Write a folder's entries to the disk. Without it, a crash of the machine could undo a rename."""
     with contextlib.suppress(OSError):  # some network file systems cannot sync a folder
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -170,10 +173,7 @@ def read_json(path: str | Path) -> Any:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """Return the rows of a metrics.jsonl: objects with a whole number as `step`.
-
-    Lines that a crash cut short or a disk damaged are left out, wherever they stand.
-    """
+    """Return the rows of a metrics.jsonl: its JSON objects with an integer `step`. Damaged lines are skipped."""
     rows = []
     for line in Path(path).read_text(encoding="utf-8", errors="replace").split("\n"):
         with contextlib.suppress(ValueError, RecursionError):

@@ -1,19 +1,18 @@
-"""Crop a folder or zip of photographs into the data set of images that training reads (REG's recipe, from ADM's crop).
+"""Convert a folder or zip of photographs to the square images that training reads, with ADM's crop by default.
 
     python preprocessing/convert.py --source ILSVRC2012/train --dest DATA/images --resolution 256
 
-makes `DATA/images/00000/img00000000.png`, ... (uint8 RGB, resolution x resolution) and `dataset.json` with their
-labels. Order and class numbers follow the sorted names of the source, whatever the number of workers. Killed at any
-moment, the same command goes on where it stopped and ends with the same bytes.
+writes `DATA/images/00000/img00000000.png`, ... (uint8 RGB, resolution x resolution) and a `dataset.json` with their
+labels. The order of images and classes is the sorted order of the source's names, for any number of workers. After an
+interruption, the same command continues and gives the same bytes as an uninterrupted run.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,36 +20,58 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common.cli import POSITIVE, parse, setting
 from common.images import decode_rgb
 from common.io import InputError, atomic_write, run_cli
 from common.sources import FileSource, image_name
 from preprocessing.crops import TRANSFORMS, Photograph, decode, to_png
-from preprocessing.destination import Destination, explain_write_errors
+from preprocessing.destination import Destination, InputOutput, explain_write_errors
 from preprocessing.listing import Listing, list_images
-from preprocessing.parallel import available_cores, in_workers
+from preprocessing.parallel import available_cores, chunks, in_workers
 
-SPOT_CHECKS = 20  # so many of the images that are there, or a few more, are made anew at a restart: a second or so
-IMAGES_A_PIECE = 50  # work is handed out and synced in such pieces; divides the 1,000 images of an output folder
+SPOT_CHECKS = 20  # at least this many existing images are converted again at a restart and compared; about a second
+CHUNK = 50  # images per task of a worker, written together; divides the 1,000 images of an output folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig(InputOutput):
+    """Settings of convert.py."""
+
+    resolution: int = setting(MISSING, "side of the square images, in pixels", check=POSITIVE)
+    transform: str = setting(
+        "center-crop-dhariwal",
+        "how an image becomes square: ADM's crop, the largest centred square, or the full image resized to a square",
+        choices=tuple(TRANSFORMS),
+    )
+    labels: str = setting(
+        "auto",
+        "source of the labels: auto uses dataset.json if there is one, and existing class folders must match it; "
+        "json and folders use only that one",
+        choices=("auto", "folders", "json"),
+    )
+    exif: str = setting(
+        "apply",
+        "apply rotates photographs upright according to their EXIF orientation, ignore does not (as ADM)",
+        choices=("apply", "ignore"),
+    )
+    on_error: str = setting(
+        "stop",
+        "at a broken image, stop the run, or skip the image and list it in skipped.txt",
+        choices=("stop", "skip"),
+    )
+    workers: int | None = setting(None, "number of processes (default: all available cores)", check=POSITIVE)
 
 
 class Failure(NamedTuple):
-    """An image that could not be converted, by its position in the listing, and why."""
+    """An image that could not be converted: its position in the listing, and the reason."""
 
     index: int
     reason: str
 
 
-class PieceResult(NamedTuple):
-    """What became of one piece: how many images it holds, which failed, how many carry an EXIF orientation."""
-
-    size: int
-    failures: list[Failure]
-    tilted: int
-
-
 @dataclass(frozen=True)
 class Conversion:
-    """The work of one process on one piece of the listing."""
+    """Converts images of a listing; each worker process receives it once."""
 
     source: FileSource
     names: list[str]
@@ -59,157 +80,109 @@ class Conversion:
     transform: str
     upright: bool
 
-    def __call__(self, piece: range) -> PieceResult:
-        """Convert those images of a piece that are not there yet."""
-        warnings.filterwarnings("ignore", module="PIL")  # odd but readable files; the unreadable ones raise
-        contents, failures, tilted = {}, [], 0
-        for index in piece:
+    def __call__(self, chunk: range) -> tuple[list[Failure], int]:
+        """Convert images that do not exist yet; return failures and the number of images with an EXIF orientation."""
+        warnings.filterwarnings("ignore", module="PIL")  # about unusual but readable files; broken ones raise errors
+        contents, failures, rotated = {}, [], 0
+        for index in chunk:
             if self.destination.has(image_name(index)):
                 continue
             try:
                 square = self.square(index)
                 contents[image_name(index)] = to_png(square.pixels)
-                tilted += square.tilted
+                rotated += square.rotated
             except InputError as error:
                 failures.append(Failure(index, str(error)))
         self.destination.write_batch(contents)
-        return PieceResult(len(piece), failures, tilted)
+        return failures, rotated
 
     def square(self, index: int) -> Photograph:
-        """Return an image as its place in the data set wants it. Raises InputError if it cannot be made of the file."""
+        """Return the square image made from a photograph. Raises InputError if the photograph cannot be converted."""
         try:
             photograph = decode(self.source.read(self.names[index]), self.upright)
             return photograph._replace(pixels=TRANSFORMS[self.transform](photograph.pixels, self.resolution))
         except MemoryError:
             raise
-        except Exception as error:  # decoders raise nearly anything, and it concerns one image
+        except Exception as error:  # decoders raise many types of errors
             raise InputError(str(error) or type(error).__name__) from error
 
     def is_unchanged(self, index: int) -> bool:
-        """Return whether the image that is there is still what the source gives."""
+        """Return whether converting an image again gives the existing one."""
         try:
-            made = decode_rgb(self.destination.read(image_name(index)))
-            return np.array_equal(made, np.asarray(self.square(index).pixels))
+            existing = decode_rgb(self.destination.read(image_name(index)))
+            return np.array_equal(existing, np.asarray(self.square(index).pixels))
         except InputError:
             return False
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Return the command line's settings."""
-    parser = argparse.ArgumentParser("convert.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--source", type=Path, required=True, help="folder or zip: a folder a class, or a dataset.json")
-    parser.add_argument("--dest", type=Path, required=True, help="folder to make, or a zip if it ends in .zip")
-    parser.add_argument("--resolution", type=int, required=True, help="side of the square images, in pixels")
-    parser.add_argument(
-        "--transform",
-        choices=TRANSFORMS,
-        default="center-crop-dhariwal",
-        help="how an image becomes square: ADM's crop (the default), the largest centred square, or squeezed whole",
-    )
-    parser.add_argument(
-        "--labels",
-        choices=("auto", "folders", "json"),
-        default="auto",
-        help="where labels come from: auto (the default) is dataset.json if there is one, and class folders must agree "
-        "with it; json or folders let that one rule alone",
-    )
-    parser.add_argument(
-        "--exif",
-        choices=("apply", "ignore"),
-        default="apply",
-        help="turn photographs upright as their EXIF orientation says (the default), or leave them as ADM did",
-    )
-    parser.add_argument(
-        "--on-error",
-        choices=("stop", "skip"),
-        default="stop",
-        help="what a broken image does: stop the run (the default), or be left out and listed in skipped.txt",
-    )
-    parser.add_argument("--workers", type=int, default=available_cores(), help="processes (default: all cores)")
-    args = parser.parse_args(argv)
-    if args.resolution < 1:
-        raise InputError(f"--resolution {args.resolution}: must be at least 1")
-    if args.workers < 1:
-        raise InputError(f"--workers {args.workers}: must be at least 1")
-    if args.dest.resolve().is_relative_to(args.source.resolve()):
-        raise InputError(f"--dest {args.dest}: lies inside --source {args.source}; give another place")
-    return args
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the program."""
-    args = parse_arguments(argv)
-    source = FileSource(args.source)
-    listing = list_images(source, args.labels)
+    config = parse(ConvertConfig, __doc__.splitlines()[0], argv)
+    source = FileSource(config.source)
+    listing = list_images(source, config.labels)
     settings = {
-        "source": str(args.source.resolve()),
+        "source": str(config.source.resolve()),
         "listing": listing.digest(),
-        "resolution": args.resolution,
-        "transform": args.transform,
-        "exif": args.exif,
+        "resolution": config.resolution,
+        "transform": config.transform,
+        "exif": config.exif,
     }
-    destination = Destination(args.dest, "convert")
-    job = Conversion(source, listing.names, destination, args.resolution, args.transform, args.exif == "apply")
-    with explain_write_errors(args.dest):
+    destination = Destination(config.dest, "convert")
+    job = Conversion(
+        source, listing.names, destination, config.resolution, config.transform, upright=config.exif == "apply"
+    )
+    with explain_write_errors(config.dest):
         is_complete = destination.claim(settings)
         check_unchanged(job)
         if is_complete:
-            print(f"{args.dest}: complete already")
+            print(f"{config.dest}: already complete")
             return
-        failures = convert(job, args.workers, stop_on_error=args.on_error == "stop")
+        failures = convert(job, config.workers or available_cores(), stop_on_error=config.on_error == "stop")
         finish(job, listing, failures)
 
 
 def check_unchanged(job: Conversion) -> None:
-    """Make a few of the images that are there anew: the source may hold other photographs now, of the same names.
-
-    Raises InputError if one comes out otherwise.
-    """
+    """Convert some existing images again. Raises InputError if one differs: the source may have changed."""
     for index in range(0, len(job.names), max(1, len(job.names) // SPOT_CHECKS)):
         if job.destination.has(image_name(index)) and not job.is_unchanged(index):
             raise InputError(
-                f"{job.destination.path}: its {image_name(index)} is not what "
-                f"{job.source.describe(job.names[index])} gives now, one of the two was changed since; give another "
-                "--dest, or remove it to start anew"
+                f"{job.destination.path}: its {image_name(index)} differs from the result of "
+                f"{job.source.describe(job.names[index])}, one of the two has changed; use another --dest, or remove "
+                "it to start from scratch"
             )
 
 
 def convert(job: Conversion, workers: int, stop_on_error: bool) -> list[Failure]:
-    """Do all pieces of a conversion and return the images that failed, in order.
-
-    Raises InputError at the first failure if `stop_on_error`.
-    """
-    total = len(job.names)
-    pieces = [range(start, min(start + IMAGES_A_PIECE, total)) for start in range(0, total, IMAGES_A_PIECE)]
+    """Convert all images and return the failures in order. Raises InputError at the first one if `stop_on_error`."""
     failures: list[Failure] = []
-    tilted = 0
-    with tqdm(total=total, desc=f"converting {job.source.path.name}", unit="image") as progress:
-        for result in in_workers(job, pieces, workers):
-            failures += result.failures
-            tilted += result.tilted
-            progress.update(result.size)
+    rotated = 0
+    with tqdm(total=len(job.names), desc=f"converting {job.source.path.name}", unit="image") as progress:
+        for failed, rotated_images in in_workers(job, chunks(len(job.names), CHUNK), workers):
+            failures += failed
+            rotated += rotated_images
+            progress.update(min(CHUNK, progress.total - progress.n))
             if stop_on_error and failures:
                 raise InputError(
-                    f"{job.source.describe(job.names[failures[0].index])}: {failures[0].reason}; mend it and start "
-                    "again, or leave such images out with --on-error skip"
+                    f"{job.source.describe(job.names[failures[0].index])}: {failures[0].reason}; correct it and start "
+                    "again, or skip such images with --on-error skip"
                 )
-    if tilted:
-        print(f"{tilted:,} images carry an EXIF orientation: {'turned upright' if job.upright else 'left as they lie'}")
+    if rotated:
+        print(f"{rotated:,} images have an EXIF orientation: {'rotated upright' if job.upright else 'not rotated'}")
     return sorted(failures)
 
 
 def finish(job: Conversion, listing: Listing, failures: list[Failure]) -> None:
-    """Write dataset.json and the list of images left out."""
+    """Write dataset.json and the list of skipped images."""
     failed = {failure.index for failure in failures}
     labels = [[image_name(i), label] for i, label in enumerate(listing.labels) if i not in failed]
     if not labels:
         raise InputError(f"{job.source.path}: none of its {len(failed):,} images can be read")
     skipped = job.destination.folder / "skipped.txt"
-    skipped.unlink(missing_ok=True)  # of an earlier run, before the images were mended
+    skipped.unlink(missing_ok=True)  # of an earlier run
     if failures:
         with atomic_write(skipped, "w") as file:
             file.writelines(f"{listing.names[index]}\t{reason}\n" for index, reason in failures)
-        print(f"{len(failures):,} broken images left out; they are listed in {job.destination.path}: skipped.txt")
+        print(f"{len(failures):,} broken images skipped; {job.destination.path}: skipped.txt lists them")
     names = {"classes": listing.classes} if listing.classes else {}
     job.destination.finish({"labels": labels, **names})
     classes = len({label for _, label in labels})

@@ -1,7 +1,7 @@
-"""From a photograph's bytes to a square RGB crop and its PNG: decoding without silent errors, and the three crops.
+"""Decoding photographs to 8-bit RGB, the crops to a square, and encoding as PNG.
 
-`center-crop-dhariwal` is the crop of ADM (Dhariwal & Nichol, arXiv 2105.05233), pixel for pixel; everything published
-on ImageNet 256 x 256 uses it.
+`center-crop-dhariwal` is the crop of ADM (Dhariwal & Nichol, arXiv 2105.05233), bit for bit. All published results on
+ImageNet 256 x 256 use it.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from common.images import IMAGE_FORMATS
+from common.images import open_image
 from common.io import InputError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
-MAX_PIXELS = 2 * 89_478_485  # where Pillow refuses to decode; also the limit of an enlarged image before its crop
+MAX_PIXELS = 2 * 89_478_485  # Pillow refuses to decode larger images; also the limit of an enlarged image
 
 _EXIF_ORIENTATION = 0x0112
-_UPRIGHT = {  # the EXIF standard's eight orientations, and what turns them upright
+_UPRIGHT = {  # EXIF orientation: what turns the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -33,27 +33,28 @@ _UPRIGHT = {  # the EXIF standard's eight orientations, and what turns them upri
 
 
 class Photograph(NamedTuple):
-    """A decoded image: `pixels` in mode RGB, and whether an EXIF orientation other than upright was found."""
+    """A decoded image: `pixels` in mode RGB, and whether its EXIF orientation is other than upright."""
 
     pixels: Image.Image
-    tilted: bool
+    rotated: bool
 
 
 def decode(data: bytes, upright: bool = True) -> Photograph:
     """Return the image in a file's bytes as 8-bit RGB.
 
-    16-bit grey is scaled to 8 bits; transparency is laid on white; CMYK and palettes are converted as Pillow does, as
-    ADM did. With `upright` the EXIF orientation is applied, else only reported. Raises InputError for animations and
-    for 32-bit pixels, which have no defined range, and Pillow's many exceptions for broken data.
+    16-bit grey is scaled to 8 bits. Transparent images get a white background. Pillow converts CMYK and palettes, as in
+    ADM. With `upright` the EXIF orientation is applied, otherwise it is only reported.
+
+    Raises:
+        InputError: the image is broken, animated, or has 32-bit pixels, whose range is not defined.
+        Exception: Pillow raises many other types for broken files.
     """
-    with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
-        # A phone's MPO holds the photograph first and previews after it; other formats' frames are equals.
-        frames = getattr(image, "n_frames", 1)
-        if frames > 1 and image.format != "MPO":
-            raise InputError(f"is animated or has pages ({frames} frames); give one image a file")
-        image.load()
-        orientation = _orientation(image)
-        pixels = _to_rgb(image)
+    image = open_image(data)
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1 and image.format != "MPO":  # a phone's MPO contains the photograph first, then previews of it
+        raise InputError(f"is an animation or has several pages ({frames} frames); allowed: one image per file")
+    orientation = _orientation(image)
+    pixels = _to_rgb(image)
     if upright and orientation in _UPRIGHT:
         pixels = pixels.transpose(_UPRIGHT[orientation])
     return Photograph(pixels, orientation in _UPRIGHT)
@@ -77,38 +78,38 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _orientation(image: Image.Image) -> int:
     try:
         return image.getexif().get(_EXIF_ORIENTATION, 1)
-    except Exception:  # ImageNet has photographs with broken EXIF and sound pixels; such a block says nothing
+    except Exception:  # ImageNet contains valid photographs with broken EXIF data
         return 1
 
 
 def center_crop_dhariwal(image: Image.Image, resolution: int) -> Image.Image:
-    """Return ADM's crop: halve by BOX while twice too large, BICUBIC to the size, cut out the centre."""
+    """Return ADM's crop: halve with BOX while the image is twice too large, resize with BICUBIC, crop the centre."""
     while min(image.size) >= 2 * resolution:
         image = _resample(image, image.width // 2, image.height // 2, Image.Resampling.BOX)
     scale = resolution / min(image.size)
     width, height = round(image.width * scale), round(image.height * scale)
     if width * height > MAX_PIXELS:
-        raise InputError(f"would be {width} x {height} before its crop, more than {MAX_PIXELS:,} pixels")
+        raise InputError(f"would have {width} x {height} pixels before its crop; allowed: {MAX_PIXELS:,} pixels")
     image = _resample(image, width, height, Image.Resampling.BICUBIC)
     left, top = (width - resolution) // 2, (height - resolution) // 2
     return image.crop((left, top, left + resolution, top + resolution))
 
 
 def center_crop(image: Image.Image, resolution: int) -> Image.Image:
-    """Return the largest centred square, resampled by LANCZOS in one step."""
+    """Return the largest centred square, resized with LANCZOS in one step."""
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     return resize(image.crop((left, top, left + side, top + side)), resolution)
 
 
 def resize(image: Image.Image, resolution: int) -> Image.Image:
-    """Return the whole image, resampled by LANCZOS; its proportions change if it is not square."""
+    """Return the full image, resized with LANCZOS to a square; this changes its aspect ratio."""
     return _resample(image, resolution, resolution, Image.Resampling.LANCZOS)
 
 
 def _resample(image: Image.Image, width: int, height: int, kernel: Image.Resampling) -> Image.Image:
-    # Rounded to 8 bits between the passes, so their order shows. ADM's Pillow, like all up to 12, resampled along the
-    # rows first; Pillow 13 begins with the columns of tall images, which moves values by a level or more.
+    # Pillow rounds to 8 bits after each pass, so the order of the passes changes the result. ADM's Pillow, like all
+    # versions up to 12, resized the width first. Pillow 13 resizes the height of tall images first, so values differ.
     return image.resize((width, image.height), kernel).resize((width, height), kernel)
 
 
@@ -122,10 +123,9 @@ TRANSFORMS: dict[str, Callable[[Image.Image, int], Image.Image]] = {
 def to_png(image: Image.Image) -> bytes:
     """Return an image as a PNG without metadata.
 
-    Run-length compression at level 1 gives files as small as the default does for photographs, in a quarter of its
-    time.
+    For photographs, run-length compression at level 1 gives files as small as the default, in a quarter of the time.
     """
-    image.info.clear()  # Pillow would copy colour profile and transparency into the PNG
+    image.info.clear()  # Pillow would write colour profile and transparency into the PNG
     buffer = io.BytesIO()
     image.save(buffer, "PNG", compress_level=1, compress_type=zlib.Z_RLE)
     return buffer.getvalue()

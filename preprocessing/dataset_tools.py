@@ -1,11 +1,11 @@
-"""The published command line, for scripts and notes that use it: a thin door to convert.py and encode.py.
+"""The published command line for preparing data, which calls convert.py and encode.py.
 
     python preprocessing/dataset_tools.py convert --source=... --dest=... --resolution=256x256 \\
         --transform=center-crop-dhariwal
     python preprocessing/dataset_tools.py encode --source=... --dest=... [--model-url=stabilityai/sd-vae-ft-mse]
 
-Photographs stay as they lie in the file (`--exif ignore`), as with ADM. Any other option of convert.py
-and encode.py is handed on.
+As in ADM, photographs are not rotated by their EXIF orientation (`--exif ignore` is the default here). All other
+options are those of convert.py and encode.py.
 """
 
 from __future__ import annotations
@@ -20,10 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.io import InputError, run_cli
 
 
-def side(resolution: str | None) -> str:
-    """Return the side of a square resolution, "256x256" or "256"; raise InputError for any other, and for none."""
-    if resolution is None:
-        raise InputError("--resolution: is needed, such as 256x256")
+def square_side(resolution: str) -> str:
+    """Return the side of a square resolution, "256x256" or "256". Raises InputError for any other."""
     match = re.fullmatch(r"(\d+)(?:x(\d+))?", resolution)
     if match is None or match[2] not in (None, match[1]):
         raise InputError(f"--resolution={resolution}: must be square, such as 256x256")
@@ -34,26 +32,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the program."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    # Without a help of their own, which would not tell what the programs behind them need.
-    convert = commands.add_parser("convert", help="crop photographs (preprocessing/convert.py)", add_help=False)
-    convert.add_argument("--resolution", help="WIDTHxHEIGHT, both the same, such as 256x256; needed")
-    encode = commands.add_parser("encode", help="encode images to latents (preprocessing/encode.py)", add_help=False)
-    encode.add_argument(
-        "--model-url",
-        default="stabilityai/sd-vae-ft-mse",
-        help="the codec's repository or folder (default: stabilityai/sd-vae-ft-mse)",
-    )
+    convert = commands.add_parser("convert", help="crop photographs (convert.py)", add_help=False)
+    convert.add_argument("--resolution", help="WIDTHxHEIGHT, which must be equal, such as 256x256; required")
+    encode = commands.add_parser("encode", help="encode images to latents (encode.py)", add_help=False)
+    vae = "stabilityai/sd-vae-ft-mse"
+    encode.add_argument("--model-url", default=vae, help=f"the codec's repository or folder (default: {vae})")
     args, rest = parser.parse_known_args(argv)
-    wants_help = not {"-h", "--help"}.isdisjoint(rest)
-    if wants_help:
+    if not {"-h", "--help"}.isdisjoint(rest):  # the programs then print their own help after this one
         commands.choices[args.command].print_help()
-        settled = " (--exif is ignore if not given)" if args.command == "convert" else ""
-        print(f"\nAll other options are handed on to {args.command}.py{settled}:\n")
-    # Imported late: cropping has no use for PyTorch, and its workers start quicker without.
+        exif = "; here, the default of --exif is ignore" if args.command == "convert" else ""
+        print(f"\nAll other options are those of {args.command}.py{exif}:\n")
+    # Imported here: cropping does not need PyTorch, and its worker processes start faster without it.
     if args.command == "convert":
         from preprocessing.convert import main as run
 
-        run(rest if wants_help else ["--exif", "ignore", "--resolution", side(args.resolution), *rest])
+        size = ["--resolution", square_side(args.resolution)] if args.resolution else []
+        run(["--exif", "ignore", *size, *rest])
     else:
         from preprocessing.encode import main as run
 

@@ -1,4 +1,4 @@
-"""One function on many pieces of work in many processes, leaving none behind."""
+"""Apply one function to many pieces of work in several processes, which end with the program."""
 
 from __future__ import annotations
 
@@ -17,16 +17,21 @@ _job: Callable[[Any], Any]
 
 
 def available_cores() -> int:
-    """Return the number of cores this process may use, which in a container or a batch job is not all of them."""
+    """Return the number of cores this process may use; a container or a batch job may limit them."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def in_workers(job: Callable[[Any], Any], pieces: Sequence[Any], workers: int) -> Iterator[Any]:
-    """Yield `job(piece)` for every piece, in the order of completion, computed by at most `workers` processes.
+def chunks(total: int, size: int) -> list[range]:
+    """Return the ranges of `size` numbers, the last one shorter, that together contain 0 to total - 1."""
+    return [range(start, min(start + size, total)) for start in range(0, total, size)]
 
-    `job` travels to each process once, so it may carry much; it must be picklable, and able to bear being killed: who
-    stops asking for results, by Ctrl-C or by an error, waits for no piece that is in work. An error in the job itself
-    is raised here once the pieces in work are done. Raises InputError if the system kills a process.
+
+def in_workers(job: Callable[[Any], Any], pieces: Sequence[Any], workers: int) -> Iterator[Any]:
+    """Yield `job(piece)` for every piece in the order of completion, computed by at most `workers` processes.
+
+    Each process receives `job`, which must be picklable, once. On Ctrl-C, or if the caller stops iterating, the
+    processes are killed during their pieces. After an error of `job`, which is raised here, they finish them. Raises
+    InputError if the system killed a process.
     """
     others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(min(workers, len(pieces)) or 1, initializer=_start_worker, initargs=(job,))
@@ -35,8 +40,8 @@ def in_workers(job: Callable[[Any], Any], pieces: Sequence[Any], workers: int) -
             yield done.result()
     except BrokenProcessPool as error:
         raise InputError(
-            "a worker process was killed, most likely for want of memory: give a smaller --workers; the same "
-            "command goes on where it stopped"
+            "a worker process was killed, probably because memory was full: use a smaller --workers; the same command "
+            "continues where it stopped"
         ) from error
     except (KeyboardInterrupt, GeneratorExit):
         for process in set(multiprocessing.active_children()) - others:
@@ -49,12 +54,12 @@ def in_workers(job: Callable[[Any], Any], pieces: Sequence[Any], workers: int) -
 def _start_worker(job: Callable[[Any], Any]) -> None:
     global _job
     _job = job
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to answer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process handles Ctrl-C
     threading.Thread(target=_die_with_parent, daemon=True).start()
 
 
 def _die_with_parent() -> None:
-    """End this process with its parent: a killed program must not leave workers that write on unseen."""
+    """Exit when the parent process ends: workers of a killed program must not continue to write."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

@@ -235,7 +235,7 @@ def test_methods_share_data_noise_and_initial_weights(toy, monkeypatch, tmp_path
         (["--steps", "1,x"], "--steps 1,x: expected whole numbers, comma-separated"),
         (["--parallel", "0"], "--parallel 0: must be 1 or greater"),
         (["--preset", "imagenette"], "--source is missing"),
-        (["--report", "/dev/null"], "--report .*: /dev/null is no folder that may be written to"),
+        (["--report", "/dev/null"], "--report .*: /dev/null is not a writable folder"),
     ],
 )
 def test_bad_settings_are_named(flags, text, tmp_path, monkeypatch):

@@ -148,9 +148,9 @@ def test_folders_around_and_inside_classes(tmp_path):
     assert labels("a.png", "b.png") == (["2"], [0, 0])
     assert labels("train/x/a.png", "train/x/b.png", "train/y/a.png") == (["x", "y"], [0, 0, 1])
     assert labels("x/images/0.png", "x/images/1.png", "y/images/0.png", "y/images/1.png") == (["x", "y"], [0, 0, 1, 1])
-    with pytest.raises(InputError, match="train and val both hold folders x and y"):
+    with pytest.raises(InputError, match="train and val both contain folders x and y"):
         labels("train/x/0.png", "train/y/0.png", "val/x/0.png", "val/y/0.png", "val/y/1.png")
-    with pytest.raises(InputError, match=r"c\.png: lies beside class folders"):
+    with pytest.raises(InputError, match=r"c\.png: is next to class folders"):
         labels("x/0.png", "x/1.png", "x/2.png", "y/0.png", "y/1.png", "c.png")
 
 
@@ -161,7 +161,7 @@ def describe_labels(source, labels):
 def test_dataset_json_and_class_folders(tmp_path):
     source = make_source(tmp_path / "source", each=1)
     describe_labels(source, [["cat/0.jpg", 1], ["dog/0.jpg", 0]])
-    with pytest.raises(InputError, match=r"cat/0.jpg: dataset.json says class 1, .* is 0"):
+    with pytest.raises(InputError, match=r"cat/0.jpg: has label 1 in dataset.json, .* number 0"):
         list_images(FileSource(source))
     assert list_images(FileSource(source), "json").labels == [1, 0]
     assert list_images(FileSource(source), "folders").labels == [0, 1]
@@ -173,7 +173,7 @@ def test_dataset_json_and_class_folders(tmp_path):
     ("labels", "message"),
     [
         ([["cat/0.jpg", 0]], "dog/0.jpg and 0 other images are not in dataset.json"),
-        ([["cat/0.jpg", 0], ["dog/0.jpg", 1], ["dog/9.jpg", 1]], "lists dog/9.jpg, which is not there"),
+        ([["cat/0.jpg", 0], ["dog/0.jpg", 1], ["dog/9.jpg", 1]], "lists dog/9.jpg, which does not exist"),
         ([["cat/0.jpg", 0], ["cat/0.jpg", 1]], "lists cat/0.jpg twice"),
         ([["cat/0.jpg", -1]], "has label -1; allowed"),
         ([["cat/0.jpg", True]], "has label True; allowed"),
@@ -190,7 +190,7 @@ def test_a_wrong_dataset_json_is_named(labels, message, tmp_path):
 def test_a_source_without_images(tmp_path):
     (tmp_path / "source").mkdir()
     (tmp_path / "source/readme.txt").write_text("nothing here")
-    with pytest.raises(InputError, match="holds no images"):
+    with pytest.raises(InputError, match="contains no images"):
         run(tmp_path / "source", tmp_path / "out")
     with pytest.raises(InputError, match="no such folder or zip"):
         run(tmp_path / "missing", tmp_path / "out")
@@ -210,14 +210,14 @@ def test_a_destination_that_is_not_ours(tmp_path):
     source = make_source(tmp_path / "source")
     (tmp_path / "out").mkdir()
     (tmp_path / "out/thesis.txt").write_text("precious")
-    with pytest.raises(InputError, match="files that this program did not make"):
+    with pytest.raises(InputError, match="files that this program did not create"):
         run(source, tmp_path / "out")
     (tmp_path / "out.zip").write_bytes(b"precious")
-    with pytest.raises(InputError, match="was not made by this program"):
+    with pytest.raises(InputError, match="was not created by this program"):
         run(source, tmp_path / "out.zip")
     with pytest.raises(InputError, match="is not a folder"):
         run(source, tmp_path / "out/thesis.txt")
-    with pytest.raises(InputError, match="lies inside --source"):
+    with pytest.raises(InputError, match="is inside --source"):
         run(source, source / "out")
     assert (tmp_path / "out/thesis.txt").read_text() == "precious" and (
         tmp_path / "out.zip"
@@ -245,7 +245,9 @@ def test_other_photographs_under_the_same_names(name, tmp_path):
     replaced = source / "cat/4.jpg"  # the 24th in sorted order; every third of 60 is looked at
     for data in (jpeg(13), b"no image"):
         replaced.write_bytes(data)
-        with pytest.raises(InputError, match=r"out.*: its 00000/img00000024\.png is not what .*cat/4\.jpg gives now"):
+        with pytest.raises(
+            InputError, match=r"out.*: its 00000/img00000024\.png differs from the result of .*cat/4\.jpg"
+        ):
             run(source, tmp_path / name)
     replaced.write_bytes(jpeg(4))
     run(source, tmp_path / name)
@@ -290,7 +292,7 @@ def test_what_a_kill_while_packing_leaves_is_removed(tmp_path):
 
 @pytest.mark.parametrize("flag", ["--resolution", "--workers"])
 def test_numbers_must_be_positive(flag, tmp_path):
-    with pytest.raises(InputError, match=f"{flag} 0: must be at least 1"):
+    with pytest.raises(InputError, match=f"{flag} 0: must be greater than 0"):
         run(make_source(tmp_path / "source"), tmp_path / "out", 16, flag, 0)
 
 
@@ -321,7 +323,7 @@ def test_the_published_command_line(tmp_path):
     assert contents(tmp_path / "out") == contents(tmp_path / "ours")
     with pytest.raises(InputError, match="must be square"):
         dataset_tools.main(["convert", *door, "--resolution=16x32"])
-    with pytest.raises(InputError, match="--resolution: is needed"):
+    with pytest.raises(InputError, match="--resolution"):
         dataset_tools.main(["convert", *door])
 
 

@@ -124,10 +124,10 @@ def oriented_jpeg():
 
 def test_exif_orientation():
     upright, lying = decode(oriented_jpeg()), decode(oriented_jpeg(), upright=False)
-    assert upright.tilted and lying.tilted
+    assert upright.rotated and lying.rotated
     assert upright.pixels.size == (16, 32) and np.asarray(upright.pixels)[0].min() > 250
     assert lying.pixels.size == (32, 16)
-    assert not decode(encoded(Image.new("RGB", (4, 4)), "JPEG")).tilted
+    assert not decode(encoded(Image.new("RGB", (4, 4)), "JPEG")).rotated
 
 
 def animation(form):

@@ -155,9 +155,9 @@ def test_other_settings_on_the_same_destination(tmp_path):
     run(images, tmp_path / "latents", "pixel")
     with pytest.raises(InputError, match="dtype was 'float32', is now 'float16'"):
         run(images, tmp_path / "latents", "pixel", "--dtype", "float16")
-    with pytest.raises(InputError, match="holds files that this program did not make"):
+    with pytest.raises(InputError, match="contains files that this program did not create"):
         run(images, tmp_path, "pixel")
-    with pytest.raises(InputError, match="lies inside"):
+    with pytest.raises(InputError, match="is inside"):
         run(images, images / "latents", "pixel")
 
 
@@ -188,11 +188,11 @@ def test_other_images_under_the_same_names(suffix, tmp_path):
 
 def test_bad_sources(tmp_path, kl_codec):
     images = make_images(tmp_path / "images")
-    with pytest.raises(InputError, match="--batch-size 0: must be at least 1"):
+    with pytest.raises(InputError, match="--batch-size 0: must be 1 or greater, or auto"):
         run(images, tmp_path / "out", "pixel", "--batch-size", 0)
     with pytest.raises(InputError, match=r"images of 15 px; codec .* needs a multiple of 2"):
         run(make_images(tmp_path / "odd", resolution=15), tmp_path / "out", kl_codec)
-    with pytest.raises(InputError, match=r"holds no dataset\.json"):
+    with pytest.raises(InputError, match=r"contains no dataset\.json"):
         run(kl_codec, tmp_path / "out", "pixel")
     assert not (tmp_path / "out").exists()
 

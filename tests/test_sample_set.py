@@ -168,5 +168,5 @@ def test_two_programs_do_not_mix_in_one_folder(tmp_path):
 
 def test_a_place_that_cannot_be_written_is_told_before(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"--sample-dir .*file is no folder that may be written to"):
+    with pytest.raises(InputError, match=r"--sample-dir .*file is not a writable folder"):
         SampleSet(tmp_path / "file" / "set", 7, SIZE).claim(SETTINGS)

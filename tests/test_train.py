@@ -148,7 +148,7 @@ def test_two_processes_give_the_losses_of_one(train_flags):
 def test_an_indivisible_batch_is_refused_by_all_processes(train_flags):
     result = run_program("train.py", *with_flags(train_flags, "--batch-size", "9"), processes=2)
     assert result.returncode != 0
-    assert "--batch-size 9 (global) does not divide by 2 processes x 1" in result.stderr
+    assert "--batch-size 9 (global) is not divisible by 2 processes x 1" in result.stderr
 
 
 def test_grids_and_tracker(train_flags):
@@ -196,7 +196,7 @@ BAD = {
     "unknown model": (["--model", "SiT-H/2"], "--model SiT-H/2: must be one of SiT-S/2"),
     "classes": (["--num-classes", "2"], "--num-classes 2: the data in .* have 3"),
     "resolution": (["--resolution", "32"], "--resolution 32: the data in .* have 16"),
-    "batch": (["--gradient-accumulation-steps", "3"], r"--batch-size 8 \(global\) does not divide"),
+    "batch": (["--gradient-accumulation-steps", "3"], r"--batch-size 8 \(global\) is not divisible"),
     "cuda": (["--device", "cuda"], "--device cuda: no CUDA device is available"),
     "fp16": (["--mixed-precision", "fp16"], "--mixed-precision fp16 needs a CUDA device"),
     "tokens": (["--model", "SiT-S/2"], "16 tokens .* 64 latent tokens"),

@@ -1,0 +1,60 @@
+"""Images are decoded or refused by name, and grids show them in order."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from common.images import MIN_TILE, decode_rgb, image_grid, open_image
+from common.io import InputError
+from tests.test_crops import encoded, header_only_png, noise
+
+
+def test_an_image_keeps_its_mode_and_pixels():
+    pixels = noise(5, 4)
+    assert np.array_equal(np.asarray(open_image(encoded(Image.fromarray(pixels)))), pixels)
+    assert open_image(encoded(Image.new("CMYK", (4, 4)), "TIFF")).mode == "CMYK"
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"text", encoded(Image.fromarray(noise(9, 9)))[:-60], header_only_png(30_000, 30_000)]
+)
+def test_what_is_no_complete_image_is_refused(data):
+    with pytest.raises(InputError, match="broken image"):
+        open_image(data)
+
+
+def test_only_listed_formats_are_decoded():
+    for form in ("JPEG", "EPS"):
+        data = encoded(Image.new("RGB", (8, 8)), form)
+        with pytest.raises(InputError, match=r"broken image .*cannot identify"):
+            open_image(data, ("PNG",) if form == "JPEG" else ("JPEG", "PNG"))
+
+
+def test_images_of_a_data_set_are_square_rgb():
+    pixels = noise(8, 8)
+    assert np.array_equal(decode_rgb(encoded(Image.fromarray(pixels)), 8), pixels)
+    for image, text in ((Image.new("L", (8, 8)), "mode L, not RGB"), (Image.new("RGB", (8, 6)), "8 x 6 pixels")):
+        with pytest.raises(InputError, match=text):
+            decode_rgb(encoded(image))
+    with pytest.raises(InputError, match="8 x 8 pixels of mode RGB, not RGB 16 x 16"):
+        decode_rgb(encoded(Image.fromarray(pixels)), 16)
+
+
+@pytest.mark.parametrize(("count", "columns", "shape"), [(1, None, (1, 1)), (5, None, (2, 3)), (6, 2, (3, 2))])
+@pytest.mark.parametrize("side", [8, 100])
+def test_a_grid_shows_images_in_order_with_white_between(count, columns, shape, side):
+    images = np.stack([np.full((side, side, 3), 10 + i, np.uint8) for i in range(count)])
+    shown = max(side, MIN_TILE)
+    picture = np.asarray(image_grid(images, columns))
+    rows, across = shape
+    assert picture.shape == (rows * (shown + 2) - 2, across * (shown + 2) - 2, 3)
+    expected = np.full(rows * across, 255)
+    expected[:count] = 10 + np.arange(count)
+    for offset in (0, shown - 1):  # the corners of each tile
+        corners = picture[offset :: shown + 2, offset :: shown + 2, 0]
+        assert np.array_equal(corners.flatten(), expected)
+    between = np.ones(picture.shape[:2], bool)
+    between[np.ix_(*(np.arange(size) % (shown + 2) < shown for size in picture.shape[:2]))] = False
+    assert (picture[between] == 255).all()

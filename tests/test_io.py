@@ -1,0 +1,114 @@
+"""Files are written completely or not at all, folders are locked, and programs end with one line."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from common.io import (
+    InputError,
+    atomic_write,
+    check_writable,
+    lock_folder,
+    read_json,
+    read_metrics,
+    unlock_folder,
+    write_json,
+)
+from tests.conftest import ROOT
+
+
+def test_a_file_appears_only_when_it_is_complete(tmp_path):
+    path = tmp_path / "new" / "file.bin"
+    with pytest.raises(RuntimeError, match="power cut"), atomic_write(path) as file:
+        file.write(b"half")
+        raise RuntimeError("power cut")
+    assert list(path.parent.iterdir()) == []
+    with atomic_write(path) as file:
+        file.write(b"whole")
+        assert not path.exists()
+    assert path.read_bytes() == b"whole" and list(path.parent.iterdir()) == [path]
+
+
+def test_an_old_file_survives_a_failed_write(tmp_path):
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+    with pytest.raises(OSError), atomic_write(path, "w") as file:
+        file.write("new")
+        raise OSError("no space left on device")
+    assert path.read_text() == "old"
+
+
+def test_json(tmp_path):
+    write_json(tmp_path / "a.json", {"x": [1, 2]})
+    assert read_json(tmp_path / "a.json") == {"x": [1, 2]}
+    (tmp_path / "b.json").write_text("{")
+    with pytest.raises(InputError, match=r"b\.json: not valid JSON"):
+        read_json(tmp_path / "b.json")
+    with pytest.raises(InputError, match=r"c\.json: no such file"):
+        read_json(tmp_path / "c.json")
+
+
+ROW = '{"step": %d, "loss": 1.5, "proj": null, "notes": ["a\\u2028b"]}'
+
+
+def test_damaged_lines_take_no_good_row_with_them(tmp_path: Path) -> None:
+    lines = [ROW % 1, '{"step": 2, "lo', "", "[1]", '{"loss": 3}', '{"step": "3"}', '{"step": true}', '{"step": 4.5}']
+    content = "\n".join([*lines, "[" * 100_000, ROW % 5]).encode() + b'\n\xff\xfe{"step"\n' + (ROW % 6).encode()
+    (tmp_path / "metrics.jsonl").write_bytes(content + b'\n{"step": 7, "loss"')
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 5, 6]
+
+
+LOCKER = """
+import sys
+from common.io import lock_folder
+lock_folder(sys.argv[1], "training")
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_folder_is_one_process_own_until_it_ends(tmp_path):
+    folder = tmp_path / "run"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    first = subprocess.Popen([sys.executable, "-c", LOCKER, str(folder)], cwd=ROOT, stdin=subprocess.PIPE, **pipes)
+    assert first.stdout.readline() == "locked\n"
+    with pytest.raises(InputError, match=rf"run: process {first.pid} on .* is training there"):
+        lock_folder(folder, "training")
+    first.kill()
+    first.communicate()
+    lock_folder(folder, "training")
+    lock_folder(folder, "training")  # one's own is no hindrance
+    command = [sys.executable, "-c", LOCKER, str(folder)]
+    assert "locked" not in subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, **pipes).stdout
+    unlock_folder(folder)
+    assert not list(folder.iterdir())
+    assert "locked" in subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, **pipes).stdout
+
+
+@pytest.mark.parametrize("place", ["there", "there/file/out.png", "file"])
+def test_where_a_file_cannot_be_written_is_told_before(tmp_path, place):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "file").write_text("")
+    if place == "file":
+        check_writable(tmp_path / "new" / "file", "--out")
+        return
+    with pytest.raises(InputError, match=r"--out .*there"):
+        check_writable(tmp_path / place, "--out")
+
+
+ENDS = {
+    "raise io.InputError('--flag 1: bad')": (2, "x.py: error: --flag 1: bad"),
+    "raise KeyboardInterrupt": (130, "x.py: interrupted"),
+    "open('/nowhere/file')": (2, "x.py: error: /nowhere/file: No such file or directory"),
+    "raise OSError(28, 'No space left on device')": (2, "x.py: error: No space left on device"),
+}
+
+
+@pytest.mark.parametrize("cause", ENDS)
+def test_a_program_ends_with_one_line(cause):
+    code = f"import sys\nfrom common import io\nsys.argv = ['a/x.py']\ndef main():\n    {cause}\nio.run_cli(main)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    status, text = ENDS[cause]
+    assert result.returncode == status and text in result.stderr and "Traceback" not in result.stderr

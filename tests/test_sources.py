@@ -1,0 +1,182 @@
+"""Folders and zips of files, names and labels of data sets, and mistakes in them: both readers name them."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import pickle
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from common.io import InputError
+from common.sources import IMAGE_NAME, LATENT_NAME, FileSource, image_name, latents_name, mirrored_name
+from dataset import LatentDataset
+from models.autoencoder import LatentFormat
+from preprocessing.listing import list_converted
+from tests.test_crops import header_only_png
+
+
+@pytest.fixture(params=["folder", "zip"])
+def source(tmp_path, request):
+    files = {"b/2.txt": b"two", "a.txt": b"one", ".hidden": b"x", ".cache/y": b"y"}
+    if request.param == "zip":
+        with zipfile.ZipFile(tmp_path / "files.zip", "w") as archive:
+            for name, content in files.items():
+                archive.writestr(name, content)
+        return FileSource(tmp_path / "files.zip")
+    for name, content in files.items():
+        (tmp_path / "files" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "files" / name).write_bytes(content)
+    return FileSource(tmp_path / "files")
+
+
+def test_folder_and_zip_are_read_alike(source):
+    assert source.names == ["a.txt", "b/2.txt"]
+    assert source.read("b/2.txt") == b"two" and source.size("a.txt") == 3 and "b/2.txt" in source
+    with pytest.raises(InputError, match=r"nothing\.txt"):
+        source.read("nothing.txt")
+
+
+def test_a_source_can_be_handed_to_a_worker(source):
+    source.read("a.txt")
+    copy = pickle.loads(pickle.dumps(source))
+    assert copy.read("a.txt") == b"one" and copy.names == source.names
+
+
+def test_a_zip_is_opened_once_and_read_by_many(tmp_path, monkeypatch):
+    """Reading its directory again takes a worker process half a minute and gigabytes, with millions of members."""
+    contents = {f"{i % 7}/ä{i:03d}.bin": bytes([i % 251]) * (i * 37 % 1000) for i in range(300)}
+    with zipfile.ZipFile(tmp_path / "files.zip", "w") as archive:
+        for number, (name, content) in enumerate(contents.items()):
+            member = zipfile.ZipInfo(name)
+            member.extra = b"\x00\x00" + (number * 5).to_bytes(2, "little") + bytes(number * 5)  # longer than the room
+            kind = zipfile.ZIP_DEFLATED if number % 2 else zipfile.ZIP_STORED
+            archive.writestr(member, content, kind)
+    source = FileSource(tmp_path / "files.zip")
+    monkeypatch.setattr(zipfile, "ZipFile", None)
+    assert source.names == sorted(contents)
+    with ThreadPoolExecutor(8) as threads, multiprocessing.get_context("fork").Pool(2) as forks:
+        for pool in (threads, forks):
+            assert list(pool.map(source.read, contents)) == list(contents.values())
+    assert pickle.loads(pickle.dumps(source)).read("0/ä000.bin") == b""
+
+
+def test_a_damaged_member_of_a_zip_is_named(tmp_path):
+    path = tmp_path / "files.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.txt", b"aaaa")
+        archive.writestr("b.txt", b"bbbb" * 9, zipfile.ZIP_DEFLATED)
+        archive.writestr("c.txt", b"cccc" * 9, zipfile.ZIP_BZIP2)
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b"aaaa", b"abaa"))
+    with pytest.raises(InputError, match=r"files\.zip:a\.txt: damaged, its checksum does not match"):
+        FileSource(path).read("a.txt")
+    path.write_bytes(whole.replace(b"PK\x03\x04", b"PK\x03\x05"))
+    with pytest.raises(InputError, match=r"b\.txt: damaged"):
+        FileSource(path).read("b.txt")
+    with pytest.raises(InputError, match=r"c\.txt: compressed with method 12; allowed: stored, deflated"):
+        FileSource(path).read("c.txt")
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_a_zip_with_two_files_of_one_name(tmp_path):
+    with zipfile.ZipFile(tmp_path / "files.zip", "w") as archive:
+        for name in (".hidden", "a.txt", ".hidden", "a.txt"):
+            archive.writestr(name, b"")
+    with pytest.raises(InputError, match=r"files\.zip: contains 'a.txt' more than once"):
+        FileSource(tmp_path / "files.zip")
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "a.txt").write_bytes(b"one")
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "link").symlink_to(tmp_path / "there")
+    assert FileSource(tmp_path / "files").names == ["link/a.txt"]
+    (tmp_path / "there" / "up").symlink_to(tmp_path / "files")
+    with pytest.raises(InputError, match="is a link to a folder that contains it"):
+        FileSource(tmp_path / "files")
+
+
+def test_what_is_neither_folder_nor_zip_is_named(tmp_path):
+    with pytest.raises(InputError, match="no such folder or zip file"):
+        FileSource(tmp_path / "none")
+    (tmp_path / "broken.zip").write_bytes(b"PK\x03\x04")
+    with pytest.raises(InputError, match=r"broken\.zip: not a readable zip"):
+        FileSource(tmp_path / "broken.zip")
+
+
+def test_names_are_read_as_they_are_written():
+    assert image_name(1234) == "00001/img00001234.png"
+    assert IMAGE_NAME.fullmatch(image_name(1234))[1] == LATENT_NAME.fullmatch(latents_name(1234))[1] == "00001234"
+    assert mirrored_name("img-mean-std-/img-mean-std-00000003.npy") == "img-mean-std-/img-mean-std-flip-00000003.npy"
+    assert not LATENT_NAME.fullmatch(mirrored_name(latents_name(1234)))
+
+
+def describe(data, where, **fields):
+    path = data / where / "dataset.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (5, "labels is 5; expected a list"),
+        ({"00000/img00000000.png": 0}, "labels is {'00000/img"),
+        ([5], "label entry 5; expected"),
+        ([["00000/img00000000.png", 1, 2]], "label entry .*; expected"),
+        ([["00000/img00000000.png", 10**30]], f"has label {10**30}; allowed: integers from 0 to 9,999,999"),
+        ([["00000/img00000000.png", 10**9]], "has label 1000000000; allowed"),
+        ([["00000/img00000000.png", True]], "has label True; allowed"),
+    ],
+)
+def test_labels_that_cannot_be(labels, message, data):
+    describe(data, "images", labels=labels)
+    with pytest.raises(InputError, match=rf"images/dataset\.json: .*{message}"):
+        LatentDataset(data)
+    with pytest.raises(InputError, match=rf"images/dataset\.json: .*{message}"):
+        list_converted(FileSource(data / "images"))
+
+
+def test_two_labels_of_one_index(data):
+    describe(data, "vae-sd", labels=[["00000/img-mean-std-00000000.npy", 0], ["00001/img-mean-std-00000000.npy", 1]])
+    with pytest.raises(InputError, match=r"index 0 has label 0 in .* and 1 in .*vae-sd/dataset\.json"):
+        LatentDataset(data)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        *[
+            ("scale", value, "scale has the value")
+            for value in (None, "1", [[1]] * 3, 0, float("nan"), True, [10**400] * 3)
+        ],
+        *[("shift", value, "shift has the value") for value in (["0"] * 3, None, float("inf"))],
+        ("codec", 5, "codec must be a name"),
+    ],
+)
+def test_latent_formats_that_cannot_be(field, value, message):
+    fields = {"codec": "pixel", "channels": 3, "factor": 1, "scale": 1.0, "shift": 0.0}
+    with pytest.raises(InputError, match=message):
+        LatentFormat.from_json({**fields, field: value})
+
+
+def test_files_that_are_something_else(data):
+    def save_npz(path):
+        np.savez(path.with_suffix(".npz"), np.zeros((6, 16, 16), np.float32))
+        path.with_suffix(".npz").rename(path)
+
+    def break_header(path):
+        path.write_bytes(path.read_bytes().replace(b"'shape': (6,", b"'shape': ((,"))  # numpy: TokenError
+
+    for spoil in (save_npz, break_header):
+        spoil(data / "vae-sd" / latents_name(5))
+        with pytest.raises(InputError, match=r"img-mean-std-00000005\.npy: broken latents"):
+            LatentDataset(data)[5]
+        np.save(data / "vae-sd" / latents_name(5), np.zeros((6, 16, 16), np.float32))
+    (data / "images" / image_name(5)).write_bytes(header_only_png(30_000, 30_000))
+    with pytest.raises(InputError, match=r"img00000005\.png: broken image \(.*decompression bomb"):
+        LatentDataset(data)[5]
