@@ -23,9 +23,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.cli import AUTO
-from common.distributed import largest_batch, patient_processes, to_host
+from common.distributed import largest_batch, long_collective_timeout, to_host
 from common.io import InputError, run_cli, write_json
-from evaluations.coherence_report import CoherenceReport
+from evaluations.coherence import CoherenceReport
 from generation.config import check_against_checkpoint, default_name, image_labels, parse_args, warn_of_idle_scale
 from generation.sample_set import DIGEST, SampleSet
 from models.autoencoder import Codec, LatentFormat, load_codec
@@ -47,7 +47,7 @@ def main() -> None:
     if args.local_rank is not None and torch.cuda.is_available():
         torch.cuda.set_device(args.local_rank)
     accelerator = Accelerator(
-        cpu=args.device == "cpu", mixed_precision=args.mixed_precision, kwargs_handlers=[patient_processes()]
+        cpu=args.device == "cpu", mixed_precision=args.mixed_precision, kwargs_handlers=[long_collective_timeout()]
     )
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
 

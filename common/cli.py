@@ -127,7 +127,8 @@ def parse(config_class: type[AnyConfig], description: str, argv: Sequence[str] |
         nearest = difflib.get_close_matches(unknown[0].split("=")[0].replace("_", "-"), known, n=1, cutoff=0.4)
         hint = f"did you mean {nearest[0]}?" if nearest else "--help lists all flags"
         raise InputError(f"{unknown[0]}: unknown argument; {hint}")
-    return config_class(**vars(namespace))
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(namespace).items()}
+    return config_class(**values)
 
 
 def make_parser(config_class: type[Config], description: str) -> argparse.ArgumentParser:
@@ -210,6 +211,9 @@ def _argument(item: dataclasses.Field, hint: Any) -> dict[str, Any]:
     kind = _value_type(hint)
     if kind is bool:
         return {**how, "help": text, "action": argparse.BooleanOptionalAction}
+    if get_origin(kind) is tuple:  # several values after one flag, unless `parse` splits a single one
+        kind = get_args(kind)[0]
+        how |= {} if rules["parse"] else {"nargs": "+"}
     how["type"] = rules["parse"] or (finite_float if kind is float else kind)
     if rules["choices"]:
         how["choices"] = rules["choices"]

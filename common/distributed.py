@@ -1,10 +1,10 @@
-"""What the programs want of a device: the largest batch that fits into its memory, copies that nobody waits for."""
+"""Several processes and their devices: decisions of the main process, the largest batch, copies to the host."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
@@ -13,9 +13,32 @@ from torch import Tensor
 from common.io import InputError
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
 
 LONGEST_WORK = timedelta(days=2)
+Value = TypeVar("Value")
+
+
+def broadcast_from_main(accelerator: Accelerator, decide: Callable[[], Value]) -> Value:
+    """Return on every process what `decide` returns on the main process. Only the main process calls it.
+
+    Raises:
+        InputError: on every process, if `decide` raised it on the main process.
+    """
+    outcome = None
+    if accelerator.is_main_process:
+        try:
+            outcome = decide()
+        except InputError as error:
+            outcome = error
+    if accelerator.num_processes > 1:
+        from accelerate.utils import broadcast_object_list
+
+        outcome = broadcast_object_list([outcome])[0]
+    if isinstance(outcome, InputError):
+        raise outcome
+    return outcome
 
 
 def largest_batch(attempt: Callable[[int], object], largest: int) -> int:
@@ -37,11 +60,11 @@ def largest_batch(attempt: Callable[[int], object], largest: int) -> int:
         size //= 2
 
 
-def patient_processes() -> InitProcessGroupKwargs:
-    """Return the setting by which accelerate's processes wait days, not minutes, for one that has more to do.
+def long_collective_timeout() -> InitProcessGroupKwargs:
+    """Return the setting of accelerate by which collective operations time out after days instead of 10 minutes.
 
-    For programs whose processes meet seldom: one GPU is done hours before another, the main process joins what all have
-    written. NCCL would end those that wait after 10 minutes. (A process that died is noticed by the launcher.)
+    For programs in which one process can finish hours before another, and then waits in a collective operation. A
+    process that died is detected by the launcher, not by this timeout.
     """
     from accelerate.utils import InitProcessGroupKwargs
 

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.cli import AUTO, SWITCH, batch_size, check_batch_size
-from common.distributed import largest_batch, patient_processes
+from common.distributed import largest_batch, long_collective_timeout
 from common.images import decode_rgb
 from common.io import InputError, run_cli
 from common.sources import FileSource, latents_name, mirrored_name
@@ -189,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     source = FileSource(args.source)
     listing = list_converted(source)
     resolution = read_rgb(source, listing.names[0]).shape[0]
-    accelerator = Accelerator(kwargs_handlers=[patient_processes()])
+    accelerator = Accelerator(kwargs_handlers=[long_collective_timeout()])
     device = accelerator.device
     torch.backends.cudnn.deterministic = True  # a run that was interrupted must give the bytes of one that was not
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = args.tf32
