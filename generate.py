@@ -24,7 +24,7 @@ from tqdm import tqdm
 from common.cli import AUTO
 from common.distributed import broadcast_from_main, largest_batch, long_collective_timeout, to_host
 from common.io import InputError, run_cli, write_json
-from evaluations.coherence_report import CoherenceReport
+from evaluations.coherence import CoherenceReport
 from generation.config import (
     GenerateConfig,
     check_against_checkpoint,

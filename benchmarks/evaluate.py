@@ -31,8 +31,7 @@ from common.cli import AUTO, batch_size, check_batch_size
 from common.distributed import largest_batch
 from common.io import InputError, run_cli
 from evaluations.extract import CPU_BATCH
-from evaluations.inception.graph import BATCH_NORM_EPSILON, HEAD, NUM_CLASSES, NUM_FEATURES, TRUNK, Chain, Conv, Pool
-from evaluations.inception.graph import convolutions as all_convolutions
+from evaluations.inception.layers import NUM_CLASSES, NUM_FEATURES, SPATIAL_LAYER, inception_layers
 from evaluations.inception.network import SPATIAL_CHANNELS, Inception, InceptionOutput, full_precision, load_inception
 from evaluations.inception.network import resize_bilinear_tf1 as resize
 from evaluations.inception.weights import load_weights
@@ -46,33 +45,20 @@ class PlainInception(torch.nn.Module):
 
     def __init__(self, weights: Path, device: torch.device):
         super().__init__()
-        loaded = load_weights(weights)
-        self.weights = {port: [part.to(device) for part in parts] for port, parts in loaded.convs.items()}
-        self.classifier = loaded.classifier.to(device)
+        tensors = load_weights(weights).tensors
+        self.classifier = tensors.pop("fc.weight").to(device)
+        self.layers = inception_layers().to_empty(device=device).eval()
+        self.layers.load_state_dict(tensors, strict=False)  # without num_batches_tracked
 
     def forward(self, images: Tensor) -> InceptionOutput:
         with full_precision(images.device):
-            x = self._run(TRUNK, (resize(images.contiguous(), 299) - 128) / 128)
-            spatial = x[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
-            pool = F.avg_pool2d(self._run(HEAD, x), 8).flatten(1)
+            x = (resize(images.contiguous(), 299) - 128) / 128
+            for name, layer in self.layers.named_children():
+                x = layer(x)
+                if name == SPATIAL_LAYER:
+                    spatial = x[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
+            pool = F.avg_pool2d(x, 8).flatten(1)
             return InceptionOutput(pool, spatial, pool @ self.classifier.t())
-
-    def _run(self, chain: Chain, x: Tensor) -> Tensor:
-        for layer in chain:
-            if isinstance(layer, Conv):
-                kernel, gamma, beta, mean, variance = self.weights[layer.port]
-                padding = [size // 2 for size in layer.kernel] if layer.padding == "SAME" else 0
-                x = F.conv2d(x, kernel, None, layer.stride, padding)
-                x = F.relu(F.batch_norm(x, mean, variance, gamma, beta, eps=BATCH_NORM_EPSILON))
-            elif isinstance(layer, Pool):
-                padding = 1 if layer.padding == "SAME" else 0
-                if layer.op == "MaxPool":
-                    x = F.max_pool2d(x, 3, layer.stride, padding)
-                else:
-                    x = F.avg_pool2d(x, 3, layer.stride, padding, count_include_pad=False)
-            else:
-                x = torch.cat([self._run(branch, x) for branch in layer.branches], 1)
-        return x
 
 
 def main() -> None:
@@ -176,12 +162,13 @@ def write_random_weights(path: Path) -> Path:
     """Write weights in the layout of the PyTorch port that keep activations at a usual size."""
     generator = torch.Generator().manual_seed(0)
     state = {}
-    for conv in all_convolutions(TRUNK + HEAD):
-        shape = (conv.out_channels, conv.in_channels, *conv.kernel)
-        deviation = (2 / (conv.in_channels * conv.kernel[0] * conv.kernel[1])) ** 0.5
-        state[f"{conv.port}.conv.weight"] = torch.randn(shape, generator=generator) * deviation
-        for part, value in (("weight", 1.0), ("bias", 0.1), ("running_mean", 0.0), ("running_var", 1.0)):
-            state[f"{conv.port}.bn.{part}"] = torch.full((conv.out_channels,), value)
+    values = {"weight": 1.0, "bias": 0.1, "running_mean": 0.0, "running_var": 1.0}
+    for name, like in inception_layers().state_dict().items():
+        if like.ndim == 4:
+            deviation = (2 / like[0].numel()) ** 0.5
+            state[name] = torch.randn(like.shape, generator=generator) * deviation
+        elif like.ndim == 1:
+            state[name] = torch.full(like.shape, values[name.rpartition(".")[2]])
     state["fc.weight"] = torch.randn(NUM_CLASSES, NUM_FEATURES, generator=generator) * 0.02
     torch.save(state, path)
     return path

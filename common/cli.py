@@ -125,7 +125,8 @@ def parse(config_class: type[AnyConfig], description: str, argv: Sequence[str] |
     if unknown:
         known = [option for action in parser._actions for option in action.option_strings]
         raise InputError(f"{unknown[0]}: unknown argument; {_suggestion(unknown[0], known)}")
-    return config_class(**vars(namespace))
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(namespace).items()}
+    return config_class(**values)
 
 
 def _suggestion(given: str, known: list[str]) -> str:
@@ -217,6 +218,9 @@ def _argument(item: dataclasses.Field, hint: Any) -> dict[str, Any]:
     kind = _value_type(hint)
     if kind is bool:
         return {**how, "help": text, "action": argparse.BooleanOptionalAction}
+    if get_origin(kind) is tuple:  # several values after one flag, unless `parse` splits a single one
+        kind = get_args(kind)[0]
+        how |= {} if rules["parse"] else {"nargs": "+"}
     how["type"] = rules["parse"] or (finite_float if kind is float else kind)
     if rules["choices"]:
         how["choices"] = rules["choices"]

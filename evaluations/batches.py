@@ -1,13 +1,11 @@
-"""Image batches for the evaluation, read in parts: an .npz with `arr_0` as ADM's samplers write it, or a folder or zip
-of images.
+"""Batches of images for the evaluation: an .npz with `arr_0`, as written by ADM's samplers, a folder, or a zip.
+
+Only parts of a batch are in memory at the same time.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
-import struct
-import zlib
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator
@@ -16,22 +14,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
+from common.images import open_image
 from common.io import InputError, sha256_of
 from common.sources import FileSource
 from evaluations.npz import NpzFile
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-MAX_SIDE = 4096  # a longer side is taken for a damaged or hostile file
-DECODERS = 8  # threads that decode image files ahead of the network
-# What Pillow raises on damaged files, as trials with random damage show; ValueError also for texts that unpack to much.
-DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+MAX_SIDE = 4096  # px; an image with a longer side is treated as damaged
+DECODERS = 8  # threads that decode image files while the network runs
 
 
 class ImageBatch(ABC):
-    """Images of one size: `path`, `count`, `height`, `width`; `readers` threads may read at once."""
+    """Images of one size. `readers` is the number of threads that may read at the same time."""
 
     readers = 1
     path: Path
@@ -41,14 +37,14 @@ class ImageBatch(ABC):
 
     @abstractmethod
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Return the images number start ... stop - 1 as (n, H, W, 3), uint8. Raises InputError if one is damaged."""
+        """Return the images start ... stop - 1 as (n, H, W, 3), uint8. Raises InputError if one is damaged."""
 
     @abstractmethod
     def digest(self) -> str:
-        """Return the SHA-256 of the file, or of all names and contents of a folder."""
+        """Return the SHA-256 of the file, or of the names and contents of all images in a folder."""
 
     def batches(self, start: int, stop: int, size: int) -> Iterator[tuple[int, Tensor]]:
-        """Yield (number of the first, images (n, 3, H, W) uint8) over start ... stop - 1, reading ahead."""
+        """Yield (number of the first image, images (n, 3, H, W) uint8) for start ... stop - 1, reading ahead."""
         pending: deque = deque()
         with ThreadPoolExecutor(self.readers) as threads:
             for first in range(start, stop, size):
@@ -82,19 +78,19 @@ class NpzImages(ImageBatch):
         self.count, self.height, self.width, _ = shape
         if not self.count:
             raise InputError(f"{path}: arr_0 holds no images")
-        _check_size(str(path), self.width, self.height)
+        if max(self.width, self.height) > MAX_SIDE or not self.width * self.height:
+            raise InputError(f"{path}: {self.width} x {self.height} pixels; allowed: 1 to {MAX_SIDE} per side")
         self._rows = npz.rows("arr_0")
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        pixels = np.frombuffer(self._rows.read(start, stop), np.uint8)
-        return pixels.reshape(stop - start, self.height, self.width, 3).copy()  # torch wants memory it may write to
+        return self._rows.read(start, stop)
 
     def digest(self) -> str:
         return sha256_of(self.path)
 
 
 class FileImages(ImageBatch):
-    """Image files of a folder or zip, in the order of their names; grey ones count as RGB."""
+    """Image files of a folder or zip, in the order of their names. Grey images are converted to RGB."""
 
     readers = DECODERS
 
@@ -115,7 +111,7 @@ class FileImages(ImageBatch):
                 found, expected = f"{image.shape[1]} x {image.shape[0]}", f"{self.width} x {self.height}"
                 raise InputError(
                     f"{self._source.describe(name)}: {found} pixels, but the first image has {expected}; "
-                    "bring them to one size with preprocessing/convert.py"
+                    "resize them with preprocessing/convert.py"
                 )
             row[:] = image
         return images
@@ -129,18 +125,11 @@ class FileImages(ImageBatch):
 
     def _decode(self, name: str) -> np.ndarray:
         place = self._source.describe(name)
+        data = self._source.read(name)
         try:
-            with Image.open(io.BytesIO(self._source.read(name))) as image:
-                _check_size(place, *image.size)
-                if image.mode not in ("RGB", "L"):
-                    raise InputError(f"{place}: mode {image.mode}, expected 8-bit RGB or grey")
-                return np.asarray(image.convert("RGB"))
-        except InputError:
-            raise
-        except DECODING_ERRORS as error:
-            raise InputError(f"{place}: not a readable image ({error})") from error
-
-
-def _check_size(place: str, width: int, height: int) -> None:
-    if not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE):
-        raise InputError(f"{place}: images of {width} x {height} pixels; allowed are 1 to {MAX_SIDE} on a side")
+            image = open_image(data, max_side=MAX_SIDE)
+        except InputError as error:
+            raise InputError(f"{place}: {error}") from error
+        if image.mode not in ("RGB", "L"):
+            raise InputError(f"{place}: mode {image.mode}, expected 8-bit RGB or grey")
+        return np.asarray(image.convert("RGB"))

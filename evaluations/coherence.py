@@ -1,34 +1,47 @@
-"""Coherence: does the class token that was generated with an image say what the encoder says of that image?
+"""Coherence: does a generated class token match the encoder's class token of the image generated with it?
 
-REG (arXiv 2507.01467) generates image and class token together, but reports the image alone. Here the generated token
-is compared with the encoder's token of the decoded image: by its cosine, beside what the same cosine is with tokens of
-other images and with the mean token of its class, and by how often the nearest class mean is that of its label. Class
-means are those of real images: of the training data, or, in benchmarks, of data held out.
+REG (arXiv 2507.01467) generates an image together with a class token, but reports scores of the image only. Here the
+generated token is compared with the encoder's token of the decoded image by the cosine of the two. For comparison, the
+same cosine is computed with the tokens of other images and with the mean token of the class. Another score is how often
+the nearest class mean is that of the label. Class means are computed from real images: the training data, or other data
+of the same classes.
 
-Pure functions of tokens; everything is a sum, so batches and processes simply add up.
+The scores are made from sums over images, which can be added over batches and processes.
 """
 
 from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
+from common.images import decode_rgb
 from common.io import InputError
+from dataset import LatentDataset
+from evaluations.batches import DECODERS
 from evaluations.metrics import Sums
+from loss import FROM_ENCODER, entangled_token
+from models.checkpoint import saved_settings
+from models.encoders import Encoder, load_encoder
 
-CENTRE_IMAGES = 10_000  # for the means of all classes together
+BATCH_SIZE = 64
+CENTRE_IMAGES = 10_000  # number of images for the means of all classes together
 
 
 def centre_images(labels: np.ndarray) -> list[int]:
-    """Return which images of a data set, given by its labels (N,), make the class means: equally many of each class."""
+    """Return the numbers of the images for the class means, equally many per class, of a data set with labels (N,)."""
     each = max(1, CENTRE_IMAGES // len(np.unique(labels)))
     return sorted(int(i) for label in np.unique(labels) for i in np.flatnonzero(labels == label)[:each])
 
 
 class CentreSums(Sums):
-    """Sum and count of the encoder's tokens (N, D) of real images, for each class."""
+    """Sum and count of the encoder's tokens (N, D) of real images, per class."""
 
     def __init__(self, classes: int, width: int, device: str | torch.device = "cpu"):
         self.totals = torch.zeros(classes, width, dtype=torch.float64, device=device)
@@ -40,12 +53,12 @@ class CentreSums(Sums):
         self.counts.index_add_(0, labels, torch.ones_like(labels, dtype=torch.float64))
 
     def centres(self) -> Tensor:
-        """Return the mean token of each class, (K, D) float64; NaN for a class that has no image."""
+        """Return the mean token of each class, (K, D) float64; NaN for a class without images."""
         return self.totals / self.counts[:, None]
 
 
 class CoherenceSums(Sums):
-    """What the scores need of generated tokens and of the encoder's tokens of the decoded images, both (N, D)."""
+    """Sums over pairs of a generated token and the encoder's token of the decoded image, both (N, D)."""
 
     def __init__(self, width: int, device: str | torch.device = "cpu"):
         self.count = torch.zeros((), dtype=torch.float64, device=device)
@@ -56,9 +69,9 @@ class CoherenceSums(Sums):
         self.encoded = torch.zeros(width, dtype=torch.float64, device=device)
 
     def update(self, generated: Tensor, encoded: Tensor, labels: Tensor, centres: Tensor) -> None:
-        """Add the tokens of images asked for with `labels` (N,) int64; `centres` (K, D): see `CentreSums.centres`.
+        """Add the tokens of images with `labels` (N,) int64; `centres` (K, D) are those of `CentreSums.centres`.
 
-        Images of a class without centre are left out.
+        Images of a class without a mean token are skipped.
         """
         known = centres.isfinite().all(1)[labels]
         generated, encoded, labels = generated[known].to(self.generated), encoded[known].to(self.encoded), labels[known]
@@ -73,20 +86,102 @@ class CoherenceSums(Sums):
         self.encoded += encoded.sum(0)
 
     def scores(self) -> dict[str, float]:
-        """Return the four numbers, cosines in [-1, 1] and a share in [0, 1]. Raises InputError for fewer than 2 images.
+        """Return three cosines in [-1, 1] and a fraction in [0, 1]. Raises InputError for fewer than 2 images.
 
         coherence: mean cosine of a generated token and the encoder's token of its own image.
-        coherence_shuffled: the same with another image's, the mean over all such pairs.
+        coherence_shuffled: mean cosine of a generated token and the encoder's token of another image, over all pairs.
         coherence_class_mean: mean cosine of a generated token and the mean token of its class.
-        cls_tokens_right: share of generated tokens whose nearest class mean is that of their label.
+        cls_tokens_right: fraction of generated tokens whose nearest class mean is that of their label.
         """
         n = int(self.count)
         if n < 2:
             raise InputError(f"coherence needs at least 2 images, there are {n}")
-        all_pairs = self.generated @ self.encoded  # the cosines of every token with every image's
+        all_pairs = self.generated @ self.encoded  # sum of the cosines of all generated with all encoded tokens
         return {
             "coherence": float(self.pairs / n),
             "coherence_shuffled": float((all_pairs - self.pairs) / (n * (n - 1))),
             "coherence_class_mean": float(self.to_class_mean / n),
             "cls_tokens_right": float(self.right / n),
         }
+
+
+def class_mean_sums(
+    encoder: Encoder,
+    kind: str,
+    data: LatentDataset,
+    batch_size: int,
+    device: torch.device | str,
+    process: int = 0,
+    processes: int = 1,
+) -> CentreSums:
+    """Return the sums over this process's part of the images; the sums of all processes give the class means.
+
+    kind: the encoder's output that is used, one of `loss.FROM_ENCODER`. Raises InputError for a broken image.
+    """
+    sums = CentreSums(data.num_classes, encoder.width, device)
+    mine = centre_images(data.labels)[process::processes]
+    with ThreadPoolExecutor(DECODERS) as pool:
+        for first in tqdm(range(0, len(mine), batch_size), desc="class means", disable=process > 0):
+            numbers = mine[first : first + batch_size]
+            images = torch.stack(list(pool.map(data.image, numbers)))
+            tokens = entangled_token(kind, encoder(images.to(device)), None)
+            sums.update(tokens, torch.from_numpy(data.labels[numbers]).to(device))
+    return sums
+
+
+class CoherenceReport:
+    """Computes the coherence of a checkpoint's samples with the encoder of its training.
+
+    Args:
+        checkpoint: returned by `load_checkpoint`.
+        data_dir: the training data, for the class means.
+        enc_weights: the encoder's file; None: the file of the training run.
+        device: of the encoder.
+        source: the checkpoint's name in errors.
+        num_images: number of samples, if known.
+
+    Raises:
+        InputError: the class token of the checkpoint is not an encoder's; data or encoder are missing or do not match
+            the checkpoint; there are too few samples.
+    """
+
+    def __init__(
+        self,
+        checkpoint: dict[str, Any],
+        data_dir: str | Path,
+        enc_weights: str | None = None,
+        device: torch.device | str = "cpu",
+        source: str | Path = "checkpoint",
+        num_images: int | None = None,
+    ):
+        settings = saved_settings(checkpoint, source)
+        self.kind = settings.get("entangle", "class" if settings.get("cls_token", True) else "none")
+        if self.kind not in FROM_ENCODER or not settings.get("enc_type"):
+            raise InputError(f"--coherence: {source} was not trained with an encoder's class token")
+        if num_images is not None and num_images < 2:
+            raise InputError(f"--coherence: needs at least 2 images, not {num_images}")
+        self.data, self.device = LatentDataset(data_dir), device
+        for name in ("num_classes", "resolution"):
+            found = getattr(self.data, name)
+            if settings.get(name, found) != found:
+                raise InputError(f"--coherence {data_dir}: {name} {found}, but {source} has {settings[name]}")
+        weights = enc_weights or (settings.get("enc_weights") or "").split(",")[0] or None
+        self.encoder = load_encoder(settings["enc_type"].split(",")[0], self.data.resolution, weights, device)
+
+    def __call__(self, images: list[Path], cls_tokens: np.ndarray, labels: list[int]) -> dict[str, float]:
+        """Return the scores of image files with their generated tokens (N, D) and labels."""
+        centres = class_mean_sums(self.encoder, self.kind, self.data, BATCH_SIZE, self.device).centres().cpu()
+        sums = CoherenceSums(self.encoder.width)
+        for first in tqdm(range(0, len(images), BATCH_SIZE), desc="coherence"):
+            rows = slice(first, first + BATCH_SIZE)
+            pixels = torch.from_numpy(np.stack([_read_image(path) for path in images[rows]]))
+            encoded = entangled_token(self.kind, self.encoder(pixels.permute(0, 3, 1, 2).to(self.device)), None).cpu()
+            sums.update(torch.from_numpy(cls_tokens[rows]), encoded, torch.tensor(labels[rows]), centres)
+        return sums.scores()
+
+
+def _read_image(path: Path) -> np.ndarray:
+    try:
+        return decode_rgb(path.read_bytes())
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error

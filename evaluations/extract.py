@@ -1,37 +1,71 @@
-"""Runs a feature network over images with all processes of an entry point, or takes its features from the cache."""
+"""Runs feature networks over images with all processes of a program, or takes their features from the cache."""
 
 from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from torch import nn
 from tqdm import tqdm
 
-from common.cli import AUTO
-from common.distributed import largest_batch
+from common.cli import AUTO, BATCH_SIZE, Config, batch_size, setting
+from common.distributed import broadcast_from_main, largest_batch
 from common.io import InputError
 from evaluations.batches import ImageBatch
-from evaluations.features import Extraction, FeatureCache
-from evaluations.inception.network import full_precision
+from evaluations.comparison import encoder_name
+from evaluations.features import EncoderExtraction, Extraction, FeatureCache, InceptionExtraction
+from evaluations.inception.network import full_precision, load_inception
+from models.encoders import load_encoder
 
 CPU_BATCH = 32
-LARGEST_BATCH = 512  # that an automatic batch size tries: more makes no GPU faster
+LARGEST_BATCH = 512  # of --batch-size auto; more does not make any GPU faster
 Kind = TypeVar("Kind", bound=Extraction)
 
 
-class Extractor:
-    """Extracts features with all processes; the result is whole on the main one only. Hashes images meanwhile.
+@dataclass(frozen=True, kw_only=True)
+class ExtractionConfig(Config):
+    """Feature networks."""
 
-    batch_size: images at a time, or AUTO for as many as the GPU's memory holds, which each process finds for itself.
+    inception: str | None = setting(None, "Inception weights, .pb or PyTorch port; default: downloaded once")
+    encoder: str | None = setting(None, "add the Frechet distance of this encoder's class tokens, e.g. dinov2-vit-l")
+    enc_weights: str | None = setting(None, "weights file of --encoder; default: the encoder's own download")
+    batch_size: int | str = setting(
+        32,
+        "images per batch and process; auto: the largest batch that fits into the GPU's memory",
+        check=BATCH_SIZE,
+        parse=batch_size,
+    )
+    cpu: bool = setting(False, "use the CPU even if there is a GPU")
+
+    def check_combination(self) -> None:
+        if self.enc_weights and not self.encoder:
+            raise InputError(f"--enc-weights {self.enc_weights}: needs --encoder, the encoder that has these weights")
+
+
+class Extractor:
+    """Extracts features with all processes; only the main process gets the complete result.
+
+    Images are hashed in the background meanwhile.
+
+    Args:
+        accelerator: of the program.
+        config: networks and batch size.
+        resolution: of the images, in px; the encoder is built for it.
+        cache: folder of the feature cache, or None.
     """
 
-    def __init__(self, accelerator: Accelerator, batch_size: int | str, cache: str | None = None):
-        self.accelerator, self.batch_size = accelerator, batch_size
-        self.device, self.is_main = accelerator.device, accelerator.is_main_process
+    def __init__(self, accelerator: Accelerator, config: ExtractionConfig, resolution: int, cache: str | None = None):
+        self.accelerator, self.batch_size = accelerator, config.batch_size
+        self.device = accelerator.device
+        self.encoder = self.encoder_name = None
+        with accelerator.local_main_process_first():  # one process per machine downloads, the others find the file
+            self.inception = load_inception(config.inception, self.device)
+            if config.encoder:
+                self.encoder = load_encoder(config.encoder, resolution, config.enc_weights, self.device)
+                self.encoder_name = encoder_name(config.encoder, config.enc_weights)
         self._cache = FeatureCache(cache) if cache else None
         self._background = ThreadPoolExecutor(1)
         self._digests: dict[ImageBatch, Future[str]] = {}
@@ -44,38 +78,55 @@ class Extractor:
 
     def digest(self, images: ImageBatch) -> str:
         """Return the SHA-256 of the images' file or folder."""
-        self._start_hashing(images)
-        return self._digests[images].result()
+        return self._start_hashing(images).result()
 
-    def __call__(self, network: nn.Module, name: str, images: ImageBatch, extraction: Kind) -> Kind:
-        """Return the extraction, filled with the features that `network`, known as `name`, gives for all images."""
-        if self.is_main:
+    def _start_hashing(self, images: ImageBatch) -> Future[str]:
+        if images not in self._digests:
+            self._digests[images] = self._background.submit(images.digest)
+        return self._digests[images]
+
+    def describe_encoder(self) -> dict[str, Any] | None:
+        """Return the encoder's name and input size in px."""
+        return self.encoder and {"name": self.encoder_name, "input_size": self.encoder.input_size}
+
+    def inception_features(self, images: ImageBatch, keep: bool) -> InceptionExtraction:
+        """Return the Inception features of all images; with `keep`, also the pool features of each image."""
+        extraction = InceptionExtraction(images.count, keep, self.device)
+        return self._extract(self.inception, self.inception.name, images, extraction)
+
+    def encoder_features(self, images: ImageBatch) -> EncoderExtraction:
+        """Return the class tokens' sums of all images."""
+        return self._extract(
+            self.encoder, self.encoder_name, images, EncoderExtraction(self.encoder.width, self.device)
+        )
+
+    def _extract(self, network: nn.Module, name: str, images: ImageBatch, extraction: Kind) -> Kind:
+        is_main = self.accelerator.is_main_process
+        if is_main:
             self._start_hashing(images)
-        if self._cache is not None and self._from_cache(name, images, extraction):
-            return extraction
+        if self._cache is not None:
+
+            def load() -> bool:
+                return self._cache.load(self.digest(images), name, extraction, images.count)
+
+            if broadcast_from_main(self.accelerator, load):
+                return extraction
         self._run(network, images, extraction)
-        self._share(images, extraction)
-        if self._cache is not None and self.is_main:
+        self._combine(images, extraction)
+        if self._cache is not None and is_main:
             self._cache.save(self.digest(images), name, extraction)
         return extraction
 
-    def _start_hashing(self, images: ImageBatch) -> None:
-        if images not in self._digests:
-            self._digests[images] = self._background.submit(images.digest)
-
-    def _from_cache(self, name: str, images: ImageBatch, extraction: Extraction) -> bool:
-        found = [self.is_main and self._cache.load(self.digest(images), name, extraction, images.count)]
-        return broadcast_object_list(found)[0]  # the other processes must know that there is nothing to do
-
     def _shard(self, images: ImageBatch, process: int) -> tuple[int, int]:
-        """Return the range of images of a process: contiguous, so that features gather in order."""
+        """Return the range of images of a process: contiguous, so that features are gathered in order."""
         processes = self.accelerator.num_processes
         return images.count * process // processes, images.count * (process + 1) // processes
 
     def _run(self, network: nn.Module, images: ImageBatch, extraction: Extraction) -> None:
         start, stop = self._shard(images, self.accelerator.process_index)
         size = self._find_batch_size(network, images) if self.batch_size == AUTO else self.batch_size
-        bar = tqdm(total=stop - start, desc=images.path.name, unit="image", disable=not self.is_main)
+        disable = not self.accelerator.is_main_process
+        bar = tqdm(total=stop - start, desc=images.path.name, unit="image", disable=disable)
         with bar, full_precision(self.device):
             for first, batch in images.batches(start, stop, size):
                 extraction.update(network(batch.to(self.device)), first)
@@ -91,8 +142,8 @@ class Extractor:
         with full_precision(self.device):
             return largest_batch(attempt, min(LARGEST_BATCH, images.count))
 
-    def _share(self, images: ImageBatch, extraction: Extraction) -> None:
-        """Add up the sums of all processes, and gather the features that are kept."""
+    def _combine(self, images: ImageBatch, extraction: Extraction) -> None:
+        """Sum the sums of all processes, and gather the kept features."""
         if self.accelerator.num_processes > 1:
             extraction.load(self.accelerator.reduce(extraction.state(), reduction="sum"))
             if extraction.keep:
@@ -103,7 +154,7 @@ class Extractor:
     def _gather(self, images: ImageBatch, extraction: Extraction) -> None:
         shards = [self._shard(images, process) for process in range(self.accelerator.num_processes)]
         sizes = [stop - start for start, stop in shards]
-        mine = torch.cat(extraction.kept).to(self.device)  # all shards have to be equally long to be gathered
+        mine = torch.cat(extraction.kept).to(self.device)  # gathering needs shards of equal length
         padded = torch.nn.functional.pad(mine, (0, 0, 0, max(sizes) - len(mine)))
         parts = self.accelerator.gather(padded).cpu().split(max(sizes))
         extraction.kept = [part[:size] for part, size in zip(parts, sizes, strict=True)]

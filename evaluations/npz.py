@@ -1,8 +1,7 @@
-"""NumPy's .npz files. Those of strangers: each array is checked before it is believed, and large ones are read in
-parts. Our own, of more images than fit into memory: written image by image.
+"""Reads and writes NumPy's .npz files without holding all images in memory.
 
-Nothing is unpickled, nothing is read whole before its size is known to be the expected one, and an array that unpacks
-to an implausible size is refused.
+Files from elsewhere are not trusted: nothing is unpickled, every array's type and size are checked before it is read,
+and an array that unpacks to an implausible size is refused.
 """
 
 from __future__ import annotations
@@ -22,20 +21,22 @@ from tqdm import tqdm
 
 from common.io import InputError
 
-MAX_RATIO = 500  # unpacked / packed; deflate reaches 1032 on constant bytes, images stay far below
-SMALL = 1 << 28  # members up to this many bytes cannot hurt, whatever their ratio
+MAX_RATIO = 500  # unpacked / packed size; deflate reaches 1032 on constant bytes, images stay far below
+SMALL = 1 << 28  # bytes; arrays up to this size are allowed to have any ratio
 
 _LOCAL_HEADER = struct.Struct("<26x2H")  # of a zip member; ends with the lengths of its name and its extra field
 _HEADER_READERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
 }
-_READ_ERRORS = (OSError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, NotImplementedError)
-_HEADER_ERRORS = (ValueError, SyntaxError, tokenize.TokenError)  # NumPy reads a header as Python
+_READ_ERRORS = (
+    OSError, ValueError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, NotImplementedError,
+)  # fmt: skip
+_HEADER_ERRORS = (SyntaxError, tokenize.TokenError)  # NumPy evaluates a header as Python
 
 
 class ArrayHeader(NamedTuple):
-    """Shape and type of an array, and where its data starts in its member."""
+    """Shape and type of an array, and the position of its data in its member of the zip."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -43,7 +44,7 @@ class ArrayHeader(NamedTuple):
 
 
 class NpzFile:
-    """The arrays of an .npz file. Raises InputError, naming the file, whenever it is not sound."""
+    """The arrays of an .npz file. All methods raise InputError, naming the file, if it is damaged."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -58,15 +59,12 @@ class NpzFile:
     def __contains__(self, name: str) -> bool:
         return name in self._members
 
-    @property
-    def names(self) -> list[str]:
-        """The names of the arrays, sorted."""
-        return sorted(self._members)
-
     def header(self, name: str) -> ArrayHeader:
         """Return an array's header. Raises InputError if it holds pickles, is cut short, or is a zip bomb."""
         if name not in self._members:
-            raise InputError(f"{self.path}: no array {name!r}; it holds {', '.join(self.names) or 'nothing'}")
+            raise InputError(
+                f"{self.path}: no array {name!r}; it holds {', '.join(sorted(self._members)) or 'nothing'}"
+            )
         info = self._members[name]
         if info.file_size > max(SMALL, MAX_RATIO * info.compress_size):
             raise InputError(
@@ -86,7 +84,7 @@ class NpzFile:
         return header
 
     def array(self, name: str, shape: tuple[int, ...], kind: str) -> np.ndarray:
-        """Return an array that has to be of that shape and dtype kind ("f" float, "i" integer, "U" text)."""
+        """Return an array, which must have this shape and dtype kind ("f" float, "i" integer, "U" text)."""
         header = self.header(name)
         if header.shape != shape or header.dtype.kind != kind:
             raise InputError(
@@ -94,51 +92,47 @@ class NpzFile:
             )
         try:
             with zipfile.ZipFile(self.path) as archive:
-                data = archive.read(self._members[name])  # the zip's checksum is verified on the way
+                data = archive.read(self._members[name])  # verifies the zip's checksum
         except _READ_ERRORS as error:
             raise InputError(f"{self.path}: {name!r} is damaged ({error})") from error
         return np.frombuffer(data, header.dtype, offset=header.offset).reshape(shape)
 
     def rows(self, name: str) -> RowReader:
-        """Return a reader of the array's data, row by row. Close it after use."""
+        """Return a reader of parts of an array."""
         return RowReader(self.path, self._members[name], self.header(name))
 
 
 class RowReader:
-    """Reads rows of an array of at least one axis from an .npz.
+    """Reads rows of an array of an .npz.
 
-    A stored member, as `np.savez` writes it, is read at any place; a compressed one is unpacked up to there, so read
-    forward only.
+    A stored member, as written by `np.savez`, is read at any position. A compressed member has to be unpacked up to the
+    requested row, so read it in ascending order.
     """
 
     def __init__(self, path: Path, info: zipfile.ZipInfo, header: ArrayHeader):
-        self.path, self.name = path, info.filename.removesuffix(".npy")
-        self._row = math.prod(header.shape[1:]) * header.dtype.itemsize
-        self._offset = header.offset
+        self._where = f"{path}: {info.filename.removesuffix('.npy')!r}"
+        self._header, self._offset = header, header.offset
+        self._row_bytes = math.prod(header.shape[1:]) * header.dtype.itemsize
         self._file: IO[bytes]
         if info.compress_type == zipfile.ZIP_STORED:
-            self._file = open(path, "rb")  # noqa: SIM115 (closed by close)
+            self._file = open(path, "rb")  # noqa: SIM115 (stays open as long as this object lives)
             self._file.seek(info.header_offset)
             fixed = self._file.read(_LOCAL_HEADER.size)
             self._offset += info.header_offset + len(fixed) + sum(_LOCAL_HEADER.unpack(fixed))
         else:
             self._file = zipfile.ZipFile(path).open(info)  # noqa: SIM115
 
-    def read(self, start: int, stop: int) -> bytes:
-        """Return the bytes of the rows start ... stop - 1. Raises InputError if they are damaged or missing."""
-        size = (stop - start) * self._row
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Return the rows start ... stop - 1. Raises InputError if they are damaged or missing."""
+        rows = np.empty((stop - start, *self._header.shape[1:]), self._header.dtype)
         try:
-            self._file.seek(self._offset + start * self._row)
-            data = self._file.read(size)
-        except (*_READ_ERRORS, ValueError) as error:
-            raise InputError(f"{self.path}: {self.name!r} is damaged ({error})") from error
-        if len(data) != size:
-            raise InputError(f"{self.path}: {self.name!r} ends early, near row {start}")
-        return data
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+            self._file.seek(self._offset + start * self._row_bytes)
+            size = self._file.readinto(rows.data.cast("B"))
+        except _READ_ERRORS as error:
+            raise InputError(f"{self._where} is damaged ({error})") from error
+        if size != rows.nbytes:
+            raise InputError(f"{self._where} ends early, near row {start}")
+        return rows
 
 
 def _parse_header(member: IO[bytes]) -> ArrayHeader:
@@ -158,7 +152,7 @@ def write_npz(
 ) -> None:
     """Write an uncompressed .npz: small `arrays` by name, then images of `shape` (N, H, W, 3), uint8, as `arr_0`.
 
-    The images come one by one: 50,000 of them need not fit into memory. Equal content gives equal bytes.
+    The images are taken one at a time, so they need not fit into memory together. Equal content gives equal bytes.
     """
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
@@ -172,4 +166,4 @@ def write_npz(
 
 
 def _new_member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
-    return archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True)  # its date is 1980, whenever written
+    return archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True)  # ZipInfo's date is always 1980

@@ -274,23 +274,6 @@ def load_codec(name: str, device: str | torch.device = "cpu") -> Codec:
     return codec_class(_load_autoencoder(folder, class_name), _latent_format(name, spec, folder, config)).to(device)
 
 
-def load_decoder(latent_format: LatentFormat, name: str | None = None, device: str | torch.device = "cpu") -> Codec:
-    """Return the frozen codec that decodes latents of this format.
-
-    `name` is as for `load_codec`, or "ema", "mse" for Stable Diffusion's. Default: the codec that made the latents,
-    except that sd-vae-ft-ema decodes the latents of sd-vae-ft-mse. Raises InputError if the codec has other latents.
-    """
-    name = SHORT_NAMES.get(name, name)
-    if name is None:
-        name = "sd-vae-ft-ema" if latent_format.codec == "sd-vae-ft-mse" else latent_format.codec
-    codec = load_codec(name, device)
-    for what in ("channels", "factor"):
-        found, needed = getattr(codec.format, what), getattr(latent_format, what)
-        if found != needed:
-            raise InputError(f"--vae {name}: its {what} is {found}, but that of the latents is {needed}")
-    return codec
-
-
 def _codec_folder(name: str, source: str) -> Path:
     """Return the local folder of a codec's files, which are downloaded first if they are on the hub."""
     if Path(source).is_dir():

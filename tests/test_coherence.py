@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from common.io import InputError
 from dataset import LatentDataset
 from evaluations import coherence
-from evaluations.coherence import CentreSums, CoherenceSums
-from evaluations.coherence_report import CoherenceReport, class_mean_sums
+from evaluations.coherence import CentreSums, CoherenceReport, CoherenceSums, class_mean_sums
 from loss import entangled_token
 from models.encoders import load_encoder
 from tests.conftest import ENCODER, NUM_CLASSES, RESOLUTION
@@ -119,7 +118,7 @@ def test_class_means_need_images_only_and_processes_share_them(data, encoder_wei
         ({"num_classes": 5}, 7, r"--coherence .*data.*: num_classes 3, but run\.pt has 5"),
         ({"resolution": 32}, 7, r"--coherence .*data.*: resolution 16, but run\.pt has 32"),
         ({}, 1, "--coherence: needs at least 2 images, not 1"),
-        ({"entangle": "latent-mean"}, 7, r"run\.pt entangles no encoder's token"),
+        ({"entangle": "latent-mean"}, 7, r"run\.pt was not trained with an encoder's class token"),
     ],
 )
 def test_a_report_that_cannot_work_is_refused_at_once(shared_data, encoder_weights, changed, num_images, message):

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from evaluations.inception.graph import check_structure
 
 from common.io import InputError
-from evaluations.inception.graph import check_structure
 from evaluations.inception.graphdef import Graph
 from evaluations.inception.network import Inception, full_precision, load_inception, resize_bilinear_tf1
 from evaluations.inception.weights import fetch_graph, load_weights

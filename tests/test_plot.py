@@ -1,9 +1,7 @@
 """The plot of FID over training steps."""
 
-import argparse
 import itertools
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,8 +20,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch, *flags: object) -> Figure:
     """Run the program and return its figure."""
     figures = []
     monkeypatch.setattr(plot, "Figure", lambda **settings: figures.append(Figure(**settings)) or figures[0])
-    monkeypatch.setattr(sys, "argv", ["plot.py", *map(str, flags)])
-    plot.main()
+    plot.main(list(map(str, flags)))
     return figures[0]
 
 
@@ -82,25 +79,22 @@ def test_numbers_beside_the_axis_are_plain_and_have_room(
 @pytest.mark.parametrize(
     ("content", "flags", "message"),
     [
-        ('{"step": 1, "loss": 2}\n', [], "no line with a whole number `step` and a number `fid`"),
-        ('{"step": "abc", "fid": 2}\nnot json\n[1]\n', [], "no line with a whole number `step`"),
-        (f'{{"step": {10**400}, "fid": 2}}\n', [], "no line with a whole number `step`"),
+        ('{"step": 1, "loss": 2}\n', [], "no line with an integer `step` and a number `fid`"),
+        ('{"step": "abc", "fid": 2}\nnot json\n[1]\n', [], "no line with an integer `step`"),
+        (f'{{"step": {10**400}, "fid": 2}}\n', [], "no line with an integer `step`"),
         ('{"step": 1, "fid": 2}\n', ["--out", "fid.txt"], "--out fid.txt"),
         ('{"step": 1, "fid": 2}\n', ["--out", f"{__file__}/fid.png"], "--out .*fid.png: .* is no folder"),
         ('{"step": 1, "fid": 2}\n', ["--names", "a", "b"], "2 names for 1 runs"),
         ('{"step": 1, "sfid": 2}\n', ["--metric", "sfid", "--published", "B/2"], "published curves of fid only"),
     ],
 )
-def test_what_is_wrong_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str, flags: list[str], message: str
-) -> None:
+def test_what_is_wrong_is_named(tmp_path: Path, content: str, flags: list[str], message: str) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(content)
-    monkeypatch.setattr(sys, "argv", ["plot.py", str(path), *flags])
     with pytest.raises(InputError, match=message):
-        plot.main()
+        plot.main([str(path), *flags])
 
 
 def test_a_place_that_cannot_be_written_to_is_named_before_anything_is_read(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--out"):
-        plot.check_args(argparse.Namespace(names=None, published=None, metric="fid", out=str(tmp_path)))
+        plot.main([str(tmp_path / "nowhere.jsonl"), "--out", f"{__file__}/fid.png"])

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from common.images import image_grid, save_png
-from evaluations.coherence import CoherenceSums
-from evaluations.coherence_report import class_mean_sums
+from evaluations.coherence import CoherenceSums, class_mean_sums
 from loss import FROM_ENCODER, entangled_token
 from models.sit import SiT
 from samplers import Guidance, image_seeds, sample_images

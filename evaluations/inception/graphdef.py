@@ -1,16 +1,15 @@
-"""A reader of TensorFlow graph files (GraphDef protobuf messages): nodes and constants, no TensorFlow and no protobuf.
+"""Reads constants from TensorFlow graph files (GraphDef protobuf messages) without TensorFlow and without protobuf.
 
-Only the fields that a frozen inference graph of 2015 uses are decoded; see tensorflow/core/framework/graph.proto,
-node_def.proto, attr_value.proto, tensor.proto and https://protobuf.dev/programming-guides/encoding for the numbers.
+Field numbers: graph.proto, node_def.proto, attr_value.proto and tensor.proto in tensorflow/core/framework. Encoding:
+https://protobuf.dev/programming-guides/encoding.
 """
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,65 +17,67 @@ import torch
 from common.io import InputError
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types
-_PASS_THROUGH = ("Identity", "CheckNumerics")  # operations that hand their input on unchanged
-_TENSOR_TYPES = {1: np.dtype("<f4"), 3: np.dtype("<i4")}  # DataType: DT_FLOAT, DT_INT32
-
-
-@dataclass(frozen=True)
-class Node:
-    """A NodeDef: operation, names of inputs, attributes as int, float, bytes, list of int, or a tensor's message."""
-
-    op: str
-    inputs: list[str]
-    attributes: dict[str, Any]
+_DT_FLOAT = 1
+_DAMAGE = (ValueError, TypeError, KeyError, struct.error)  # raised by the functions below for a damaged file
 
 
 class Graph:
-    """A graph file. Raises InputError, naming the file, if it is damaged or lacks what is asked for."""
+    """The nodes of a graph file. Raises InputError, naming the file, if it is damaged or lacks a requested node."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self._nodes: dict[str, Node] = {}
         try:
-            for field, value in _fields(memoryview(self.path.read_bytes())):
-                if field == 1:
-                    name, node = _parse_node(value)
-                    self._nodes[name] = node
-        except (ValueError, TypeError, struct.error) as error:
+            fields = _fields(memoryview(self.path.read_bytes()))
+            self._nodes = dict(_parse_node(value) for field, value in fields if field == 1)
+        except _DAMAGE as error:
             raise InputError(f"{path}: not a TensorFlow graph, or damaged ({error})") from error
 
-    def node(self, name: str) -> Node:
-        """Return the node of that name."""
+    def constant(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """Return the value of a float32 Const node, which must have the given shape."""
+        try:
+            # TensorProto: 1 dtype, 2 shape (2 dim (1 size)), 4 raw content, 5 float_val. AttrValue: 8 tensor.
+            fields = list(_fields(dict(_fields(self._attributes(name)["value"]))[8]))
+            tensor = dict(fields)
+            found = tuple(dict(_fields(dim)).get(1, 0) for field, dim in _fields(tensor[2]) if field == 2)
+            content = tensor.get(4) or b"".join(value for field, value in fields if field == 5)
+            numbers = np.frombuffer(content, "<f4")
+        except _DAMAGE as error:
+            raise InputError(f"{self.path}: the node {name!r} holds no readable constant ({error})") from error
+        if tensor.get(1) != _DT_FLOAT or found != shape:
+            raise InputError(
+                f"{self.path}: {name!r} has type {tensor.get(1)} and shape {found}, expected float {shape}"
+            )
+        if len(numbers) not in (1, math.prod(shape)):
+            raise InputError(f"{self.path}: {name!r} holds {len(numbers)} numbers, expected {math.prod(shape)}")
+        return torch.from_numpy(np.full(shape, numbers if len(numbers) == 1 else numbers.reshape(shape)))
+
+    def switch(self, name: str, attribute: str) -> bool:
+        """Return a boolean attribute of a node; an attribute that is absent is false."""
+        try:
+            return bool(dict(_fields(self._attributes(name).get(attribute, b""))).get(5, 0))  # AttrValue: 5 b
+        except _DAMAGE as error:
+            raise InputError(f"{self.path}: {attribute} of the node {name!r} is damaged ({error})") from error
+
+    def _attributes(self, name: str) -> dict[str, memoryview]:
         if name not in self._nodes:
             raise InputError(f"{self.path}: the graph has no node {name!r}")
         return self._nodes[name]
 
-    def constant(self, name: str) -> torch.Tensor:
-        """Return the value of a Const node, float32 or int32."""
-        node = self.node(name)
-        if node.op != "Const":
-            raise InputError(f"{self.path}: node {name!r} is a {node.op}, expected a Const")
-        try:
-            return torch.from_numpy(_parse_tensor(node.attributes["value"]))
-        except (ValueError, TypeError, KeyError, struct.error) as error:
-            raise InputError(f"{self.path}: the constant {name!r} cannot be read ({error})") from error
 
-    def data_inputs(self, name: str) -> list[str]:
-        """Return the nodes whose results a node works on, seen through operations that hand their input on."""
-        return [self._origin(name) for name in self.node(name).inputs if not name.startswith("^")]
-
-    def _origin(self, name: str) -> str:
-        for _ in range(len(self._nodes)):
-            name = name.removesuffix(":0")
-            node = self.node(name)
-            if node.op not in _PASS_THROUGH or not node.inputs:
-                return name
-            name = node.inputs[0]
-        raise InputError(f"{self.path}: the graph runs in a circle at node {name!r}")
+def _parse_node(message: memoryview) -> tuple[str, dict[str, memoryview]]:
+    """Return name and attributes of a NodeDef: 1 name, 5 attr (a map entry: 1 key, 2 value)."""
+    name, attributes = "", {}
+    for field, value in _fields(message):
+        if field == 1:
+            name = str(value, "utf-8")
+        elif field == 5:
+            entry = dict(_fields(value))
+            attributes[str(entry[1], "utf-8")] = entry.get(2, b"")
+    return name, attributes
 
 
-def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-    """Yield (field number, value) of a protobuf message; ValueError if it is cut short or no such message."""
+def _fields(message: memoryview | bytes) -> Iterator[tuple[int, int | memoryview]]:
+    """Yield (field number, value) of a protobuf message. Raises ValueError if it ends early or is not a message."""
     at = 0
     while at < len(message):
         key, at = _varint(message, at)
@@ -97,8 +98,8 @@ def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
         yield key >> 3, value
 
 
-def _varint(message: memoryview, at: int) -> tuple[int, int]:
-    """Return a number of 7 bits a byte, lowest first, and the position behind it."""
+def _varint(message: memoryview | bytes, at: int) -> tuple[int, int]:
+    """Return an integer stored as 7 bits per byte, lowest bits first, and the position after it."""
     value = 0
     for shift in range(0, 64, 7):
         if at == len(message):
@@ -108,70 +109,4 @@ def _varint(message: memoryview, at: int) -> tuple[int, int]:
         value |= (byte & 127) << shift
         if byte < 128:
             return value, at
-    raise ValueError("a number of more than 64 bits")
-
-
-def _parse_node(message: memoryview) -> tuple[str, Node]:
-    """NodeDef: 1 name, 2 op, 3 input, 5 attr (a map entry: 1 key, 2 value)."""
-    name, node = "", Node("", [], {})
-    for field, value in _fields(message):
-        if field == 1:
-            name = _text(value)
-        elif field == 2:
-            node = Node(_text(value), node.inputs, node.attributes)
-        elif field == 3:
-            node.inputs.append(_text(value))
-        elif field == 5:
-            entry = dict(_fields(value))
-            node.attributes[_text(entry[1])] = _parse_attribute(entry.get(2, memoryview(b"")))
-    return name, node
-
-
-def _parse_attribute(message: memoryview) -> Any:
-    """AttrValue: 1 list (3 i), 2 s, 3 i, 4 f, 5 b, 6 type, 8 tensor. An empty message is a zero."""
-    for field, value in _fields(message):
-        if field == 1:
-            return [number for key, item in _fields(value) if key == 3 for number in _integers(item)]
-        if field == 2:
-            return bytes(value)
-        if field == 4:
-            return struct.unpack("<f", value)[0]
-        return value
-    return 0
-
-
-def _parse_tensor(message: memoryview) -> np.ndarray:
-    """TensorProto: 1 dtype, 2 shape (2 dim (1 size)), 4 raw content, 5 float_val, 7 int_val. One value fills it all."""
-    dtype, shape, content, numbers = 0, [], b"", []
-    for field, value in _fields(message):
-        if field == 1:
-            dtype = value
-        elif field == 2:
-            shape = [dict(_fields(dim)).get(1, 0) for key, dim in _fields(value) if key == 2]
-        elif field == 4:
-            content = value
-        elif field == 5:
-            numbers.extend(np.frombuffer(value, "<f4"))
-        elif field == 7:
-            numbers.extend(_integers(value))
-    if dtype not in _TENSOR_TYPES:
-        raise ValueError(f"data type {dtype}; allowed are float32 and int32")
-    flat = np.frombuffer(content, _TENSOR_TYPES[dtype]) if len(content) else np.array(numbers, _TENSOR_TYPES[dtype])
-    if len(flat) == 1:
-        return np.full(shape, flat[0])
-    return flat.reshape(shape).copy()
-
-
-def _integers(value: int | memoryview) -> list[int]:
-    """Return one number, or the packed numbers of a repeated field."""
-    if isinstance(value, int):
-        return [value]
-    numbers, at = [], 0
-    while at < len(value):
-        number, at = _varint(value, at)
-        numbers.append(number)
-    return numbers
-
-
-def _text(value: int | memoryview) -> str:
-    return bytes(value).decode() if isinstance(value, memoryview) else ""
+    raise ValueError("an integer of more than 64 bits")

@@ -1,7 +1,7 @@
 """The feature network of the ADM evaluation (arXiv 2105.05233), in PyTorch, from the original weights.
 
-Equal to TensorFlow's graph of 2015-12-05 to float32 rounding: TensorFlow-1's bilinear resize to 299 x 299, the layers
-of `inception_graph`, and the classifier without its bias, as ADM's Inception Score applies it. Batch norms are folded
+It equals TensorFlow's graph of 2015-12-05 up to float32 rounding: the bilinear resize of TensorFlow 1 to 299 x 299, the
+layers of `layers.py`, and the classifier without its bias, as ADM's Inception Score uses it. Batch norms are folded
 into the convolutions.
 """
 
@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evaluations.inception.graph import BATCH_NORM_EPSILON, HEAD, INPUT_SIZE, TRUNK, Chain, Conv, Pool, convolutions
-from evaluations.inception.weights import ConvWeights, InceptionWeights, fetch_graph, load_weights
+from evaluations.inception.layers import INPUT_SIZE, SPATIAL_LAYER, convolutions, inception_layers
+from evaluations.inception.weights import InceptionWeights, fetch_graph, load_weights
 
-SPATIAL_CHANNELS = 7  # of mixed_6/conv, as ADM's sFID takes them: about as many features as FID's 2048
+SPATIAL_CHANNELS = 7  # as in ADM's sFID: about as many features as FID's 2048
 SPATIAL_FEATURES = SPATIAL_CHANNELS * 17 * 17
 
 
@@ -32,48 +31,53 @@ class InceptionOutput(NamedTuple):
 
 
 class Inception(nn.Module):
-    """The frozen network, always float32. Scores compare only between networks of the same `name`.
+    """The frozen network, always float32. Scores are comparable only between networks of the same `name`.
 
-    `path` and `sha256` say which file the weights are from, `published` whether it is one of the two published ones.
+    `path` and `sha256` identify the file of the weights; `published` is true for the two published files.
     """
 
     def __init__(self, weights: InceptionWeights):
         super().__init__()
         self.name, self.published = weights.name, weights.published
         self.path, self.sha256 = weights.path, weights.sha256
-        self.convs = nn.ModuleDict()
-        for conv in convolutions(TRUNK + HEAD):
-            self.convs[_key(conv)] = _folded(conv, weights.convs[conv.port])
-        self.register_buffer("classifier", weights.classifier.contiguous())
+        self.layers = inception_layers()
+        tensors = dict(weights.tensors)
+        self.register_buffer("classifier", tensors.pop("fc.weight").contiguous())
+        self.layers.load_state_dict(tensors, strict=False, assign=True)  # without num_batches_tracked
         self.requires_grad_(False).eval()
+        for name in convolutions(self.layers):
+            _fold_batch_norm(self.layers.get_submodule(name))
 
     def forward(self, images: Tensor) -> InceptionOutput:
-        """Return the features of images (N, 3, H, W), uint8, any size; autocast and TF32 are off inside."""
+        """Return the features of images (N, 3, H, W), uint8, of any size. Autocast and TF32 are disabled inside."""
         with full_precision(images.device):
             x = (resize_bilinear_tf1(images, INPUT_SIZE) - 128) * (1 / 128)
             if x.device.type == "cpu":  # oneDNN's fastest layout; cuDNN without TF32 prefers channels first
                 x = x.contiguous(memory_format=torch.channels_last)
-            x = self._run(TRUNK, x)
-            spatial = x[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
-            pool = self._run(HEAD, x).mean((2, 3))
+            for name, layer in self.layers.named_children():
+                x = layer(x)
+                if name == SPATIAL_LAYER:
+                    spatial = x[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
+            pool = x.mean((2, 3))
             return InceptionOutput(pool, spatial, pool @ self.classifier.t())
 
-    def _run(self, chain: Chain, x: Tensor) -> Tensor:
-        for layer in chain:
-            if isinstance(layer, Conv):
-                x = F.relu_(self.convs[_key(layer)](x))
-            elif isinstance(layer, Pool):
-                x = _pool(layer, x)
-            else:
-                x = torch.cat([self._run(branch, x) for branch in layer.branches], dim=1)
-        return x
+
+def _fold_batch_norm(block: nn.Module) -> None:
+    """Replace a convolution and its batch norm by one convolution with bias. Computed in float64."""
+    conv, norm = block.conv, block.bn
+    scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+    bias = norm.bias.double() - norm.running_mean.double() * scale
+    weight = conv.weight.double() * scale[:, None, None, None]
+    conv.weight = nn.Parameter(weight.float().contiguous(), requires_grad=False)
+    conv.bias = nn.Parameter(bias.float(), requires_grad=False)
+    block.bn = nn.Identity()
 
 
 def load_inception(path: str | Path | None = None, device: str | torch.device = "cpu") -> Inception:
     """Return the network with the weights at `path`: the original graph (.pb) or its PyTorch port.
 
-    Without a path the published graph is used, downloaded once. Raises InputError for a file that is missing, damaged
-    or of another structure, and when the download fails.
+    Without a path, the published graph is used; it is downloaded once. Raises InputError if the file is missing,
+    damaged, or holds other tensors, and if the download fails.
     """
     network = Inception(load_weights(path if path is not None else fetch_graph()))
     network = network.to(device)
@@ -83,11 +87,11 @@ def load_inception(path: str | Path | None = None, device: str | torch.device = 
 
 
 def resize_bilinear_tf1(images: Tensor, size: int) -> Tensor:
-    """Return images (N, C, H, W) of any dtype resized to size x size, float32, as TensorFlow 1's ResizeBilinear does.
+    """Return images (N, C, H, W) of any dtype, resized to size x size, float32, as ResizeBilinear of TensorFlow 1 does.
 
-    Source coordinate = index * in/out in float32: no half pixel, corners not aligned, no antialiasing.
+    Source coordinate = index * in/out in float32: no half-pixel offset, corners not aligned, no antialiasing.
     """
-    for dim in (3, 2):  # TensorFlow too interpolates along rows first
+    for dim in (3, 2):  # TensorFlow also interpolates along rows first
         length = images.shape[dim]
         position = torch.arange(size, device=images.device, dtype=torch.float32)
         position = position * torch.tensor(length, dtype=torch.float32).div(size)
@@ -101,7 +105,7 @@ def resize_bilinear_tf1(images: Tensor, size: int) -> Tensor:
 
 @contextlib.contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Compute in true float32 and without gradients, whatever TF32 and autocast a training has switched on."""
+    """Compute in float32 without TF32, without autocast and without gradients; restore the settings afterwards."""
     matmul, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
@@ -111,25 +115,3 @@ def full_precision(device: torch.device) -> Iterator[None]:
     finally:
         torch.set_float32_matmul_precision(matmul)
         torch.backends.cudnn.allow_tf32 = cudnn
-
-
-def _key(conv: Conv) -> str:
-    return conv.port.replace(".", "/")  # a ModuleDict allows no dots
-
-
-def _folded(conv: Conv, weights: ConvWeights) -> nn.Conv2d:
-    """Return one convolution with bias that equals convolution and batch norm; folded in float64."""
-    kernel, gamma, beta, mean, variance = (tensor.double() for tensor in weights)
-    scale = gamma / (variance + BATCH_NORM_EPSILON).sqrt()
-    padding = tuple(size // 2 for size in conv.kernel) if conv.padding == "SAME" else 0
-    module = nn.Conv2d(conv.in_channels, conv.out_channels, conv.kernel, conv.stride, padding)
-    module.weight.data.copy_(kernel * scale[:, None, None, None])
-    module.bias.data.copy_(beta - mean * scale)
-    return module
-
-
-def _pool(layer: Pool, x: Tensor) -> Tensor:
-    padding = 1 if layer.padding == "SAME" else 0
-    if layer.op == "MaxPool":
-        return F.max_pool2d(x, 3, layer.stride, padding)
-    return F.avg_pool2d(x, 3, layer.stride, padding, count_include_pad=False)
