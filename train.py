@@ -24,9 +24,8 @@ from models import ema
 from models.encoders import Encoder
 from samplers import derive_seed
 from training.config import parse_args
-from training.lost_process import lost_process_named
 from training.parallelism import to_device, whole, whole_norm
-from training.preemption import EXIT_RESUMABLE, StopSignal, shield_worker
+from training.preemption import StopSignal, exit_status, shield_worker
 from training.sampling import score_samples, write_reconstructions, write_samples
 from training.setup import Run, agree, set_up
 
@@ -210,11 +209,8 @@ def main() -> None:
     """Train as the command line says."""
     stop_signal = StopSignal()
     stop_signal.listen()
-    args = parse_args()
-    with lost_process_named(args.timeout_minutes):
-        finished = train(set_up(args, stop_signal))
-    if not finished:
-        sys.exit(EXIT_RESUMABLE)
+    finished = train(set_up(parse_args(), stop_signal))
+    sys.exit(exit_status(finished))
 
 
 if __name__ == "__main__":

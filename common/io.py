@@ -33,6 +33,17 @@ class InputError(ValueError):
     """Bad input: a file, a flag or a value that the caller can mend. The text names it and says what is allowed."""
 
 
+def report_status(status: int) -> bool:
+    """Write an exit status into the file that launch/launch.sh reads; return whether launch.sh started this process.
+
+    A status that is written there is final: torchrun, which restarts failed processes, does not run the program again.
+    """
+    path = os.environ.get("REG_STATUS_FILE")
+    if path:
+        Path(path).write_text(str(status))
+    return bool(path)
+
+
 def run_cli(main: Callable[[], None]) -> None:
     """Run an entry point's `main` and end without a traceback where the cause lies outside the program.
 
@@ -44,6 +55,7 @@ def run_cli(main: Callable[[], None]) -> None:
         main()
     except InputError as error:
         print(f"{program}: error: {error}", file=sys.stderr)
+        report_status(2)
         sys.exit(2)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # libraries take seconds to end: a second one would disturb them
@@ -54,6 +66,7 @@ def run_cli(main: Callable[[], None]) -> None:
             raise
         where = "" if error.filename is None else f"{error.filename}: "
         print(f"{program}: error: {where}{error.strerror}", file=sys.stderr)
+        report_status(2)
         sys.exit(2)
 
 
