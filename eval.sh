@@ -1,32 +1,30 @@
 #!/usr/bin/env bash
-# Generates 50,000 images from a checkpoint and scores them as ADM does. Settings are environment variables; further
-# flags go to generate.py. Without guidance, then with the headline's:
+# Generates 50,000 images from a checkpoint and evaluates them with the metrics of ADM. Settings are environment
+# variables; further flags go to generate.py. Examples without guidance and with the guidance of the best result:
 #
 #     CKPT=exps/reg-SiT-B-2/checkpoints/0400000.pt REF_BATCH=VIRTUAL_imagenet256_labeled.npz bash eval.sh
 #     CFG_SCALE=2.3 GUIDANCE_HIGH=0.85 CKPT=... REF_BATCH=... bash eval.sh
 #
-# The same command goes on where an interrupted one stopped. The result lies beside the images, as result.json.
+# The same command resumes an interrupted evaluation. The result is written next to the images, as result.json.
 set -euo pipefail
 cd "$(dirname "$0")"
 source launch/launch.sh
 
-CKPT=${CKPT:?names the checkpoint to evaluate}
-REF_BATCH=${REF_BATCH:?names the reference .npz, VIRTUAL_imagenet256_labeled.npz for ImageNet at 256 px}
-SAMPLE_DIR=${SAMPLE_DIR:-samples}            # folder of all sets of samples
+CKPT=${CKPT:?must name the checkpoint to evaluate}
+REF_BATCH=${REF_BATCH:?must name the reference .npz, VIRTUAL_imagenet256_labeled.npz for ImageNet at 256 px}
+SAMPLE_DIR=${SAMPLE_DIR:-samples}            # folder of all sample sets
 NUM_SAMPLES=${NUM_SAMPLES:-50000}            # images
-LABELS=${LABELS:-random}                     # random, as published, or balanced
+LABELS=${LABELS:-random}                     # random (as published) or balanced
 NUM_STEPS=${NUM_STEPS:-250}                  # SDE steps
-CFG_SCALE=${CFG_SCALE:-1.0}                  # guidance of the image; 1.0: none
-CLS_CFG_SCALE=${CLS_CFG_SCALE:-$CFG_SCALE}   # guidance of the class token
-GUIDANCE_HIGH=${GUIDANCE_HIGH:-1.0}          # guidance up to this time; 0.85 for the headline
-BATCH_SIZE=${BATCH_SIZE:-64}                 # images at a time on each GPU; auto: all that fit
-INCEPTION=${INCEPTION:-}                     # Inception weights; empty: downloaded once
+CFG_SCALE=${CFG_SCALE:-1.0}                  # guidance scale of the image; 1.0: no guidance
+CLS_CFG_SCALE=${CLS_CFG_SCALE:-$CFG_SCALE}   # guidance scale of the class token
+GUIDANCE_HIGH=${GUIDANCE_HIGH:-1.0}          # guidance is used up to this time; 0.85 for the best result
+BATCH_SIZE=${BATCH_SIZE:-64}                 # images per batch on each GPU; auto: the largest that fits
+INCEPTION=${INCEPTION:-}                     # file of the Inception weights; empty: they are downloaded once
 
-for file in "$REF_BATCH" ${INCEPTION:+"$INCEPTION"}; do # asked for only when all images are there
-    if [ ! -e "$file" ]; then
-        echo "eval.sh: error: $file: no such file" >&2
-        exit 2
-    fi
+# These files are read only after all images have been generated, so check them now.
+for file in "$REF_BATCH" ${INCEPTION:+"$INCEPTION"}; do
+    [ -e "$file" ] || fail "$file: no such file"
 done
 
 RUN=$(basename "$(dirname "$(dirname "$(realpath "$CKPT")")")")

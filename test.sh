@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes the environment and runs every test and the linter. Arguments go to pytest: bash test.sh tests/test_sit.py -k counts
-# Tests that want real photographs read the folder named by REG_ASSETS and are skipped without it.
+# Sets up the environment and runs the linter and all tests. Arguments go to pytest: bash test.sh tests/test_sit.py -k counts
+# Tests that need real photographs read them from the folder REG_ASSETS; they are skipped if it is not set.
 set -euo pipefail
 cd "$(dirname "$0")"
 source launch/environment.sh

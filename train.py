@@ -24,9 +24,8 @@ from dataset import ErrorsAsItems, GlobalBatchSampler, collate, raise_errors
 from loss import TERMS, Targets, alignment_target, entangled_token
 from models import ema
 from training.config import parse_args, saved_args
-from training.lost_process import lost_process_named
 from training.parallelism import full_norm, gather_full, to_device
-from training.preemption import EXIT_RESUMABLE, StopSignal, shield_worker
+from training.preemption import StopSignal, exit_status, shield_worker
 from training.sampling import score_samples, write_reconstructions, write_samples
 from training.setup import set_up
 from training.state import Run
@@ -204,11 +203,8 @@ def main() -> None:
     """Train as the command line says."""
     stop_signal = StopSignal()
     stop_signal.listen()
-    config = parse_args()
-    with lost_process_named(config.timeout_minutes):
-        finished = train(set_up(config, stop_signal))
-    if not finished:
-        sys.exit(EXIT_RESUMABLE)
+    finished = train(set_up(parse_args(), stop_signal))
+    sys.exit(exit_status(finished))
 
 
 if __name__ == "__main__":

@@ -3,15 +3,21 @@
 #
 #     MODEL=SiT-XL/2 DATA_DIR=/data/imagenet256 bash train.sh --seed 1
 #
-# The same command goes on where an interrupted run stopped. GPUs are found by themselves; for several machines run it
-# on each with NUM_MACHINES, MACHINE_RANK, HEAD_ADDRESS and HEAD_PORT (launch/launch.sh), or under SLURM simply
+# The same command resumes an interrupted run. It uses all GPUs of the machine. For several machines, run it on each
+# machine with NUM_MACHINES, MACHINE_RANK, HEAD_ADDRESS and HEAD_PORT (launch/launch.sh), or submit it to SLURM:
 #
 #     sbatch --nodes 4 --ntasks-per-node 1 --gpus-per-node 8 --requeue --open-mode append --signal USR1@300 --wrap "srun --kill-on-bad-exit=1 bash train.sh"
 #
-# SIGTERM, SIGUSR1 and Ctrl-C make it save and end with status 75, "can go on"; after the first two, a SLURM job puts
-# itself back into the queue.
+# A run that lost a process restarts by itself, at most MAX_RESTARTS times. After SIGTERM, SIGUSR1, SIGHUP or Ctrl-C, the
+# run saves a checkpoint and ends with exit status 75, "can be resumed". A SLURM job is then put back into the queue,
+# except after Ctrl-C.
 set -euo pipefail
 cd "$(dirname "$0")"
+if [ ! -e launch/launch.sh ]; then
+    echo "train.sh: error: launch/launch.sh: not found in $PWD; sbatch runs a copy of this script, so submit it with" \
+        '--wrap "srun bash train.sh" instead' >&2
+    exit 2
+fi
 source launch/launch.sh
 
 MODEL=${MODEL:-SiT-B/2}                   # SiT-{S,B,L,XL}/{2,4,8}

@@ -30,6 +30,17 @@ class InputError(ValueError):
     """Invalid input that the user can correct. The message names the file, flag or value and what is allowed."""
 
 
+def report_status(status: int) -> bool:
+    """Write an exit status into the file that launch/launch.sh reads; return whether launch.sh started this process.
+
+    A status that is written there is final: torchrun, which restarts failed processes, does not run the program again.
+    """
+    path = os.environ.get("REG_STATUS_FILE")
+    if path:
+        Path(path).write_text(str(status))
+    return bool(path)
+
+
 def run_cli(main: Callable[[], None]) -> None:
     """Run a program's `main` and exit without a traceback if the cause is outside the program.
 
@@ -41,6 +52,7 @@ def run_cli(main: Callable[[], None]) -> None:
         main()
     except InputError as error:
         print(f"{program}: error: {error}", file=sys.stderr)
+        report_status(2)
         sys.exit(2)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would interrupt the exit
@@ -51,6 +63,7 @@ def run_cli(main: Callable[[], None]) -> None:
             raise
         where = "" if error.filename is None else f"{error.filename}: "
         print(f"{program}: error: {where}{error.strerror}", file=sys.stderr)
+        report_status(2)
         sys.exit(2)
 
 

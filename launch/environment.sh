@@ -1,5 +1,5 @@
-# The environment that demo.sh and test.sh run in: the active one, completed where something is missing, or a .venv made
-# in this folder with the tested versions. Sourced, not run.
+# Sets up the Python environment of demo.sh and test.sh: installs missing packages into the active environment, or, if
+# none is active, creates .venv in this folder with the tested versions. Sourced, not run.
 
 if [ -n "${VIRTUAL_ENV:-}" ] || [ -n "${CONDA_PREFIX:-}" ]; then
     echo "environment: ${VIRTUAL_ENV:-$CONDA_PREFIX} (active)"
@@ -13,3 +13,4 @@ else
         cat requirements.txt constraints.txt > .venv/installed
     fi
 fi
+source launch/openmp.sh

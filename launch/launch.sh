@@ -1,34 +1,93 @@
-# How train.sh and eval.sh start a program on all GPUs of all machines. Sourced, not run.
-# Under SLURM, with one task on each machine, the job says how many machines there are and which is the head.
+# Starts a program with torchrun, one process for each GPU, on one or several machines. Sourced by train.sh and eval.sh.
+#
+# When a process fails or is killed, torchrun ends the other processes and starts all of them again, at most
+# MAX_RESTARTS times. Training then resumes from its last checkpoint. Two things are done here instead of by torchrun:
+#
+# Signals. torchrun kills its processes 30 seconds after it received SIGTERM, but saving a large checkpoint can take
+# longer. Therefore `launch` sends SIGTERM to the processes itself, and torchrun only waits until they have ended.
+#
+# Exit statuses. torchrun restarts every process that fails, and its own exit status is always 1 then. Therefore
+# programs write an exit status that a restart would not change into the file $REG_STATUS_FILE (common/io.py):
+# 0 finished, 2 bad input, 75 stopped by a signal. While the file has content, launch/worker.sh starts no program, and
+# `launch` returns the status from the file.
 
-# NUM_GPUS: of this machine, as CUDA_VISIBLE_DEVICES leaves them; 0: one process on the CPU
-NUM_GPUS=${NUM_GPUS:-$(python -c "import torch; print(torch.cuda.device_count())")}
-NUM_MACHINES=${NUM_MACHINES:-${SLURM_NNODES:-1}} # all with the same number of GPUs
-MACHINE_RANK=${MACHINE_RANK:-${SLURM_NODEID:-0}} # 0 on the head, then 1, 2, ...
+source launch/openmp.sh
+
+fail() {
+    echo "$(basename "$0"): error: $*" >&2
+    exit 2
+}
+
+NUM_GPUS=${NUM_GPUS:-$(python -c "import torch; print(torch.cuda.device_count())")} # of this machine; 0: use the CPU
+NUM_PROCESSES=${NUM_PROCESSES:-$((NUM_GPUS > 0 ? NUM_GPUS : 1))}                    # on this machine
+NUM_MACHINES=${NUM_MACHINES:-${SLURM_NNODES:-1}} # all with the same number of processes
+MACHINE_RANK=${MACHINE_RANK:-${SLURM_NODEID:-0}} # 0 on the head machine, then 1, 2, ...
+HEAD_PORT=${HEAD_PORT:-}                         # a free port of the head machine; empty: 29500, on one machine any
+MAX_RESTARTS=${MAX_RESTARTS:-3}                  # after a process failed
+INTERRUPTED=0                                    # 1 after Ctrl-C
+EXIT_RESUMABLE=75                                # exit status of a program that was stopped and can be resumed
 if [ -z "${HEAD_ADDRESS:-}" ] && ((NUM_MACHINES > 1)) && [ -n "${SLURM_JOB_NODELIST:-}" ]; then
     HEAD_ADDRESS=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 fi
 HEAD_ADDRESS=${HEAD_ADDRESS:-127.0.0.1} # of the machine with rank 0
-HEAD_PORT=${HEAD_PORT:-}                # a free port there; empty: launch.py's choice
-INTERRUPTED=0                           # whether by Ctrl-C
-EXIT_RESUMABLE=75                       # the status of a program that was asked to stop and can go on
 
-# Runs the program; signals that reach the script on the way reach the program.
+if ((${SLURM_STEP_NUM_TASKS:-1} > ${SLURM_STEP_NUM_NODES:-1})); then
+    fail "$SLURM_STEP_NUM_TASKS SLURM tasks on $SLURM_STEP_NUM_NODES nodes: one task per node starts the processes" \
+        "of all its GPUs; submit the job with --ntasks-per-node 1"
+fi
+if ((MACHINE_RANK < 0 || MACHINE_RANK >= NUM_MACHINES)); then
+    fail "MACHINE_RANK $MACHINE_RANK with NUM_MACHINES $NUM_MACHINES: allowed are 0 to $((NUM_MACHINES - 1))"
+fi
+
+if ((NUM_GPUS == 0)); then
+    export ACCELERATE_USE_CPU=true
+fi
+if ((NUM_PROCESSES > 1)); then # torchrun's own default is 1 thread
+    threads=$(($(getconf _NPROCESSORS_ONLN) / NUM_PROCESSES))
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
+fi
+# Some SLURM configurations send signals to torchrun as well. From PyTorch 2.12 on, it then waits this many seconds.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-3600}
+
+# Runs a program with its flags and returns its exit status.
 launch() {
-    local processes=$((NUM_GPUS > 0 ? NUM_GPUS : 1)) status=0
-    local flags=(--processes "$processes" --machines "$NUM_MACHINES" --machine-rank "$MACHINE_RANK")
-    flags+=(--head-address "$HEAD_ADDRESS" ${HEAD_PORT:+--head-port "$HEAD_PORT"})
-    ((NUM_GPUS == 0)) && flags+=(--cpu)
-    python training/launch.py "${flags[@]}" "$@" &
-    local launcher=$!
-    trap 'kill -TERM "$launcher" 2>/dev/null' TERM
-    trap 'INTERRUPTED=1; kill -TERM "$launcher" 2>/dev/null' INT # bash hides Ctrl-C from what it starts with &
-    trap 'kill -USR1 "$launcher" 2>/dev/null' USR1
-    while :; do # a signal interrupts the wait
+    local flags=(--nproc-per-node "$NUM_PROCESSES" --max-restarts "$MAX_RESTARTS") status torchrun=""
+    if ((NUM_MACHINES > 1)) || [ -n "$HEAD_PORT" ]; then
+        flags+=(--nnodes "$NUM_MACHINES" --node-rank "$MACHINE_RANK")
+        flags+=(--master-addr "$HEAD_ADDRESS" --master-port "${HEAD_PORT:-29500}")
+    else
+        flags+=(--standalone --local-addr 127.0.0.1)
+    fi
+    REG_STATUS_FILE=$(mktemp)
+    export REG_STATUS_FILE
+    trap stop_processes TERM HUP QUIT USR1
+    trap 'INTERRUPTED=1; stop_processes' INT
+
+    # torchrun gets a process group of its own (set -m), so that Ctrl-C in a terminal reaches only this script.
+    # SIGUSR1 would end torchrun, so it is ignored there.
+    set -m
+    (trap '' USR1; exec python -m torch.distributed.run "${flags[@]}" --no-python bash launch/worker.sh "$@") < /dev/null &
+    torchrun=$!
+    set +m
+    while true; do # a signal interrupts `wait`
         status=0
-        wait "$launcher" || status=$?
-        kill -0 "$launcher" 2>/dev/null || break
+        wait "$torchrun" || status=$?
+        kill -0 "$torchrun" 2> /dev/null || break
     done
-    trap - TERM INT USR1
+
+    trap - TERM HUP QUIT USR1 INT
+    if [ -s "$REG_STATUS_FILE" ]; then
+        status=$(cat "$REG_STATUS_FILE")
+    fi
+    rm -f "$REG_STATUS_FILE"
     return "$status"
+}
+
+# Sends SIGTERM to the processes of torchrun. Processes that torchrun has not started yet will not start the program.
+stop_processes() {
+    [ -s "$REG_STATUS_FILE" ] || echo "$EXIT_RESUMABLE" > "$REG_STATUS_FILE"
+    local processes
+    processes=$(cat "/proc/$torchrun/task/$torchrun/children" 2> /dev/null || pgrep -P "$torchrun") || return 0
+    # shellcheck disable=SC2086 # one argument for each process
+    kill -TERM $processes 2> /dev/null || true
 }

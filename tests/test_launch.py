@@ -1,4 +1,7 @@
+"""train.sh and launch/launch.sh in real processes: torchrun, signals, restarts, exit statuses and SLURM."""
+
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -8,182 +11,224 @@ from pathlib import Path
 
 import pytest
 
-from common.io import read_json
+from models.checkpoint import verify_checkpoint
 from tests.conftest import ROOT, read_rows
-from tests.processes import SECONDS
-from training.lost_process import EXIT_LOST_PROCESS
+from tests.processes import SECONDS, Training
+from tests.test_resume import assert_same_run, flags_of
 from training.preemption import EXIT_RESUMABLE
 
-# A stand-in for a training program: tells its rank, then ends as its argument says or waits to be told to stop. One
-# that gives up another does so when that one has begun.
+# A program without torch. It writes a line into the file of its rank, then does what its second argument says.
 PROGRAM = """
-import os, signal, sys, time
+import os, sys, time
 from pathlib import Path
-from training.lost_process import EXIT_LOST_PROCESS
-from training.preemption import StopSignal
-listener = StopSignal()
-listener.listen()
-rank = int(os.environ.get("RANK", 0))
-with open(Path(sys.argv[1], f"{rank}"), "w") as file:
-    print(os.getpid(), os.environ.get("WORLD_SIZE"), os.environ.get("MASTER_ADDR"), file=file)
-what = sys.argv[2] if rank == 1 else sys.argv[3]
-while what == str(EXIT_LOST_PROCESS) and not Path(sys.argv[1], "1").exists():
-    time.sleep(0.01)
-if what.isdigit():
-    sys.exit(int(what))
-if what == "slow":
-    time.sleep(0.5)
-    sys.exit(7)
-if what == "port":
-    with open(Path(sys.argv[1], "ports"), "a") as file:
-        print(os.environ["MASTER_PORT"], file=file)
-    sys.exit(0)
-for _ in range(12000):
-    time.sleep(0.01)
-    if listener.received:
-        sys.exit(75)
+from common.io import InputError, run_cli
+from training.preemption import StopSignal, exit_status
+
+def main():
+    listener = StopSignal()
+    listener.listen()
+    names = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
+    with open(Path(sys.argv[1], os.environ["RANK"]), "a") as file:
+        print(os.getpid(), *(os.environ.get(name) for name in names), file=file)
+    if sys.argv[2] == "bad input":
+        raise InputError("--seed -1: must be at least 0")
+    if sys.argv[2] == "crash":
+        sys.exit(7)
+    if sys.argv[2] == "wait":
+        while not listener.received:
+            time.sleep(0.01)
+        sys.exit(exit_status(finished=False))
+
+run_cli(main)
+"""
+
+# Makes each checkpoint take long to write, and tells when that begins. Python runs it at its start.
+SLOW_CHECKPOINTS = """
+import os, time
+rename = os.replace
+
+def rename_later(source, target, **kwargs):
+    if str(target).endswith(".pt"):
+        open(os.environ["SAVING"], "w").close()
+        time.sleep(1.5)
+    rename(source, target, **kwargs)
+
+os.replace = rename_later
 """
 
 
-def launch(tmp_path, *flags: str) -> subprocess.Popen:
-    if not (tmp_path / "program.py").exists():
-        (tmp_path / "program.py").write_text(PROGRAM)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [
-        sys.executable,
-        "training/launch.py",
-        *flags[:-2],
-        str(tmp_path / "program.py"),
-        str(tmp_path),
-        *flags[-2:],
-    ]
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+def environment(**settings: str) -> dict[str, str]:
+    """Return the environment of a script: the interpreter of these tests, and one process on the CPU."""
+    path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "NUM_GPUS": "0", **settings}
+
+
+def start(*command: str, **settings: str) -> subprocess.Popen:
+    """Start a command in a session of its own. `text_of` reads its output after its end."""
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment(**settings), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background ignore it
+    )  # fmt: skip
+
+
+def launch(tmp_path: Path, action: str, **settings: str) -> subprocess.Popen:
+    """Start PROGRAM as train.sh starts train.py; print its exit status and whether Ctrl-C was pressed."""
+    (tmp_path / "program.py").write_text(PROGRAM)
+    script = 'source launch/launch.sh; status=0; launch "$@" || status=$?; echo "status $status $INTERRUPTED"'
+    program = (str(tmp_path / "program.py"), str(tmp_path), action)
+    return start("bash", "-euo", "pipefail", "-c", script, "launch", *program, **settings)
+
+
+def text_of(process: subprocess.Popen) -> str:
+    return process.communicate(timeout=SECONDS)[0]
 
 
 def wait_for(path: Path, process: subprocess.Popen, lines: int = 1) -> None:
-    """Wait until a file has so many lines; fail if the process has ended before."""
+    """Wait until a file has `lines` lines; fail if the process has ended before."""
+    wait_until(lambda: path.exists() and path.read_bytes().count(b"\n") >= lines, process)
+
+
+def wait_until(condition, process: subprocess.Popen) -> None:
     end = time.monotonic() + SECONDS
-    while not path.exists() or path.read_bytes().count(b"\n") < lines:
-        assert process.poll() is None, process.stderr.read()
+    while not condition():
+        assert process.poll() is None, process.communicate()
         assert time.monotonic() < end
         time.sleep(0.01)
 
 
-def test_all_end_well(tmp_path):
-    process = launch(tmp_path, "--processes", "2", "--machines", "2", "--machine-rank", "1", "0", "0")
-    assert process.wait(SECONDS) == 0
-    assert {path.name for path in tmp_path.iterdir()} == {"program.py", "2", "3"}
-    assert (tmp_path / "3").read_text().split()[1:] == ["4", "127.0.0.1"]
+def free_port() -> str:
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        return str(listener.getsockname()[1])
 
 
-def test_a_process_that_fails_ends_all_and_is_named(tmp_path):
-    process = launch(tmp_path, "--processes", "3", "7", "wait")
-    assert process.wait(SECONDS) == 7
-    assert "process 1 on" in (text := process.stderr.read()) and "ended with status 7; ending the others" in text
+def children(process: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
 
-def test_a_process_that_is_killed_ends_all_and_is_named(tmp_path):
-    process = launch(tmp_path, "--processes", "2", "wait", "wait")
-    wait_for(tmp_path / "0", process)
-    wait_for(tmp_path / "1", process)
-    os.kill(int((tmp_path / "1").read_text().split()[0]), signal.SIGKILL)
-    assert process.wait(SECONDS) == 128 + 9
-    assert "was ended by SIGKILL" in process.stderr.read()
-    with pytest.raises(ProcessLookupError):
-        os.kill(int((tmp_path / "0").read_text().split()[0]), 0)
+def test_two_machines(tmp_path):
+    port = free_port()
+    machines = [
+        launch(
+            tmp_path, "end", NUM_MACHINES="2", MACHINE_RANK=rank, NUM_GPUS="2", HEAD_PORT=port, HEAD_ADDRESS="127.0.0.1"
+        )
+        for rank in ("0", "1")
+    ]
+    assert [text_of(machine) for machine in machines] == ["status 0 0\n"] * 2
+    for rank in range(4):
+        assert (tmp_path / str(rank)).read_text().split()[1:] == ["4", "127.0.0.1", port, "1"]
+    assert not (tmp_path / "4").exists()
 
 
-def test_not_who_lost_a_process_is_named_but_who_was_lost(tmp_path):
-    """One gives up before the one to blame has ended."""
-    process = launch(tmp_path, "--processes", "2", "slow", str(EXIT_LOST_PROCESS))
-    assert process.wait(SECONDS) == 7
-    assert "process 1 on" in (text := process.stderr.read()) and "ended with status 7; ending the others" in text
+def test_a_program_that_fails_is_restarted(tmp_path):
+    process = launch(tmp_path, "crash", NUM_PROCESSES="2", MAX_RESTARTS="1")
+    assert text_of(process).endswith("status 1 0\n")
+    assert len({line.split()[0] for line in (tmp_path / "0").read_text().splitlines()}) == 2
 
 
-def test_a_process_that_hangs_is_named_and_ended(tmp_path):
-    process = launch(tmp_path, "--processes", "2", "wait", str(EXIT_LOST_PROCESS))
-    assert process.wait(SECONDS) == EXIT_LOST_PROCESS
-    assert "process 1 on" in (text := process.stderr.read()) and "did not answer and still runs; ending the" in text
-    with pytest.raises(ProcessLookupError):
-        os.kill(int((tmp_path / "1").read_text().split()[0]), 0)
+def test_bad_input_is_not_restarted(tmp_path):
+    text = text_of(launch(tmp_path, "bad input", NUM_PROCESSES="2"))
+    assert text.endswith("status 2 0\n")
+    assert "program.py: error: --seed -1: must be at least 0\n" in text and "Traceback" not in text
+    assert all((tmp_path / rank).read_text().count("\n") == 1 for rank in "01" if (tmp_path / rank).exists())
 
 
-def test_a_loss_of_another_machine_is_told(tmp_path):
-    process = launch(tmp_path, "--machines", "2", "--machine-rank", "1", str(EXIT_LOST_PROCESS), "0")
-    assert process.wait(SECONDS) == EXIT_LOST_PROCESS
-    assert "process 1 on" in (text := process.stderr.read()) and "waited in vain for another; ending the" in text
-
-
-def test_a_port_in_use_is_refused_and_a_free_one_chosen(tmp_path):
+def test_a_used_port_is_refused_and_a_free_one_is_chosen(tmp_path):
     with socket.socket() as other:
         other.bind(("", 0))
         other.listen()
         taken = str(other.getsockname()[1])
-        process = launch(tmp_path, "--processes", "2", "--head-port", taken, "0", "0")
-        assert process.wait(SECONDS) == 2
-        assert f"error: --head-port {taken}: not to be had on this machine" in process.stderr.read()
-    both = [launch(tmp_path, "--processes", "2", "0", "port") for _ in range(2)]
-    assert [process.wait(SECONDS) for process in both] == [0, 0]
-    assert len(set((tmp_path / "ports").read_text().split())) == 2
+        process = launch(tmp_path, "end", NUM_PROCESSES="2", HEAD_PORT=taken)
+        text = text_of(process)
+    assert text.endswith("status 1 0\n") and "EADDRINUSE" in text and taken in text
+    assert not (tmp_path / "0").exists()
+    both = [launch(tmp_path, "end", NUM_PROCESSES="2") for _ in range(2)]
+    assert [text_of(process) for process in both] == ["status 0 0\n"] * 2
+    assert len({line.split()[3] for line in (tmp_path / "0").read_text().splitlines()}) == 2
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_reaches_all_and_the_status_comes_back(tmp_path, number):
-    process = launch(tmp_path, "--processes", "2", "wait", "wait")
-    wait_for(tmp_path / "0", process)
-    wait_for(tmp_path / "1", process)
-    process.send_signal(number)
-    assert process.wait(SECONDS) == EXIT_RESUMABLE and process.stderr.read() == ""
+def test_a_signal_reaches_all_processes(tmp_path):
+    """bash sends SIGHUP and Ctrl-C to its group, as a terminal does."""
+    for number, interrupted in ((signal.SIGHUP, 0), (signal.SIGINT, 1)):
+        folder = tmp_path / number.name
+        folder.mkdir()
+        process = launch(folder, "wait", NUM_PROCESSES="2")
+        wait_for(folder / "0", process)
+        wait_for(folder / "1", process)
+        os.killpg(process.pid, number)
+        assert text_of(process) == f"status {EXIT_RESUMABLE} {interrupted}\n"
 
 
-def test_the_script_saves_on_a_signal_requeues_and_goes_on(train_flags, tmp_path):
-    """train.sh on the CPU under a SLURM that only notes what it is asked for."""
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "scontrol").write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\n')
-    (tmp_path / "bin" / "scontrol").chmod(0o755)
-    path = f"{tmp_path / 'bin'}:{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}
-    environment |= {"SLURM_JOB_ID": "4711", "EXP_NAME": "run", "NUM_GPUS": "0", "STEPS": "100000"}
-    command = ["bash", "train.sh", *train_flags]
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+def test_a_signal_before_the_program_starts(tmp_path):
+    process = launch(tmp_path, "end")
+    wait_until(lambda: any("torch.distributed.run" in command_of(child) for child in children(process.pid)), process)
+    process.send_signal(signal.SIGTERM)
+    assert text_of(process) == f"status {EXIT_RESUMABLE} 0\n"
+    assert not (tmp_path / "0").exists()
+
+
+def command_of(process: int) -> str:
+    return Path(f"/proc/{process}/cmdline").read_text()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"SLURM_STEP_NUM_TASKS": "16", "SLURM_STEP_NUM_NODES": "2"}, "--ntasks-per-node 1"),
+        ({"NUM_MACHINES": "2", "MACHINE_RANK": "2"}, "MACHINE_RANK 2 with NUM_MACHINES 2: allowed are 0 to 1"),
+    ],
+)
+def test_settings_that_are_refused(settings, message):
+    process = start("bash", "train.sh", **settings)
+    assert message in text_of(process) and process.returncode == 2
+
+
+def test_a_copy_of_the_script_is_refused(tmp_path):
+    """As `sbatch train.sh` runs it."""
+    (tmp_path / "job").write_bytes((ROOT / "train.sh").read_bytes())
+    process = start("bash", str(tmp_path / "job"))
+    assert '--wrap "srun bash train.sh"' in text_of(process) and process.returncode == 2
+
+
+def test_a_run_that_is_stopped_while_saving_and_loses_a_process(train_flags, tmp_path):
+    """train.sh with two processes on the CPU, under a fake SLURM: the result is that of a run without interruptions."""
+    flags = flags_of(train_flags, "quiet", "--log-steps", "1", "--checkpointing-steps", "4")
+    quiet = Training(flags, tmp_path / "quiet.txt", processes=2)
+    assert quiet.wait() == 0, quiet.text()
+    flags[flags.index("--exp-name") + 1] = "run"
     folder = tmp_path / "exps" / "run"
-    wait_for(folder / "metrics.jsonl", process)
-    process.send_signal(signal.SIGUSR1)
-    assert process.wait(SECONDS) == EXIT_RESUMABLE, process.stderr.read()
-    assert (tmp_path / "asked").read_text() == "requeue 4711\n"
-    (saved,) = [int(path.stem) for path in (folder / "checkpoints").glob("*.pt")]
-    environment |= {"STEPS": str(saved + 2)}
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=SECONDS)
-    assert [row["step"] for row in read_rows(folder)] == list(range(1, saved + 3))
-    assert read_json(folder / "args.json")["max_train_steps"] == saved + 2
+    for name, content in (
+        ("scontrol", f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n'),
+        ("sitecustomize.py", SLOW_CHECKPOINTS),
+    ):
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        (tmp_path / "bin" / name).write_text(content)
+        (tmp_path / "bin" / name).chmod(0o755)
+    settings = {"PYTHONPATH": f"{tmp_path / 'bin'}:{ROOT}", "SAVING": str(tmp_path / "saving"), "NUM_PROCESSES": "2"}
+    settings |= {"PATH": f"{tmp_path / 'bin'}:{environment()['PATH']}", "SLURM_JOB_ID": "4711"}
 
+    # Stopped twice while a checkpoint is being written: each time it is completed, and the job is requeued.
+    for times, number in enumerate((signal.SIGUSR1, signal.SIGTERM), 1):
+        (tmp_path / "saving").unlink(missing_ok=True)
+        process = start("bash", "train.sh", *flags, **settings)
+        wait_until((tmp_path / "saving").exists, process)
+        process.send_signal(number)
+        text = text_of(process)
+        assert process.returncode == EXIT_RESUMABLE and "Traceback" not in text, text
+        assert (tmp_path / "asked").read_text() == "requeue 4711\n" * times
+        checkpoints = sorted((folder / "checkpoints").glob("*.pt"))
+        for path in checkpoints:
+            verify_checkpoint(path)
+        assert int(checkpoints[-1].stem) == read_rows(folder)[-1]["step"] < 12
 
-def test_a_killed_training_process_ends_the_other_with_its_name_told(train_flags, tmp_path):
-    folder = tmp_path / "exps" / "run"
-    command = [sys.executable, "training/launch.py", "--processes", "2", "--cpu"]
-    command += ["train.py", *train_flags, "--exp-name", "run", "--max-train-steps", "100000", "--num-workers", "1"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
-    wait_for(folder / "metrics.jsonl", process)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
-    first, second = sorted(map(int, children.split()))
-    os.kill(second, signal.SIGKILL)
-    assert process.wait(SECONDS) != 0
-    assert "process 1 on" in (text := process.stderr.read()) and "was ended by SIGKILL; ending the others" in text
-    with pytest.raises(ProcessLookupError):
-        os.kill(first, 0)
-
-
-def test_ctrl_c_reaches_what_the_scripts_start(tmp_path):
-    """bash hides it from programs in the background; a terminal sends it to every process of the group."""
-    (tmp_path / "program.py").write_text(PROGRAM)
-    script = f"source launch/launch.sh; status=0; launch {tmp_path}/program.py {tmp_path} wait wait || status=$?; "
-    path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
-    process = subprocess.Popen(
-        ["bash", "-c", script + 'echo "$status $INTERRUPTED"'], cwd=ROOT, stdout=subprocess.PIPE, text=True,
-        env={**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "NUM_GPUS": "0"}, start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background ignore it, and bash
-    )  # fmt: skip
-    wait_for(tmp_path / "0", process)
-    os.killpg(process.pid, signal.SIGINT)
-    assert process.communicate(timeout=60)[0] == f"{EXIT_RESUMABLE} 1\n"
+    # A process is killed: torchrun restarts both, and they resume by themselves.
+    (tmp_path / "saving").unlink()
+    process = start("bash", "train.sh", *flags, **settings)
+    wait_until((tmp_path / "saving").exists, process)
+    (torchrun,) = children(process.pid)
+    os.kill(children(torchrun)[-1], signal.SIGKILL)
+    text = text_of(process)
+    assert process.returncode == 0, text
+    assert re.search(r"exitcode: -9\b", text) and len((folder / "starts.jsonl").read_text().splitlines()) == 4
+    assert_same_run(tmp_path / "exps" / "quiet", folder)

@@ -22,7 +22,6 @@ from models.checkpoint import checksum_path, load_checkpoint, verify_checkpoint
 from tests.conftest import read_rows, run_training
 from tests.processes import SECONDS, Training
 from tests.test_checkpoint import Malicious
-from training.lost_process import EXIT_LOST_PROCESS, is_loss
 from training.preemption import EXIT_RESUMABLE
 
 KILLS = int(os.environ.get("REG_KILLS", "4"))
