@@ -25,14 +25,7 @@ from common.cli import AUTO
 from common.distributed import broadcast_from_main, largest_batch, long_collective_timeout, to_host
 from common.io import InputError, run_cli, write_json
 from evaluations.coherence import CoherenceReport
-from generation.config import (
-    GenerateConfig,
-    check_against_checkpoint,
-    default_name,
-    image_labels,
-    parse_args,
-    warn_of_unused_scale,
-)  # fmt: skip
+from generation.config import GenerateConfig, check_against_checkpoint, default_name, image_labels, parse_args
 from generation.sample_set import DIGEST, SampleSet
 from models.autoencoder import Codec, LatentFormat, load_decoder
 from models.checkpoint import build_model, checkpoint_digest, load_checkpoint, saved_settings, steps_done
@@ -86,7 +79,7 @@ def main() -> None:
 
     def claim_folder() -> list[range]:
         samples.claim(plan.record())
-        warn_of_unused_scale(config.guidance)
+        config.warn_of_unused_scale()
         return samples.missing_batches(plan.batch_size, config.with_cls_tokens)
 
     generate(plan, accelerator, samples, broadcast_from_main(accelerator, claim_folder))
@@ -102,19 +95,12 @@ def start_accelerator(config: GenerateConfig) -> Accelerator:
     if config.local_rank is not None and torch.cuda.is_available():
         torch.cuda.set_device(config.local_rank)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
-    return Accelerator(
-        cpu=config.device == "cpu",
-        mixed_precision=config.mixed_precision,
-        kwargs_handlers=[long_collective_timeout()],
-    )
+    handlers = [long_collective_timeout()]
+    return Accelerator(cpu=config.device == "cpu", mixed_precision=config.mixed_precision, kwargs_handlers=handlers)
 
 
 def make_plan(config: GenerateConfig, accelerator: Accelerator) -> SamplePlan:
-    """Return the plan, with network and codec on the accelerator's device.
-
-    Raises:
-        InputError: a file is missing or damaged, or a setting contradicts the checkpoint.
-    """
+    """Return the plan. Raises InputError if a file is missing or damaged, or a setting contradicts the checkpoint."""
     device = accelerator.device
     checkpoint = load_checkpoint(config.ckpt)
     saved = saved_settings(checkpoint, config.ckpt)
@@ -131,8 +117,7 @@ def make_plan(config: GenerateConfig, accelerator: Accelerator) -> SamplePlan:
     labels = image_labels(config, model.num_classes)
     convert(model, NETWORK_DTYPES[config.network_dtype])
     batch_size = config.per_proc_batch_size
-    if batch_size == AUTO:
-        batch_size = find_batch_size(config, accelerator, model, codec)
+    batch_size = find_batch_size(config, accelerator, model, codec) if batch_size == AUTO else batch_size
     return SamplePlan(config, checkpoint, model, codec, coherence, interpolant, labels, batch_size)
 
 
@@ -163,24 +148,16 @@ def generate(plan: SamplePlan, accelerator: Accelerator, samples: SampleSet, bat
     network = CudaGraphs(model) if config.cuda_graphs else model
     # Compilation and CUDA graphs are specific to a batch size, so a smaller last batch is padded.
     rows = plan.batch_size if config.compile or config.cuda_graphs else 1
+    sampler = (plan.interpolant, config.guidance, config.mode, config.chosen_solver, config.num_steps)
     mine = batches[accelerator.process_index :: accelerator.num_processes]
     bar = tqdm(total=sum(map(len, mine)), unit="img", disable=not accelerator.is_main_process, desc="generating")
     with ThreadPoolExecutor(WRITER_THREADS) as pool, bar:
         writing: list[Future[int]] = []
         for numbers in mine:
             padded = [*numbers, *[numbers[-1]] * (rows - len(numbers))]
+            labels, seeds = [plan.labels[number] for number in padded], image_seeds(config.global_seed, padded)
             with accelerator.autocast():
-                latents, cls_tokens = sample_images(
-                    model,
-                    [plan.labels[number] for number in padded],
-                    image_seeds(config.global_seed, padded),
-                    plan.interpolant,
-                    config.guidance,
-                    config.mode,
-                    config.chosen_solver,
-                    config.num_steps,
-                    network=network,
-                )
+                latents, cls_tokens = sample_images(model, labels, seeds, *sampler, network=network)
             latents = latents[: len(numbers)].float()
             images = if_finite(latents, to_host(plan.codec.decode(latents)), config.ckpt)
             if config.with_cls_tokens:
@@ -202,9 +179,7 @@ def if_finite(sampled: Tensor, get: Callable[[], np.ndarray], source: str) -> Ca
 
     def checked() -> np.ndarray:
         if not get_finite():
-            raise InputError(
-                f"{source}: its samples are not finite (NaN or infinity): the weights are damaged, or fp16 overflows"
-            )
+            raise InputError(f"{source}: its samples are not finite: the weights are damaged, or fp16 overflows")
         return get()
 
     return checked

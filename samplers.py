@@ -9,10 +9,11 @@ network is called in its own dtype. The source of random numbers is an argument.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from models.interpolant import Interpolant
 
 Velocity = Callable[[Tensor, "Tensor | None", Tensor], "tuple[Tensor, Tensor | None]"]
 NoiseSource = Callable[[], "tuple[Tensor, Tensor | None]"]
-Progress = Callable[[Iterator], Iterator]
+Steps = Iterable["tuple[Tensor, Tensor]"]  # times at the start and the end of each step
 
 MODES = ("sde", "ode")
 SOLVERS = ("euler", "heun", "dopri5")
@@ -131,71 +132,48 @@ def _axpy(x: Tensor | None, v: Tensor | None, dt: Tensor) -> Tensor | None:
 
 
 def euler_maruyama(
-    velocity: Velocity,
-    x: Tensor,
-    cls: Tensor | None,
-    noise: NoiseSource,
-    interpolant: Interpolant,
-    num_steps: int = 250,
-    progress: Progress = iter,
+    velocity: Velocity, x: Tensor, cls: Tensor | None, noise: NoiseSource, interpolant: Interpolant, steps: Steps
 ) -> tuple[Tensor, Tensor | None]:
-    """Return x and cls at t = 0 by Euler-Maruyama on the reverse SDE (SiT, section 2). `num_steps` network calls.
+    """Return x and cls at t = 0 by Euler-Maruyama on the reverse SDE (SiT, section 2). One network call per step.
 
     Args:
         velocity: the vector field.
         x, cls: noise (N, C, H, W) and (N, D) or None, float64.
         noise: called at each step except the last; returns standard normals with the shapes of x and cls.
         interpolant: the path; it converts velocity to score.
-        num_steps: 1 or more.
-        progress: wraps the iterator over steps, for example in a progress bar.
+        steps: the pairs of neighbouring times of `sde_times`.
     """
-    times = sde_times(num_steps)
 
     def drift(x: Tensor | None, v: Tensor | None, t: Tensor) -> Tensor | None:
         return None if x is None else v - diffusion(t) / 2 * interpolant.score_from_velocity(v, x, t)
 
-    for step in progress(range(num_steps)):
-        t, dt = times[step], times[step + 1] - times[step]
+    for t, t_next in steps:
+        dt = t_next - t
         v, v_cls = velocity(x, cls, t)
         x, cls = _axpy(x, drift(x, v, t), dt), _axpy(cls, drift(cls, v_cls, t), dt)
-        if step < num_steps - 1:  # the last step adds no noise
+        if t_next > 0:  # the last step adds no noise
             strength = (diffusion(t) * dt.abs()).sqrt()
             noise_x, noise_cls = noise()
             x, cls = _axpy(x, noise_x, strength), _axpy(cls, noise_cls, strength)
     return x, cls
 
 
-def euler(
-    velocity: Velocity, x: Tensor, cls: Tensor | None, num_steps: int = 250, progress: Progress = iter
+def fixed_step_ode(
+    velocity: Velocity, x: Tensor, cls: Tensor | None, steps: Steps, second_order: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Return x and cls at t = 0 by Euler's method on the probability-flow ODE. `num_steps` network calls."""
-    times = ode_times(num_steps)
-    for step in progress(range(num_steps)):
-        v, v_cls = velocity(x, cls, times[step])
-        dt = times[step + 1] - times[step]
-        x, cls = _axpy(x, v, dt), _axpy(cls, v_cls, dt)
-    return x, cls
+    """Return x and cls at t = 0 on the probability-flow ODE by Euler's or, if `second_order`, by Heun's method.
 
-
-def heun(
-    velocity: Velocity, x: Tensor, cls: Tensor | None, num_steps: int = 250, progress: Progress = iter
-) -> tuple[Tensor, Tensor | None]:
-    """Return x and cls at t = 0 by Heun's second-order method on the probability-flow ODE.
-
-    The last step is an Euler step, so there are 2 num_steps - 1 network calls (EDM, arXiv 2206.00364, algorithm 1).
-    The second call of a step is guided if the time at the end of the step is inside the guidance interval.
+    Euler calls the network once per step, Heun twice, except in the last step (EDM, arXiv 2206.00364, algorithm 1). The
+    second call is guided if the time at the end of the step is inside the guidance interval. `x` and `cls` are as in
+    `euler_maruyama`; `steps` are the pairs of neighbouring times of `ode_times`.
     """
-    times = ode_times(num_steps)
-    for step in progress(range(num_steps)):
-        t, t_next = times[step], times[step + 1]
+    for t, t_next in steps:
         dt = t_next - t
         v, v_cls = velocity(x, cls, t)
-        x_next, cls_next = _axpy(x, v, dt), _axpy(cls, v_cls, dt)
-        if step < num_steps - 1:
-            w, w_cls = velocity(x_next, cls_next, t_next)
-            x_next = _axpy(x, (v + w) / 2, dt)
-            cls_next = None if cls is None else _axpy(cls, (v_cls + w_cls) / 2, dt)
-        x, cls = x_next, cls_next
+        if second_order and t_next > 0:
+            w, w_cls = velocity(_axpy(x, v, dt), _axpy(cls, v_cls, dt), t_next)
+            v, v_cls = (v + w) / 2, None if cls is None else (v_cls + w_cls) / 2
+        x, cls = _axpy(x, v, dt), _axpy(cls, v_cls, dt)
     return x, cls
 
 
@@ -243,8 +221,7 @@ class ImageNoise:
         threads: int | None = None,
     ):
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self.shape = shape
-        self.cls_token_dim = cls_token_dim
+        self.shape, self.cls_token_dim = shape, cls_token_dim
         self.device = torch.device(device)
         self.threads = threads if threads is not None else GPU_NOISE_THREADS * (self.device.type == "cuda")
         self._pool = ThreadPoolExecutor(self.threads) if self.threads else None
@@ -263,10 +240,8 @@ class ImageNoise:
         """Return tensors on the CPU, and functions to call; after the calls, the tensors contain noise."""
         pinned = self.device.type == "cuda"  # so that the copy to the GPU does not wait for the network
         count = len(self.generators)
-        x = torch.empty(count, *self.shape, dtype=torch.float64, pin_memory=pinned)
-        cls = None
-        if self.cls_token_dim:
-            cls = torch.empty(count, self.cls_token_dim, dtype=torch.float64, pin_memory=pinned)
+        empty = partial(torch.empty, dtype=torch.float64, pin_memory=pinned)
+        x, cls = empty(count, *self.shape), empty(count, self.cls_token_dim) if self.cls_token_dim else None
         if self._pool is None:
             return x, cls, [partial(self._fill, x, cls, range(count))]
         parts = [range(first, count, self.threads) for first in range(self.threads)]
@@ -305,7 +280,7 @@ def sample(
     mode: str = "sde",
     solver: str = "euler",
     num_steps: int = 250,
-    progress: Progress = iter,
+    progress: Callable[[list], Iterable] = iter,
 ) -> tuple[Tensor, Tensor | None]:
     """Return generated latents (N, C, H, W) and class tokens (N, D) or None, float64.
 
@@ -316,7 +291,7 @@ def sample(
         mode: "sde" (Euler-Maruyama) or "ode".
         solver: solver of the ODE: "euler", "heun" or "dopri5", which chooses its step sizes itself.
         num_steps: number of steps; not used by dopri5.
-        progress: wraps the iterator over steps, for example in a progress bar.
+        progress: wraps the list of steps, for example `tqdm.tqdm`.
 
     Raises:
         ValueError: unknown mode or solver, or `num_steps` below 1.
@@ -329,11 +304,13 @@ def sample(
         raise ValueError(f"num_steps is {num_steps}; allowed: 1 or more")
     x, cls = noise()
     x, cls = x.double(), None if cls is None else cls.double()
-    if mode == "sde":
-        return euler_maruyama(velocity, x, cls, noise, interpolant, num_steps, progress)
-    if solver == "dopri5":
+    if mode == "ode" and solver == "dopri5":
         return dopri5(velocity, x, cls)
-    return {"euler": euler, "heun": heun}[solver](velocity, x, cls, num_steps, progress)
+    times = sde_times(num_steps) if mode == "sde" else ode_times(num_steps)
+    steps = progress(list(pairwise(times)))
+    if mode == "sde":
+        return euler_maruyama(velocity, x, cls, noise, interpolant, steps)
+    return fixed_step_ode(velocity, x, cls, steps, second_order=solver == "heun")
 
 
 def sample_images(
@@ -345,8 +322,7 @@ def sample_images(
     mode: str = "sde",
     solver: str = "euler",
     num_steps: int = 250,
-    dtype: torch.dtype | None = None,
-    progress: Progress = iter,
+    progress: Callable[[list], Iterable] = iter,
     network: Callable[..., tuple] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return latents (N, C, H, W) and class tokens (N, D) or None, float64, for images given by label and seed.
@@ -357,7 +333,6 @@ def sample_images(
         seeds: one for each image, see `image_seeds`. An image does not depend on the rest of the batch.
         interpolant: the path the model was trained on.
         guidance, mode, solver, num_steps, progress: see `GuidedVelocity` and `sample`.
-        dtype: dtype of the network call; default: the model's dtype.
         network: called instead of the model, for example `models.inference.CudaGraphs(model)`.
     """
     device = next(model.parameters()).device
@@ -365,6 +340,6 @@ def sample_images(
     y = torch.tensor(labels, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
     shape = (model.in_channels, model.input_size, model.input_size)
     noise = ImageNoise(seeds, shape, model.cls_token_dim, device)
-    velocity = GuidedVelocity(network or model, y, model.null_class, guidance, dtype or model.dtype)
+    velocity = GuidedVelocity(network or model, y, model.null_class, guidance, model.dtype)
     with torch.inference_mode():
         return sample(velocity, noise, interpolant, mode, solver, num_steps, progress)

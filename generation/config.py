@@ -10,19 +10,8 @@ from typing import Any
 
 import torch
 
-from common.cli import (
-    BATCH_SIZE,
-    NON_NEGATIVE,
-    POSITIVE,
-    UNIT_INTERVAL,
-    Check,
-    Config,
-    batch_size,
-    flag,
-    parse,
-    setting,
-    uses_cuda,
-)  # fmt: skip
+from common import cli
+from common.cli import Config, setting
 from common.io import InputError
 from models.autoencoder import LatentFormat
 from models.checkpoint import is_legacy, saved_settings, steps_done
@@ -32,7 +21,7 @@ from models.sit import PATCH_SIZES, PRESETS, SiT
 from samplers import MODES, SOLVERS, Guidance, derive_seed
 
 LABEL_STREAM = 2  # first part of the key of a label's seed: no other draw from the global seed uses it
-GUIDANCE_SCALE = Check("1 (no guidance) or greater", lambda value: value >= 1)
+GUIDANCE_SCALE = cli.Check("1 (no guidance) or greater", lambda value: value >= 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,29 +31,23 @@ class FileSettings(Config):
     ckpt: str = setting(MISSING, "checkpoint of this or of the published code, or an exported network", changeable=True)
     weights: str = setting("ema", "which weights of the checkpoint", choices=("ema", "model"))
     sample_dir: str = setting("samples", "folder that contains the folders of all sample sets", changeable=True)
-    name: str | None = setting(
-        None, "folder of this sample set in --sample-dir; default: made from the settings", changeable=True
-    )
+    name: str | None = setting(None, "folder of this set in --sample-dir; default: from the settings", changeable=True)
     npz: bool = setting(True, "also write samples.npz", changeable=True)
     save_cls: bool = setting(False, "also write the generated class tokens, cls_tokens.npy (N, D)")
     coherence: str | None = setting(
-        None,
-        "training data; also write how well the class tokens match their images, coherence.json",
-        changeable=True,
+        None, "training data; also write how well the class tokens match their images, coherence.json", changeable=True
     )
-    enc_weights: str | None = setting(
-        None, "weights file of the encoder used by --coherence; default: that of the training run", changeable=True
-    )
+    enc_weights: str | None = setting(None, "encoder weights for --coherence; default: the run's", changeable=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ContentSettings(Config):
     """what to generate"""
 
-    num_fid_samples: int = setting(50_000, "number of images", check=POSITIVE, changeable=True)
+    num_fid_samples: int = setting(50_000, "number of images", check=cli.POSITIVE, changeable=True)
     label_sampling: str = setting("random", "how labels are chosen", choices=("random", "balanced"))
     classes: str | None = setting(None, "only these classes, comma-separated; default: all classes")
-    global_seed: int = setting(0, "seed of noise and labels", check=NON_NEGATIVE)
+    global_seed: int = setting(0, "seed of noise and labels", check=cli.NON_NEGATIVE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,20 +55,13 @@ class SamplerSettings(Config):
     """sampler"""
 
     mode: str = setting("sde", "SDE (Euler-Maruyama) or probability-flow ODE", choices=MODES)
-    num_steps: int = setting(250, "number of solver steps", check=POSITIVE)
+    num_steps: int = setting(250, "number of solver steps", check=cli.POSITIVE)
     solver: str = setting("euler", "solver of the ODE; dopri5 chooses its step sizes itself", choices=SOLVERS)
     heun: bool = setting(False, "same as --solver heun")
-    cfg_scale: float = setting(
-        1.0,
-        "guidance scale of the image; a value above 1 turns guidance on, for the class token as well",
-        check=GUIDANCE_SCALE,
-    )
-    cls_cfg_scale: float | None = setting(
-        None,
-        "guidance scale of the class token, used if --cfg-scale is above 1; 0: no guidance; default: --cfg-scale",
-    )
-    guidance_low: float = setting(0.0, "lowest time with guidance; time 0 is data", check=UNIT_INTERVAL)
-    guidance_high: float = setting(1.0, "highest time with guidance; time 1 is noise", check=UNIT_INTERVAL)
+    cfg_scale: float = setting(1.0, "guidance scale of the image; above 1, guidance is on", check=GUIDANCE_SCALE)
+    cls_cfg_scale: float | None = setting(None, "guidance scale of the class token; 0: none; default: --cfg-scale")
+    guidance_low: float = setting(0.0, "lowest time with guidance; time 0 is data", check=cli.UNIT_INTERVAL)
+    guidance_high: float = setting(1.0, "highest time with guidance; time 1 is noise", check=cli.UNIT_INTERVAL)
 
     @property
     def guidance(self) -> Guidance:
@@ -105,22 +81,20 @@ class MachineSettings(Config):
     per_proc_batch_size: int | str = setting(
         32,
         "images per batch on each process; auto: as many as fit into the GPU's memory",
-        check=BATCH_SIZE,
-        parse=batch_size,
+        check=cli.BATCH_SIZE,
+        parse=cli.batch_size,
         changeable=True,
     )
     mixed_precision: str = setting("no", "autocast of the network", choices=("no", "fp16", "bf16"))
     network_dtype: str = setting(
-        "float32", "dtype of the network's weights and arithmetic; the sampler uses float64", choices=(*NETWORK_DTYPES,)
+        "float32", "dtype of the network; the sampler uses float64", choices=(*NETWORK_DTYPES,)
     )
     compile: bool = setting(False, "compile the network's blocks; the first batch takes about a minute longer")
     cuda_graphs: bool = setting(False, "replay network calls as CUDA graphs; useful for small batches")
     tf32: bool = setting(True, "TF32 in CUDA matrix products and convolutions")
     fused_attn: bool = setting(True, "attention by scaled_dot_product_attention", changeable=True)
     device: str = setting("auto", "auto: CUDA if it is available", choices=("auto", "cpu", "cuda"), changeable=True)
-    local_rank: int | None = setting(
-        None, "index of the process on its machine, passed by old launchers; selects its GPU", changeable=True
-    )
+    local_rank: int | None = setting(None, "GPU of this process; passed by old launchers", changeable=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,9 +111,7 @@ class CheckpointSettings(Config):
     path_type: str | None = setting(None, "path between data and noise", choices=PATHS)
     legacy: bool | None = setting(None, "the older REPA layout")
     vae: str | None = setting(
-        None,
-        "codec that decodes, or ema, mse for those of Stable Diffusion; default: the codec of the latents "
-        "(Stable Diffusion: ema)",
+        None, "codec that decodes; ema, mse: Stable Diffusion's; default: that of the latents (Stable Diffusion: ema)"
     )
 
 
@@ -160,33 +132,29 @@ class GenerateConfig(FileSettings, ContentSettings, SamplerSettings, MachineSett
             raise InputError("--heun contradicts --solver dopri5")
         if self.mode == "sde" and self.chosen_solver != "euler":
             raise InputError(f"--solver {self.chosen_solver} is a solver of the ODE; add --mode ode")
-        on_cuda = uses_cuda(self.device)
+        on_cuda = cli.uses_cuda(self.device)
         for name, full in (("mixed_precision", "no"), ("network_dtype", "float32")):
             if getattr(self, name) == "fp16" and not on_cuda:
-                raise InputError(f"{flag(name)} fp16 needs a CUDA device; allowed on the CPU: {full}, bf16")
+                raise InputError(f"{cli.flag(name)} fp16 needs a CUDA device; allowed on the CPU: {full}, bf16")
         if self.cuda_graphs and not on_cuda:
             raise InputError("--cuda-graphs needs a CUDA device")
         if self.mixed_precision != "no" and (self.network_dtype != "float32" or self.cuda_graphs):
             other = "--cuda-graphs" if self.cuda_graphs else f"--network-dtype {self.network_dtype}"
             raise InputError(f"--mixed-precision {self.mixed_precision} excludes {other}; allowed with it: no")
 
+    def warn_of_unused_scale(self) -> None:
+        """Print a warning if --cls-cfg-scale has no effect. No error: published command lines may contain it."""
+        if self.guidance.cls_scale > 1 >= self.cfg_scale:
+            print(
+                f"warning: --cls-cfg-scale {self.cls_cfg_scale:g} has no effect: only --cfg-scale above 1 turns "
+                f"guidance on, and it is {self.cfg_scale:g}",
+                file=sys.stderr,
+            )
+
 
 def parse_args(argv: Sequence[str] | None = None) -> GenerateConfig:
     """Return the settings of a command line. Raises InputError for a flag or a value that is not allowed."""
-    return parse(GenerateConfig, "Generate images from a checkpoint.", argv)
-
-
-def warn_of_unused_scale(guidance: Guidance) -> None:
-    """Print a warning to stderr if the guidance scale of the class token has no effect.
-
-    It is not an error, because the published sampler accepts such a command line and ignores the scale.
-    """
-    if guidance.cls_scale > 1 >= guidance.scale:
-        print(
-            f"warning: --cls-cfg-scale {guidance.cls_scale:g} has no effect: only --cfg-scale above 1 turns guidance "
-            f"on, and it is {guidance.scale:g}",
-            file=sys.stderr,
-        )
+    return cli.parse(GenerateConfig, "Generate images from a checkpoint.", argv)
 
 
 def image_labels(config: GenerateConfig, num_classes: int) -> list[int]:
@@ -232,7 +200,7 @@ def check_against_checkpoint(
     for name, value in found.items():
         given = getattr(config, name)
         if given is not None and value is not None and given != value:
-            raise InputError(f"{flag(name)} is {given}, but {config.ckpt} has {value}")
+            raise InputError(f"{cli.flag(name)} is {given}, but {config.ckpt} has {value}")
     if config.with_cls_tokens and model.cls_token_dim is None:
         raise InputError(f"--save-cls: {config.ckpt} has no class token")
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -29,25 +29,19 @@ from generation.config import GenerateConfig
 
 GRID_ROWS, GRID_COLUMNS = 8, 12  # at most; with balanced labels, one column for each class if they fit
 THREADS = 4  # for reading images
-READ_AHEAD = 64  # images; 50,000 decoded images do not fit into memory
+READ_AHEAD = 64  # images read at a time; 50,000 decoded images do not fit into memory
 CLS_PART = re.compile(r"(\d+)-(\d+)\.npy")  # class tokens of one batch: first image number, and last one + 1
 REMEDY = "remove it and run the same command again"
 DIGEST = "checkpoint_sha256"
 
 
+@dataclass(frozen=True)
 class SampleSet:
-    """The folder of a sample set.
+    """The folder of a sample set, which is created when the first file is written."""
 
-    Args:
-        folder: the folder; it is created when the first file is written.
-        total: number of images.
-        resolution: image size in pixels.
-    """
-
-    def __init__(self, folder: Path, total: int, resolution: int):
-        self.folder = folder
-        self.total = total
-        self.resolution = resolution
+    folder: Path
+    total: int  # number of images
+    resolution: int  # image size in pixels
 
     def image_path(self, number: int) -> Path:
         """Return the path of image `number`."""
@@ -120,12 +114,7 @@ class SampleSet:
     def finish(self, labels: list[int], balanced: bool, with_cls: bool, npz: bool) -> None:
         """Write labels and grid of a complete set; if `with_cls`, cls_tokens.npy; if `npz`, samples.npz.
 
-        Args:
-            labels: one for each image.
-            balanced: whether every class has the same number of images, so that the grid can have one column per class.
-
-        Raises:
-            InputError: an image or a file of class tokens is damaged.
+        `balanced` labels let the grid have one column for each class. Raises InputError if a file is damaged.
         """
         listed = [[path.name, label] for path, label in zip(self.image_paths, labels, strict=True)]
         write_json(self.folder / "images" / "dataset.json", {"labels": listed})
@@ -141,19 +130,16 @@ class SampleSet:
 
     def read_images(self) -> Iterator[np.ndarray]:
         """Yield the images in order, (R, R, 3) uint8. Raises InputError with the file's name if one is damaged."""
-        pending: deque[Future[np.ndarray]] = deque()
         with ThreadPoolExecutor(THREADS) as pool:
-            for path in self.image_paths:
-                pending.append(pool.submit(self._read_image, path))
-                if len(pending) == READ_AHEAD:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
+            for first in range(0, self.total, READ_AHEAD):
+                numbers = range(first, min(first + READ_AHEAD, self.total))
+                yield from pool.map(self._read_image, map(self.image_path, numbers))
 
     def check_images(self) -> None:
         """Raise InputError with the file's name if an image is damaged. Skipped if samples.npz is up to date."""
         if not self._has_current_npz():
-            deque(self.read_images(), maxlen=0)
+            for _ in self.read_images():
+                pass
 
     def _read_image(self, path: Path) -> np.ndarray:
         try:

@@ -14,7 +14,7 @@ import sys
 sys.path.insert(0, ".")
 from accelerate import Accelerator
 from common.distributed import broadcast_from_main, largest_batch
-from common.io import InputError, run_cli
+from common.io import InputError
 
 def attempt(size):
     if size > 8 >> accelerator.process_index:
@@ -30,6 +30,8 @@ try:
     broadcast_from_main(accelerator, refuse)
 except InputError as error:
     print("refused:", error, flush=True)
+accelerator.wait_for_everyone()
+accelerator.end_training()
 """
 
 

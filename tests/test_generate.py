@@ -11,7 +11,7 @@ from PIL import Image
 
 import generate
 from common.io import InputError
-from generation.config import default_name, warn_of_unused_scale
+from generation.config import default_name
 from models.autoencoder import PixelCodec
 from models.checkpoint import load_checkpoint, save_checkpoint
 from models.encoders import load_encoder
@@ -187,9 +187,9 @@ def test_numbers_that_are_not_finite_are_refused(name, value):
 
 def test_a_scale_of_the_class_token_alone_is_warned_of(capsys):
     for flags in ([], ["--cfg-scale", "2"], ["--cfg-scale", "2", "--cls-cfg-scale", "3"], ["--cls-cfg-scale", "0"]):
-        warn_of_unused_scale(generate.parse_args(["--ckpt", "x.pt", *flags]).guidance)
+        generate.parse_args(["--ckpt", "x.pt", *flags]).warn_of_unused_scale()
     assert capsys.readouterr().err == ""
-    warn_of_unused_scale(generate.parse_args(["--ckpt", "x.pt", "--cls-cfg-scale", "2.3"]).guidance)
+    generate.parse_args(["--ckpt", "x.pt", "--cls-cfg-scale", "2.3"]).warn_of_unused_scale()
     assert "warning: --cls-cfg-scale 2.3 has no effect: only --cfg-scale above 1" in capsys.readouterr().err
 
 

@@ -101,8 +101,7 @@ def test_the_npz_is_written_only_if_it_is_not_that_of_the_images(samples):
 
 def test_images_are_read_ahead_by_a_fixed_number(tmp_path, monkeypatch):
     begun = []
-    paths = property(lambda self: (begun.append(number) or number for number in range(500)))
-    monkeypatch.setattr(SampleSet, "image_paths", paths)
+    monkeypatch.setattr(SampleSet, "image_path", lambda self, number: begun.append(number) or number)
     monkeypatch.setattr(SampleSet, "_read_image", lambda self, path: path)
     reader = SampleSet(tmp_path, 500, SIZE).read_images()
     assert list(islice(reader, 10)) == list(range(10))
