@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import importlib.util
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, field
@@ -81,10 +82,11 @@ class Config:
             value, rules = getattr(self, name), item.metadata
             if value is None:
                 continue
-            if rules["choices"] and value not in rules["choices"]:
-                raise InputError(f"{flag_of(item)} {value}: allowed: {', '.join(rules['choices'])}")
-            if rules["check"] and not rules["check"].fits(value):
-                raise InputError(f"{flag_of(item)} {value}: must be {rules['check'].allowed}")
+            for one in value if isinstance(value, tuple) else (value,):
+                if rules["choices"] and one not in rules["choices"]:
+                    raise InputError(f"{flag_of(item)} {one}: allowed: {', '.join(rules['choices'])}")
+                if rules["check"] and not rules["check"].fits(one):
+                    raise InputError(f"{flag_of(item)} {one}: must be {rules['check'].allowed}")
         self.check_combination()
 
     def check_combination(self) -> None:
@@ -127,7 +129,8 @@ def parse(config_class: type[AnyConfig], description: str, argv: Sequence[str] |
         nearest = difflib.get_close_matches(unknown[0].split("=")[0].replace("_", "-"), known, n=1, cutoff=0.4)
         hint = f"did you mean {nearest[0]}?" if nearest else "--help lists all flags"
         raise InputError(f"{unknown[0]}: unknown argument; {hint}")
-    return config_class(**vars(namespace))
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(namespace).items()}
+    return config_class(**values)
 
 
 def make_parser(config_class: type[Config], description: str) -> argparse.ArgumentParser:
@@ -144,9 +147,10 @@ def make_parser(config_class: type[Config], description: str) -> argparse.Argume
 def groups(config_class: type[Config]) -> dict[str, list[dataclasses.Field]]:
     """Return the settings by group: the first docstring line of the class that declares them, in the order of bases."""
     declaring = [base for base in config_class.__bases__ if base is not Config] + [config_class]
-    found = {}
+    found, listed = {}, set()
     for owner in declaring:
-        names = [name for name in settings(owner) if owner is not config_class or name in owner.__annotations__]
+        names = [name for name in settings(owner) if name not in listed]
+        listed.update(names)
         if names:
             title = owner.__doc__.splitlines()[0].rstrip(".") if owner is not config_class else "options"
             found[title] = [settings(config_class)[name] for name in names]
@@ -182,6 +186,12 @@ def batch_size(text: str) -> int | str:
     return text if text == AUTO else int(text)
 
 
+def require(package: str, purpose: str, module: str | None = None) -> None:
+    """Raise InputError if a package is not installed. `module`: its import name, if that differs."""
+    if importlib.util.find_spec(module or package) is None:
+        raise InputError(f"{purpose}: needs the package {package}, which is not installed (pip install {package})")
+
+
 def uses_cuda(device: str) -> bool:
     """Return whether --device, which is auto, cpu or cuda, means a GPU. Raises InputError if there is none."""
     import torch  # only here: programs that crop photographs start faster without it
@@ -210,6 +220,9 @@ def _argument(item: dataclasses.Field, hint: Any) -> dict[str, Any]:
     kind = _value_type(hint)
     if kind is bool:
         return {**how, "help": text, "action": argparse.BooleanOptionalAction}
+    if get_origin(kind) is tuple:  # several values after one flag, unless `parse` splits a single one
+        kind = get_args(kind)[0]
+        how |= {} if rules["parse"] else {"nargs": "+"}
     how["type"] = rules["parse"] or (finite_float if kind is float else kind)
     if rules["choices"]:
         how["choices"] = rules["choices"]
@@ -233,6 +246,8 @@ def _shown(default: Any) -> str:
         return "required"
     if isinstance(default, bool):
         return "on" if default else "off"
+    if isinstance(default, tuple):
+        return " ".join(map(_shown, default))
     if isinstance(default, float | int) or default is None:
         return "" if default is None else f"{default:g}" if isinstance(default, float) else str(default)
     return str(default)

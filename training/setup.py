@@ -100,7 +100,7 @@ def set_up(args: argparse.Namespace, stop_signal: StopSignal | None = None) -> R
         step,
         peak_images_per_second(args, accelerator),
     )
-    start = describe_start(args, step, device, accelerator.num_processes)
+    start = describe_start(args.seed, step, device, accelerator.num_processes)
     log.write_line("starts.jsonl", start | count_parameters(model))
     writer = CheckpointWriter(folder / "checkpoints", args.keep_last, args.keep_every, args.background_save, tqdm.write)
     if accelerator.is_main_process:
