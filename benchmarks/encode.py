@@ -1,31 +1,30 @@
-"""How fast a codec encodes and decodes: written plainly, then with each switch added in turn, all in one run.
+"""Measures how fast a codec encodes and decodes: plain, then with one optimisation after the other, in one run.
 
     python benchmarks/encode.py [--vae FOLDER] [--device cuda] [--dtype fp16] [--json encode.json]
 
-Without --vae it measures Stable Diffusion's architecture with random weights, which takes the same time as the real
-ones. Plainly means float32 (on a GPU TF32), channels first, one image at a time. Utilisation compares the codec's
-floating-point operations per second with those of a large matrix product on the same device, in the same precision.
+Without --vae it measures Stable Diffusion's architecture with random weights, which is as fast as with trained ones.
+The plain form is float32 (TF32 on a GPU), channels first, one image at a time. Utilisation compares the codec's
+floating-point operations per second with those of a large matrix product on the same device in the same precision.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.timing import in_turns, matrix_rate, parse_with_json, peak_memory, require, write_result
-from common.cli import AUTO, SWITCH, batch_size, check_batch_size
+from benchmarks import timing
+from common.cli import AUTO, BATCH_SIZE, POSITIVE, batch_size, parse, require, setting
 from common.distributed import largest_batch
 from common.io import InputError, run_cli
 from models.autoencoder import SD_FORMAT, Codec, KLCodec, load_codec
@@ -34,13 +33,71 @@ from models.inference import NETWORK_DTYPES
 LARGEST_BATCH = 128
 
 
-class Setting(NamedTuple):
-    """One row: a codec, how many images it gets at a time, and the precision of its arithmetic."""
+@dataclass(frozen=True, kw_only=True)
+class Encode(timing.DeviceBenchmark):
+    """Settings of the benchmark."""
+
+    vae: str | None = setting(None, "codec to measure; default: Stable Diffusion's architecture, random weights")
+    resolution: int = setting(256, "side of the images, px", check=POSITIVE)
+    batch_size: int | str = setting(
+        32, "images at a time; auto: the largest that fits into memory", check=BATCH_SIZE, parse=batch_size
+    )
+    dtype: str = setting("float32", "half precision to measure; float32: none", choices=tuple(NETWORK_DTYPES))
+    compile: bool = setting(True, "also measure the compiled codec")
+    tf32: bool = setting(True, "allow TF32 on a GPU, which is also the default of preprocessing/encode.py")
+    rounds: int = setting(3, "timings of each form", check=POSITIVE)
+
+    def check_combination(self) -> None:
+        super().check_combination()
+        if self.vae == "pixel":
+            raise InputError("--vae pixel: it computes nothing that could be measured")
+        require("diffusers", "measuring a codec")
+
+
+class Form(NamedTuple):
+    """One row: a codec, its batch size, and the precision of its arithmetic."""
 
     name: str
     codec: Codec
     batch_size: int
     dtype: str
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure and print a table."""
+    config = parse(Encode, "Measure how fast a codec encodes and decodes.", argv)
+    device, side = config.torch_device, config.resolution
+    on_gpu = device.type == "cuda"
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = config.tf32
+    torch.manual_seed(0)
+    codec = (load_codec(config.vae) if config.vae else sd_architecture()).to(device)
+    if config.batch_size == AUTO:
+        blank = torch.zeros(LARGEST_BATCH, 3, side, side, dtype=torch.uint8, device=device)
+        count = largest_batch(lambda n: codec.encode(blank[:n]), LARGEST_BATCH) if on_gpu else 1
+        config = replace(config, batch_size=count)
+
+    # Inputs and rows
+    images = torch.randint(0, 256, (config.batch_size, 3, side, side), dtype=torch.uint8)
+    shape = (codec.format.channels, side // codec.format.factor, side // codec.format.factor)
+    latents = torch.randn(config.batch_size, *shape, device=device)
+    flops = {
+        "encode": timing.count_flops(lambda: codec.encode(images[:1].to(device))),
+        "decode": timing.count_flops(lambda: codec.decode(latents[:1])),
+    }
+    forms = build_forms(codec, config)
+    rows = measure(encode, images.pin_memory() if on_gpu else images, forms, flops["encode"], config)
+    rows += measure(decode, latents, forms, flops["decode"], config)
+
+    # Report
+    counts = ", ".join(f"{work} {count / 1e9:.1f} GFLOP" for work, count in flops.items())
+    print(f"{config.vae or 'SD-VAE, random weights'}, {side} px, one image: {counts}")
+    print(f"{timing.hardware(device)}, torch {torch.__version__}, TF32 {'on' if config.tf32 else 'off'}\n")
+    headings = "work | setting | batch | images/s | ratio | utilisation | peak memory, GB | deviation | rms"
+    line = "{work} | {setting} | {batch} | {images_per_s:.2f} | {ratio:.2f} | {utilisation:.0%} | {memory_gb:.2f} "
+    line += "| {max_deviation:.1e} | {rms_deviation:.1e}"
+    print(timing.markdown_table(headings, [line.format(**row) for row in rows]))
+    if config.json:
+        timing.write_result(config.json, {"flops": flops, "rows": rows}, device)
 
 
 def sd_architecture() -> Codec:
@@ -57,140 +114,63 @@ def sd_architecture() -> Codec:
     return KLCodec(autoencoder, SD_FORMAT)
 
 
-def build_settings(plain: Codec, args: argparse.Namespace) -> list[Setting]:
-    """Return the rows; encode.py and generate.py work as the third, with the batch size they are given."""
-    settings = [
-        Setting("one image at a time", plain, 1, "float32"),
-        Setting("+ batch", plain, args.batch_size, "float32"),
+def build_forms(plain: Codec, config: Encode) -> list[Form]:
+    """Return the rows. preprocessing/encode.py and generate.py use the third, with their own batch size."""
+    forms = [
+        Form("one image at a time", plain, 1, "float32"),
+        Form("+ batch", plain, config.batch_size, "float32"),
     ]
     last = copy.deepcopy(plain).to(memory_format=torch.channels_last)
-    settings.append(Setting("+ channels last", last, args.batch_size, "float32"))
-    if args.dtype != "float32":
-        last = copy.deepcopy(last).to(NETWORK_DTYPES[args.dtype])
-        settings.append(Setting(f"+ network in {args.dtype}", last, args.batch_size, args.dtype))
-    if args.compile:
+    forms.append(Form("+ channels last", last, config.batch_size, "float32"))
+    if config.dtype != "float32":
+        last = copy.deepcopy(last).to(NETWORK_DTYPES[config.dtype])
+        forms.append(Form(f"+ network in {config.dtype}", last, config.batch_size, config.dtype))
+    if config.compile:
         last = copy.deepcopy(last)
         for part in (last.autoencoder.encoder, last.autoencoder.decoder):
             part.compile(dynamic=False)
-        settings.append(Setting("+ compiled", last, args.batch_size, settings[-1].dtype))
-    return settings
+        forms.append(Form("+ compiled", last, config.batch_size, forms[-1].dtype))
+    return forms
 
 
 def encode(codec: Codec, images: Tensor, device: torch.device, count: int) -> Tensor:
-    """Return moments in the host's memory, of uint8 images there, `count` at a time."""
+    """Return moments in host memory, from uint8 images in host memory, `count` at a time."""
     return torch.cat([codec.encode(part.to(device, non_blocking=True)) for part in images.split(count)]).cpu()
 
 
 def decode(codec: Codec, latents: Tensor, device: torch.device, count: int) -> Tensor:
-    """Return uint8 images in the host's memory, of latents on the device, `count` at a time."""
+    """Return uint8 images in host memory, from latents on the device, `count` at a time."""
     return torch.cat([codec.decode(part) for part in latents.split(count)]).cpu()
 
 
 def measure(
-    work: Callable[..., Tensor], inputs: Tensor, settings: list[Setting], flops: int, args: argparse.Namespace
+    work: Callable[..., Tensor], inputs: Tensor, forms: list[Form], flops: int, config: Encode
 ) -> list[dict[str, Any]]:
-    """Return a row for each setting, of encoding or decoding `inputs`; `flops`: of one image."""
-    device = torch.device(args.device)
+    """Return one row for each form of encoding or decoding `inputs`. `flops`: of one image."""
+    device = config.torch_device
     runs, results, memory = {}, {}, {}
-    for setting in tqdm(settings, desc="first runs", unit="setting"):
-        runs[setting.name] = partial(work, setting.codec, inputs, device, setting.batch_size)
+    for form in tqdm(forms, desc="first runs", unit="form"):
+        runs[form.name] = partial(work, form.codec, inputs, device, form.batch_size)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        results[setting.name] = runs[setting.name]().float()
-        memory[setting.name] = peak_memory(device)
-    times = in_turns(runs, device, args.rounds)
-    ceilings = {dtype: matrix_rate(device, 1, NETWORK_DTYPES[dtype]) for dtype in {each.dtype for each in settings}}
-    plain, rows = results[settings[0].name], []
-    for setting in settings:
-        rate = len(inputs) / statistics.median(times[setting.name])
-        difference = results[setting.name] - plain
-        rows.append(
-            {
-                "work": work.__name__,
-                "setting": setting.name,
-                "batch": setting.batch_size,
-                "images_per_s": rate,
-                "ratio": rate / rows[0]["images_per_s"] if rows else 1.0,
-                "utilisation": rate * flops / ceilings[setting.dtype],
-                "memory_gb": memory[setting.name],
-                "max_deviation": difference.abs().max().item(),
-                "rms_deviation": (difference.square().mean() / plain.square().mean()).sqrt().item(),
-            }
-        )
-    return rows
-
-
-def count_flops(codec: Codec, images: Tensor, latents: Tensor) -> dict[str, int]:
-    """Return the floating-point operations of encoding and of decoding one image, counted."""
-    found = {}
-    for name, run in (("encode", lambda: codec.encode(images[:1])), ("decode", lambda: codec.decode(latents[:1]))):
-        with FlopCounterMode(display=False) as counter:
-            run()
-        found[name] = counter.get_total_flops()
-    return found
-
-
-def parse_args() -> argparse.Namespace:
-    """Return the settings."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--vae", help="codec to measure (default: Stable Diffusion's architecture, random weights)")
-    parser.add_argument("--resolution", type=int, default=256, help="side of the images (%(default)s)")
-    parser.add_argument(
-        "--batch-size", type=batch_size, default=32, help="images at a time; auto: all that fit (%(default)s)"
-    )
-    default_device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=default_device, help="(%(default)s)")
-    parser.add_argument(
-        "--dtype", default="float32", choices=NETWORK_DTYPES, help="half precision; float32: none (%(default)s)"
-    )
-    parser.add_argument("--compile", action=SWITCH, default=True, help="measure the compiled codec as well")
-    parser.add_argument("--tf32", action=SWITCH, default=True, help="let a GPU use TF32, as encode.py does by default")
-    parser.add_argument("--rounds", type=int, default=3, help="timings of each setting (%(default)s)")
-    args = parse_with_json(parser)
-    check_batch_size("--batch-size", args.batch_size)
-    if min(args.rounds, args.resolution) < 1:
-        raise InputError("--rounds and --resolution must be at least 1")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: there is no CUDA device")
-    if args.vae == "pixel":
-        raise InputError("--vae pixel: it computes nothing that could be measured")
-    require("diffusers", "measuring a codec")
-    return args
-
-
-def main() -> None:
-    """Run the program."""
-    args = parse_args()
-    device, side = torch.device(args.device), args.resolution
-    on_gpu = device.type == "cuda"
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = args.tf32
-    torch.manual_seed(0)
-    codec = (load_codec(args.vae) if args.vae else sd_architecture()).to(device)
-    if args.batch_size == AUTO:
-        blank = torch.zeros(LARGEST_BATCH, 3, side, side, dtype=torch.uint8, device=device)
-        args.batch_size = largest_batch(lambda n: codec.encode(blank[:n]), LARGEST_BATCH) if on_gpu else 1
-    images = torch.randint(0, 256, (args.batch_size, 3, side, side), dtype=torch.uint8)
-    shape = (codec.format.channels, side // codec.format.factor, side // codec.format.factor)
-    latents = torch.randn(args.batch_size, *shape, device=device)
-    flops = count_flops(codec, images.to(device), latents)
-    settings = build_settings(codec, args)
-    rows = measure(encode, images.pin_memory() if on_gpu else images, settings, flops["encode"], args)
-    rows += measure(decode, latents, settings, flops["decode"], args)
-
-    name = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
-    counts = ", ".join(f"{work} {count / 1e9:.1f} GFLOP" for work, count in flops.items())
-    print(f"{args.vae or 'SD-VAE, random weights'}, {side} px, an image: {counts}")
-    print(f"{name}, torch {torch.__version__}, TF32 {'on' if args.tf32 else 'off'}\n")
-    print("| work | setting | batch | images/s | ratio | utilisation | peak memory, GB | deviation | rms |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    for row in rows:
-        print(
-            f"| {row['work']} | {row['setting']} | {row['batch']} | {row['images_per_s']:.2f} | {row['ratio']:.2f} "
-            f"| {row['utilisation']:.0%} | {row['memory_gb']:.2f} | {row['max_deviation']:.1e} "
-            f"| {row['rms_deviation']:.1e} |"
-        )
-    if args.json:
-        write_result(args.json, {"flops": flops, "rows": rows}, device)
+        results[form.name] = runs[form.name]().float()
+        memory[form.name] = timing.peak_memory(device)
+    times = timing.in_turns(runs, device, config.rounds)
+    rates = {name: len(inputs) / statistics.median(found) for name, found in times.items()}
+    ceilings = {dtype: timing.matrix_rate(device, 1, NETWORK_DTYPES[dtype]) for dtype in {form.dtype for form in forms}}
+    return [
+        {
+            "work": work.__name__,
+            "setting": form.name,
+            "batch": form.batch_size,
+            "images_per_s": rates[form.name],
+            "ratio": rates[form.name] / rates[forms[0].name],
+            "utilisation": rates[form.name] * flops / ceilings[form.dtype],
+            "memory_gb": memory[form.name],
+            **timing.deviation(results[form.name], results[forms[0].name]),
+        }
+        for form in forms
+    ]
 
 
 if __name__ == "__main__":

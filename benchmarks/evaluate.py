@@ -1,19 +1,19 @@
-"""Time and memory of the evaluation: our Inception network against a straightforward one, and the whole evaluator.
+"""Measures time and memory of the evaluation: our Inception network, a straightforward one, and the complete evaluator.
 
-    python benchmarks/evaluate.py --images 64                  # the networks, on this machine's CPU
+    python benchmarks/evaluate.py --images 64                  # both networks, on the CPU
     python benchmarks/evaluate.py --device cuda --evaluate 50000
 
-The straightforward network has the same layers and weights, each convolution followed by its own batch norm, in
-PyTorch's default layout. Each measurement has a process of its own, so that peak memory is its own.
+The straightforward network has the same layers and weights. Each convolution is followed by its own batch norm, in
+PyTorch's default memory layout. Each measurement runs in its own process, so that peak memory is measured separately.
 """
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import sys
 import tempfile
-import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.timing import matrix_rate, parse_with_json, peak_memory, run_measured, write_result
-from common.cli import AUTO, batch_size, check_batch_size
+from benchmarks import timing
+from common.cli import AUTO, BATCH_SIZE, NON_NEGATIVE, POSITIVE, batch_size, parse, setting
 from common.distributed import largest_batch
-from common.io import InputError, run_cli
+from common.io import run_cli
 from evaluations.extract import CPU_BATCH
 from evaluations.inception.layers import NUM_CLASSES, NUM_FEATURES, SPATIAL_LAYER, inception_layers
 from evaluations.inception.network import SPATIAL_CHANNELS, Inception, InceptionOutput, full_precision, load_inception
@@ -40,8 +39,24 @@ from evaluations.npz import write_npz
 RESOLUTION = 256
 
 
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(timing.DeviceBenchmark):
+    """Settings of the benchmark."""
+
+    device: str = setting("cpu", "where to measure; auto: CUDA if available", choices=("auto", "cpu", "cuda"))
+    images: int = setting(64, f"images of {RESOLUTION} px for each timing", check=POSITIVE)
+    batch_size: int | str = setting(
+        32, "images at a time; auto: the largest that fits into memory", check=BATCH_SIZE, parse=batch_size
+    )
+    repeats: int = setting(3, "timings, of which the best is reported", check=POSITIVE)
+    threads: int = setting(torch.get_num_threads(), "CPU threads", check=POSITIVE)
+    inception: str | None = setting(None, "Inception weights; default: random ones, which are equally fast")
+    evaluate: int = setting(0, "also run the evaluator on this many samples", check=NON_NEGATIVE)
+    references: int = setting(10_000, "images of the evaluator's reference", check=POSITIVE)
+
+
 class PlainInception(torch.nn.Module):
-    """The network as one would write it down: convolution, batch norm, ReLU."""
+    """A straightforward implementation of the network: convolution, batch norm, ReLU."""
 
     def __init__(self, weights: Path, device: torch.device):
         super().__init__()
@@ -61,68 +76,52 @@ class PlainInception(torch.nn.Module):
             return InceptionOutput(pool, spatial, pool @ self.classifier.t())
 
 
-def main() -> None:
-    args = parse_args()
-    result: dict[str, Any] = {"machine": machine(args), "networks": {}}
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure and print a table."""
+    config = parse(Evaluate, "Measure time and memory of the evaluation.", argv)
+    torch.set_num_threads(config.threads)
+    device = config.torch_device
+    machine = {"device": timing.hardware(device), "torch": torch.__version__}
+    machine |= {"batch_size": config.batch_size, "images": config.images}
+    result: dict[str, Any] = {"machine": machine, "networks": {}}
     with tempfile.TemporaryDirectory() as folder:
-        weights = Path(args.inception) if args.inception else write_random_weights(Path(folder) / "random.pth")
+        weights = Path(config.inception) if config.inception else write_random_weights(Path(folder) / "random.pth")
         context = multiprocessing.get_context("spawn")
         for name in ("plain", "ours"):
             with context.Pool(1) as process:
-                result["networks"][name] = process.apply(measure, (name, weights, vars(args)))
+                result["networks"][name] = process.apply(measure, (name, weights, config))
         plain, ours = (result["networks"][name].pop("pool") for name in ("plain", "ours"))
         result["relative_difference"] = float(np.linalg.norm(plain - ours) / np.linalg.norm(plain))
-        if args.evaluate:
-            result["evaluation"] = evaluate(Path(folder), weights, args)
+        if config.evaluate:
+            result["evaluation"] = run_evaluator(Path(folder), weights, config)
     show(result)
-    if args.json:
-        write_result(args.json, result, torch.device(args.device))
+    if config.json:
+        timing.write_result(config.json, result, device)
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to measure (default: cpu)")
-    parser.add_argument("--images", type=int, default=64, help="images of 256 px for each timing (default: 64)")
-    parser.add_argument(
-        "--batch-size", type=batch_size, default=32, help="images at a time; auto: all that fit (default: 32)"
-    )
-    parser.add_argument("--repeats", type=int, default=3, help="timings, of which the best counts (default: 3)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: torch's)")
-    parser.add_argument("--inception", help="Inception weights (default: random ones, equally fast)")
-    parser.add_argument("--evaluate", type=int, default=0, help="also run the evaluator on so many (default: 0)")
-    parser.add_argument("--references", type=int, default=10_000, help="images of its reference (default: 10000)")
-    args = parse_with_json(parser)
-    check_batch_size("--batch-size", args.batch_size)
-    if args.images < 1 or args.repeats < 1 or args.evaluate < 0:
-        raise InputError("--images and --repeats: expected 1 or more, --evaluate 0 or more")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: there is no CUDA device")
-    return args
-
-
-def measure(name: str, weights: Path, options: dict[str, Any]) -> dict[str, Any]:
-    """Return time per image, utilisation, peak memory beyond what is there before, and the pool features."""
-    device = torch.device(options["device"])
-    torch.set_num_threads(options["threads"])
+def measure(name: str, weights: Path, config: Evaluate) -> dict[str, Any]:
+    """Return time per image, utilisation, peak memory beyond that before the measurement, and the pool features."""
+    device = config.torch_device
+    torch.set_num_threads(config.threads)
     network: Inception | PlainInception
     network = load_inception(weights, device) if name == "ours" else PlainInception(weights, device)
-    pixels = np.random.default_rng(0).integers(0, 256, (options["images"], RESOLUTION, RESOLUTION, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 256, (config.images, RESOLUTION, RESOLUTION, 3), dtype=np.uint8)
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
-    before = peak_memory(device)
-    flops = count_flops(network, images[:1].to(device))
-    size = options["batch_size"]
+    before = timing.peak_memory(device)
+    flops = timing.count_flops(lambda: network(images[:1].to(device)))
+    size = config.batch_size
     if size == AUTO:
         on_gpu = device.type == "cuda"
         size = largest_batch(lambda count: network(images[:count].to(device)), len(images)) if on_gpu else CPU_BATCH
-    seconds = []
-    for _ in range(options["repeats"] + 1):  # the first warms up
-        start = time.perf_counter()
-        pool = torch.cat([network(batch.to(device)).pool for batch in images.split(size)])
-        pool = pool.cpu()  # waits for the device
-        seconds.append(time.perf_counter() - start)
-    best, peak = min(seconds[1:]) / options["images"], peak_memory(device)
+
+    def run() -> Tensor:
+        return torch.cat([network(batch.to(device)).pool for batch in images.split(size)]).cpu()
+
+    pool = run()  # warm-up
+    best = min(timing.timed(run, device) for _ in range(config.repeats)) / config.images
+    peak = timing.peak_memory(device)
     with full_precision(device):
-        ceiling = matrix_rate(device, 1)
+        ceiling = timing.matrix_rate(device, 1)
     return {
         "seconds_per_image": best,
         "batch_size": size,
@@ -132,26 +131,19 @@ def measure(name: str, weights: Path, options: dict[str, Any]) -> dict[str, Any]
     }
 
 
-def count_flops(network: torch.nn.Module, image: Tensor) -> int:
-    """Return the floating-point operations of one image, counted."""
-    with FlopCounterMode(display=False) as counter:
-        network(image)
-    return counter.get_total_flops()
-
-
-def evaluate(folder: Path, weights: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Run evaluator.py on noise images, in a process of its own; return its seconds and peak memory."""
-    batches = {"--ref_batch": args.references, "--sample_batch": args.evaluate}
-    flags = ["--inception", str(weights), "--batch-size", str(args.batch_size), "--save_path", str(folder / "out.json")]
+def run_evaluator(folder: Path, weights: Path, config: Evaluate) -> dict[str, Any]:
+    """Run evaluator.py on noise images in its own process; return its seconds and peak memory."""
+    batches = {"--ref_batch": config.references, "--sample_batch": config.evaluate}
+    flags = ["--inception", weights, "--batch-size", config.batch_size, "--save_path", folder / "out.json"]
     for number, (flag, count) in enumerate(batches.items()):
-        flags += [flag, str(write_noise(folder / f"batch{number}.npz", count))]
-    flags += ["--cpu"] if args.device == "cpu" else []
-    seconds, memory = run_measured([sys.executable, ROOT / "evaluations" / "evaluator.py", *flags])
-    return {"samples": args.evaluate, "references": args.references, "seconds": seconds, "host_memory_gb": memory}
+        flags += [flag, write_noise(folder / f"batch{number}.npz", count)]
+    flags += ["--cpu"] if config.torch_device.type == "cpu" else []
+    seconds, memory = timing.run_measured([sys.executable, ROOT / "evaluations" / "evaluator.py", *flags])
+    return {"samples": config.evaluate, "references": config.references, "seconds": seconds, "host_memory_gb": memory}
 
 
 def write_noise(path: Path, count: int) -> Path:
-    """Write an .npz of `count` noise images, one by one."""
+    """Write an .npz of `count` noise images, one by one, and return its path."""
     rng, shape = np.random.default_rng(count), (RESOLUTION, RESOLUTION, 3)
     with open(path, "wb") as file:
         write_npz(file, (rng.integers(256, size=shape, dtype=np.uint8) for _ in range(count)), (count, *shape))
@@ -159,7 +151,7 @@ def write_noise(path: Path, count: int) -> Path:
 
 
 def write_random_weights(path: Path) -> Path:
-    """Write weights in the layout of the PyTorch port that keep activations at a usual size."""
+    """Write random weights in the layout of the PyTorch port, with activations of a usual magnitude."""
     generator = torch.Generator().manual_seed(0)
     state = {}
     values = {"weight": 1.0, "bias": 0.1, "running_mean": 0.0, "running_var": 1.0}
@@ -174,26 +166,18 @@ def write_random_weights(path: Path) -> Path:
     return path
 
 
-def machine(args: argparse.Namespace) -> dict[str, Any]:
-    """Return what the figures belong to."""
-    name = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {args.threads} threads"
-    return {"device": name, "torch": torch.__version__, "batch_size": args.batch_size, "images": args.images}
-
-
 def show(result: dict[str, Any]) -> None:
     """Print the table."""
     print(f"{result['machine']['device']}, torch {result['machine']['torch']}, images of {RESOLUTION} px")
-    print(f"features of plain and ours differ by {result['relative_difference']:.1e} of their norm\n")
-    print("| network | ms an image | ratio | utilisation | peak memory, GB |")
-    print("|---|---|---|---|---|")
-    for name, row in result["networks"].items():
-        ratio = result["networks"]["plain"]["seconds_per_image"] / row["seconds_per_image"]
-        print(
-            f"| {name} | {1000 * row['seconds_per_image']:.2f} | {ratio:.2f} | {row['utilisation']:.0%} "
-            f"| {row['peak_gb']:.2f} |"
-        )
-    if "evaluation" in result:
-        row = result["evaluation"]
+    print(f"relative difference of the features of plain and ours: {result['relative_difference']:.1e}\n")
+    plain = result["networks"]["plain"]["seconds_per_image"]
+    rows = [
+        f"{name} | {1000 * row['seconds_per_image']:.2f} | {plain / row['seconds_per_image']:.2f} "
+        f"| {row['utilisation']:.0%} | {row['peak_gb']:.2f}"
+        for name, row in result["networks"].items()
+    ]
+    print(timing.markdown_table("network | ms an image | ratio | utilisation | peak memory, GB", rows))
+    if row := result.get("evaluation"):
         print(
             f"evaluator: {row['samples']:,} samples, {row['references']:,} references: {row['seconds']:.1f} s, "
             f"{row['host_memory_gb']:.2f} GB on the host"

@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# The speed of training, sampling, evaluator and codec on one GPU:   OUT=gpu bash benchmarks/on_gpu.sh PART...
-# Parts, each of some minutes on an H200 with 141 GB, the most wanted first:
-#   xl2          no step waits (tests); XL/2 at 256 px from plain to compiled; a trace of the final step
-#   slot         the class slot's price in training
-#   sample       XL/2 with 250 SDE steps and guidance up to t = 0.85, from the published setting to bf16, compiled, CUDA graphs;
-#                the class slot's latency
+# Measures training, sampling, evaluator and codec on one GPU:   OUT=gpu bash benchmarks/on_gpu.sh PART...
+# Parts, each of some minutes on an H200 with 141 GB, the most important first:
+#   xl2          tests that no step waits for the GPU; XL/2 at 256 px from plain to compiled; a trace of the compiled step
+#   slot         the price of the class slot in training
+#   sample       XL/2 with 250 SDE steps and guidance up to t = 0.85, from the published setting to bf16, compiled, CUDA
+#                graphs; the price of the class slot in sampling
 #   sizes        L/2 and B/2 at 256 px
-#   px512        XL/2 at 512 px, with checkpointed activations too
-#   codec        the evaluator's network, 50,000 images through the evaluator; Stable Diffusion's codec (needs diffusers)
-#   losses       200 steps of the fast path in bf16 and fp16 beside the plain one and float32
-#   growth       XL/2 by batch, and the prediction for more GPUs
-#   sample_fp16  as sample, in fp16
-#   largest      XL/2 with the largest batch that fits
-# Tables and JSON go to the folder OUT. What fails is named at the end and keeps nothing else from being measured.
+#   px512        XL/2 at 512 px, also with activation checkpointing
+#   codec        the evaluator's network, the evaluator on 50,000 images, Stable Diffusion's codec (needs diffusers)
+#   losses       losses of 200 steps of all forms in bf16 and fp16, compared with float32
+#   growth       XL/2 with several batch sizes
+#   sample_fp16  the part sample in fp16
+#   largest      XL/2 with the largest batch that fits into memory
+# Tables and JSON are written to the folder OUT. If a program fails, the others still run; the end of the output names it.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PARTS="xl2 slot sample sizes px512 codec losses growth sample_fp16 largest"
@@ -21,7 +21,7 @@ export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
 STEP="benchmarks/train_step.py --precision bf16 --rounds 3 --steps 5"
 failed=""
 
-# measure NAME PROGRAM FLAG...: its output into OUT/NAME.md as well
+# measure NAME PROGRAM FLAG...: run a program and copy its output to OUT/NAME.md
 measure() {
     local name=$1
     shift
@@ -71,7 +71,6 @@ losses() {
 
 growth() {
     measure growth $STEP --forms compile --model SiT-XL/2 --batch-size 64 128 256 --json "$OUT/growth.json"
-    measure scaling benchmarks/scaling.py --measured "$OUT/growth.json" --global-batch 256
 }
 
 largest() {

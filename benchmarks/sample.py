@@ -1,38 +1,36 @@
-"""How fast sampling is: the published setting first, then each of our switches added in turn, all in one run.
+"""Measures how fast sampling is: the published setting, then with one optimisation after the other, in one run.
 
     python benchmarks/sample.py --device cuda --model SiT-XL/2 --batch-size auto --dtype fp16 --json sample.json
     python benchmarks/sample.py --device cpu --model SiT-B/2 --batch-size 8 --dtype bf16 --no-decode
 
-The published setting: float32 (on GPUs TF32), attention written out, projectors computed at every step, the time
-embedded once for each image. Settings take turns, and medians are compared, so that whatever else the machine does
-meets all alike. The last table is the price of REG's class slot: the same network with and without it, in pairs.
-Without --ckpt the weights are random, spread like trained ones; deviations are then of the right size, no more.
+The published setting is float32 (TF32 on GPUs), attention without the fused kernel, projectors computed in every step,
+and the time embedded once for each image. The forms take turns, and medians are compared, so that other load affects
+all of them. The last table is the price of REG's class slot: the same network with and without it, in pairs. Without
+--ckpt the weights are random, with the spread of trained ones; the deviations then have only the right magnitude.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import importlib.util
 import statistics
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks import timing
 from benchmarks.encode import sd_architecture
-from benchmarks.timing import in_turns, matrix_rate, parse_with_json, peak_memory, seconds, write_result
-from common.cli import AUTO, SWITCH, batch_size, check_batch_size
+from common.cli import AUTO, BATCH_SIZE, NON_NEGATIVE, POSITIVE, UNIT_INTERVAL, Check, batch_size, parse, setting
 from common.distributed import largest_batch
-from common.io import InputError, run_cli
+from common.io import run_cli
 from models.checkpoint import load_model
 from models.inference import NETWORK_DTYPES, CudaGraphs, compile_blocks, convert
 from models.interpolant import Interpolant
@@ -40,44 +38,97 @@ from models.sit import SiT, SiT_models
 from samplers import Guidance, image_seeds, sample_images, sde_times
 
 CLASS_WIDTH = 768  # of DINOv2-B's class token
-LATENT_FACTOR = 8  # pixels to a latent, of Stable Diffusion's codec
+LATENT_FACTOR = 8  # pixels of the image for one of the latents, Stable Diffusion's codec
 LARGEST_BATCH = 256
-DECODED_ON_CPU = 1  # image at a time there: it takes seconds
+DECODED_ON_CPU = 1  # images, as one takes seconds
+MULTIPLE = Check(f"a multiple of {LATENT_FACTOR}", lambda value: value > 0 and value % LATENT_FACTOR == 0)
 
 
-@dataclass(frozen=True)
-class Setting:
-    """One row: the network's module, and what is called in its place."""
+@dataclass(frozen=True, kw_only=True)
+class Sample(timing.DeviceBenchmark):
+    """Settings of the benchmark."""
+
+    model: str = setting("SiT-XL/2", "preset", choices=tuple(SiT_models))
+    ckpt: str | None = setting(None, "checkpoint of a trained network; default: random weights")
+    resolution: int = setting(256, "side of the images, px", check=MULTIPLE)
+    batch_size: int | str = setting(
+        64, "images of a batch; auto: the largest that fits into memory", check=BATCH_SIZE, parse=batch_size
+    )
+    steps: int = setting(250, "steps of the complete run that images/s refers to", check=POSITIVE)
+    cfg_scale: float = setting(2.3, "guidance of image and class token")
+    guidance_high: float = setting(0.85, "end of the guidance interval [0, t]", check=UNIT_INTERVAL)
+    dtype: str = setting("bf16", "half precision to measure; float32: none", choices=tuple(NETWORK_DTYPES))
+    compile: bool = setting(True, "also measure the compiled network")
+    decode: bool = setting(True, "include decoding in images/s, if diffusers is installed")
+    timed_steps: int = setting(4, "steps of each timing", check=POSITIVE)
+    rounds: int = setting(5, "timings of each form", check=POSITIVE)
+    deviation_steps: int = setting(10, "steps before latents are compared", check=POSITIVE)
+    pairs: int = setting(20, "pairs of runs for the price of the class slot; 0: do not measure it", check=NON_NEGATIVE)
+    seconds: float = setting(3, "minimum time of other measurements", check=NON_NEGATIVE)
+
+    @property
+    def guidance(self) -> Guidance:
+        """Guidance of the complete run."""
+        return Guidance(self.cfg_scale, self.cfg_scale, 0, self.guidance_high)
+
+
+class Form(NamedTuple):
+    """One row: the network, and the function that is called in its place."""
 
     name: str
     model: SiT
     network: Callable[..., tuple]
 
 
-@dataclass(frozen=True)
-class Bench:
-    """What all rows share: batch, labels and seeds, guidance, device."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure and print the tables."""
+    config = parse(Sample, "Measure how fast sampling is.", argv)
+    device = config.torch_device
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+    if config.ckpt:
+        plain = load_model(config.ckpt)
+        for block in plain.blocks:
+            block.attn.fused_attn = False
+    else:
+        plain = random_network(config.model, config.resolution, fused_attn=False)
+    flops = network_flops(plain)
+    plain = plain.to(device)
+    if config.batch_size == AUTO:
+        count = 8
+        if device.type == "cuda":
+            first, guided = Form("", plain, as_published(plain)), Guidance(2.0)
+            count = largest_batch(lambda n: sample(replace(config, batch_size=n), first, guided, 1), LARGEST_BATCH)
+        config = replace(config, batch_size=count)
+    rows = measure(config, build_forms(plain, config))
+    decode = decoding_seconds(config)
+    add_rates(rows, config, flops, decode)
+    result = {
+        "hardware": timing.hardware(device),
+        "torch": torch.__version__,
+        "settings": {name: value for name, value in asdict(config).items() if name != "json"},
+        "gflop": flops / 1e9,
+        "decode_seconds": decode,
+        "rows": rows,
+        "class_slot": class_slot_price(config) if config.pairs else None,
+        "peak_memory_gb": timing.peak_memory(device),
+    }
+    show(result)
+    if config.json:
+        timing.write_result(config.json, result, device)
 
-    args: argparse.Namespace
-    device: torch.device
 
-    @property
-    def guidance(self) -> Guidance:
-        """Guidance as the command line has it."""
-        return Guidance(self.args.cfg_scale, self.args.cfg_scale, 0, self.args.guidance_high)
-
-    def sample(self, setting: Setting, guidance: Guidance, num_steps: int, count: int | None = None) -> torch.Tensor:
-        """Return the latents of a run of `num_steps`."""
-        numbers = range(count or self.args.batch_size)
-        labels = [number % setting.model.num_classes for number in numbers]
-        seeds = image_seeds(0, numbers)
-        return sample_images(
-            setting.model, labels, seeds, Interpolant(), guidance, num_steps=num_steps, network=setting.network
-        )[0]
+def sample(config: Sample, form: Form, guidance: Guidance, num_steps: int) -> torch.Tensor:
+    """Return the latents of a batch after `num_steps` steps."""
+    numbers = range(config.batch_size)
+    labels = [number % form.model.num_classes for number in numbers]
+    seeds = image_seeds(0, numbers)
+    return sample_images(form.model, labels, seeds, Interpolant(), guidance, num_steps=num_steps, network=form.network)[
+        0
+    ]
 
 
 def random_network(name: str, resolution: int, fused_attn: bool = True, cls_token_dim: int | None = CLASS_WIDTH) -> SiT:
-    """Return a preset whose zero-initialised layers have weights, so that the output depends on everything."""
+    """Return a preset with random weights in the layers that start at zero, so that every layer affects the output."""
     torch.manual_seed(0)
     model = SiT_models[name](
         input_size=resolution // LATENT_FACTOR, fused_attn=fused_attn, z_dims=[CLASS_WIDTH], cls_token_dim=cls_token_dim
@@ -99,71 +150,64 @@ def as_published(model: SiT) -> Callable[..., tuple]:
     return network
 
 
-def build_settings(plain: SiT, args: argparse.Namespace) -> list[Setting]:
-    """Return the rows; `plain` has attention written out."""
+def build_forms(plain: SiT, config: Sample) -> list[Form]:
+    """Return the rows. `plain` has no fused attention."""
     fused = copy.deepcopy(plain)
     for block in fused.blocks:
         block.attn.fused_attn = True
-    settings = [
-        Setting("published setting", plain, as_published(plain)),
-        Setting("+ fused attention", fused, as_published(fused)),
-        Setting("+ no projectors, time once", fused, fused),
+    forms = [
+        Form("published setting", plain, as_published(plain)),
+        Form("+ fused attention", fused, as_published(fused)),
+        Form("+ no projectors, time once", fused, fused),
     ]
-    if args.dtype != "float32":
-        half = convert(copy.deepcopy(fused), NETWORK_DTYPES[args.dtype])
-        settings.append(Setting(f"+ network in {args.dtype}", half, half))
-    if args.compile:
-        compiled = copy.deepcopy(settings[-1].model)
+    if config.dtype != "float32":
+        half = convert(copy.deepcopy(fused), NETWORK_DTYPES[config.dtype])
+        forms.append(Form(f"+ network in {config.dtype}", half, half))
+    if config.compile:
+        compiled = copy.deepcopy(forms[-1].model)
         compile_blocks(compiled)
-        settings.append(Setting("+ compiled", compiled, compiled))
+        forms.append(Form("+ compiled", compiled, compiled))
     if plain.pos_embed.device.type == "cuda":
-        settings.append(Setting("+ CUDA graphs", settings[-1].model, CudaGraphs(settings[-1].model)))
-    return settings
+        forms.append(Form("+ CUDA graphs", forms[-1].model, CudaGraphs(forms[-1].model)))
+    return forms
 
 
 def network_flops(model: SiT) -> int:
-    """Return the floating-point operations of one image through the network, counted, projectors left out."""
+    """Return the floating-point operations of one image through the network, counted, without projectors."""
     model = copy.deepcopy(model).to("meta")
     x = torch.empty(1, model.in_channels, model.input_size, model.input_size, device="meta")
     t, y = torch.empty(1, device="meta"), torch.zeros(1, dtype=torch.int64, device="meta")
     cls_token = torch.empty(1, model.cls_token_dim, device="meta") if model.cls_token_dim else None
-    with FlopCounterMode(display=False) as counter:
-        model(x, t, y, cls_token=cls_token, project=False)
-    return counter.get_total_flops()
+    return timing.count_flops(lambda: model(x, t, y, cls_token=cls_token, project=False))
 
 
-def measure(bench: Bench, settings: list[Setting]) -> list[dict[str, Any]]:
-    """Return a row for each setting: seconds of a step outside and inside the guidance interval, memory, deviation."""
-    args = bench.args
-    kinds = {"step_plain": Guidance(), "step_guided": Guidance(max(args.cfg_scale, 1.1))}
+def measure(config: Sample, forms: list[Form]) -> list[dict[str, Any]]:
+    """Return one row for each form: seconds of a step outside and inside the guidance interval, memory, deviation."""
+    device = config.torch_device
+    kinds = {"step_plain": Guidance(), "step_guided": Guidance(max(config.cfg_scale, 1.1))}
     memory, latents, runs = {}, {}, {}
-    for setting in tqdm(settings, desc="first runs", unit="setting"):  # compiles, captures, and is not timed
-        before = reset_memory(bench.device)
-        latents[setting.name] = bench.sample(setting, bench.guidance, args.deviation_steps)
+    for form in tqdm(forms, desc="first runs", unit="form"):  # includes compilation and capture; not timed
+        before = reset_memory(device)
+        latents[form.name] = sample(config, form, config.guidance, config.deviation_steps)
         for kind, guidance in kinds.items():
-            runs[setting.name, kind] = partial(bench.sample, setting, guidance, args.timed_steps)
-            runs[setting.name, kind]()
-        weights = sum(tensor.nbytes for tensor in setting.model.state_dict().values()) / 1e9
-        memory[setting.name] = peak_memory(bench.device) - before + weights if before else None
-    times = in_turns(runs, bench.device, args.rounds)
-    expected = latents[settings[0].name]
-    rows = []
-    for setting in settings:
-        difference = latents[setting.name] - expected
-        rows.append(
-            {
-                "setting": setting.name,
-                **{kind: statistics.median(times[setting.name, kind]) / args.timed_steps for kind in kinds},
-                "memory_gb": memory[setting.name],
-                "max_deviation": difference.abs().max().item(),
-                "rms_deviation": (difference.square().mean() / expected.square().mean()).sqrt().item(),
-            }
-        )
-    return rows
+            runs[form.name, kind] = partial(sample, config, form, guidance, config.timed_steps)
+            runs[form.name, kind]()
+        weights = sum(tensor.nbytes for tensor in form.model.state_dict().values()) / 1e9
+        memory[form.name] = timing.peak_memory(device) - before + weights if before else None
+    times = timing.in_turns(runs, device, config.rounds)
+    return [
+        {
+            "setting": form.name,
+            **{kind: statistics.median(times[form.name, kind]) / config.timed_steps for kind in kinds},
+            "memory_gb": memory[form.name],
+            **timing.deviation(latents[form.name], latents[forms[0].name]),
+        }
+        for form in forms
+    ]
 
 
 def reset_memory(device: torch.device) -> float:
-    """Start measuring a GPU's peak memory; return what is in use now, in GB. On a CPU, return 0."""
+    """Reset a GPU's peak memory; return the memory in use in GB, or 0 on a CPU."""
     if device.type != "cuda":
         return 0.0
     torch.cuda.empty_cache()
@@ -171,149 +215,85 @@ def reset_memory(device: torch.device) -> float:
     return torch.cuda.memory_allocated() / 1e9
 
 
-def add_rates(rows: list[dict[str, Any]], bench: Bench, flops: int, decode: float | None) -> None:
-    """Add to each row images per second of the whole run, the ratio to the first, and the share of the ceiling."""
-    args = bench.args
-    times = sde_times(args.steps)[:-1].tolist()
-    inside = sum(bench.guidance.active(t) for t in times)
-    ceilings = {"float32": matrix_rate(bench.device, args.seconds)}
-    if args.dtype != "float32":
-        ceilings[args.dtype] = matrix_rate(bench.device, args.seconds, NETWORK_DTYPES[args.dtype])
-    full = [row["setting"] for row in rows].index("+ no projectors, time once")
+def add_rates(rows: list[dict[str, Any]], config: Sample, flops: int, decode: float | None) -> None:
+    """Add to each row: images per second of the complete run, its ratio to the first row, and the utilisation."""
+    times = sde_times(config.steps)[:-1].tolist()
+    inside = sum(config.guidance.active(t) for t in times)
+    ceilings = {
+        dtype: timing.matrix_rate(config.torch_device, config.seconds, NETWORK_DTYPES[dtype])
+        for dtype in dict.fromkeys(("float32", config.dtype))
+    }
+    last_in_float32 = [row["setting"] for row in rows].index("+ no projectors, time once")
     for number, row in enumerate(rows):
-        network = (inside * row["step_guided"] + (len(times) - inside) * row["step_plain"]) / args.batch_size
-        ceiling = ceilings["float32" if number <= full else args.dtype]
+        network = (inside * row["step_guided"] + (len(times) - inside) * row["step_plain"]) / config.batch_size
+        ceiling = ceilings["float32" if number <= last_in_float32 else config.dtype]
         row["images_per_s"] = 1 / (network + (decode or 0))
         row["ratio"] = row["images_per_s"] / rows[0]["images_per_s"]
         row["utilisation"] = flops * (len(times) + inside) / network / ceiling
 
 
-def decoding_seconds(bench: Bench) -> float | None:
+def decoding_seconds(config: Sample) -> float | None:
     """Return the time of decoding one image by Stable Diffusion's architecture; None without diffusers."""
-    if not bench.args.decode or importlib.util.find_spec("diffusers") is None:
+    if not config.decode or importlib.util.find_spec("diffusers") is None:
         return None
-    codec = sd_architecture().to(bench.device, memory_format=torch.channels_last)
-    count = bench.args.batch_size if bench.device.type == "cuda" else DECODED_ON_CPU
-    side = bench.args.resolution // LATENT_FACTOR
-    latents = torch.randn(count, codec.format.channels, side, side, device=bench.device)
-    return seconds(lambda: codec.decode(latents), bench.device, bench.args.seconds) / count
+    device = config.torch_device
+    codec = sd_architecture().to(device, memory_format=torch.channels_last)
+    count = config.batch_size if device.type == "cuda" else DECODED_ON_CPU
+    side = config.resolution // LATENT_FACTOR
+    latents = torch.randn(count, codec.format.channels, side, side, device=device)
+    return timing.seconds(lambda: codec.decode(latents), device, config.seconds) / count
 
 
-def class_slot_price(bench: Bench) -> dict[str, Any]:
-    """Return what the class slot adds to FLOPs and to the time of a sampling run, as shares, in the fastest setting.
+def class_slot_price(config: Sample) -> dict[str, Any]:
+    """Return the relative increase in FLOPs and in time of a sampling run that the class slot causes.
 
-    The two networks take turns; each pair gives a ratio, and their median and quartiles are returned.
+    Both networks have all optimisations and take turns. Each pair gives a ratio; median and quartiles are returned.
     """
-    args = bench.args
-    flops, fastest = [], []
-    torch.compiler.reset()  # which keeps but a few compilations of one function
+    device, flops, runs = config.torch_device, [], {}
+    torch.compiler.reset()  # it keeps only a few versions of a compiled function
     for cls_token_dim in (None, CLASS_WIDTH):
-        model = random_network(args.model, args.resolution, False, cls_token_dim).to(bench.device)
+        model = random_network(config.model, config.resolution, False, cls_token_dim).to(device)
         flops.append(network_flops(model))
-        fastest.append(build_settings(model, args)[-1])
-        bench.sample(fastest[-1], bench.guidance, args.deviation_steps)  # compiles, captures
-    runs = {which: partial(bench.sample, fastest[which], bench.guidance, args.deviation_steps) for which in (0, 1)}
-    times = in_turns(runs, bench.device, args.pairs)
-    ratios = [with_slot / without - 1 for without, with_slot in zip(times[0], times[1], strict=True)]
+        fastest = build_forms(model, config)[-1]
+        runs[cls_token_dim] = partial(sample, config, fastest, config.guidance, config.deviation_steps)
+        runs[cls_token_dim]()  # compiles and captures
+    times = timing.in_turns(runs, device, config.pairs)
+    ratios = [slot / none - 1 for none, slot in zip(*times.values(), strict=True)]
     quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
     return {"flops": flops[1] / flops[0] - 1, "latency": quartiles[1], "latency_quartiles": quartiles[::2]}
 
 
 def show(result: dict[str, Any]) -> None:
     """Print the tables."""
-    args = result["settings"]
+    settings = result["settings"]
     print(
-        f"{args['ckpt'] or args['model']}, {args['resolution']} px, batch {args['batch_size']}, "
-        f"{result['gflop']:.1f} GFLOP a call and image; {result['hardware']}, torch {result['torch']}"
+        f"{settings['ckpt'] or settings['model']}, {settings['resolution']} px, batch {settings['batch_size']}, "
+        f"{result['gflop']:.1f} GFLOP for a call and image; {result['hardware']}, torch {result['torch']}"
     )
-    decode = "left out" if result["decode_seconds"] is None else f"{1000 * result['decode_seconds']:.1f} ms an image"
-    print(f"{args['steps']} SDE steps, guidance {args['cfg_scale']} in [0, {args['guidance_high']}]; decoding {decode}")
-    print(f"largest and root-mean-square deviation: of the latents after {args['deviation_steps']} steps\n")
-    print("| setting | ms a step | guided | images/s | ratio | utilisation | memory, GB | deviation | rms |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    decode = (
+        "not included" if result["decode_seconds"] is None else f"{1000 * result['decode_seconds']:.1f} ms an image"
+    )
+    print(
+        f"{settings['steps']} SDE steps, guidance {settings['cfg_scale']} in [0, {settings['guidance_high']}]; "
+        f"decoding {decode}"
+    )
+    print(f"deviation (largest, root mean square): of the latents after {settings['deviation_steps']} steps\n")
+    line = "{setting} | {plain:.1f} | {guided:.1f} | {images_per_s:.4g} | {ratio:.2f} | {utilisation:.0%} | {memory} "
+    line += "| {max_deviation:.1e} | {rms_deviation:.1e}"
+    lines = []
     for row in result["rows"]:
         memory = "" if row["memory_gb"] is None else f"{row['memory_gb']:.2f}"
-        print(
-            f"| {row['setting']} | {1000 * row['step_plain']:.1f} | {1000 * row['step_guided']:.1f} "
-            f"| {row['images_per_s']:.4g} | {row['ratio']:.2f} | {row['utilisation']:.0%} | {memory} "
-            f"| {row['max_deviation']:.1e} | {row['rms_deviation']:.1e} |"
-        )
+        milliseconds = {"plain": 1000 * row["step_plain"], "guided": 1000 * row["step_guided"]}
+        lines.append(line.format(**row, **milliseconds, memory=memory))
+    headings = "setting | ms a step | guided | images/s | ratio | utilisation | memory, GB | deviation | rms"
+    print(timing.markdown_table(headings, lines))
     if price := result["class_slot"]:
         low, high = price["latency_quartiles"]
         print(
             f"\nclass slot: {price['flops']:+.2%} FLOPs (paper: +0.38 %), {price['latency']:+.2%} latency "
-            f"(paper: +0.49 %; quartiles of {args['pairs']} pairs: {low:+.2%}, {high:+.2%})"
+            f"(paper: +0.49 %; quartiles of {settings['pairs']} pairs: {low:+.2%}, {high:+.2%})"
         )
-    print(f"peak memory {result['peak_memory_gb']:.2f} GB, of all settings together")
-
-
-def parse_args() -> argparse.Namespace:
-    """Return the settings."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="SiT-XL/2", choices=SiT_models, help="preset (%(default)s)")
-    parser.add_argument("--ckpt", help="measure this trained network in place of random weights")
-    parser.add_argument("--resolution", type=int, default=256, help="side of the images (%(default)s)")
-    parser.add_argument("--batch-size", type=batch_size, default=64, help="images; auto: all that fit (%(default)s)")
-    parser.add_argument("--steps", type=int, default=250, help="of the run that is reckoned with (%(default)s)")
-    parser.add_argument("--cfg-scale", type=float, default=2.3, help="guidance of image and class token (%(default)s)")
-    parser.add_argument("--guidance-high", type=float, default=0.85, help="guidance up to this time (%(default)s)")
-    default_device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=default_device, help="(%(default)s)")
-    parser.add_argument(
-        "--dtype", default="bf16", choices=NETWORK_DTYPES, help="half precision; float32: none (%(default)s)"
-    )
-    parser.add_argument("--compile", action=SWITCH, default=True, help="measure the compiled network as well")
-    parser.add_argument("--decode", action=SWITCH, default=True, help="reckon with decoding, if diffusers is there")
-    parser.add_argument("--timed-steps", type=int, default=4, help="steps of each timing (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="timings of each setting (%(default)s)")
-    parser.add_argument("--deviation-steps", type=int, default=10, help="steps before comparison (%(default)s)")
-    parser.add_argument("--pairs", type=int, default=20, help="of the class slot's price; 0: leave out (%(default)s)")
-    parser.add_argument("--seconds", type=float, default=3, help="least time of other measurements (%(default)s)")
-    args = parse_with_json(parser)
-    check_batch_size("--batch-size", args.batch_size)
-    for name in ("steps", "timed_steps", "rounds", "deviation_steps"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
-    if args.resolution < 1 or args.resolution % LATENT_FACTOR:
-        raise InputError(f"--resolution {args.resolution}: must be a multiple of {LATENT_FACTOR}")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: there is no CUDA device")
-    return args
-
-
-def main() -> None:
-    """Run the program."""
-    args = parse_args()
-    bench = Bench(args, torch.device(args.device))
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
-    if args.ckpt:
-        plain = load_model(args.ckpt)
-        for block in plain.blocks:
-            block.attn.fused_attn = False
-    else:
-        plain = random_network(args.model, args.resolution, fused_attn=False)
-    flops = network_flops(plain)
-    plain = plain.to(bench.device)
-    on_gpu = bench.device.type == "cuda"
-    if args.batch_size == AUTO:
-        first, guided = Setting("", plain, as_published(plain)), Guidance(2.0)
-        args.batch_size = largest_batch(lambda n: bench.sample(first, guided, 1, n), LARGEST_BATCH) if on_gpu else 8
-    rows = measure(bench, build_settings(plain, args))
-    decode = decoding_seconds(bench)
-    add_rates(rows, bench, flops, decode)
-    result = {
-        "hardware": torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        "settings": {name: value for name, value in vars(args).items() if name != "json"},
-        "gflop": flops / 1e9,
-        "decode_seconds": decode,
-        "rows": rows,
-        "class_slot": class_slot_price(bench) if args.pairs else None,
-        "peak_memory_gb": peak_memory(bench.device),
-    }
-    show(result)
-    if args.json:
-        write_result(args.json, result, bench.device)
+    print(f"peak memory of all forms together: {result['peak_memory_gb']:.2f} GB")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,7 @@
-"""What all benchmarks share: measuring time, memory and the device's ceiling, the rate of a large matrix product; the
-flag for the file of results, and the check for a package that only some of them need."""
+"""Functions shared by all benchmarks: time, memory, arithmetic, the rate of a large matrix product, and results."""
 
 from __future__ import annotations
 
-import argparse
-import importlib.util
 import os
 import re
 import resource
@@ -12,20 +9,24 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from common.cli import Config, setting, uses_cuda
 from common.io import InputError, check_writable, write_json
 from training.throughput import describe_code
 
 Name = TypeVar("Name", bound=Hashable)
 
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes, of getrusage(2)
-# A process is counted with the memory of the one that started it, so a small one starts what is measured.
+# Linux counts a parent's memory at the fork as memory of the child. Therefore a small process starts the program.
 GO_BETWEEN = """
 import resource, subprocess, sys
 status = subprocess.run(sys.argv[1:], stdout=sys.stderr).returncode
@@ -35,28 +36,57 @@ sys.exit(status)
 MATRIX = {"cpu": 2048, "cuda": 8192}  # large enough for the device's best rate
 
 
-def seconds(run: Callable[[], object], device: torch.device, at_least: float) -> float:
-    """Return the time of one `run`, averaged over `at_least` seconds, after one that is not counted."""
+@dataclass(frozen=True, kw_only=True)
+class Benchmark(Config):
+    """Results."""
+
+    json: Path | None = setting(None, "also write the results to this file")
+
+    def check_combination(self) -> None:
+        if self.json:
+            check_writable(self.json, "--json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceBenchmark(Benchmark):
+    """Device and results."""
+
+    device: str = setting("auto", "where to measure; auto: CUDA if available", choices=("auto", "cpu", "cuda"))
+
+    @property
+    def torch_device(self) -> torch.device:
+        """The device that --device means."""
+        return torch.device("cuda" if uses_cuda(self.device) else "cpu")
+
+    def check_combination(self) -> None:
+        super().check_combination()
+        uses_cuda(self.device)
+
+
+def timed(run: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds of one `run`, including the device's work."""
+    synchronise(device)
+    start = time.perf_counter()
     run()
     synchronise(device)
-    begun, runs = time.perf_counter(), 0
-    while runs == 0 or time.perf_counter() - begun < at_least:
-        run()
-        synchronise(device)
-        runs += 1
-    return (time.perf_counter() - begun) / runs
+    return time.perf_counter() - start
+
+
+def seconds(run: Callable[[], object], device: torch.device, at_least: float) -> float:
+    """Return the mean time of `run`, repeated for `at_least` seconds after one call that is not measured."""
+    run()
+    times: list[float] = []
+    while not times or sum(times) < at_least:
+        times.append(timed(run, device))
+    return sum(times) / len(times)
 
 
 def in_turns(runs: dict[Name, Callable[[], object]], device: torch.device, rounds: int) -> dict[Name, list[float]]:
-    """Return the times of each run, one a round. They take turns: what else the machine does meets all alike."""
+    """Return the times of each run, one per round. The runs alternate, so that other load affects all of them."""
     times: dict[Name, list[float]] = {name: [] for name in runs}
     for number in tqdm(range(rounds), desc="timing", unit="round"):
         for name in list(runs)[:: 1 if number % 2 else -1]:
-            synchronise(device)
-            begun = time.perf_counter()
-            runs[name]()
-            synchronise(device)
-            times[name].append(time.perf_counter() - begun)
+            times[name].append(timed(runs[name], device))
     return times
 
 
@@ -67,15 +97,15 @@ def synchronise(device: torch.device) -> None:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Let `peak_memory` begin anew, where the system can: on CUDA devices and on Linux."""
+    """Reset the peak that `peak_memory` returns. Works on CUDA devices and on Linux; does nothing elsewhere."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     elif Path("/proc/self/clear_refs").exists():
-        Path("/proc/self/clear_refs").write_text("5")  # proc(5): the peak resident set is now the present one
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): sets the peak resident set to the current one
 
 
 def peak_memory(device: torch.device) -> float:
-    """Return the most memory used so far, in GB: on a GPU its own, on a CPU the whole process's."""
+    """Return the peak memory in GB: allocated memory of a GPU, or the resident set of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
     status = Path("/proc/self/status")
@@ -85,43 +115,55 @@ def peak_memory(device: torch.device) -> float:
 
 
 def run_measured(command: Sequence[object], environment: dict[str, str] | None = None) -> tuple[float, float]:
-    """Run a program; return the seconds it takes and the memory of its largest process in GB.
+    """Run a program; return its seconds and the memory of its largest process in GB.
 
     Raises:
-        InputError: it failed; what it had to say was printed.
+        InputError: the program failed. Its output was printed.
     """
-    begun = time.perf_counter()
+    start = time.perf_counter()
     between = [sys.executable, "-S", "-c", GO_BETWEEN, *map(str, command)]
     done = subprocess.run(between, env={**os.environ, **(environment or {})}, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise InputError(f"{shlex.join(between[4:])} failed with status {done.returncode}")
-    return time.perf_counter() - begun, int(done.stdout) * RSS_UNIT / 1e9
+    return time.perf_counter() - start, int(done.stdout) * RSS_UNIT / 1e9
 
 
 def matrix_rate(device: torch.device, at_least: float, dtype: torch.dtype = torch.float32) -> float:
-    """Return the operations per second of a large matrix product in `dtype`, in TF32 where that is switched on."""
+    """Return the operations per second of a large matrix product in `dtype` (in TF32 where that is enabled)."""
     size = MATRIX[device.type]
     a = torch.randn(size, size, device=device).to(dtype)
     return 2 * size**3 / seconds(lambda: a @ a, device, at_least)
 
 
-def parse_with_json(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Add --json, the file of the figures, to a benchmark's flags; return the settings, that file checked."""
-    parser.add_argument("--json", type=Path, help="write the figures to this file as well")
-    args = parser.parse_args()
-    if args.json:
-        check_writable(args.json, "--json")
-    return args
+def count_flops(run: Callable[[], object]) -> int:
+    """Return the floating-point operations of `run`, counted by torch."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
 
 
-def require(package: str, purpose: str, module: str | None = None) -> None:
-    """Raise InputError if a package, whose module may have another name, is not installed."""
-    if importlib.util.find_spec(module or package) is None:
-        raise InputError(f"{purpose}: needs the package {package}, which is not installed (pip install {package})")
+def deviation(found: Tensor, expected: Tensor) -> dict[str, float]:
+    """Return the largest absolute difference, and the root mean square relative to that of `expected`."""
+    difference = found - expected
+    return {
+        "max_deviation": difference.abs().max().item(),
+        "rms_deviation": (difference.square().mean() / expected.square().mean()).sqrt().item(),
+    }
+
+
+def hardware(device: torch.device) -> str:
+    """Return the name of the GPU, or the number of CPU threads."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
+def markdown_table(headings: str, rows: Iterable[str]) -> str:
+    """Return a Markdown table. The cells of a row are separated by " | "."""
+    columns = headings.count(" | ") + 1
+    return "\n".join(f"| {row} |" for row in (headings, " | ".join(["---"] * columns), *rows))
 
 
 def write_result(path: str | Path, result: dict[str, Any], device: torch.device) -> None:
-    """Write what was measured as JSON, and by which command, code and versions, on what."""
+    """Write `result` as JSON, together with command, code version, package versions and device."""
     command = shlex.join(["python", *sys.argv])
     made = {"command": command, **describe_code(device), "threads": torch.get_num_threads()}
     write_json(path, {**made, **result})

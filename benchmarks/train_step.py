@@ -1,24 +1,23 @@
-"""How fast a training step is: written plainly, with one switch after the other, and as train.py has it.
+"""Measures a training step: plain, with one optimisation after the other, and as train.py has it.
 
     python benchmarks/train_step.py --model SiT-XL/2 --batch-size 256 --precision bf16 --json train_step.json
 
-One run, synthetic images and latents of real size; encoders have random weights unless --enc-weights names a file,
-which changes nothing in their speed. Forms take turns, and the median over the rounds counts, so that whatever else the
-machine does meets all alike. Several models, batch sizes, resolutions and precisions make a table of their products.
-FLOPs are counted by torch for network (three passes) and encoders (one), without what checkpointing computes again;
-utilisation compares with a large matrix product of the same precision, measured in the same run. Memory on a CPU is
-the whole process's: measure one form and size at a time to learn what that one takes.
+Images and latents are synthetic and of real size. Encoders have random weights unless --enc-weights names a file; their
+speed is the same. The forms take turns, and the median over the rounds is reported, so that other load affects all of
+them. Several models, batch sizes, resolutions and precisions are all combined. FLOPs are counted by torch for the
+network (forward and backward) and the encoders (forward), without the recomputation of activation checkpointing;
+utilisation is relative to a large matrix product in the same precision in the same run. Memory on a CPU is that of the
+complete process: measure one form and size at a time to learn what it takes.
 """
 
 from __future__ import annotations
 
-import argparse
 import gc
 import itertools
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,14 +26,50 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.timing import matrix_rate, parse_with_json, peak_memory, reset_peak_memory, synchronise, write_result
-from benchmarks.training_steps import SWITCHES, OurForm, PlainForm, Workload
+from benchmarks import timing
+from benchmarks.training_steps import OPTIMISATIONS, OurForm, PlainForm, TrainingBenchmark, Workload
+from common import distributed
+from common.cli import NON_NEGATIVE, POSITIVE, parse, setting
 from common.io import InputError, check_writable, run_cli
-from training.config import SWITCH
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FORMS = ("plain", "switches", "ours", "compile", "checkpointing")
 LOSSES_COMPARED = 2  # steps from the same weights, before any form is timed
+LARGEST_FACTOR = 8  # --largest-batch tries up to this multiple of --batch-size
+
+Form = PlainForm | OurForm
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainStep(TrainingBenchmark):
+    """Settings of the benchmark."""
+
+    model: tuple[str, ...] = setting(("SiT-B/2",), "presets")
+    batch_size: tuple[int, ...] = setting((8,), "images of a step", check=POSITIVE)
+    resolution: tuple[int, ...] = setting((256,), "of the images, px", check=POSITIVE)
+    precision: tuple[str, ...] = setting(("no",), "autocast, the same for all forms", choices=tuple(DTYPES))
+    forms: tuple[str, ...] = setting(FORMS[:-1], "forms to measure", choices=FORMS)
+    encoder: str = setting("dinov2-vit-b", "--enc-type of train.py; none: train SiT without an encoder")
+    cls_token: bool = setting(True, "with the class slot (REG) or without (REPA)")
+    slot_price: bool = setting(False, "measure both, with and without the class slot")
+    depth: int | None = setting(None, "number of blocks, instead of the preset's", check=POSITIVE)
+    rounds: int = setting(5, "number of turns of each form", check=POSITIVE)
+    steps: int = setting(2, "training steps of a turn", check=POSITIVE)
+    matrix_seconds: float = setting(3, "time of the matrix product", check=NON_NEGATIVE)
+    largest_batch: bool = setting(
+        False,
+        f"use the largest batch that the last form has memory for: {LARGEST_FACTOR} x --batch-size, or a half, ...",
+    )
+    profile: Path | None = setting(None, "write a trace of the last form's steps to this file; print its operations")
+
+    def check_combination(self) -> None:
+        super().check_combination()
+        if self.profile:
+            check_writable(self.profile, "--profile")
+        if self.encoder == "none" and (self.cls_token or self.slot_price):
+            raise InputError("--encoder none: the class slot needs an encoder; add --no-cls-token")
+        if self.largest_batch and self.torch_device.type == "cpu":
+            raise InputError("--largest-batch: needs a CUDA device, whose memory limit can be found by trying")
 
 
 @dataclass(frozen=True)
@@ -49,7 +84,7 @@ class Case:
 
 @dataclass
 class Row:
-    """One form's figures; None where it does not fit into memory."""
+    """The results of one form; None where it does not fit into memory."""
 
     model: str
     batch_size: int
@@ -59,214 +94,170 @@ class Row:
     form: str
     seconds: float | None = None  # of one step, median
     images_per_second: float | None = None
-    ratio: float | None = None  # to the plain form in float32, or else to the plain form
+    ratio: float | None = None  # speed relative to the first form
     utilisation: float | None = None
-    memory_gb: float | None = None  # nor where another workload lies beside it
-    data_wait: float | None = None
-    warm_up_seconds: float | None = None  # the first steps, compiling included
+    memory_gb: float | None = None  # also None if a second workload is in memory
+    data_wait: float | None = None  # share of the time
+    warm_up_seconds: float | None = None  # the first steps, including compilation
     losses: list[float] = field(default_factory=list)
     flops_per_image: dict[str, int] = field(default_factory=dict)
     gradient_bytes: int = 0
 
 
-def main() -> None:
-    """Measure as the command line says."""
-    args = parse_args()
-    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
-    torch.backends.cuda.matmul.allow_tf32 = True  # as train.py's default has it
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure the forms of a training step and print a table."""
+    config = parse(TrainStep, "Measure the forms of a training step.", argv)
+    device = config.torch_device
+    torch.backends.cuda.matmul.allow_tf32 = True  # train.py's default
     rates: dict[str, float] = {}
     rows: list[Row] = []
-    for settings in itertools.product(args.model, args.batch_size, args.resolution, args.precision):
+    for settings in itertools.product(config.model, config.batch_size, config.resolution, config.precision):
         case = Case(*settings)
-        found = matrix_rate(device, args.matrix_seconds, DTYPES[case.precision])
-        rates[case.precision] = max(found, rates.get(case.precision, 0))  # before each case: the ceiling is the best
-        rows += measure(args, case)
+        found = timing.matrix_rate(device, config.matrix_seconds, DTYPES[case.precision])
+        rates[case.precision] = max(found, rates.get(case.precision, 0))  # measured for each case; the best is used
+        rows += measure(config, case)
     for row in rows:
         if row.images_per_second:
             row.utilisation = sum(row.flops_per_image.values()) * row.images_per_second / rates[row.precision]
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"\n{where}, torch {torch.__version__}, encoder {args.encoder}; matrix products:", end=" ")
-    print(", ".join(f"{name} {rate / 1e12:.2f} TFLOP/s" for name, rate in rates.items()) + "\n")
+    products = ", ".join(f"{name} {rate / 1e12:.2f} TFLOP/s" for name, rate in rates.items())
+    print(f"\n{timing.hardware(device)}, torch {torch.__version__}, encoder {config.encoder}")
+    print(f"matrix products: {products}\n")
     print(table(rows))
-    if args.json:
-        write_result(args.json, {"matrix_flops": rates, "rows": [asdict(row) for row in rows]}, device)
+    if config.json:
+        timing.write_result(config.json, {"matrix_flops": rates, "rows": [asdict(row) for row in rows]}, device)
 
 
-def parse_args() -> argparse.Namespace:
-    """Return the checked settings."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("--model", nargs="+", default=["SiT-B/2"], help="presets (%(default)s)")
-    add("--batch-size", type=int, nargs="+", default=[8], help="images of a step (%(default)s)")
-    add("--resolution", type=int, nargs="+", default=[256], help="of the images, px (%(default)s)")
-    add("--precision", nargs="+", choices=DTYPES, default=["no"], help="autocast, for all forms alike (%(default)s)")
-    add("--forms", nargs="+", choices=FORMS, default=list(FORMS[:-1]), help="which to measure (%(default)s)")
-    add("--encoder", default="dinov2-vit-b", help="as train.py's --enc-type; none: SiT's loss alone (%(default)s)")
-    add("--enc-weights", help="its file; default: random weights")
-    add("--cls-token", action=SWITCH, default=True, help="with the class slot (REG) or without (REPA)")
-    add("--slot-price", action="store_true", help="measure both, with and without the class slot")
-    add("--depth", type=int, help="number of blocks instead of the preset's")
-    add("--rounds", type=int, default=5, help="how often each form has its turn (%(default)s)")
-    add("--steps", type=int, default=2, help="training steps of a turn (%(default)s)")
-    add("--matrix-seconds", type=float, default=3, help="for the matrix product (%(default)s)")
-    add("--largest-batch", action="store_true", help="look for the largest batch of the last form first, and take that")
-    add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: CUDA if there is one")
-    add("--backend", default="inductor", help="of torch.compile (%(default)s)")
-    add("--profile", type=Path, help="write a trace of the last form's steps here, and print its operations")
-    args = parse_with_json(parser)
-    if args.profile:
-        check_writable(args.profile, "--profile")
-    if min(*args.batch_size, *args.resolution, args.rounds, args.steps) < 1:
-        raise InputError("--batch-size, --resolution, --rounds and --steps must be at least 1")
-    if args.encoder == "none" and (args.cls_token or args.slot_price):
-        raise InputError("--encoder none: the class slot needs an encoder; add --no-cls-token")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: no CUDA device is available; allowed here: cpu, auto")
-    if args.largest_batch and (args.device == "cpu" or not torch.cuda.is_available()):
-        raise InputError("--largest-batch: needs a CUDA device, whose memory has an end that can be tried")
-    return args
-
-
-def measure(args: argparse.Namespace, case: Case) -> list[Row]:
+def measure(config: TrainStep, case: Case) -> list[Row]:
     """Return the rows of one case, without their utilisation."""
-    slots = [True, False] if args.slot_price else [args.cls_token]
-    if args.largest_batch:
-        case = largest_batch(args, case, slots[0])
-    begin_anew()
-    pairs = [pair for slot in slots for pair in build_rows(args, case, slot)]
-    turns: list[list[tuple[float, float]]] = [[] for _ in pairs]
-    bar = tqdm(total=len(pairs) * (args.rounds + 1), desc=f"{case.model}, batch {case.batch_size}", unit="turn")
-    able = []
-    for number, (form, row) in enumerate(pairs):
-        able += [number] if fits(form, warm_up, row) else []
+    slots = [True, False] if config.slot_price else [config.cls_token]
+    if config.largest_batch:
+        case = largest_batch(config, case, slots[0])
+    release_workloads()
+    pairs = [pair for slot in slots for pair in build_rows(config, case, slot)]
+    bar = tqdm(total=len(pairs) * (config.rounds + 1), desc=f"{case.model}, batch {case.batch_size}", unit="turn")
+
+    # First steps of each form, then turns of those that fit into memory
+    fitting = []
+    for form, row in pairs:
+        fitting += [(form, row)] if fits(form, warm_up, row) else []
         bar.update()
-    for _ in range(args.rounds):
-        able = [number for number in able if fits(pairs[number][0], turn, pairs[number][1], args.steps, turns[number])]
-        bar.update(len(able))
+    turns: dict[int, list[tuple[float, float]]] = {id(row): [] for _, row in fitting}
+    for _ in range(config.rounds):
+        fitting = [(form, row) for form, row in fitting if fits(form, turn, row, config.steps, turns[id(row)])]
+        bar.update(len(fitting))
     bar.close()
-    for number in able:
-        row = pairs[number][1]
-        row.seconds = statistics.median(seconds for seconds, _ in turns[number])
-        row.data_wait = statistics.median(wait for _, wait in turns[number])
+
+    for _, row in fitting:
+        row.seconds, row.data_wait = map(statistics.median, zip(*turns[id(row)], strict=True))
         row.images_per_second = case.batch_size / row.seconds
-        row.ratio = pairs[able[0]][1].seconds / row.seconds
+        row.ratio = fitting[0][1].seconds / row.seconds
         row.memory_gb = row.memory_gb if len(slots) == 1 else None
-    if args.profile and able:
-        profile(pairs[able[-1]][0], args.profile)
+    if config.profile and fitting:
+        profile(fitting[-1][0], config.profile)
     return [row for _, row in pairs]
 
 
-def build_rows(args: argparse.Namespace, case: Case, class_slot: bool) -> list[tuple[PlainForm | OurForm, Row]]:
-    """Return the forms asked for, each with the row for its figures; the forms share one workload."""
+def build_rows(config: TrainStep, case: Case, class_slot: bool) -> list[tuple[Form, Row]]:
+    """Return the requested forms, each with the row for its results. The forms share one workload."""
     flags = ["--model", case.model, "--batch-size", str(case.batch_size), "--mixed-precision", case.precision]
-    flags += ["--device", args.device, "--enc-type", args.encoder]
-    flags += [] if class_slot else ["--no-cls-token"]
-    flags += ["--depth", str(args.depth), "--encoder-depth", "1"] if args.depth else []
-    work = Workload(flags, case.resolution, encoder_weights=args.enc_weights)
+    flags += ["--device", config.device, *([] if class_slot else ["--no-cls-token"])]
+    flags += ["--depth", str(config.depth), "--encoder-depth", "1"] if config.depth else []
+    work = Workload(flags, config.encoder, case.resolution, encoder_weights=config.enc_weights)
     parameters = sum(parameter.numel() for parameter in work.network.parameters() if parameter.requires_grad)
     about = {"flops_per_image": work.flops(), "gradient_bytes": 4 * parameters}
-    forms = build_forms(args, work)
+    forms = build_forms(config, work)
     return [(form, Row(**asdict(case), class_slot=class_slot, form=form.name, **about)) for form in forms]
 
 
-def build_forms(args: argparse.Namespace, work: Workload) -> list[PlainForm | OurForm]:
-    """Return the forms asked for; the first is what the others are compared with."""
-    forms: list[PlainForm | OurForm] = []
-    if "plain" in args.forms:
-        on_cpu = work.device.type == "cpu"
-        forms += [PlainForm(work, precision="no")] if on_cpu and work.args.mixed_precision != "no" else []
-        forms += [PlainForm(work)]
-    if "switches" in args.forms:
-        names = tuple(SWITCHES)
+def build_forms(config: TrainStep, work: Workload) -> list[Form]:
+    """Return the requested forms. The others are compared with the first."""
+    forms: list[Form] = []
+    if "plain" in config.forms:
+        if work.device.type == "cpu" and work.run.args.mixed_precision != "no":
+            forms.append(PlainForm(work, precision="no"))
+        forms.append(PlainForm(work))
+    if "switches" in config.forms:
+        names = tuple(OPTIMISATIONS)
         forms += [PlainForm(work, names[:count]) for count in range(1, len(names) + 1)]
-    if "ours" in args.forms:
-        forms += [OurForm(work)]
-    if "compile" in args.forms:
-        forms += [OurForm(work, compiled=True, backend=args.backend)]
-    if "checkpointing" in args.forms:
-        forms += [OurForm(work, "compile" in args.forms, checkpointing=True, backend=args.backend)]
+    if "ours" in config.forms:
+        forms.append(OurForm(work))
+    if "compile" in config.forms:
+        forms.append(OurForm(work, compiled=True, backend=config.backend))
+    if "checkpointing" in config.forms:
+        forms.append(OurForm(work, "compile" in config.forms, checkpointing=True, backend=config.backend))
     return forms
 
 
-def fits(form: PlainForm | OurForm, action: Callable[..., None], *given: Any) -> bool:
-    """Call `action(form, ...)` and return whether memory sufficed."""
+def fits(form: Form, action: Callable[..., None], *given: Any) -> bool:
+    """Call `action(form, ...)`; return False if memory is insufficient."""
     try:
         action(form, *given)
         return True
     except torch.OutOfMemoryError:
         form.work.network.zero_grad()
-    free_memory()  # out here: the error holds what was in use
+    free_memory()  # after the except block, because the error refers to the memory in use
     return False
 
 
-def warm_up(form: PlainForm | OurForm, row: Row) -> None:
-    """Take a form's first steps from the common start and note their losses."""
+def warm_up(form: Form, row: Row) -> None:
+    """Take a form's first steps from the common start and store their losses."""
     form.work.reset()
     form.restart()
-    begun = time.perf_counter()
+    start = time.perf_counter()
     for _ in range(LOSSES_COMPARED):
         form.step()
     row.losses = form.finish()
-    row.warm_up_seconds = time.perf_counter() - begun
+    row.warm_up_seconds = time.perf_counter() - start
 
 
-def turn(form: PlainForm | OurForm, row: Row, steps: int, turns: list[tuple[float, float]]) -> None:
-    """Take `steps` steps; append the seconds of one and the share of them spent waiting for data to `turns`."""
-    work = form.work
-    reset_peak_memory(work.device)
-    synchronise(work.device)
-    form.log.waited, begun = 0.0, time.perf_counter()
+def turn(form: Form, row: Row, steps: int, turns: list[tuple[float, float]]) -> None:
+    """Take `steps` steps; append the seconds of one step, and the share of time spent waiting for data, to `turns`."""
+    work, log = form.work, form.run.log
+    timing.reset_peak_memory(work.device)
+    timing.synchronise(work.device)
+    log.waited, start = 0.0, time.perf_counter()
     for _ in range(steps):
         form.step()
-    synchronise(work.device)
-    elapsed = time.perf_counter() - begun
-    # A form of its own would not hold the other optimiser's state.
-    row.memory_gb = peak_memory(work.device) - work.optimizer_bytes(not form.fused) / 1e9
+    timing.synchronise(work.device)
+    elapsed = time.perf_counter() - start
+    # Without the state of the other optimizer, which only other forms use
+    row.memory_gb = timing.peak_memory(work.device) - work.optimizer_bytes(not form.fused) / 1e9
     form.finish()
-    turns.append((elapsed / steps, form.log.waited / elapsed))
+    turns.append((elapsed / steps, log.waited / elapsed))
 
 
-def largest_batch(args: argparse.Namespace, case: Case, class_slot: bool) -> Case:
-    """Return the case with the largest batch, up to an eighth, with which the last form can take steps."""
+def largest_batch(config: TrainStep, case: Case, class_slot: bool) -> Case:
+    """Return the case with the largest batch with which the last form can take steps."""
 
-    def suffices(batch_size: int) -> bool:
-        begin_anew()
-        form, row = build_rows(args, replace(case, batch_size=batch_size), class_slot)[-1]
-        return fits(form, warm_up, row)
+    def attempt(batch_size: int) -> None:
+        release_workloads()
+        warm_up(*build_rows(config, replace(case, batch_size=batch_size), class_slot)[-1])
 
-    good, bad = case.batch_size, 2 * case.batch_size
-    if not suffices(good):
-        raise InputError(f"--batch-size {good}: does not fit into memory; --largest-batch starts from one that does")
-    while suffices(bad):
-        good, bad = bad, 2 * bad
-    while bad - good > max(1, good // 8):
-        middle = (good + bad) // 2
-        good, bad = (middle, bad) if suffices(middle) else (good, middle)
-    return replace(case, batch_size=good)
+    return replace(case, batch_size=distributed.largest_batch(attempt, LARGEST_FACTOR * case.batch_size))
 
 
 def free_memory() -> None:
-    """Give back what forms no longer in use have held."""
+    """Release the memory of forms that are no longer in use."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
-def begin_anew() -> None:
-    """Forget earlier workloads: their memory, and their code, as torch.compile keeps but so many versions of it."""
+def release_workloads() -> None:
+    """Release earlier workloads: their memory, and their compiled code, of which torch.compile keeps few versions."""
     torch.compiler.reset()
     free_memory()
 
 
-def profile(form: PlainForm | OurForm, path: Path) -> None:
-    """Write a trace of three of a form's steps and print the operations that take longest."""
+def profile(form: Form, path: Path) -> None:
+    """Write a trace of three steps of a form and print the operations that take longest."""
     work = form.work
     activities = [torch.profiler.ProfilerActivity.CPU]
     activities += [torch.profiler.ProfilerActivity.CUDA] if work.device.type == "cuda" else []
     with torch.profiler.profile(activities=activities) as profiler:
         for _ in range(3):
             form.step()
-        synchronise(work.device)
+        timing.synchronise(work.device)
     profiler.export_chrome_trace(str(path))
     longest = "self_device_time_total" if work.device.type == "cuda" else "self_cpu_time_total"
     print(f"\n{form.name}:\n{profiler.key_averages().table(sort_by=longest, row_limit=25, max_name_column_width=60)}")
@@ -274,21 +265,19 @@ def profile(form: PlainForm | OurForm, path: Path) -> None:
 
 def table(rows: list[Row]) -> str:
     """Return the rows as Markdown."""
-    lines = [
-        "| model | batch | px | precision | class slot | form | s/step | images/s | ratio | utilisation | memory, GB "
-        "| waiting for data | loss, step 2 |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    headings = "model | batch | px | precision | class slot | form | s/step | images/s | ratio | utilisation "
+    headings += "| memory, GB | waiting for data | loss, step 2"
+    lines = []
     for row in rows:
-        about = [row.model, row.batch_size, row.resolution, row.precision, "yes" if row.class_slot else "no", row.form]
+        line = [row.model, row.batch_size, row.resolution, row.precision, "yes" if row.class_slot else "no", row.form]
         if row.seconds is None:
-            figures = ["does not fit", *["-"] * 6]
+            line += ["does not fit", *["-"] * 6]
         else:
-            figures = [f"{row.seconds:.3f}", f"{row.images_per_second:.2f}", f"{row.ratio:.2f}"]
-            figures += [f"{row.utilisation:.1%}", "-" if row.memory_gb is None else f"{row.memory_gb:.1f}"]
-            figures += [f"{row.data_wait:.1%}", f"{row.losses[-1]:.5f}"]
-        lines.append("| " + " | ".join(str(cell) for cell in about + figures) + " |")
-    return "\n".join(lines)
+            line += [f"{row.seconds:.3f}", f"{row.images_per_second:.2f}", f"{row.ratio:.2f}", f"{row.utilisation:.1%}"]
+            line += ["-" if row.memory_gb is None else f"{row.memory_gb:.1f}"]
+            line += [f"{row.data_wait:.1%}", f"{row.losses[-1]:.5f}"]
+        lines.append(" | ".join(map(str, line)))
+    return timing.markdown_table(headings, lines)
 
 
 if __name__ == "__main__":

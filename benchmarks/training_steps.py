@@ -1,39 +1,45 @@
-"""The forms of one training step that benchmarks compare: plain, with one switch after the other, and train.py's own.
+"""The forms of a training step that benchmarks compare: a plain one, the same with optimisations, and train.py's own.
 
-All forms of a workload share weights, average, encoders, batches and the noise of each step, so that from the same
-weights they have the same losses, up to rounding, and differ in how they get there.
+All forms of a workload share network, averaged network, encoders, batches and the random numbers of each step. From the
+same weights their losses are therefore equal, up to rounding.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState, GradientState
+from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import train
+from benchmarks.timing import DeviceBenchmark, count_flops
+from common.cli import setting
+from common.images import save_png
+from common.io import unlock_folder, write_json
+from common.sources import image_name, latents_name
 from loss import LossTerms, REGLoss
 from models import ema
 from models.autoencoder import SD_FORMAT
-from models.encoders import load_encoders, untrained_encoder
-from models.interpolant import Interpolant
+from models.encoders import untrained_encoder
 from training.config import parse_args
-from training.metrics import RunLog, StepReport, StepReports
 from training.parallelism import compile_training, to_device
-from training.preemption import StopSignal
-from training.setup import Run, describe_run, make_accelerator
+from training.setup import set_up
 from training.state import build_network
 from training.throughput import training_flops
 
 NUM_CLASSES = 1000
-SWITCHES = {  # what each adds to the plain form
+OPTIMISATIONS = {  # of the plain form, in the order in which they are added
     "loss": "batched loss",
     "adamw": "fused AdamW",
     "ema": "foreach EMA",
@@ -43,85 +49,102 @@ SWITCHES = {  # what each adds to the plain form
 Batch = tuple[Tensor, Tensor, Tensor]
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrainingBenchmark(DeviceBenchmark):
+    """Device, encoder weights and results."""
+
+    enc_weights: str | None = setting(None, "weights of the encoder; default: random weights")
+    backend: str = setting("inductor", "backend of torch.compile")
+
+
 class Workload:
-    """What the forms share.
+    """A training run on synthetic data, and what its forms share.
 
     Args:
-        flags: train.py's flags that say what is trained, `--model SiT-B/2 --batch-size 8` and so on.
+        flags: flags of train.py that say what is trained, such as `--model SiT-B/2 --batch-size 8`.
+        encoder: value of --enc-type.
         resolution: of the images, px.
-        batches: so many different batches, which come round again and again.
-        encoder_weights: files as for --enc-weights; None: random weights.
+        batches: number of different batches. They are repeated in a cycle.
+        encoder_weights: value of --enc-weights; None: random weights.
+        folder: where the run's folder is made. Default: a temporary folder, which is removed after the set-up.
     """
 
-    def __init__(self, flags: list[str], resolution: int, batches: int = 1, encoder_weights: str | None = None):
-        self.args = args = parse_args(["--exp-name", "benchmark", *flags])
-        AcceleratorState._reset_state(reset_partial_state=True)  # an earlier workload's precision
+    def __init__(
+        self,
+        flags: Sequence[str],
+        encoder: str,
+        resolution: int,
+        batches: int = 1,
+        encoder_weights: str | None = None,
+        folder: Path | None = None,
+    ):
+        AcceleratorState._reset_state(reset_partial_state=True)  # an earlier workload had its own precision
         GradientState._reset_state()
-        self.accelerator = make_accelerator(args)
-        self.device = self.accelerator.device
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
-        size = resolution // SD_FORMAT.factor
-        self.data = SimpleNamespace(
-            latent_format=SD_FORMAT, latent_size=size, resolution=resolution, num_classes=NUM_CLASSES
-        )
-        self.encoders = []
-        torch.manual_seed(args.seed)  # untrained encoders are the same ones each time
-        if args.enc_type != "none":
-            tokens = (size // int(args.model.rsplit("/")[1])) ** 2
-            self.encoders = (
-                load_encoders(args.enc_type, resolution, encoder_weights, tokens, self.device)
-                if encoder_weights
-                else [untrained_encoder(spec, resolution, self.device) for spec in args.enc_type.split(",")]
-            )
-        describe_run(args, self.data, self.encoders)
-        self.network = build_network(args).to(self.device).train()
-        self.average = ema.averaged_copy(self.network)
+        with contextlib.nullcontext(folder) if folder else tempfile.TemporaryDirectory() as place:
+            data = write_data_set(Path(place) / "data", resolution)
+            weights = encoder_weights
+            if encoder != "none" and not weights:
+                weights = write_random_weights(Path(place), encoder, resolution)
+            settings = ["--exp-name", "benchmark", "--output-dir", str(place), "--data-dir", str(data)]
+            settings += [
+                "--num-classes",
+                str(NUM_CLASSES),
+                "--sampling-steps",
+                "0",
+                "--no-check-data",
+                "--keep-last",
+                "1",
+            ]
+            settings += ["--enc-type", encoder, *(["--enc-weights", weights] if weights else [])]
+            self.run = set_up(parse_args([*settings, *flags]))
+            unlock_folder(self.run.folder)
+        self.device = self.run.accelerator.device
+        # Without accelerate's autocast, so that each form can have its own precision.
+        self.network = self.run.accelerator.unwrap_model(self.run.model, keep_fp32_wrapper=False)
         self.start = [parameter.detach().cpu().clone() for parameter in self.network.parameters()]
-        recipe = {"lr": args.learning_rate, "weight_decay": args.adam_weight_decay}
-        self.optimizers = {
-            fused: torch.optim.AdamW(self.network.parameters(), fused=fused or None, **recipe)
-            for fused in (False, True)
-        }
-        self.prepared_optimizer = self.accelerator.prepare(self.optimizers[True])
-        self.scaler_start = None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict()
+        args = self.run.args
+        default = torch.optim.AdamW(self.network.parameters(), args.learning_rate, weight_decay=args.adam_weight_decay)
+        self.optimizers = {False: default, True: self.run.optimizer.optimizer}  # by whether they are fused
+        self.scaler = self.run.accelerator.scaler
+        self.scaler_start = self.scaler and self.scaler.state_dict()
         self.pool = [synthetic_batch(args.batch_size, resolution, number) for number in range(batches)]
 
     def batches(self, pinned: bool) -> Iterator[Batch]:
-        """Return the batches without end, in the host's memory."""
+        """Return an endless iterator over the batches, in host memory."""
         pin = pinned and self.device.type == "cuda"
         pool = [tuple(tensor.pin_memory() for tensor in batch) for batch in self.pool] if pin else self.pool
         return itertools.cycle(pool)
 
     def twin(self, module: nn.Module) -> nn.Module:
-        """Return another module with the same parameters, to be compiled or wrapped apart from the first."""
+        """Return a copy of a module that shares its parameters, and can be compiled or wrapped separately."""
         shared = itertools.chain(module.parameters(), module.buffers())
         return copy.deepcopy(module, {id(tensor): tensor for tensor in shared})
 
     def reset(self) -> None:
-        """Put weights, average and optimisers back to the start."""
+        """Set weights, averaged weights and optimizers back to their start."""
         with torch.no_grad():
-            for parameter, start in zip(self.network.parameters(), self.start, strict=True):
-                parameter.copy_(start)
-                parameter.grad = None
-            for average, start in zip(self.average.parameters(), self.start, strict=True):
-                average.copy_(start)
+            for network in (self.network, self.run.ema):
+                for parameter, start in zip(network.parameters(), self.start, strict=True):
+                    parameter.copy_(start)
+                    parameter.grad = None
         for optimizer in self.optimizers.values():
             optimizer.state.clear()
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(self.scaler_start)
+        if self.scaler:
+            self.scaler.load_state_dict(self.scaler_start)
 
     def flops(self) -> dict[str, int]:
-        """Return the floating-point operations of one image, as torch's counter finds them: network, encoders."""
+        """Return the floating-point operations of one image, counted by torch, for the network and the encoders."""
         with torch.device("meta"):
-            network = build_network(self.args)
-        images = torch.empty(1, 3, self.data.resolution, self.data.resolution, dtype=torch.uint8, device="meta")
-        with FlopCounterMode(display=False) as counter:
-            for encoder in self.encoders:
-                copy.deepcopy(encoder).to("meta")(images)
-        return {"network": training_flops(network), "encoders": counter.get_total_flops()}
+            network = build_network(self.run.args)
+        images = self.pool[0][0][:1].to("meta")
+        encoders = [copy.deepcopy(encoder).to("meta") for encoder in self.run.encoders]
+        return {
+            "network": training_flops(network),
+            "encoders": count_flops(lambda: [encoder(images) for encoder in encoders]),
+        }
 
     def optimizer_bytes(self, fused: bool) -> int:
-        """Return the memory that one optimiser's state takes."""
+        """Return the memory of one optimizer's state."""
         states = self.optimizers[fused].state.values()
         return sum(value.nbytes for state in states for value in state.values() if isinstance(value, Tensor))
 
@@ -133,169 +156,132 @@ class OurForm:
 
     def __init__(self, work: Workload, compiled: bool = False, checkpointing: bool = False, backend: str = "inductor"):
         self.name = "train.py" + " --compile" * compiled + " --activation-checkpointing" * checkpointing
-        self.work = work
-        network, encoders = work.twin(work.network), [work.twin(encoder) for encoder in work.encoders]
+        self.work, run = work, work.run
+        network, encoders = work.twin(work.network), [work.twin(encoder) for encoder in run.encoders]
+        criterion, reports = copy.copy(run.criterion), copy.deepcopy(run.reports)
         network.activation_checkpointing = checkpointing
-        args, accelerator = work.args, work.accelerator
-        criterion = REGLoss(Interpolant(args.path_type), args.proj_coeff, args.cls, args.weighting)
         if compiled:
             compile_training(network, encoders, criterion, backend)
-        log = ListLog(args.batch_size)
-        self.run = Run(
-            args=args, folder=Path("."), accelerator=accelerator, data=work.data, encoders=encoders, codec=None,
-            evaluation=None, model=accelerator.prepare(network), ema=work.average, optimizer=work.prepared_optimizer,
-            criterion=criterion, log=log, step=0,
-            reports=StepReports(lambda values: accelerator.reduce(values, "mean"), work.device, ("stop", "save")),
-            bad_steps=ListedBadSteps(log),
-            writer=SimpleNamespace(failure=None), stop_signal=StopSignal(),
-        )  # fmt: skip
-        self.log = log
-        self.source = to_device(work.batches(pinned=True), work.device)
+        model = run.accelerator.prepare(network)
+        self.run = replace(run, model=model, encoders=encoders, criterion=criterion, reports=reports)
+        self.batches = to_device(work.batches(pinned=True), work.device)
+        self.losses: list[float] = []
 
     def step(self) -> None:
         """Take one step."""
-        train.training_step(self.run, self.source)
+        train.training_step(self.run, self.batches)
         self.run.step += 1
-        train.read_reports(self.run)
+        self._read(all_sent=False)
 
     def restart(self) -> None:
-        """Begin anew with step 0."""
+        """Start again at step 0."""
         self.run.step = 0
 
     def finish(self) -> list[float]:
-        """Return the losses since the last call, waiting for what has not arrived."""
-        train.read_reports(self.run, all_sent=True)
-        return self.log.take_losses()
+        """Return the losses since the last call. Waits for the device."""
+        self._read(all_sent=True)
+        losses, self.losses = self.losses, []
+        return losses
+
+    def _read(self, all_sent: bool) -> None:
+        self.losses += [report.means["loss"] for report in self.run.reports.receive(all_sent)]
 
 
 class PlainForm:
-    """A step as one writes it at first, with those of `SWITCHES` that are on: the same method, another speed.
+    """A straightforward step with those of `OPTIMISATIONS` that are given: the same method at another speed.
 
-    Autocast and fused attention as everywhere; a loop over samples and encoders in the alignment, torch's default
-    AdamW, an average tensor by tensor, batches copied where they are needed, numbers read in each step.
+    It uses autocast and fused attention. Without optimisations it computes the alignment in a loop over samples and
+    encoders, uses torch's default AdamW, averages tensor by tensor, copies each batch when it is needed, and reads the
+    loss terms in every step.
     """
 
-    def __init__(self, work: Workload, switches: tuple[str, ...] = (), precision: str | None = None):
-        self.name = f"+ {SWITCHES[switches[-1]]}" if switches else "plain"
-        precision = precision or work.args.mixed_precision
-        if precision != work.args.mixed_precision:
+    def __init__(self, work: Workload, optimisations: Sequence[str] = (), precision: str | None = None):
+        self.name = f"+ {OPTIMISATIONS[optimisations[-1]]}" if optimisations else "plain"
+        precision = precision or work.run.args.mixed_precision
+        if precision != work.run.args.mixed_precision:
             self.name += f", precision {precision}"
-        self.work, self.on = work, switches
+        self.work, self.run, self.on = work, replace(work.run), optimisations
         self.dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-        self.fused = "adamw" in switches
+        self.fused = "adamw" in optimisations
         self.optimizer = work.optimizers[self.fused]
         self.scaler = torch.amp.GradScaler(work.device.type, enabled=precision == "fp16")
-        self.criterion = REGLoss(Interpolant(work.args.path_type), work.args.proj_coeff, work.args.cls)
-        self.log = ListLog(work.args.batch_size)
-        self.unread: list[Tensor] = []
-        batches = work.batches(pinned="copies" in switches)
-        self.source = to_device(batches, work.device) if "copies" in switches else batches
-        self.restart()
+        self.batches = work.batches(pinned="copies" in optimisations)
+        if "copies" in optimisations:
+            self.batches = to_device(self.batches, work.device)
+        self.losses: list[float | Tensor] = []
 
     def restart(self) -> None:
-        """Begin anew with step 0."""
-        self.number = 0
+        """Start again at step 0."""
+        self.run.step = 0
 
     def step(self) -> None:
         """Take one step."""
-        work, args, network, device = self.work, self.work.args, self.work.network, self.work.device
-        with self.log.waiting_for_data():
-            images, moments, y = (tensor.to(device) for tensor in next(self.source))
-        # The noise that train.py draws in this step.
-        noise = train.step_noise(
-            SimpleNamespace(
-                args=args, ema=work.average, accelerator=work.accelerator, criterion=self.criterion, step=self.number
-            )
-        )
-        x = SD_FORMAT.sample(moments, noise.latent_noise)
+        run, args, network, device = self.run, self.run.args, self.work.network, self.work.device
+        with run.log.waiting_for_data():
+            images, moments, y = (tensor.to(device) for tensor in next(self.batches))
+        draws = train.step_noise(run)
+        x = run.data.latent_format.sample(moments, draws.latent_noise)
+
+        # Forward and backward pass
+        loss_terms = run.criterion if "loss" in self.on else LoopedLoss(run.criterion)
         with torch.autocast(device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None):
-            cls_token, targets = train.encode(work.encoders, images, x, args.entangle, args.proj_coeff > 0)
-            given = (x, y, cls_token, targets, noise.t, noise.noise, noise.cls_noise, noise.label_drop)
-            terms = (
-                self.criterion(network, *given) if "loss" in self.on else looped_loss(self.criterion, network, *given)
+            cls_token, targets = train.encode(run.encoders, images, x, args.entangle, args.proj_coeff > 0)
+            terms = loss_terms(
+                network, x, y, cls_token, targets, draws.t, draws.noise, draws.cls_noise, draws.label_drop
             )
-            loss = terms.total.mean()
-        self.scaler.scale(loss).backward()
+        self.scaler.scale(terms.total.mean()).backward()
+
+        # Update of weights and averaged weights
         self.scaler.unscale_(self.optimizer)
         grad_norm = nn.utils.clip_grad_norm_(network.parameters(), args.max_grad_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        if "ema" in self.on:
-            ema.update(work.average, network, args.ema_decay)
-        else:
-            loop_ema(work.average, network, args.ema_decay)
-        values = [term.mean().detach() for term in terms.named().values()] + [grad_norm]
-        if "log" in self.on:
-            self.unread.append(torch.stack(values))
-        else:
-            read = [value.item() for value in values]
-            self.log.add({"loss": read[0]})
-        self.number += 1
+        update_average = ema.update if "ema" in self.on else looped_ema
+        update_average(run.ema, network, args.ema_decay)
+
+        # Log
+        values = [*(term.mean().detach() for term in terms.named().values()), grad_norm]
+        self.losses.append((torch.stack(values) if "log" in self.on else [value.item() for value in values])[0])
+        run.step += 1
 
     def finish(self) -> list[float]:
-        """Return the losses since the last call, waiting for what has not arrived."""
-        if self.unread:
-            for loss in torch.stack(self.unread)[:, 0].tolist():
-                self.log.add({"loss": loss})
-            self.unread = []
-        return self.log.take_losses()
+        """Return the losses since the last call. Waits for the device."""
+        losses, self.losses = self.losses, []
+        return [float(loss) for loss in losses]
 
 
-class ListLog(RunLog):
-    """A run's log that writes nothing and keeps each loss."""
+@dataclass
+class LoopedLoss:
+    """Computes what `criterion` computes, with the alignment sample by sample."""
 
-    def __init__(self, batch_size: int):
-        super().__init__(Path("."), batch_size, False, lambda row, step: None)
-        self.losses: list[float] = []
+    criterion: REGLoss
 
-    def add(self, means: dict[str, float]) -> None:
-        self.losses.append(means["loss"])
-
-    def take_losses(self) -> list[float]:
-        """Return the losses added since the last call."""
-        taken, self.losses = self.losses, []
-        return taken
-
-
-class ListedBadSteps:
-    """Takes note of steps that do not count by their losses alone, as the plain form does."""
-
-    def __init__(self, log: ListLog):
-        self.log = log
-
-    def note(self, report: StepReport) -> None:
-        """Log the loss, where training leaves it out."""
-        if not report.good:
-            self.log.add(report.means)
-
-
-def looped_loss(criterion: REGLoss, network: nn.Module, x: Tensor, y: Tensor, cls_token: Tensor | None,
-                targets: list[Tensor], t: Tensor, noise: Tensor, cls_noise: Tensor | None, label_drop: Tensor,
-                ) -> LossTerms:  # fmt: skip
-    """Return what `criterion` returns, the alignment computed sample by sample, each on its own."""
-    path = criterion.interpolant
-    x_t = path.interpolate(x, noise, t)
-    cls_t = None if cls_token is None else path.interpolate(cls_token, cls_noise, t)
-    velocity, projected, cls_velocity = network(x_t, t, y, cls_t, label_drop, project=bool(targets))
-    total = denoise = ((velocity - path.velocity_target(x, noise, t)) ** 2).flatten(1).mean(dim=1)
-    proj = cls = None
-    if targets:
-        proj = torch.zeros((), device=x.device)
-        for ours, theirs in zip(projected, targets, strict=True):
-            for our, their in zip(ours, theirs, strict=True):
-                our, their = F.normalize(our.float(), dim=-1), F.normalize(their, dim=-1)
-                proj = proj - (our * their).sum(dim=-1).mean()
-        proj = (proj / (len(targets) * len(x))).expand(len(x))
-        total = total + criterion.proj_coeff * proj
-    if cls_token is not None:
-        cls = ((cls_velocity - path.velocity_target(cls_token, cls_noise, t)) ** 2).mean(dim=1)
-        total = total + criterion.cls_coeff * cls
-    return LossTerms(denoise, proj, cls, total)
+    def __call__(self, network: nn.Module, x: Tensor, y: Tensor, cls_token: Tensor | None, targets: list[Tensor],
+                 t: Tensor, noise: Tensor, cls_noise: Tensor | None, label_drop: Tensor) -> LossTerms:  # fmt: skip
+        """Return the loss terms."""
+        path = self.criterion.interpolant
+        x_t = path.interpolate(x, noise, t)
+        cls_t = None if cls_token is None else path.interpolate(cls_token, cls_noise, t)
+        velocity, projected, cls_velocity = network(x_t, t, y, cls_t, label_drop, project=bool(targets))
+        total = denoise = ((velocity - path.velocity_target(x, noise, t)) ** 2).flatten(1).mean(dim=1)
+        proj = cls = None
+        if targets:
+            proj = torch.zeros((), device=x.device)
+            for ours, theirs in zip(projected, targets, strict=True):
+                for our, their in zip(ours, theirs, strict=True):
+                    our, their = F.normalize(our.float(), dim=-1), F.normalize(their, dim=-1)
+                    proj = proj - (our * their).sum(dim=-1).mean()
+            proj = (proj / (len(targets) * len(x))).expand(len(x))
+            total = total + self.criterion.proj_coeff * proj
+        if cls_token is not None:
+            cls = ((cls_velocity - path.velocity_target(cls_token, cls_noise, t)) ** 2).mean(dim=1)
+            total = total + self.criterion.cls_coeff * cls
+        return LossTerms(denoise, proj, cls, total)
 
 
 @torch.no_grad()
-def loop_ema(average: nn.Module, network: nn.Module, decay: float) -> None:
+def looped_ema(average: nn.Module, network: nn.Module, decay: float) -> None:
     """Move each averaged tensor towards the network's, one after the other."""
     weights = dict(network.named_parameters())
     for name, value in average.named_parameters():
@@ -303,10 +289,32 @@ def loop_ema(average: nn.Module, network: nn.Module, decay: float) -> None:
 
 
 def synthetic_batch(batch_size: int, resolution: int, number: int) -> Batch:
-    """Return images, moments and labels as the loader does: smooth patterns, so that there is something to learn."""
+    """Return images, moments and labels as the loader does. The patterns are smooth, so that a network can learn."""
     generator = torch.Generator().manual_seed(number)
     coarse = torch.randn(batch_size, 7, 4, 4, generator=generator)
     images = F.interpolate(coarse[:, :3], (resolution, resolution), mode="bilinear").mul(64).add(128).clamp(0, 255)
     mean = F.interpolate(coarse[:, 3:], (resolution // 8, resolution // 8), mode="bicubic") / SD_FORMAT.scale
     labels = torch.randint(NUM_CLASSES, (batch_size,), generator=generator)
     return images.to(torch.uint8), torch.cat([mean, torch.full_like(mean, 0.5)], dim=1), labels
+
+
+def write_data_set(folder: Path, resolution: int) -> Path:
+    """Write a data set of one image and return its folder: the set-up of a run reads all sizes from it."""
+    images, moments, _ = synthetic_batch(1, resolution, 0)
+    save_png(folder / "images" / image_name(0), Image.fromarray(images[0].permute(1, 2, 0).numpy()))
+    write_json(folder / "images" / "dataset.json", {"labels": [[image_name(0), 0]]})
+    codec = SD_FORMAT.to_json()
+    write_json(folder / "vae-sd" / "dataset.json", {"labels": [[latents_name(0), 0]], "codec": codec})
+    (folder / "vae-sd" / latents_name(0)).parent.mkdir()
+    np.save(folder / "vae-sd" / latents_name(0), moments[0].numpy())
+    return folder
+
+
+def write_random_weights(folder: Path, encoder: str, resolution: int) -> str:
+    """Write random weights for --enc-type `encoder`; return the value of --enc-weights."""
+    torch.manual_seed(0)
+    paths = []
+    for number, spec in enumerate(encoder.split(",")):
+        paths.append(str(folder / f"encoder{number}.safetensors"))
+        save_file(untrained_encoder(spec, resolution).network.state_dict(), paths[-1])
+    return ",".join(paths)

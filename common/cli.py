@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import importlib.util
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, field
@@ -81,10 +82,11 @@ class Config:
             value, rules = getattr(self, name), item.metadata
             if value is None:
                 continue
-            if rules["choices"] and value not in rules["choices"]:
-                raise InputError(f"{flag_of(item)} {value}: allowed: {', '.join(rules['choices'])}")
-            if rules["check"] and not rules["check"].fits(value):
-                raise InputError(f"{flag_of(item)} {value}: must be {rules['check'].allowed}")
+            for one in value if isinstance(value, tuple) else (value,):
+                if rules["choices"] and one not in rules["choices"]:
+                    raise InputError(f"{flag_of(item)} {one}: allowed: {', '.join(rules['choices'])}")
+                if rules["check"] and not rules["check"].fits(one):
+                    raise InputError(f"{flag_of(item)} {one}: must be {rules['check'].allowed}")
         self.check_combination()
 
     def check_combination(self) -> None:
@@ -152,9 +154,10 @@ def make_parser(config_class: type[Config], description: str) -> argparse.Argume
 def groups(config_class: type[Config]) -> dict[str, list[dataclasses.Field]]:
     """Return the settings by group: the first docstring line of the class that declares them, in the order of bases."""
     declaring = [base for base in config_class.__bases__ if base is not Config] + [config_class]
-    found = {}
+    found, listed = {}, set()
     for owner in declaring:
-        names = [name for name in settings(owner) if owner is not config_class or name in owner.__annotations__]
+        names = [name for name in settings(owner) if name not in listed]
+        listed.update(names)
         if names:
             title = owner.__doc__.splitlines()[0].rstrip(".") if owner is not config_class else "options"
             found[title] = [settings(config_class)[name] for name in names]
@@ -188,6 +191,12 @@ def finite_float(text: str) -> float:
 def batch_size(text: str) -> int | str:
     """Return a number of images, or AUTO."""
     return text if text == AUTO else int(text)
+
+
+def require(package: str, purpose: str, module: str | None = None) -> None:
+    """Raise InputError if a package is not installed. `module`: its import name, if that differs."""
+    if importlib.util.find_spec(module or package) is None:
+        raise InputError(f"{purpose}: needs the package {package}, which is not installed (pip install {package})")
 
 
 def uses_cuda(device: str) -> bool:
@@ -244,22 +253,8 @@ def _shown(default: Any) -> str:
         return "required"
     if isinstance(default, bool):
         return "on" if default else "off"
+    if isinstance(default, tuple):
+        return " ".join(map(_shown, default))
     if isinstance(default, float | int) or default is None:
         return "" if default is None else f"{default:g}" if isinstance(default, float) else str(default)
     return str(default)
-
-
-# Used only by programs that are not converted to dataclasses yet.
-SWITCH = argparse.BooleanOptionalAction
-
-
-def legacy_parse(description, groups, argv):
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
-    for name, add_flags in groups.items():
-        add_flags(parser.add_argument_group(name).add_argument)
-    return parser.parse_args(argv)
-
-
-def check_batch_size(flag, value):
-    if value != AUTO and value < 1:
-        raise InputError(f"{flag} {value}: must be at least 1, or {AUTO}")

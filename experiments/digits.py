@@ -1,36 +1,37 @@
-"""The handwritten digits that scikit-learn carries (1,797 scans of 8 x 8, 10 classes), a data set small enough to try
-the whole method in minutes on a laptop (Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI, 1998).
+"""The handwritten digits of scikit-learn (1,797 scans of 8 x 8 px, 10 classes): a small data set for CPUs.
 
-    python experiments/digits.py images  --dest FOLDER               class folders of PNGs: one half, to train on
-    python experiments/digits.py encoder --dest encoder.safetensors  a small vision transformer, in DINOv2's place
+    python experiments/digits.py images  --dest FOLDER               one half, as class folders of PNGs, to train on
+    python experiments/digits.py encoder --dest encoder.safetensors  a small vision transformer, in place of DINOv2
+    python experiments/digits.py encoder-spec                        the value for train.py --enc-type
     python experiments/digits.py score   --samples FOLDER --encoder encoder.safetensors --dest score.json
 
-The half that training never sees judges: it fits the classifier, and is what generated digits are compared with.
+Training uses one half only. The other half is used for scores: a classifier is fitted to it, and generated digits are
+compared with it. Source: Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI, 1998.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.timing import require
+from common.cli import POSITIVE, Config, parse, require, setting
 from common.images import save_png
-from common.io import InputError, atomic_write, check_writable, read_json, run_cli, write_json
+from common.io import InputError, atomic_write, check_writable, run_cli, write_json
 from evaluations.metrics import FeatureSums, GaussianStatistics, frechet_distance
+from experiments.judge import load_images, train_classifier
 from models.encoders import load_encoder
 
-RESOLUTION = 16  # px; the scans are enlarged twice
+RESOLUTION = 16  # px; twice that of the scans
 SPLIT_SEED = 0
-# The stand-in encoder: 16 tokens for a digit. train.py is told of it by ENCODER_SPEC.
+# The encoder has 16 tokens for a digit. ENCODER_SPEC describes it to train.py.
 ENCODER_OPTIONS = {"patch_size": 4, "embed_dim": 96, "depth": 4, "num_heads": 4}
 ENCODER_SPEC = f"timm/vit_tiny_patch16_224:input={RESOLUTION}:mean=0.5:std=0.5:" + ":".join(
     f"{key}={value}" for key, value in ENCODER_OPTIONS.items()
@@ -39,8 +40,61 @@ ENCODER_SPEC = f"timm/vit_tiny_patch16_224:input={RESOLUTION}:mean=0.5:std=0.5:"
 Half = tuple[np.ndarray, np.ndarray]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Images(Config):
+    """Settings of the command images."""
+
+    dest: Path = setting(MISSING, "folder to write to")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainEncoder(Config):
+    """Settings of the command encoder."""
+
+    dest: Path = setting(MISSING, "file to write, .safetensors")
+    steps: int = setting(400, "training steps", check=POSITIVE)
+
+    def check_combination(self) -> None:
+        check_writable(self.dest, "--dest")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderSpec(Config):
+    """Settings of the command encoder-spec: none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score(Config):
+    """Settings of the command score."""
+
+    samples: Path = setting(MISSING, "folder of a set of samples, made by generate.py")
+    encoder: Path = setting(MISSING, "weights of the encoder")
+    dest: Path = setting(MISSING, "file of the result, .json")
+
+    def check_combination(self) -> None:
+        check_writable(self.dest, "--dest")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one of the commands images, encoder, encoder-spec and score."""
+    commands = {
+        "images": (Images, lambda config: write_images(config.dest)),
+        "encoder": (TrainEncoder, lambda config: train_encoder(config.dest, config.steps)),
+        "encoder-spec": (EncoderSpec, lambda config: print(ENCODER_SPEC)),
+        "score": (Score, lambda config: write_score(config.samples, config.encoder, config.dest)),
+    }
+    command, *flags = [*(sys.argv[1:] if argv is None else argv), ""]
+    if command in ("-h", "--help"):
+        print(__doc__)
+        return
+    if command not in commands:
+        raise InputError(f"command {command!r}: allowed: {', '.join(commands)}")
+    config_class, run = commands[command]
+    run(parse(config_class, f"digits.py {command}", flags[:-1]))
+
+
 def load_halves() -> tuple[Half, Half]:
-    """Return scans (N, 8, 8) uint8 and labels (N,) of the half to train on, then of the half held out."""
+    """Return scans (N, 8, 8) uint8 and labels (N,) of the half to train on, then of the held-out half."""
     require("scikit-learn", "reading the digits", module="sklearn")
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -54,66 +108,45 @@ def load_halves() -> tuple[Half, Half]:
 
 
 def enlarge(scans: np.ndarray) -> Tensor:
-    """Return scans as preprocessing makes them: RGB (N, 3, R, R), uint8, bicubic."""
+    """Return scans as preprocessing makes them: RGB (N, 3, R, R), uint8, by bicubic interpolation."""
     size = (RESOLUTION, RESOLUTION)
     sized = [np.array(Image.fromarray(scan).resize(size, Image.Resampling.BICUBIC)) for scan in scans]
     return torch.from_numpy(np.stack(sized))[:, None].repeat(1, 3, 1, 1)
 
 
-def write_images(dest: Path) -> None:
-    """Write the half to train on as class folders of PNGs, as a raw data set comes."""
-    (scans, labels), _ = load_halves()
-    for number, (scan, label) in enumerate(zip(scans, labels, strict=True)):
+def write_images(dest: Path, half: int = 0) -> None:
+    """Write one half (0: to train on, 1: held out) as class folders of PNGs, the layout of a raw data set."""
+    for number, (scan, label) in enumerate(zip(*load_halves()[half], strict=True)):
         save_png(dest / str(label) / f"{number:04d}.png", Image.fromarray(scan))
 
 
-def train_encoder(dest: Path, steps: int, batch_size: int = 128) -> None:
-    """Train a small vision transformer to read digits by its class token, on one half; write its weights."""
+def train_encoder(dest: Path, steps: int) -> None:
+    """Train a small vision transformer on one half to classify digits by its class token; write its weights."""
     import timm
     from safetensors.torch import save
 
     (scans, labels), _ = load_halves()
-    images, y = enlarge(scans).float() / 127.5 - 1, torch.from_numpy(labels)
+    images = enlarge(scans).float() / 127.5 - 1
     torch.manual_seed(0)
     network = timm.create_model("vit_tiny_patch16_224", img_size=RESOLUTION, num_classes=10, **ENCODER_OPTIONS)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps)
-    for step in (bar := tqdm(range(steps), desc="training the encoder")):
-        rows = torch.randint(len(images), (batch_size,))
-        loss = F.cross_entropy(network(jittered(images[rows])), y[rows])
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        if step % 20 == 0:
-            bar.set_postfix(loss=f"{loss.item():.3f}")
+    train_classifier(network.parameters(), network, images, torch.from_numpy(labels), steps, "encoder")
     with atomic_write(dest) as file:
         file.write(save(network.state_dict()))
 
 
-def jittered(images: Tensor) -> Tensor:
-    """Return images (N, 3, R, R) turned, scaled and shifted a little, each in its own way."""
-    n = len(images)
-    angle, scale = (torch.rand(n) - 0.5) * 0.5, 1 + (torch.rand(n) - 0.5) * 0.3
-    cos, sin = angle.cos() / scale, angle.sin() / scale
-    shift = (torch.rand(n, 2) - 0.5) * 0.3
-    maps = torch.stack([torch.stack([cos, -sin, shift[:, 0]], 1), torch.stack([sin, cos, shift[:, 1]], 1)], 1)
-    grid = F.affine_grid(maps, list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
-
-
 def score(samples: Path, encoder_weights: Path) -> dict[str, float | int | None]:
-    """Return how well generated digits, a folder of generate.py, are digits.
+    """Return scores of generated digits, a folder of generate.py.
 
-    digits_right: share that a classifier, fitted on real digits that training never saw, reads as the class asked for.
-    cls_tokens_right: share of generated class tokens nearest to the encoder's centre of that class, or None.
+    digits_right: share that a classifier, fitted to the held-out half, assigns to the requested class.
+    cls_tokens_right: share of generated class tokens whose nearest class mean of the encoder's tokens is that of the
+        requested class, or None.
     frechet_distance, ..._of_real, ..._of_noise: to the held-out digits, in the encoder's class tokens, of the generated
-    digits, of as many real ones (the half trained on), and of pure noise.
+        digits, of the half trained on, and of uniform noise.
     """
     require("scikit-learn", "judging digits", module="sklearn")
     from sklearn.svm import SVC
 
-    images, labels = read_samples(samples)
+    images, labels = load_images(samples / "images", RESOLUTION)
     (train, train_labels), (held_out, held_out_labels) = load_halves()
     real, real_labels = enlarge(held_out), torch.from_numpy(held_out_labels)
     encoder = load_encoder(ENCODER_SPEC, RESOLUTION, encoder_weights)
@@ -142,17 +175,8 @@ def score(samples: Path, encoder_weights: Path) -> dict[str, float | int | None]
     }
 
 
-def read_samples(folder: Path) -> tuple[Tensor, Tensor]:
-    """Return images (N, 3, R, R) uint8 and the labels (N,) asked for, of a folder of generate.py."""
-    table = read_json(folder / "images" / "dataset.json")["labels"]
-    images = np.stack([np.array(Image.open(folder / "images" / name)) for name, _ in table])
-    if images.shape[1:] != (RESOLUTION, RESOLUTION, 3):
-        raise InputError(f"{folder}: images of {images.shape[1:]}; digits are ({RESOLUTION}, {RESOLUTION}, 3)")
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.tensor([label for _, label in table])
-
-
 def flat(images: Tensor) -> np.ndarray:
-    """Return the grey values of images (N, 3, R, R), 0 .. 1, as (N, R R): what the classifier reads."""
+    """Return the grey values 0-1 of images (N, 3, R, R) as (N, R R), the input of the classifier."""
     return (images.float().mean(1) / 255).flatten(1).numpy()
 
 
@@ -163,47 +187,17 @@ def class_token_statistics(tokens: Tensor) -> GaussianStatistics:
     return sums.statistics()
 
 
-def print_score(result: dict[str, float | int | None]) -> None:
-    """Print a score for people."""
-    tokens = result["cls_tokens_right"]
-    real = result["digits_right_of_real"]
-    print(f"digits read as the class asked for   {result['digits_right']:6.1%}  (real digits: {real:.1%})")
+def write_score(samples: Path, encoder_weights: Path, dest: Path) -> None:
+    """Write the scores of generated digits to a file and print them."""
+    result = score(samples, encoder_weights)
+    write_json(dest, result)
+    tokens, real = result["cls_tokens_right"], result["digits_right_of_real"]
+    print(f"digits classified as requested       {result['digits_right']:6.1%}  (real digits: {real:.1%})")
     print("class tokens nearest to their class  " + ("  none" if tokens is None else f"{tokens:6.1%}"))
     print(
         f"Frechet distance to held-out digits  {result['frechet_distance']:6.2f}  "
         f"(real digits: {result['frechet_distance_of_real']:.2f}, noise: {result['frechet_distance_of_noise']:.2f})"
     )
-
-
-def main() -> None:
-    """Do what the command line says."""
-    parser = argparse.ArgumentParser(description="Handwritten digits as a small data set.", allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True)
-    images = commands.add_parser("images", help="write the half to train on as class folders of PNGs")
-    images.add_argument("--dest", type=Path, required=True, help="folder to write to")
-    encoder = commands.add_parser("encoder", help="train the encoder and write its weights")
-    encoder.add_argument("--dest", type=Path, required=True, help="file to write, .safetensors")
-    encoder.add_argument("--steps", type=int, default=400, help="training steps (%(default)s)")
-    commands.add_parser("encoder-spec", help="print what train.py --enc-type is to be given")
-    judge = commands.add_parser("score", help="score generated digits")
-    judge.add_argument("--samples", type=Path, required=True, help="folder of a set of samples, made by generate.py")
-    judge.add_argument("--encoder", type=Path, required=True, help="the encoder's weights")
-    judge.add_argument("--dest", type=Path, required=True, help="result file, .json")
-    args = parser.parse_args()
-    if args.command == "images":
-        write_images(args.dest)
-    elif args.command == "encoder":
-        check_writable(args.dest, "--dest")
-        if args.steps < 1:
-            raise InputError(f"--steps {args.steps}: must be at least 1")
-        train_encoder(args.dest, args.steps)
-    elif args.command == "encoder-spec":
-        print(ENCODER_SPEC)
-    else:
-        check_writable(args.dest, "--dest")
-        result = score(args.samples, args.encoder)
-        write_json(args.dest, result)
-        print_score(result)
 
 
 if __name__ == "__main__":

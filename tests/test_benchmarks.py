@@ -1,4 +1,4 @@
-"""The benchmarks of training run and are complete. No time is asserted: what they measure is not a test's business."""
+"""The benchmarks of training run and their reports are complete. No time is asserted."""
 
 import importlib.util
 import json
@@ -7,14 +7,14 @@ import shlex
 import subprocess
 import sys
 from functools import partial
-from itertools import pairwise
 
 import pytest
 import torch
 
-from benchmarks import checkpoint, data, encode, evaluate, losses, preprocess, sample, scaling, train_step
+from benchmarks import checkpoint, data, encode, evaluate, losses, preprocess, sample, train_step
 from benchmarks.timing import peak_memory, reset_peak_memory, run_measured
-from benchmarks.training_steps import SWITCHES, OurForm, PlainForm, Workload
+from benchmarks.training_steps import OPTIMISATIONS, OurForm, PlainForm, Workload
+from common.cli import parse
 from common.io import InputError
 from experiments import digits
 from models.sit import SiT_models
@@ -24,24 +24,19 @@ TINY = ["--model", "SiT-S/8", "--depth", "1", "--batch-size", "2", "--device", "
 ENCODER = "timm/vit_tiny_patch16_224:input=64:patch_size=64:depth=1:embed_dim=24:num_heads=2"
 
 
-def run(monkeypatch: pytest.MonkeyPatch, program, *flags: str) -> None:
-    monkeypatch.setattr(sys, "argv", [program.__name__, *flags])
-    program.main()
-
-
-def test_forms_of_a_training_step_have_the_same_losses(monkeypatch, tmp_path, capsys):
+def test_forms_of_a_training_step_have_the_same_losses(tmp_path, capsys):
     torch._dynamo.reset()
     flags = "--resolution 64 --rounds 1 --steps 1 --matrix-seconds 0 --backend eager --precision no bf16"
     forms = "--forms plain switches ours compile checkpointing"
     path = tmp_path / "steps.json"
-    run(monkeypatch, train_step, *TINY, *flags.split(), *forms.split(), "--encoder", ENCODER, "--json", str(path))
+    train_step.main([*TINY, *flags.split(), *forms.split(), "--encoder", ENCODER, "--json", str(path)])
     written = json.loads(path.read_text())
     rows = {
         precision: [row for row in written["rows"] if row["precision"] == precision] for precision in ("no", "bf16")
     }
     assert [row["form"] for row in rows["no"]] == [
         "plain",
-        *(f"+ {name}" for name in SWITCHES.values()),
+        *(f"+ {name}" for name in OPTIMISATIONS.values()),
         "train.py",
         "train.py --compile",
         "train.py --compile --activation-checkpointing",
@@ -57,25 +52,22 @@ def test_forms_of_a_training_step_have_the_same_losses(monkeypatch, tmp_path, ca
     table = capsys.readouterr().out
     assert table.count("| SiT-S/8 | 2 | 64 |") == len(written["rows"])
 
-    run(monkeypatch, scaling, "--measured", str(path))
-    assert capsys.readouterr().out.count("| SiT-S/8, 64 px, ") == 2 * len(scaling.GPUS)
 
-
-def test_the_class_slot_is_priced(monkeypatch, tmp_path):
+def test_the_price_of_the_class_slot_is_measured(tmp_path):
     path = tmp_path / "slot.json"
     flags = "--resolution 64 --rounds 1 --steps 1 --matrix-seconds 0 --forms ours --slot-price"
-    run(monkeypatch, train_step, *TINY, *flags.split(), "--encoder", ENCODER, "--json", str(path))
+    train_step.main([*TINY, *flags.split(), "--encoder", ENCODER, "--json", str(path)])
     slot, none = json.loads(path.read_text())["rows"]
     assert slot["class_slot"] and not none["class_slot"]
     assert slot["flops_per_image"]["network"] > none["flops_per_image"]["network"]
     assert slot["gradient_bytes"] > none["gradient_bytes"]
 
 
-def test_losses_of_all_forms_stay_together(monkeypatch, tmp_path, capsys):
+def test_losses_of_all_forms_stay_together(tmp_path, capsys):
     torch._dynamo.reset()
     path, picture = tmp_path / "losses.json", tmp_path / "losses.png"
     flags = f"--resolution 64 --batches 2 --steps 6 --backend eager --json {path} --picture {picture}"
-    run(monkeypatch, losses, *TINY, *flags.split(), "--encoder", ENCODER)
+    losses.main([*TINY, *flags.split(), "--encoder", ENCODER])
     found = json.loads(path.read_text())["losses"]
     reference = found["plain, float32"]
     assert len(found) == 7 and all(len(values) == 6 for values in found.values())
@@ -86,8 +78,8 @@ def test_losses_of_all_forms_stay_together(monkeypatch, tmp_path, capsys):
     assert capsys.readouterr().out.count("\n|") >= len(found)
 
 
-def test_steps_that_do_not_count_are_told_by_all_forms():
-    work = Workload([*TINY, "--enc-type", ENCODER, "--encoder-depth", "1"], 64, batches=2)
+def test_all_forms_report_the_loss_of_a_bad_step():
+    work = Workload([*TINY, "--encoder-depth", "1"], ENCODER, 64, batches=2)
     work.pool[0][1][1] = torch.nan  # moments of one image
     for make in (PlainForm, OurForm):
         work.reset()
@@ -98,7 +90,7 @@ def test_steps_that_do_not_count_are_told_by_all_forms():
         assert first != first
 
 
-def test_memory_of_a_program_is_its_own():
+def test_memory_of_a_program_is_measured_separately():
     ours = bytearray(400_000_000)
     seconds, memory = run_measured([sys.executable, "-S", "-c", "x = bytearray(100_000_000)"])
     assert seconds > 0 and 0.1 < memory < 0.2
@@ -107,8 +99,8 @@ def test_memory_of_a_program_is_its_own():
     assert peak_memory(torch.device("cpu")) > len(ours) / 1e9
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="peaks can be begun anew on Linux alone")
-def test_peak_memory_begins_anew():
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can reset the peak")
+def test_peak_memory_is_reset():
     cpu = torch.device("cpu")
     reset_peak_memory(cpu)
     before = peak_memory(cpu)
@@ -118,61 +110,37 @@ def test_peak_memory_begins_anew():
     assert peak_memory(cpu) < before + 0.2
 
 
-def test_more_gpus_are_never_predicted_to_be_more_than_proportional():
-    network = scaling.Network(8, 360e9, 320e9, 1e-5)
-    assert scaling.step_time(network, 1, 0.4, 2.7e9, 0.9) == 0.4
-    times = [scaling.step_time(network, gpus, 0.4, 2.7e9, 0.9) for gpus in scaling.GPUS]
-    assert all(a <= b for a, b in pairwise(times)) and times[-1] < 0.44
-    assert scaling.step_time(network, 256, 0.01, 2.7e9, 0.9) > 0.02
-    assert network.all_reduce(1, 2.7e9) == 0
-    by_hand = 2 * 7 / 8 * 2.7e9 / 360e9 + 2 * 7 * 1e-5
-    assert network.all_reduce(8, 2.7e9) == pytest.approx(by_hand)
-
-
-def test_fixed_and_growing_time_of_a_step_are_told_apart(monkeypatch, tmp_path, capsys):
-    path = tmp_path / "steps.json"
-    common = {"model": "SiT-B/2", "resolution": 256, "precision": "bf16", "class_slot": True, "gradient_bytes": 4e8}
-    points = [("plain", 8, 2.0), ("plain", 16, 4.0), ("train.py", 8, 0.9), ("train.py", 16, 1.7), ("other", 32, None)]
-    rows = [{**common, "form": form, "batch_size": batch, "seconds": seconds} for form, batch, seconds in points]
-    path.write_text(json.dumps({"rows": rows}))
-    (found,) = scaling.read_measured(path)
-    assert (found.fixed, found.per_image, found.batch_size) == pytest.approx((0.1, 0.1, 16))
-    run(monkeypatch, scaling, "--measured", str(path), "--global-batch", "16", "--overlap", "1")
-    lines = capsys.readouterr().out.splitlines()[4:]
-    assert [line.split("|")[3].strip() for line in lines] == ["16", "8", "4", "2", "1"]
-    assert float(lines[1].split("|")[5]) == pytest.approx(900, rel=0.01)
-
-
 @pytest.mark.parametrize(
     ("program", "flags", "text"),
     [
         (train_step, ["--encoder", "none"], "--encoder none: the class slot needs an encoder"),
-        (train_step, ["--rounds", "0"], "must be at least 1"),
+        (train_step, ["--rounds", "0"], "--rounds 0: must be greater than 0"),
+        (train_step, ["--batch-size", "8", "0"], "--batch-size 0: must be greater than 0"),
+        (train_step, ["--forms", "plain", "other"], "invalid choice: 'other'"),
         (train_step, ["--device", "cpu", "--largest-batch"], "--largest-batch: needs a CUDA device"),
-        (scaling, ["--step-seconds", "1"], "give either --measured or both"),
-        (losses, ["--steps", "0"], "must be at least 1"),
+        (losses, ["--steps", "0"], "--steps 0: must be greater than 0"),
         (losses, ["--picture", "{here}"], "--picture .*: is a folder; name a file"),
         (train_step, ["--profile", "{here}"], "--profile .*: is a folder; name a file"),
         (checkpoint, ["--folder", "{here}/none"], "--folder .*none: no such folder"),
-        (preprocess, ["--source", "x", "--vae", "pixel", "--images", "0"], "--images, .* must be at least 1"),
-        (evaluate, ["--images", "0"], "--images and --repeats: expected 1 or more"),
+        (preprocess, ["--source", "x", "--vae", "pixel", "--images", "0"], "--images 0: must be greater than 0"),
+        (evaluate, ["--images", "0"], "--images 0: must be greater than 0"),
         (digits, ["encoder", "--dest", "{here}"], "--dest .*: is a folder; name a file"),
-        (digits, ["encoder", "--dest", "x", "--steps", "0"], "--steps 0: must be at least 1"),
+        (digits, ["encoder", "--dest", "x", "--steps", "0"], "--steps 0: must be greater than 0"),
         (digits, ["score", "--samples", "x", "--encoder", "x", "--dest", "{here}"], "--dest .*: is a folder; name"),
     ],
 )
-def test_bad_settings_are_named(monkeypatch, tmp_path, program, flags, text):
+def test_bad_settings_are_named(tmp_path, program, flags, text):
     with pytest.raises(InputError, match=text):
-        run(monkeypatch, program, *(flag.format(here=tmp_path) for flag in flags))
+        program.main([flag.format(here=tmp_path) for flag in flags])
 
 
 NEEDED = {data: ["x"], preprocess: ["--source", "x", "--vae", "pixel"]}
 
 
 @pytest.mark.parametrize("program", [checkpoint, data, encode, evaluate, losses, preprocess, sample, train_step])
-def test_figures_that_could_not_be_written_are_not_measured(monkeypatch, tmp_path, program):
+def test_the_file_of_results_is_checked_before_measuring(tmp_path, program):
     with pytest.raises(InputError, match=r"--json .*: is a folder; name a file"):
-        run(monkeypatch, program, *NEEDED.get(program, []), "--json", str(tmp_path))
+        program.main([*NEEDED.get(program, []), "--json", str(tmp_path)])
 
 
 @pytest.mark.parametrize(
@@ -188,23 +156,32 @@ def test_a_missing_package_is_named(monkeypatch, tmp_path, module, program, flag
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == module else find_spec(name))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=text):
-        run(monkeypatch, program, *flags)
+        program.main(flags)
 
 
-def test_no_rate_is_made_of_images_that_take_no_longer_than_the_start(monkeypatch, capsys):
+def test_no_rate_if_the_images_take_no_longer_than_the_start(monkeypatch, capsys):
     seconds = iter([3.0, 1.0, 1.0, 1.1])
     monkeypatch.setattr(preprocess, "run_once", lambda *given: (next(seconds), 0.5))
     rates = [preprocess.measure("convert", "convert.py", [], 4, 1)["images_per_s"] for _ in range(2)]
     assert rates == [2.0, None] and "| 4 | too few images | 1.1 |" in capsys.readouterr().out
 
 
-def test_what_saving_costs_is_told(monkeypatch, tmp_path, capsys):
+def test_the_cost_of_saving_is_measured(monkeypatch, tmp_path, capsys):
     path = tmp_path / "checkpoint.json"
     monkeypatch.setitem(SiT_models, "SiT-S/8", partial(SiT_models["SiT-S/8"], depth=1, encoder_depth=1))
-    run(monkeypatch, checkpoint, *f"--model SiT-S/8 --rounds 1 --folder {tmp_path} --json {path}".split())
+    checkpoint.main(f"--model SiT-S/8 --rounds 1 --device cpu --folder {tmp_path} --json {path}".split())
     figures = json.loads(path.read_text())
     assert figures["step"] > 0 and figures["checkpoint_gb"] > 0 and figures["command"].startswith("python")
     assert "| stall over step |" in capsys.readouterr().out
+
+
+CONFIGS = {
+    "benchmarks/train_step.py": train_step.TrainStep,
+    "benchmarks/losses.py": losses.Losses,
+    "benchmarks/sample.py": sample.Sample,
+    "benchmarks/encode.py": encode.Encode,
+    "benchmarks/evaluate.py": evaluate.Evaluate,
+}
 
 
 def run_parts(tmp_path, *parts: str) -> tuple[subprocess.CompletedProcess, list[list[str]]]:
@@ -232,11 +209,8 @@ def test_every_command_of_the_gpu_script_is_one_that_its_program_takes(monkeypat
             assert all((ROOT / path).exists() for path in flags[1:])
             continue
         programs.append(program)
-        monkeypatch.setattr(sys, "argv", [program, *flags])
-        importlib.import_module(program.removesuffix(".py").replace("/", ".")).parse_args()
-    assert {
-        f"benchmarks/{name}.py" for name in ("train_step", "losses", "sample", "encode", "evaluate", "scaling")
-    } == {*programs}
+        parse(CONFIGS[program], "", flags)
+    assert set(CONFIGS) == set(programs)
     # One that fails keeps no other from running, and is named.
     assert programs[-1] != "benchmarks/evaluate.py" and done.returncode == 1
     assert done.stderr.strip().splitlines()[-1] == "on_gpu.sh: failed: evaluate"

@@ -1,4 +1,4 @@
-"""The comparison of methods: its arithmetic against curves whose factor is known; a whole one on a toy preset."""
+"""The comparison of methods: its arithmetic on curves whose factor is known, and a complete one on a toy preset."""
 
 import dataclasses
 import json
@@ -9,11 +9,10 @@ import torch
 from PIL import Image
 
 from common.io import InputError
-from experiments import convergence
-from experiments.comparison import imagenet, presets, report
-from experiments.comparison.judge import load_judge, train_judge
-from experiments.comparison.presets import Files
-from experiments.comparison.scoring import Judges, Sampling
+from experiments import convergence, imagenet, presets, report
+from experiments.judge import load_judge, train_judge
+from experiments.presets import Files
+from experiments.scoring import Judges, Sampling
 from tests.conftest import ENCODER
 from training.config import parse_args
 
@@ -105,9 +104,8 @@ def test_every_row_of_every_ablation_is_a_command_line_of_train():
             assert args.cls_token == (args.entangle != "none")
 
 
-def test_commands_of_the_papers_size_are_those_of_train(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["x", "--preset", "imagenet", "--out", str(tmp_path), "--seeds", "0,1"])
-    convergence.main()
+def test_commands_of_the_papers_size_are_those_of_train(tmp_path, capsys):
+    convergence.main(["--preset", "imagenet", "--out", str(tmp_path), "--seeds", "0,1"])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 6
     for line, row in zip(lines, ["sit", "sit", "repa", "repa", "reg", "reg"], strict=True):
@@ -117,9 +115,9 @@ def test_commands_of_the_papers_size_are_those_of_train(tmp_path, monkeypatch, c
         assert (args.entangle == "class", args.proj_coeff) == (row == "reg", 0 if row == "sit" else 0.5)
 
 
-def test_scores_of_the_papers_size_are_read_up_to_the_step_all_have_reached(tmp_path, monkeypatch):
-    args = convergence.parse_args(["--preset", "imagenet", "--out", str(tmp_path)])
-    assert imagenet.collect(args) is None
+def test_scores_of_the_papers_size_are_read_up_to_the_step_all_have_reached(tmp_path):
+    config = convergence.Convergence(preset="imagenet", out=tmp_path)
+    assert imagenet.collect(config)[0] is None
     for row, fids in {"sit": [9.0], "repa": [8.0, 4.0], "reg": [4.0, 2.0]}.items():
         folder = tmp_path / f"{row}-seed0"
         folder.mkdir()
@@ -127,7 +125,8 @@ def test_scores_of_the_papers_size_are_read_up_to_the_step_all_have_reached(tmp_
         lines = [{"step": 50_000 * (n + 1), "fid": fid, "encoder_fd": 1.0} for n, fid in enumerate(fids)]
         lines.append({"step": 100, "images_per_second": 512.0})
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    result = imagenet.collect(args)
+    result, runs = imagenet.collect(config)
+    assert runs["REPA", 0] == tmp_path / "repa-seed0"
     assert {row: [s["distance"] for s in seeds["0"]] for row, seeds in result["scores"].items()} == {
         "SiT": [9.0], "REPA": [8.0], "REG": [4.0],
     }  # fmt: skip
@@ -151,7 +150,7 @@ def test_judge_learns_and_loads(tmp_path):
 def toy(shared_data, encoder_weights, tmp_path, monkeypatch):
     """A preset that takes seconds."""
 
-    def prepare(folder, args):
+    def prepare(folder, config):
         if not (folder / "judge.pt").exists():
             images = torch.randint(0, 256, (12, 3, 16, 16), dtype=torch.uint8)
             train_judge(folder / "judge.pt", images, torch.arange(12) % 3, 16, [4, 4], steps=3)
@@ -171,10 +170,10 @@ def toy(shared_data, encoder_weights, tmp_path, monkeypatch):
     )
     monkeypatch.setitem(convergence.PRESETS, "digits", preset)
     monkeypatch.setattr(convergence, "TIMING_ROUNDS", 1)
-    monkeypatch.setattr(convergence, "work_off", lambda jobs, parallel: [convergence.do(job) for job in jobs])
-    # In this process, so that a whole comparison takes seconds.
+    monkeypatch.setattr(convergence, "run_jobs", lambda jobs, parallel: [convergence.run_job(job) for job in jobs])
+    # In this process, so that a complete comparison takes seconds.
     monkeypatch.setattr(convergence, "run", lambda command, log, threads: train_here(command))
-    return ["convergence.py", "--out", str(tmp_path / "out")]
+    return ["--out", str(tmp_path / "out")]
 
 
 def train_here(command):
@@ -183,10 +182,9 @@ def train_here(command):
     run_training(command[1:])
 
 
-def test_a_comparison_runs_goes_on_and_is_not_mixed_with_another(toy, monkeypatch, tmp_path):
+def test_a_comparison_runs_resumes_and_is_not_mixed_with_another(toy, monkeypatch, tmp_path):
     out = tmp_path / "out"
-    monkeypatch.setattr("sys.argv", toy)
-    convergence.main()
+    convergence.main(toy)
     result = json.loads((out / "digits-methods.json").read_text())
     for row, seeds in result["scores"].items():
         assert [scores["step"] for scores in seeds["0"]] == [2, 4]
@@ -196,33 +194,30 @@ def test_a_comparison_runs_goes_on_and_is_not_mixed_with_another(toy, monkeypatc
     kept = sorted(path.name for path in (out / "runs" / "reg-seed0" / "checkpoints").glob("*.pt"))
     assert kept == ["0000004.pt"]
 
-    # One score lost: that one is made again, and nothing else.
+    # If one score is lost, only that one is computed again.
     path = out / "runs" / "sit-seed0" / "scores.json"
     before = json.loads(path.read_text())
     path.write_text(json.dumps(before[:1]))
     trained = []
     monkeypatch.setattr(convergence, "run", lambda command, log, threads: trained.append(command))
-    convergence.main()
+    convergence.main(toy)
     after = json.loads(path.read_text())
     assert not trained and [s["distance"] for s in after] == [s["distance"] for s in before]
 
-    monkeypatch.setattr("sys.argv", ["x", "--out", str(tmp_path / "unlabelled"), "--unlabelled", "--seeds", "1"])
     monkeypatch.setattr(convergence, "run", lambda command, log, threads: train_here(command))
-    convergence.main()
+    convergence.main(["--out", str(tmp_path / "unlabelled"), "--unlabelled", "--seeds", "1"])
     result = json.loads((tmp_path / "unlabelled" / "digits-methods-unlabelled.json").read_text())
     assert "right" not in result["scores"]["REG"]["1"][0] and "cls_tokens_right" in result["scores"]["REG"]["1"][0]
 
     with pytest.raises(InputError, match=r"holds a comparison with steps \[2, 4\], not \[2, 6\]"):
-        monkeypatch.setattr("sys.argv", [*toy, "--steps", "2,6"])
-        convergence.main()
+        convergence.main([*toy, "--steps", "2,6"])
 
 
 def test_methods_share_data_noise_and_initial_weights(toy, monkeypatch, tmp_path):
     """The first loss of the latents is the same number for all three: same images, times, noise, zero output."""
-    monkeypatch.setattr("sys.argv", toy)
     first = {}
     monkeypatch.setattr(convergence, "run", lambda command, log, threads: train_here([*command, "--log-steps", "1"]))
-    convergence.main()
+    convergence.main(toy)
     for row in ("sit", "repa", "reg"):
         lines = (tmp_path / "out" / "runs" / f"{row}-seed0" / "metrics.jsonl").read_text().splitlines()
         first[row] = json.loads(lines[0])["denoise"]
@@ -232,13 +227,13 @@ def test_methods_share_data_noise_and_initial_weights(toy, monkeypatch, tmp_path
 @pytest.mark.parametrize(
     ("flags", "text"),
     [
-        (["--steps", "1,x"], "--steps 1,x: expected whole numbers, comma-separated"),
-        (["--parallel", "0"], "--parallel 0: must be 1 or greater"),
+        (["--steps", "1,x"], "--steps: 1,x: expected whole numbers, comma-separated"),
+        (["--steps", "0,2"], "--steps 0: must be greater than 0"),
+        (["--parallel", "0"], "--parallel 0: must be greater than 0"),
         (["--preset", "imagenette"], "--source is missing"),
         (["--report", "/dev/null"], "--report .*: /dev/null is not a writable folder"),
     ],
 )
-def test_bad_settings_are_named(flags, text, tmp_path, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["convergence.py", "--out", str(tmp_path), *flags])
+def test_bad_settings_are_named(flags, text, tmp_path):
     with pytest.raises(InputError, match=text):
-        convergence.main()
+        convergence.main(["--out", str(tmp_path), *flags])

@@ -12,8 +12,8 @@ from training.throughput import peak_flops, training_flops
 
 
 def test_flops_of_b2_are_those_of_its_matrix_products():
-    """By hand: 257 tokens, 12 blocks of 12 D^2 weights and two T x T x D products of attention, and so on; backward
-    costs twice the forward pass, but the first layers need no gradient of their input."""
+    """By hand: 257 tokens; 12 blocks with 12 D^2 weights and two T x T x D products of attention; the other layers. The
+    backward pass costs twice the forward pass, but the first layers need no gradient of their input."""
     with torch.device("meta"):
         network = SiT_models["SiT-B/2"](z_dims=[768], cls_token_dim=768)
     tokens, width = 257, 768
@@ -40,7 +40,7 @@ def test_each_start_of_a_run_is_described(train_flags):
     assert all(start["host"] and start["command"] and start["torch"] == torch.__version__ for start in starts)
 
 
-def test_code_that_git_knows_nothing_of_is_not_called_unchanged(monkeypatch):
+def test_code_outside_git_is_not_reported_as_unchanged(monkeypatch):
     monkeypatch.setattr(throughput, "_git", lambda *command: None)
     described = throughput.describe_code(torch.device("cpu"))
     assert described["commit"] is None and described["uncommitted_changes"] is None
@@ -52,7 +52,7 @@ def git(folder, *command):
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
-def test_code_counts_as_changed_and_what_a_run_leaves_beside_it_does_not(monkeypatch, tmp_path):
+def test_only_changed_code_counts_as_changed(monkeypatch, tmp_path):
     for name in ("train.py", "train.sh", "training/throughput.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("#")
@@ -77,8 +77,8 @@ def test_code_counts_as_changed_and_what_a_run_leaves_beside_it_does_not(monkeyp
         assert changed() is False
 
 
-@pytest.mark.skipif(throughput._git("rev-parse", "HEAD") is None, reason="the code did not come by git")
-def test_git_overlooks_what_the_readmes_commands_leave_and_no_file_of_its_own():
+@pytest.mark.skipif(throughput._git("rev-parse", "HEAD") is None, reason="the code is not in a git repository")
+def test_git_ignores_outputs_of_the_readmes_commands_and_no_tracked_file():
     assert not git(ROOT, "ls-files", "--ignored", "--cached", "--exclude-standard")
     left = """ILSVRC2012/train/n01440764/x.JPEG data/images/dataset.json exps/run/args.json samples/run/samples.npz
         0400000.pt reference.npz reg-xl/config.json reg-xl.safetensors gpu/xl2.json fid.png sample.json"""

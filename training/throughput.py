@@ -1,4 +1,4 @@
-"""What a training image costs in arithmetic, what the devices could do, and on which machine and code a run started."""
+"""Floating-point operations of training, peak rates of GPUs, and a record of the machine and code of each start."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models.sit import SiT
 
-# Dense matrix products in fp16 and bf16, FLOP/s, from the makers' data sheets. In TF32 these GPUs do half as many.
+# Peak FLOP/s of dense matrix products in fp16 and bf16, from the manufacturers' data sheets. TF32 has half the rate.
 PEAK_FLOPS = {
     "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "H800": 989e12, "GH200": 989e12, "B200": 2250e12,
     "A100": 312e12, "A800": 312e12,
 }  # fmt: skip
 PACKAGES = ("accelerate", "timm", "diffusers", "numpy")
-# Of the whole repository; data and results that lie in it do not change what it does.
+# Files of the repository that determine what a run does; data and results in its folder do not.
 CODE = (":/*.py", ":/*.sh", ":/requirements.txt")
 
 
 def training_flops(network: SiT) -> int:
-    """Return the floating-point operations of one image through a network on the meta device, forward and backward.
+    """Return the floating-point operations of the forward and backward pass of one image; `network` on the meta device.
 
-    Counted, not estimated: matrix products and attention, projectors included, as papers count "model FLOPs".
+    Torch counts matrix products and attention, including the projectors ("model FLOPs").
     """
     x = torch.empty(1, network.in_channels, network.input_size, network.input_size, device="meta")
     t, y = torch.empty(1, device="meta"), torch.zeros(1, dtype=torch.int64, device="meta")
@@ -43,7 +43,7 @@ def training_flops(network: SiT) -> int:
 
 
 def peak_flops(device_name: str, mixed_precision: str, allow_tf32: bool) -> float | None:
-    """Return the FLOP/s that a GPU's maker promises for a precision; None for a GPU that is not in the table."""
+    """Return a GPU's peak FLOP/s in a precision; None if the GPU is not in the table, or for float32 without TF32."""
     peak = next((value for name, value in PEAK_FLOPS.items() if name in device_name), None)
     if peak is None or (mixed_precision == "no" and not allow_tf32):
         return None
@@ -51,7 +51,7 @@ def peak_flops(device_name: str, mixed_precision: str, allow_tf32: bool) -> floa
 
 
 def describe_start(seed: int, step: int, device: torch.device, num_processes: int) -> dict[str, Any]:
-    """Return what a later reader wants to know of one start of a run."""
+    """Return the record of one start of a run, a line of starts.jsonl."""
     return {
         "step": step,
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -64,7 +64,7 @@ def describe_start(seed: int, step: int, device: torch.device, num_processes: in
 
 
 def describe_code(device: torch.device) -> dict[str, Any]:
-    """Return by which code, with which packages and on what a result was made."""
+    """Return device, commit and package versions with which a result is made."""
     changes = _git("status", "--porcelain", "--untracked-files=normal", "--", *CODE)
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
@@ -82,7 +82,7 @@ def _git(*command: str) -> str | None:
         found = subprocess.run(
             ["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True
         )
-    except (OSError, subprocess.SubprocessError):  # no git, or the code did not come by it
+    except (OSError, subprocess.SubprocessError):  # git is not installed, or the code is not in a git repository
         return None
     return found.stdout.strip()
 

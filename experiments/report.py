@@ -1,4 +1,4 @@
-"""The outcome of a comparison: speed-up factors, a table, a figure after the paper's figure 1, samples side by side."""
+"""The results of a comparison: speed-up factors, a table, a figure like the paper's figure 1, and samples."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ import matplotlib
 import numpy as np
 from PIL import Image
 
-from common.images import save_png
+from common.images import open_image, save_png
 from common.io import atomic_write, write_json
 
-matplotlib.use("Agg")  # no screen needed
+matplotlib.use("Agg")  # works without a screen
 import matplotlib.pyplot as plt
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 Curve = list[tuple[int, float]]  # steps and distance, by step
 COLOURS = ("tab:gray", "tab:blue", "tab:red", "tab:green", "tab:purple", "tab:orange")
-READ_OFF_FROM = 1.1  # smaller factors are not drawn: they are within the spread of seeds, and would hide the curves
-GRIDS_SHOWN = 3  # steps at which the samples picture shows the methods
+MIN_FACTOR_DRAWN = 1.1  # smaller factors are within the spread of seeds
+GRIDS_SHOWN = 3  # steps shown in the picture of samples
 
 
 def steps_to_reach(curve: Curve, level: float) -> float | None:
     """Return the step at which a curve first is at or below a distance; None if it never is.
 
-    Between two evaluations the distance is a straight line on logarithmic axes. A curve that begins at or below the
-    level has reached it by its first step: that step is returned, an upper bound.
+    Between two evaluations the distance is interpolated linearly on logarithmic axes. If the first evaluation is
+    already at or below the level, its step is returned, which is an upper bound.
     """
     step, distance = curve[0]
     if distance <= level:
@@ -42,9 +42,9 @@ def steps_to_reach(curve: Curve, level: float) -> float | None:
 
 
 def speed_up(slower: Curve, faster: Curve) -> float | None:
-    """Return how many times more steps the slower one needs to reach its own last distance than the faster one.
+    """Return the steps that `slower` needs to reach its last distance, divided by the steps that `faster` needs.
 
-    None if the faster one does not get there. Below 1 it is the slower one.
+    None if `faster` never reaches that distance. The result is below 1 if `faster` needs more steps.
     """
     level = slower[-1][1]
     needed = steps_to_reach(faster, level)
@@ -64,7 +64,7 @@ def write(folder: Path, name: str, result: dict[str, Any], runs: dict[tuple[str,
 
 
 def curves(result: dict[str, Any], row: str, metric: str = "distance") -> list[Curve]:
-    """Return the curve of each seed of a row; empty where the row does not have the metric."""
+    """Return the curve of each seed of a row; an empty list if the row does not have the metric."""
     scores = result["scores"][row].values()
     return [[(s["step"], s[metric]) for s in seed] for seed in scores if all(metric in s for s in seed)]
 
@@ -75,8 +75,11 @@ def mean_curve(seeds: list[Curve]) -> Curve:
 
 
 def speed_ups(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the factors of each pair of rows, by steps and by time: of the mean curves, of each seed by itself, and
-    of the mean curves had the slower one ended at an earlier evaluation."""
+    """Return the factors of each pair of rows.
+
+    steps, time: of the mean curves. steps_of_each_seed: of the curves of one seed. steps_by_length: of the mean curves,
+    if the slower one had ended at an earlier evaluation.
+    """
     rows, found = list(result["rows"]), []
     by_end = sorted(rows, key=lambda row: mean_curve(curves(result, row))[-1][1], reverse=True)
     for number, slower in enumerate(by_end):
@@ -85,14 +88,14 @@ def speed_ups(result: dict[str, Any]) -> list[dict[str, Any]]:
             each = [speed_up(a, b) for a, b in pairs]
             slow, fast = mean_curve(curves(result, slower)), mean_curve(curves(result, faster))
             steps = speed_up(slow, fast)
-            price = result["seconds_per_step"][slower] / result["seconds_per_step"][faster]
+            time_ratio = result["seconds_per_step"][slower] / result["seconds_per_step"][faster]
             found.append(
                 {
                     "faster": faster,
                     "slower": slower,
                     "level": slow[-1][1],
                     "steps": steps,
-                    "time": None if steps is None else steps * price,
+                    "time": None if steps is None else steps * time_ratio,
                     "steps_of_each_seed": each,
                     "steps_by_length": {slow[i][0]: speed_up(slow[: i + 1], fast) for i in range(len(slow))},
                 }
@@ -101,7 +104,7 @@ def speed_ups(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Return the outcome as Markdown: last scores of each row, mean and standard deviation over seeds; the factors."""
+    """Return Markdown: the last scores of each row (mean and standard deviation over seeds), and the factors."""
     columns = {
         "distance": result["metric"],
         "encoder_distance": "encoder",
@@ -140,7 +143,7 @@ def _mean_and_spread(values: list[float]) -> str:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Draw distance against steps and against time, mean and spread over seeds, and coherence against steps."""
+    """Draw the distance over steps and over time, with the range over seeds, and the coherence over steps."""
     figure, (by_steps, by_time, coherence) = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
     for row, colour in zip(result["rows"], COLOURS, strict=False):
         seconds = result["seconds_per_step"][row]
@@ -150,7 +153,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
             if found := curves(result, row, metric):
                 label = {"-": "own image", "--": "mean of its class", ":": "another image"}[style]
                 _band(coherence, found, 1, colour, f"{row}: {label}", style)
-    _read_off(result, by_steps)
+    _draw_factors(result, by_steps)
     for axes, label in ((by_steps, "training steps"), (by_time, "seconds of training")):
         if result["real"]:
             axes.plot([], [], " ", label=f"(real images: {result['real']['distance']:.2f})")
@@ -169,16 +172,16 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 
 def _band(axes: plt.Axes, seeds: list[Curve], scale: float, colour: str, label: str, style: str = "-") -> None:
-    """Draw the mean over seeds as a line, from the lowest to the highest seed as a band."""
+    """Draw the mean over seeds as a line, and the range over seeds as a band."""
     values = np.array([[value for _, value in seed] for seed in seeds])
     x = scale * np.array([step for step, _ in seeds[0]])
     axes.plot(x, values.mean(axis=0), color=colour, label=label, linestyle=style, marker="o", markersize=3)
     axes.fill_between(x, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.2, linewidth=0)
 
 
-def _read_off(result: dict[str, Any], axes: plt.Axes) -> None:
-    """Draw the factors of the best row: from where the slower one ends to where the best one was there."""
-    best = [pair for pair in result["speed_ups"] if (pair["steps"] or 0) >= READ_OFF_FROM]
+def _draw_factors(result: dict[str, Any], axes: plt.Axes) -> None:
+    """Draw an arrow for each factor of the best row, at the slower row's last distance, from one curve to the other."""
+    best = [pair for pair in result["speed_ups"] if (pair["steps"] or 0) >= MIN_FACTOR_DRAWN]
     best = [pair for pair in best if pair["faster"] == result["speed_ups"][-1]["faster"]]
     for pair in best:
         slow = steps_to_reach(mean_curve(curves(result, pair["slower"])), pair["level"])
@@ -191,7 +194,7 @@ def _read_off(result: dict[str, Any], axes: plt.Axes) -> None:
 
 
 def draw_samples(result: dict[str, Any], runs: dict[tuple[str, int], Path], path: Path) -> None:
-    """Put the grids of the first seed side by side: a column a row of the table, a line a step; same noise, labels."""
+    """Draw the grids of the first seed: one column for each row of the table, one line for each step."""
     seed, grids = result["seeds"][0], "samples" if result["preset"] == "imagenet" else "grids"
     steps = [scores["step"] for scores in next(iter(result["scores"].values()))[str(seed)]]
     shown = [steps[i] for i in sorted({round(k) for k in np.linspace(0, len(steps) - 1, GRIDS_SHOWN)})]
@@ -201,7 +204,7 @@ def draw_samples(result: dict[str, Any], runs: dict[tuple[str, int], Path], path
     )  # fmt: skip
     for line, step in zip(axes, shown, strict=True):
         for cell, row in zip(line, result["rows"], strict=True):
-            cell.imshow(Image.open(runs[row, seed] / grids / f"{step:07d}.png"), interpolation="nearest")
+            cell.imshow(open_image((runs[row, seed] / grids / f"{step:07d}.png").read_bytes()), interpolation="nearest")
             cell.set_title(f"{row}, {step} steps", fontsize="small")
             cell.axis("off")
     figure.canvas.draw()

@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import io
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from PIL import Image
-
-from common.images import save_png
+from common.cli import uses_cuda
+from common.images import open_image, save_png
 from common.io import InputError
 from common.sources import FileSource
 from experiments import digits
-from experiments.comparison.judge import train_judge
-from experiments.comparison.scoring import Judges, Sampling, load_images
+from experiments.judge import load_images, train_judge
+from experiments.scoring import Judges, Sampling
 
-ROOT = Path(__file__).resolve().parents[2]
+if TYPE_CHECKING:
+    from experiments.convergence import Convergence
+
+ROOT = Path(__file__).resolve().parents[1]
 
 SIT, REPA, REG = "SiT", "REPA", "REG"
 DIGITS_ENCODER_STEPS = (400, 40)  # of the encoder, and of a worse one for the ablation
-# A row is a name and the flags in which it departs from REG.
+# A row is a name and the flags that differ from REG.
 METHODS = {SIT: "--entangle none --proj-coeff 0", REPA: "--entangle none", REG: ""}
 ABLATIONS = ("methods", "entangle", "parts", "cls", "depth", "encoder")
 
@@ -35,7 +36,7 @@ def ablations(
 ) -> dict[str, dict[str, str]]:
     """Return the rows of each table of the paper, by its name in `ABLATIONS`.
 
-    depths and coefficients: blocks to align after and weights of the class token, besides REG's own. encoders: values
+    depths, coefficients: aligned blocks and weights of the class token, in addition to those of REG. encoders: values
     of --enc-type by the row's name.
     """
     return {
@@ -56,11 +57,11 @@ def ablations(
 
 @dataclass(frozen=True)
 class Files:
-    """What `Preset.prepare` made: the data to train on, what judges, and the encoders by name."""
+    """What `Preset.prepare` made: training data, what scores depend on, and flags of the encoder ablation's rows."""
 
     data: Path
     judges: Judges
-    other_encoders: dict[str, str]  # flags of the rows of the encoder's ablation
+    other_encoders: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -69,10 +70,10 @@ class Preset:
 
     Args:
         flags: of train.py, the same for all rows.
-        steps: at which checkpoints are scored; the last one ends the training.
+        steps: steps whose checkpoints are scored. Training ends at the last.
         seeds: of training.
         sampling: see `Sampling`.
-        timing_steps: of the short runs that measure the time of a step.
+        timing_steps: length of the short runs that measure the time of a step.
         depths, coefficients: rows of two ablations, see `ablations`.
         prepare: makes data, encoder and judge in a folder.
     """
@@ -84,48 +85,42 @@ class Preset:
     timing_steps: int
     depths: tuple[int, ...]
     coefficients: tuple[str, ...]
-    prepare: Callable[[Path, argparse.Namespace], Files]
+    prepare: Callable[[Path, Convergence], Files]
 
 
-def prepare_digits(folder: Path, args: argparse.Namespace) -> Files:
-    """Make the digits: one half to train on, with an encoder of it; the other half held out, with a judge of it."""
-    for name, (scans, labels) in zip(("train", "held_out"), digits.load_halves(), strict=True):
-        if not (folder / name / "images" / "dataset.json").exists():
-            for number, (scan, label) in enumerate(zip(scans, labels, strict=True)):
-                save_png(folder / "raw" / name / str(label) / f"{number:04d}.png", Image.fromarray(scan))
-            _convert(folder / "raw" / name, folder / name / "images", digits.RESOLUTION)
-    _encode(folder / "train", "pixel")
-    well, badly = (folder / f"encoder-{steps}.safetensors" for steps in DIGITS_ENCODER_STEPS)
-    for weights, steps in zip((well, badly), DIGITS_ENCODER_STEPS, strict=True):
-        if not weights.exists():
-            digits.train_encoder(weights, steps)
-    judge = folder / "judge.pt"
-    if not judge.exists():
-        train_judge(judge, *load_images(folder / "held_out" / "images"), digits.RESOLUTION, [32, 64, 64], 600)
-    judges = Judges(folder / "held_out" / "images", judge, digits.ENCODER_SPEC, str(well), "pixel", "cpu")
-    return Files(folder / "train", judges, {f"encoder of {DIGITS_ENCODER_STEPS[1]} steps": f"--enc-weights {badly}"})
-
-
-def prepare_photographs(folder: Path, args: argparse.Namespace) -> Files:
-    """Split a data set of photographs, class folders in a folder or zip, and make both halves and the judge."""
-    if not args.source:
-        raise InputError("--source is missing: the photographs, class folders in a folder or zip")
+def prepare_digits(folder: Path, config: Convergence) -> Files:
+    """Make the digits: one half to train on, with an encoder trained on it; the other with a judge trained on it."""
     for half, name in enumerate(("train", "held_out")):
         if not (folder / name / "images" / "dataset.json").exists():
-            _extract_half(Path(args.source), folder / "raw" / name, half, args.images)
+            digits.write_images(folder / "raw" / name, half)
+            _convert(folder / "raw" / name, folder / name / "images", digits.RESOLUTION)
+    _encode(folder / "train", "pixel")
+    good, bad = (folder / f"encoder-{steps}.safetensors" for steps in DIGITS_ENCODER_STEPS)
+    for weights, steps in zip((good, bad), DIGITS_ENCODER_STEPS, strict=True):
+        if not weights.exists():
+            digits.train_encoder(weights, steps)
+    judge = _make_judge(folder, digits.RESOLUTION, [32, 64, 64], 600)
+    judges = Judges(folder / "held_out" / "images", judge, digits.ENCODER_SPEC, str(good), "pixel", "cpu")
+    return Files(folder / "train", judges, {f"encoder of {DIGITS_ENCODER_STEPS[1]} steps": f"--enc-weights {bad}"})
+
+
+def prepare_photographs(folder: Path, config: Convergence) -> Files:
+    """Split photographs, class folders in a folder or zip, into halves; convert both, and make latents and judge."""
+    if not config.source:
+        raise InputError("--source is missing: photographs, class folders in a folder or zip")
+    for half, name in enumerate(("train", "held_out")):
+        if not (folder / name / "images" / "dataset.json").exists():
+            _extract_half(Path(config.source), folder / "raw" / name, half, config.images)
             _convert(folder / "raw" / name, folder / name / "images", 256)
-    _encode(folder / "train", args.vae)
-    device = "cuda" if args.device == "cuda" else "cpu"
-    judge = folder / "judge.pt"
-    if not judge.exists():
-        held_out = load_images(folder / "held_out" / "images")
-        train_judge(judge, *held_out, 96, [32, 64, 128, 256], args.judge_steps, device)
-    judges = Judges(folder / "held_out" / "images", judge, args.enc_type, args.enc_weights, args.vae, device)
+    _encode(folder / "train", config.vae)
+    device = "cuda" if uses_cuda(config.device) else "cpu"
+    judge = _make_judge(folder, 96, [32, 64, 128, 256], config.judge_steps, device)
+    judges = Judges(folder / "held_out" / "images", judge, config.enc_type, config.enc_weights, config.vae, device)
     return Files(folder / "train", judges, {})
 
 
 def _extract_half(source: Path, dest: Path, half: int, limit: int | None) -> None:
-    """Write every second photograph of each class, from `half` on and at most `limit` of a class, to class folders."""
+    """Write every second photograph of each class, starting at `half` and at most `limit` per class, as PNGs."""
     files = FileSource(source)
     classes: dict[str, list[str]] = {}
     for name in files.names:
@@ -135,7 +130,7 @@ def _extract_half(source: Path, dest: Path, half: int, limit: int | None) -> Non
         for name in names[half::2][:limit]:
             path = dest / label / Path(name).with_suffix(".png").name
             if not path.exists():
-                save_png(path, Image.open(io.BytesIO(files.read(name))).convert("RGB"))
+                save_png(path, open_image(files.read(name)).convert("RGB"))
 
 
 def _convert(source: Path, dest: Path, resolution: int) -> None:
@@ -147,8 +142,14 @@ def _encode(data: Path, vae: str) -> None:
         run(["preprocessing/encode.py", "--source", str(data / "images"), "--dest", str(data / "vae-sd"), "--vae", vae])
 
 
+def _make_judge(folder: Path, size: int, widths: list[int], steps: int, device: str = "cpu") -> Path:
+    if not (folder / "judge.pt").exists():
+        train_judge(folder / "judge.pt", *load_images(folder / "held_out" / "images"), size, widths, steps, device)
+    return folder / "judge.pt"
+
+
 def run(command: list[str], log: Path | None = None, threads: int | None = None) -> None:
-    """Run a program of this repository to its end; its output goes to `log`. Raises InputError if it fails."""
+    """Run a program of this repository; append its output to `log`. Raises InputError if it fails."""
     environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
     program = [sys.executable, str(ROOT / command[0]), *command[1:]]
     if log is not None:
