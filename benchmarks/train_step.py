@@ -173,7 +173,7 @@ def build_forms(config: TrainStep, work: Workload) -> list[Form]:
     """Return the requested forms. The others are compared with the first."""
     forms: list[Form] = []
     if "plain" in config.forms:
-        if work.device.type == "cpu" and work.run.args.mixed_precision != "no":
+        if work.device.type == "cpu" and work.run.config.precision != "no":
             forms.append(PlainForm(work, precision="no"))
         forms.append(PlainForm(work))
     if "switches" in config.forms:

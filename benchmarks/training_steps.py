@@ -28,14 +28,14 @@ from common.cli import setting
 from common.images import save_png
 from common.io import unlock_folder, write_json
 from common.sources import image_name, latents_name
-from loss import LossTerms, REGLoss
+from loss import Draws, REGLoss, Targets
 from models import ema
 from models.autoencoder import SD_FORMAT
 from models.encoders import untrained_encoder
 from training.config import parse_args
 from training.parallelism import compile_training, to_device
 from training.setup import set_up
-from training.state import build_network
+from training.state import new_network
 from training.throughput import training_flops
 
 NUM_CLASSES = 1000
@@ -86,15 +86,7 @@ class Workload:
             if encoder != "none" and not weights:
                 weights = write_random_weights(Path(place), encoder, resolution)
             settings = ["--exp-name", "benchmark", "--output-dir", str(place), "--data-dir", str(data)]
-            settings += [
-                "--num-classes",
-                str(NUM_CLASSES),
-                "--sampling-steps",
-                "0",
-                "--no-check-data",
-                "--keep-last",
-                "1",
-            ]
+            settings += f"--num-classes {NUM_CLASSES} --sampling-steps 0 --no-check-data --keep-last 1".split()
             settings += ["--enc-type", encoder, *(["--enc-weights", weights] if weights else [])]
             self.run = set_up(parse_args([*settings, *flags]))
             unlock_folder(self.run.folder)
@@ -102,12 +94,13 @@ class Workload:
         # Without accelerate's autocast, so that each form can have its own precision.
         self.network = self.run.accelerator.unwrap_model(self.run.model, keep_fp32_wrapper=False)
         self.start = [parameter.detach().cpu().clone() for parameter in self.network.parameters()]
-        args = self.run.args
-        default = torch.optim.AdamW(self.network.parameters(), args.learning_rate, weight_decay=args.adam_weight_decay)
-        self.optimizers = {False: default, True: self.run.optimizer.optimizer}  # by whether they are fused
+        config = self.run.config
+        parameters = self.network.parameters()
+        default = torch.optim.AdamW(parameters, config.learning_rate, weight_decay=config.adam_weight_decay)
+        self.optimizers = {False: default, True: self.run.optimizer.optimizer.optimizer}  # by whether they are fused
         self.scaler = self.run.accelerator.scaler
         self.scaler_start = self.scaler and self.scaler.state_dict()
-        self.pool = [synthetic_batch(args.batch_size, resolution, number) for number in range(batches)]
+        self.pool = [synthetic_batch(config.batch_size, resolution, number) for number in range(batches)]
 
     def batches(self, pinned: bool) -> Iterator[Batch]:
         """Return an endless iterator over the batches, in host memory."""
@@ -135,7 +128,7 @@ class Workload:
     def flops(self) -> dict[str, int]:
         """Return the floating-point operations of one image, counted by torch, for the network and the encoders."""
         with torch.device("meta"):
-            network = build_network(self.run.args)
+            network = new_network(self.run.config, self.run.facts)
         images = self.pool[0][0][:1].to("meta")
         encoders = [copy.deepcopy(encoder).to("meta") for encoder in self.run.encoders]
         return {
@@ -171,7 +164,7 @@ class OurForm:
         """Take one step."""
         train.training_step(self.run, self.batches)
         self.run.step += 1
-        self._read(all_sent=False)
+        self._read(wait_for_all=False)
 
     def restart(self) -> None:
         """Start again at step 0."""
@@ -179,12 +172,12 @@ class OurForm:
 
     def finish(self) -> list[float]:
         """Return the losses since the last call. Waits for the device."""
-        self._read(all_sent=True)
+        self._read(wait_for_all=True)
         losses, self.losses = self.losses, []
         return losses
 
-    def _read(self, all_sent: bool) -> None:
-        self.losses += [report.means["loss"] for report in self.run.reports.receive(all_sent)]
+    def _read(self, wait_for_all: bool) -> None:
+        self.losses += [report.means["loss"] for report in self.run.reports.receive(wait_for_all)]
 
 
 class PlainForm:
@@ -197,8 +190,8 @@ class PlainForm:
 
     def __init__(self, work: Workload, optimisations: Sequence[str] = (), precision: str | None = None):
         self.name = f"+ {OPTIMISATIONS[optimisations[-1]]}" if optimisations else "plain"
-        precision = precision or work.run.args.mixed_precision
-        if precision != work.run.args.mixed_precision:
+        precision = precision or work.run.config.precision
+        if precision != work.run.config.precision:
             self.name += f", precision {precision}"
         self.work, self.run, self.on = work, replace(work.run), optimisations
         self.dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
@@ -216,32 +209,29 @@ class PlainForm:
 
     def step(self) -> None:
         """Take one step."""
-        run, args, network, device = self.run, self.run.args, self.work.network, self.work.device
+        run, network, device = self.run, self.work.network, self.work.device
         with run.log.waiting_for_data():
             images, moments, y = (tensor.to(device) for tensor in next(self.batches))
-        draws = train.step_noise(run)
-        x = run.data.latent_format.sample(moments, draws.latent_noise)
+        draws = run.randomness.draw(run.step)
+        x = run.facts.latent_format.sample(moments, draws.latent_noise)
 
         # Forward and backward pass
         loss_terms = run.criterion if "loss" in self.on else LoopedLoss(run.criterion)
         with torch.autocast(device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None):
-            cls_token, targets = train.encode(run.encoders, images, x, args.entangle, args.proj_coeff > 0)
-            terms = loss_terms(
-                network, x, y, cls_token, targets, draws.t, draws.noise, draws.cls_noise, draws.label_drop
-            )
-        self.scaler.scale(terms.total.mean()).backward()
+            terms = loss_terms(network, x, y, train.encode_tokens(run, images, x), draws)
+        self.scaler.scale(terms["loss"].mean()).backward()
 
         # Update of weights and averaged weights
         self.scaler.unscale_(self.optimizer)
-        grad_norm = nn.utils.clip_grad_norm_(network.parameters(), args.max_grad_norm)
+        grad_norm = nn.utils.clip_grad_norm_(network.parameters(), run.config.max_grad_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         update_average = ema.update if "ema" in self.on else looped_ema
-        update_average(run.ema, network, args.ema_decay)
+        update_average(run.ema, network, run.config.ema_decay)
 
         # Log
-        values = [*(term.mean().detach() for term in terms.named().values()), grad_norm]
+        values = [*(term.mean().detach() for term in terms.values()), grad_norm]
         self.losses.append((torch.stack(values) if "log" in self.on else [value.item() for value in values])[0])
         run.step += 1
 
@@ -257,27 +247,28 @@ class LoopedLoss:
 
     criterion: REGLoss
 
-    def __call__(self, network: nn.Module, x: Tensor, y: Tensor, cls_token: Tensor | None, targets: list[Tensor],
-                 t: Tensor, noise: Tensor, cls_noise: Tensor | None, label_drop: Tensor) -> LossTerms:  # fmt: skip
-        """Return the loss terms."""
-        path = self.criterion.interpolant
-        x_t = path.interpolate(x, noise, t)
-        cls_t = None if cls_token is None else path.interpolate(cls_token, cls_noise, t)
-        velocity, projected, cls_velocity = network(x_t, t, y, cls_t, label_drop, project=bool(targets))
-        total = denoise = ((velocity - path.velocity_target(x, noise, t)) ** 2).flatten(1).mean(dim=1)
-        proj = cls = None
-        if targets:
+    def __call__(self, network: nn.Module, x: Tensor, y: Tensor, targets: Targets, draws: Draws) -> dict[str, Tensor]:
+        """Return what `REGLoss` returns."""
+        path, cls_token, encoder_tokens = self.criterion.path, *targets
+        x_t = path.interpolate(x, draws.noise, draws.t)
+        cls_t = None if cls_token is None else path.interpolate(cls_token, draws.cls_noise, draws.t)
+        velocity, projected, cls_velocity = network(
+            x_t, draws.t, y, cls_t, draws.label_drop, project=bool(encoder_tokens)
+        )
+        target = path.velocity_target(x, draws.noise, draws.t)
+        terms = {"denoise": ((velocity - target) ** 2).flatten(1).mean(dim=1)}
+        if encoder_tokens:
             proj = torch.zeros((), device=x.device)
-            for ours, theirs in zip(projected, targets, strict=True):
+            for ours, theirs in zip(projected, encoder_tokens, strict=True):
                 for our, their in zip(ours, theirs, strict=True):
                     our, their = F.normalize(our.float(), dim=-1), F.normalize(their, dim=-1)
                     proj = proj - (our * their).sum(dim=-1).mean()
-            proj = (proj / (len(targets) * len(x))).expand(len(x))
-            total = total + self.criterion.proj_coeff * proj
+            terms["proj"] = (proj / (len(encoder_tokens) * len(x))).expand(len(x))
         if cls_token is not None:
-            cls = ((cls_velocity - path.velocity_target(cls_token, cls_noise, t)) ** 2).mean(dim=1)
-            total = total + self.criterion.cls_coeff * cls
-        return LossTerms(denoise, proj, cls, total)
+            target = path.velocity_target(cls_token, draws.cls_noise, draws.t)
+            terms["cls"] = ((cls_velocity - target) ** 2).mean(dim=1)
+        weights = {"denoise": 1.0, **self.criterion.weights}
+        return {"loss": sum(weights[name] * value for name, value in terms.items()), **terms}
 
 
 @torch.no_grad()

@@ -119,14 +119,14 @@ def test_peak_memory_is_reset():
         (train_step, ["--forms", "plain", "other"], "invalid choice: 'other'"),
         (train_step, ["--device", "cpu", "--largest-batch"], "--largest-batch: needs a CUDA device"),
         (losses, ["--steps", "0"], "--steps 0: must be greater than 0"),
-        (losses, ["--picture", "{here}"], "--picture .*: is a folder; name a file"),
-        (train_step, ["--profile", "{here}"], "--profile .*: is a folder; name a file"),
+        (losses, ["--picture", "{here}"], "--picture .*: is a folder; allowed: the name of a file"),
+        (train_step, ["--profile", "{here}"], "--profile .*: is a folder; allowed: the name of a file"),
         (checkpoint, ["--folder", "{here}/none"], "--folder .*none: no such folder"),
         (preprocess, ["--source", "x", "--vae", "pixel", "--images", "0"], "--images 0: must be greater than 0"),
         (evaluate, ["--images", "0"], "--images 0: must be greater than 0"),
-        (digits, ["encoder", "--dest", "{here}"], "--dest .*: is a folder; name a file"),
+        (digits, ["encoder", "--dest", "{here}"], "--dest .*: is a folder; allowed: the name of a file"),
         (digits, ["encoder", "--dest", "x", "--steps", "0"], "--steps 0: must be greater than 0"),
-        (digits, ["score", "--samples", "x", "--encoder", "x", "--dest", "{here}"], "--dest .*: is a folder; name"),
+        (digits, ["score", "--samples", "x", "--encoder", "x", "--dest", "{here}"], "--dest .*: is a folder; allowed"),
     ],
 )
 def test_bad_settings_are_named(tmp_path, program, flags, text):
@@ -139,7 +139,7 @@ NEEDED = {data: ["x"], preprocess: ["--source", "x", "--vae", "pixel"]}
 
 @pytest.mark.parametrize("program", [checkpoint, data, encode, evaluate, losses, preprocess, sample, train_step])
 def test_the_file_of_results_is_checked_before_measuring(tmp_path, program):
-    with pytest.raises(InputError, match=r"--json .*: is a folder; name a file"):
+    with pytest.raises(InputError, match=r"--json .*: is a folder; allowed: the name of a file"):
         program.main([*NEEDED.get(program, []), "--json", str(tmp_path)])
 
 

@@ -100,8 +100,8 @@ def test_every_row_of_every_ablation_is_a_command_line_of_train():
         rows = presets.ablations(preset.depths, preset.coefficients, {"other": "dinov2-vit-l"})
         assert tuple(rows) == presets.ABLATIONS
         for flags in (flags for table in rows.values() for flags in table.values()):
-            args = parse_args(["--exp-name", "x", "--device", "cpu", *preset.flags.split(), *flags.split()])
-            assert args.cls_token == (args.entangle != "none")
+            config = parse_args(["--exp-name", "x", "--device", "cpu", *preset.flags.split(), *flags.split()])
+            assert config.slot == "none" if "--no-cls-token" in flags else config.slot != "none"
 
 
 def test_commands_of_the_papers_size_are_those_of_train(tmp_path, capsys):
@@ -110,9 +110,9 @@ def test_commands_of_the_papers_size_are_those_of_train(tmp_path, capsys):
     assert len(lines) == 6
     for line, row in zip(lines, ["sit", "sit", "repa", "repa", "reg", "reg"], strict=True):
         launcher, flags = line.split(" train.py ")
-        args = parse_args([*flags.split(), "--device", "cpu"])
-        assert launcher == "accelerate launch" and args.exp_name.startswith(row)
-        assert (args.entangle == "class", args.proj_coeff) == (row == "reg", 0 if row == "sit" else 0.5)
+        config = parse_args([*flags.split(), "--device", "cpu"])
+        assert launcher == "accelerate launch" and config.exp_name.startswith(row)
+        assert (config.slot == "class", config.proj_coeff) == (row == "reg", 0 if row == "sit" else 0.5)
 
 
 def test_scores_of_the_papers_size_are_read_up_to_the_step_all_have_reached(tmp_path):

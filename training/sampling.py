@@ -21,7 +21,7 @@ def write_samples(run: Run) -> None:
     network = averaged_network(run)
     if run.accelerator.is_main_process:
         config = run.config
-        guidance = Guidance(config.grid_cfg_scale, config.grid_cfg_scale)
+        guidance = Guidance(config.grid_cfg_scale)
         latents, _ = draw_latents(run, network, range(config.grid_samples), config.grid_num_steps, guidance)
         write_grid(run, f"{run.step:07d}", latents)
         run.log.draw()
