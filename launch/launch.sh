@@ -22,7 +22,7 @@ NUM_GPUS=${NUM_GPUS:-$(python -c "import torch; print(torch.cuda.device_count())
 NUM_PROCESSES=${NUM_PROCESSES:-$((NUM_GPUS > 0 ? NUM_GPUS : 1))}                    # on this machine
 NUM_MACHINES=${NUM_MACHINES:-${SLURM_NNODES:-1}} # all with the same number of processes
 MACHINE_RANK=${MACHINE_RANK:-${SLURM_NODEID:-0}} # 0 on the head machine, then 1, 2, ...
-HEAD_PORT=${HEAD_PORT:-}                         # a free port of the head machine; empty: 29500, on one machine any
+HEAD_PORT=${HEAD_PORT:-$((NUM_MACHINES > 1 ? 29500 : 0))} # a free port of the head machine; 0: torchrun finds one
 MAX_RESTARTS=${MAX_RESTARTS:-3}                  # after a process failed
 INTERRUPTED=0                                    # 1 after Ctrl-C
 EXIT_RESUMABLE=75                                # exit status of a program that was stopped and can be resumed
@@ -46,17 +46,19 @@ if ((NUM_PROCESSES > 1)); then # torchrun's own default is 1 thread
     threads=$(($(getconf _NPROCESSORS_ONLN) / NUM_PROCESSES))
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 fi
+# torchrun would share one key-value store between all restarts, and processes would read addresses of dead ones.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 # Some SLURM configurations send signals to torchrun as well. From PyTorch 2.12 on, it then waits this many seconds.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-3600}
 
 # Runs a program with its flags and returns its exit status.
 launch() {
-    local flags=(--nproc-per-node "$NUM_PROCESSES" --max-restarts "$MAX_RESTARTS") status torchrun=""
-    if ((NUM_MACHINES > 1)) || [ -n "$HEAD_PORT" ]; then
-        flags+=(--nnodes "$NUM_MACHINES" --node-rank "$MACHINE_RANK")
-        flags+=(--master-addr "$HEAD_ADDRESS" --master-port "${HEAD_PORT:-29500}")
-    else
-        flags+=(--standalone --local-addr 127.0.0.1)
+    local status torchrun="" is_head=$((MACHINE_RANK == 0))
+    local flags=(--nnodes "$NUM_MACHINES" --nproc-per-node "$NUM_PROCESSES" --max-restarts "$MAX_RESTARTS")
+    flags+=(--rdzv-backend c10d --rdzv-id reg --rdzv-endpoint "$HEAD_ADDRESS:$HEAD_PORT")
+    flags+=(--rdzv-conf "is_host=$is_head,read_timeout=600") # seconds to wait for the head machine
+    if ((is_head)); then
+        flags+=(--local-addr "$HEAD_ADDRESS")
     fi
     REG_STATUS_FILE=$(mktemp)
     export REG_STATUS_FILE

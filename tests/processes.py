@@ -1,4 +1,4 @@
-"""Training runs in processes of their own that start in milliseconds: forked from a server that has torch loaded."""
+"""Training runs in separate processes that start in milliseconds, because a server that has loaded torch forks them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from pathlib import Path
 
 from tests.conftest import ROOT
 
-SECONDS = 120  # after which a test gives a process up
+SECONDS = 120  # after which a test fails if a process has not ended
 
 _context = multiprocessing.get_context("forkserver")
 
 
 def _start_server() -> None:
-    """Start the server with the repository on its path, and without pools of threads, which a fork would lose."""
+    """Start the server with the repository on its path, and without thread pools, which a fork would lose."""
     before = dict(os.environ)
     os.environ.update(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
     _context.set_forkserver_preload(["train", "timm", "matplotlib.backends.backend_agg"])
@@ -30,7 +30,7 @@ def _start_server() -> None:
 
 
 def _train(flags: list[str], environment: dict[str, str], output: str, prepare: Callable[[], None] | None) -> None:
-    """Do what `python train.py FLAGS` does."""
+    """Run `python train.py FLAGS` in this process."""
     os.environ.update(environment)
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
@@ -48,7 +48,7 @@ def _train(flags: list[str], environment: dict[str, str], output: str, prepare: 
 
 
 class Training:
-    """One start of a run, on one or several processes. `output` collects what they print; all call `prepare`."""
+    """A run that was started once, in one or several processes. They write to `output` and call `prepare` first."""
 
     def __init__(self, flags: list[str], output: Path, processes: int = 1, prepare: Callable[[], None] | None = None):
         _start_server()
@@ -66,7 +66,7 @@ class Training:
             process.start()
 
     def wait(self) -> int:
-        """Wait for the end and return the exit status: that of the first process whose status is not 0."""
+        """Wait for the end and return the exit status: the first one that is not 0, or 0."""
         for process in self.processes:
             process.join(SECONDS)
             assert process.exitcode is not None, self.text()
@@ -93,7 +93,7 @@ class Training:
             time.sleep(0.005)
 
     def wait_for_lines(self, path: Path, lines: int = 1) -> None:
-        """Wait until a file has so many lines, or the processes have ended."""
+        """Wait until a file has `lines` lines, or the processes have ended."""
         self.wait_until(lambda: path.exists() and path.read_bytes().count(b"\n") >= lines)
 
     def text(self) -> str:

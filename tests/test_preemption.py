@@ -1,18 +1,17 @@
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from tests.conftest import ROOT, read_rows
-from tests.processes import SECONDS
-from tests.test_launch import wait_for
+from tests.processes import SECONDS, Training
 from tests.test_train import with_flags
-from training.preemption import EXIT_RESUMABLE
+from training.preemption import EXIT_RESUMABLE, SIGNALS, exit_status
 
-# Signals itself, by a clock of its own.
+# Sends signals to itself, with a fake clock.
 LISTENER = """
 import signal, sys
 from types import SimpleNamespace
@@ -26,29 +25,49 @@ for now in (5.0, 5.1, 6.9, 7.1):
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_the_first_signal_waits_the_second_ends(number):
-    """What comes within two seconds is the first one still: a launcher passes on what its processes get as well."""
+def start_a_group() -> None:
+    """Give this process a process group of its own, and the right to start loader workers."""
+    os.setsid()
+    multiprocessing.current_process()._config["daemon"] = False
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_the_first_signal_sets_a_flag_and_the_second_ends_the_process(number):
+    """Signals within two seconds count as one, because a launcher may pass on what its processes get as well."""
     command = [sys.executable, "-c", LISTENER, str(int(number))]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=SECONDS)
     assert done.stdout == "5.0 True\n5.1 True\n6.9 True\n" and done.returncode == EXIT_RESUMABLE
 
 
+def test_nohup_is_respected():
+    """An ignored SIGHUP stays ignored."""
+    listen = "import signal; from training.preemption import StopSignal; StopSignal().listen()"
+    ignore = "; print(signal.getsignal(signal.SIGHUP) is signal.SIG_IGN)"
+    for prefix, expected in ((["nohup"], "True\n"), ([], "False\n")):
+        command = [*prefix, sys.executable, "-c", listen + ignore]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS)
+        assert done.stdout == expected, done.stderr
+
+
+def test_the_exit_status_goes_to_the_launch_script_if_there_is_one(tmp_path, monkeypatch):
+    monkeypatch.delenv("REG_STATUS_FILE", raising=False)
+    assert (exit_status(finished=True), exit_status(finished=False)) == (0, EXIT_RESUMABLE)
+    monkeypatch.setenv("REG_STATUS_FILE", str(tmp_path / "status"))
+    assert exit_status(finished=False) == 0 and (tmp_path / "status").read_text() == str(EXIT_RESUMABLE)
+    assert exit_status(finished=True) == 0 and (tmp_path / "status").read_text() == "0"
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_to_every_process_of_the_job_leaves_the_loader_going(train_flags, number):
+def test_a_signal_to_every_process_of_the_job_does_not_end_the_loader(train_flags, tmp_path, number):
     flags = with_flags(train_flags, "--max-train-steps", "100000", "--num-workers", "2")
-    metrics = Path(flags[flags.index("--output-dir") + 1]) / "run" / "metrics.jsonl"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "train.py", *flags], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True,
-        start_new_session=True,
-    )  # fmt: skip
-    wait_for(metrics, process, lines=3)
-    os.killpg(process.pid, number)
-    text = process.communicate(timeout=SECONDS)[1]
-    assert process.returncode == EXIT_RESUMABLE, text
-    (checkpoint,) = (metrics.parent / "checkpoints").glob("*.pt")
-    assert int(checkpoint.stem) >= read_rows(metrics.parent)[-1]["step"]
+    folder = tmp_path / "exps" / "run"
+    training = Training(flags, tmp_path / "output.txt", prepare=start_a_group)
+    training.wait_for_lines(folder / "metrics.jsonl", lines=3)
+    assert training.processes[0].is_alive(), training.text()
+    os.killpg(training.processes[0].pid, number)
+    assert training.wait() == EXIT_RESUMABLE, training.text()
+    (checkpoint,) = (folder / "checkpoints").glob("*.pt")
+    assert int(checkpoint.stem) >= read_rows(folder)[-1]["step"]
 
 
 def test_a_run_with_loader_workers_ends_by_itself(train_flags):

@@ -31,13 +31,13 @@ LAST = f"{STEPS:07d}.pt"
 
 
 def slow_to_write() -> None:
-    """Make this process, a training run's, take long over every checkpoint."""
+    """Make this training process take long to write each checkpoint."""
     import training.checkpoint_writer as module
 
     save = module.save_checkpoint
 
     def save_slowly(*args: object, **kwargs: object) -> None:
-        time.sleep(4)
+        time.sleep(1.5)
         save(*args, **kwargs)
 
     module.save_checkpoint = save_slowly
@@ -140,7 +140,7 @@ def test_stopped_by_a_signal_and_resumed(train_flags, tmp_path, variant):
 
 
 def test_nobody_leaves_before_the_last_checkpoint_is_written(train_flags, tmp_path):
-    """The launcher ends all soon after the first one that ended."""
+    """A launcher may end the other processes when the first one has ended."""
     flags = [*flags_of(train_flags, "slow", "--log-steps", "1"), "--checkpointing-steps", "100000"]
     flags += ["--max-train-steps", "100000"]
     training = Training(flags, tmp_path / "output.txt", processes=2, prepare=slow_to_write)
@@ -283,10 +283,10 @@ def test_too_many_bad_steps_in_a_row_end_the_run(train_flags, data, tmp_path):
     verify_checkpoint(folder / "checkpoints" / "0000003.pt")
 
 
-@pytest.mark.parametrize(("number", "timeouts"), [(signal.SIGSTOP, (0.1, 0.5)), (signal.SIGKILL, (10,))])
-def test_who_loses_a_process_says_so_and_ends(train_flags, tmp_path, number, timeouts):
-    """One that hangs is waited for so long, one that died not at all."""
-    for minutes in timeouts:  # on a busy machine two may wait so long for each other and have lost nobody
+@pytest.mark.parametrize(("number", "timeouts"), [(signal.SIGSTOP, (0.05, 0.5)), (signal.SIGKILL, (10,))])
+def test_who_loses_a_process_ends(train_flags, tmp_path, number, timeouts):
+    """A process that hangs is waited for until the timeout, one that died is not waited for."""
+    for minutes in timeouts:  # on a busy machine, processes that do not hang may exceed the short timeout
         flags = flags_of(train_flags, f"lost-{minutes}", "--max-train-steps", "100000")
         training = Training([*flags, "--timeout-minutes", str(minutes)], tmp_path / f"{minutes}.txt", processes=2)
         training.wait_for_lines(run_folder(flags) / "metrics.jsonl", lines=2)
@@ -299,27 +299,4 @@ def test_who_loses_a_process_says_so_and_ends(train_flags, tmp_path, number, tim
     training.processes[0].join(SECONDS)
     status = training.processes[0].exitcode
     training.kill()
-    text = training.text()
-    assert status == EXIT_LOST_PROCESS and "Traceback" not in text
-    assert f"error: another process of this run ended, or did not answer for --timeout-minutes {minutes}" in text
-
-
-def test_what_is_the_loss_of_a_process_and_what_is_not(monkeypatch):
-    """In the words of gloo, NCCL and PyTorch's store."""
-    losses = [
-        "[/pytorch/third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 6000ms for recv",
-        "Application timeout caused pair closure",
-        "[gloo/transport/tcp/pair.cc:545] Read error [127.0.0.1]:44961: Connection reset by peer",
-        "[gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:13197",
-        "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely.",
-        "wait timeout after 300000ms, keys: /default_pg/0//cuda//0/1",
-    ]
-    others = [
-        "The size of tensor a (3) must match the size of tensor b (4)",
-        "op.preamble.length <= op.nbytes. 8 vs 4",
-        "CUDA error: the launch timed out and was terminated",
-    ]
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert [is_loss(RuntimeError(text)) for text in losses + others] == [True] * 6 + [False] * 3
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    assert not is_loss(RuntimeError(losses[0]))
+    assert status == 1 and "RuntimeError" in training.text(), training.text()
