@@ -55,7 +55,7 @@ class TrainingEvaluation:
         self.accelerator, self.count, self.batch_size = accelerator, count, batch_size
         statistics = load_reference(reference)
         if statistics.pool is None:
-            raise InputError(f"--eval-ref {reference}: it has no statistics (mu, sigma); make it with reference.py")
+            raise InputError(f"--eval-ref {reference}: no statistics (mu, sigma); evaluations/reference.py makes them")
         with accelerator.local_main_process_first():  # one process per machine downloads, the others find the file
             self.inception = load_inception(inception, accelerator.device)
         check_reference(statistics, self.inception)

@@ -6,17 +6,20 @@ import io
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 
 from common.io import InputError
-from evaluations import evaluator, reference
-from evaluations.features import load_reference
+from evaluations import evaluator, extract, metrics, reference
+from evaluations.batches import open_images
+from evaluations.comparison import load_reference
 from evaluations.inception.network import Inception, load_inception
-from evaluations.metrics import FeatureSums, frechet_distance
+from evaluations.metrics import FeatureSums, InceptionScoreSums, frechet_distance, precision_recall
 from models.encoders import load_encoder
 from tests import adm_images, adm_standin
 from tests.conftest import ENCODER, ROOT, reset_accelerate, run_program
@@ -37,18 +40,29 @@ def network() -> Inception:
     return load_inception(adm_standin.graph_file())
 
 
-@pytest.fixture
-def ready(network: Inception, monkeypatch: pytest.MonkeyPatch) -> Inception:
-    """The stand-in network, loaded once for all tests."""
-    for program in (evaluator, reference):
-        monkeypatch.setattr(program, "load_inception", lambda path, device: network)
-    return network
+@pytest.fixture(autouse=True, scope="module")
+def shared_work(network: Inception) -> Iterator[None]:
+    """All tests use one stand-in network, loaded once, and decompose equal covariances, which takes seconds, once."""
+    factors, compute = {}, metrics._factor
+
+    def factor(covariance: torch.Tensor) -> torch.Tensor:
+        key = hashlib.sha256(covariance.contiguous().numpy().tobytes()).digest()
+        if key not in factors:
+            factors[key] = compute(covariance)
+        return factors[key]
+
+    def load(path: str | None, device: torch.device) -> Inception:
+        return network if path is None else load_inception(path, device)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics, "_factor", factor)
+        patch.setattr(extract, "load_inception", load)
+        yield
 
 
-def run(program, monkeypatch: pytest.MonkeyPatch, *flags: object) -> None:
+def run(program: ModuleType, *flags: object) -> None:
     reset_accelerate()
-    monkeypatch.setattr(sys, "argv", ["program", "--cpu", *map(str, flags)])
-    program.main()
+    program.main(["--cpu", *map(str, flags)])
 
 
 def write_batch(path: Path, count: int, size: int = 16, seed: int = 0, **arrays: object) -> Path:
@@ -57,15 +71,22 @@ def write_batch(path: Path, count: int, size: int = 16, seed: int = 0, **arrays:
     return path
 
 
-def test_all_five_numbers_equal_those_of_adms_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_five_numbers_equal_those_of_adms_program(tmp_path: Path) -> None:
+    """Three processes, whose shares of the samples differ in length, compute them."""
     for name, recipe in adm_images.SETS.items():
         images = adm_images.images(*recipe)
         if adm_images.digest(images) != adm_images.SHA256[name]:
             pytest.skip("this version of Pillow draws other images; the recorded numbers are not theirs")
         np.savez(tmp_path / f"{name}.npz", images)
     flags = ["--ref_batch", tmp_path / "ref256_300.npz", "--sample_batch", tmp_path / "sample64_200.npz"]
-    run(evaluator, monkeypatch, *flags, "--inception", adm_standin.graph_file())
+    flags += ["--inception", adm_standin.graph_file(), "--cpu"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
+    command = [*launcher, "evaluations/evaluator.py", *map(str, flags)]  # accelerate launch starts one process on a CPU
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("written to") == 1  # by one process only
     result = json.loads((tmp_path / "sample64_200.metrics.json").read_text())
+    assert result["machine"]["processes"] == 3
     found = result["metrics"]
     for name in ("inception_score", "fid", "sfid"):
         assert found[name] == pytest.approx(ADM[name], rel=5e-6), name
@@ -79,7 +100,7 @@ SETTINGS = {"step": 400000, "num_steps": 250, "cfg": 2.3, "cls_cfg": 2.3, "gh": 
 
 
 @pytest.fixture(scope="module")
-def evaluated(network: Inception, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a small evaluation of samples.npz against ref.npz: result.json, stdout, and cache."""
     folder = tmp_path_factory.mktemp("evaluated")
     write_batch(folder / "samples.npz", 7)
@@ -87,9 +108,8 @@ def evaluated(network: Inception, tmp_path_factory: pytest.TempPathFactory) -> P
     (folder / "samples.json").write_text('{"label_sampling": "balanced", "seed": 3}')
     settings = [text for name, value in SETTINGS.items() for text in (f"--{name}", value)]
     printed = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
-        patch.setattr(evaluator, "load_inception", lambda path, device: network)
-        run(evaluator, patch, *batches(folder), "--save_path", folder / "result.json", *settings)
+    with contextlib.redirect_stdout(printed):
+        run(evaluator, *batches(folder), "--save_path", folder / "result.json", *settings)
     (folder / "stdout").write_text(printed.getvalue())
     return folder
 
@@ -113,25 +133,44 @@ def test_result_holds_settings_hashes_counts_versions_and_labels(evaluated: Path
     assert any("not a meaningful score" in line for line in lines)
 
 
+def test_one_process_gives_the_metrics_of_all_features(evaluated: Path, network: Inception) -> None:
+    """Computed again from the features of all images in one batch."""
+    outputs = []
+    for name in ("samples", "ref"):
+        images = open_images(evaluated / f"{name}.npz")
+        outputs += [network(batch) for _, batch in images.batches(0, images.count, images.count)]
+    found, expected = outputs
+    sums = InceptionScoreSums(7, 1008)
+    sums.update(found.logits, 0)
+    metrics = json.loads((evaluated / "result.json").read_text())["metrics"]
+    assert metrics["inception_score"] == pytest.approx(sums.score(), rel=1e-6)
+    for name, part in (("fid", "pool"), ("sfid", "spatial")):
+        sides = [FeatureSums(getattr(output, part).shape[1]) for output in (expected, found)]
+        for side, output in zip(sides, (expected, found), strict=True):
+            side.update(getattr(output, part))
+        assert metrics[name] == pytest.approx(frechet_distance(*(side.statistics() for side in sides)), rel=1e-4), name
+    assert (metrics["precision"], metrics["recall"]) == precision_recall(expected.pool, found.pool)
+
+
 def test_reference_with_statistics_gives_the_same_as_its_images(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ready: Inception, encoder_weights: Path
+    tmp_path: Path, evaluated: Path, encoder_weights: Path
 ) -> None:
-    samples, images = write_batch(tmp_path / "samples.npz", 5), write_batch(tmp_path / "images.npz", 8, seed=1)
+    samples, images = evaluated / "samples.npz", evaluated / "ref.npz"
     encoder = ["--encoder", ENCODER, "--enc-weights", encoder_weights]
-    run(reference, monkeypatch, "--source", images, "--dest", tmp_path / "ref.npz", "--num-images", 4, *encoder)
+    run(reference, "--source", images, "--dest", tmp_path / "ref.npz", "--num-images", 4, *encoder)
     with np.load(tmp_path / "ref.npz") as made:
-        assert made["arr_0"].shape == (4, 16, 16, 3) and made["num_images"] == 8
+        assert made["arr_0"].shape == (4, 16, 16, 3) and made["num_images"] == 9
         kept, source = made["arr_0"], np.load(images)["arr_0"]
         assert all(any(np.array_equal(image, other) for other in source) for image in kept)
     results = []
-    for name in ("images", "ref"):
-        flags = ["--ref_batch", tmp_path / f"{name}.npz", "--sample_batch", samples]
-        run(evaluator, monkeypatch, *flags, *encoder, "--save_path", tmp_path / f"{name}.json")
-        results.append(json.loads((tmp_path / f"{name}.json").read_text()))
+    for folder in (evaluated, tmp_path):
+        flags = ["--ref_batch", folder / "ref.npz", "--sample_batch", samples, "--cache", evaluated / "cache"]
+        run(evaluator, *flags, *encoder, "--save_path", tmp_path / "result.json")
+        results.append(json.loads((tmp_path / "result.json").read_text()))
     from_images, from_statistics = (result["metrics"] for result in results)
     for name in ("fid", "sfid", "encoder_fd"):
         assert from_statistics[name] == pytest.approx(from_images[name], rel=1e-9), name
-    assert any("FD: reference statistics from its 8 images" in note for note in results[0]["notes"])
+    assert any("FD: reference statistics from its 9 images" in note for note in results[0]["notes"])
     assert not any("FD: reference" in note for note in results[1]["notes"])
 
     network, sums = load_encoder(ENCODER, 16, encoder_weights), [FeatureSums(32), FeatureSums(32)]
@@ -141,43 +180,28 @@ def test_reference_with_statistics_gives_the_same_as_its_images(
     assert from_images["encoder_fd"] == pytest.approx(expected, rel=1e-4)
 
 
-def test_the_kept_images_of_a_reference_depend_on_the_seed_alone() -> None:
-    assert np.array_equal(reference.draw(100, 10, 0), reference.draw(100, 10, 0))
-    assert not np.array_equal(reference.draw(100, 10, 0), reference.draw(100, 10, 1))
-    assert reference.draw(5, 10, 0).tolist() == [0, 1, 2, 3, 4]
+def test_the_stored_images_of_a_reference_depend_on_the_seed_alone() -> None:
+    assert np.array_equal(reference.select(100, 10, 0), reference.select(100, 10, 0))
+    assert not np.array_equal(reference.select(100, 10, 0), reference.select(100, 10, 1))
+    assert reference.select(5, 10, 0).tolist() == [0, 1, 2, 3, 4]
 
 
 def test_cached_features_are_reused_and_give_the_same_numbers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ready: Inception, evaluated: Path
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, evaluated: Path
 ) -> None:
-    assert len(list((evaluated / "cache").iterdir())) == 2
+    assert len(list((evaluated / "cache").iterdir())) >= 2  # of samples and reference
     monkeypatch.setattr(Inception, "forward", None)  # nothing may run the network now
-    run(evaluator, monkeypatch, *batches(evaluated), "--save_path", tmp_path / "again.json")
+    run(evaluator, *batches(evaluated), "--save_path", tmp_path / "again.json")
     first, again = (json.loads(path.read_text()) for path in (evaluated / "result.json", tmp_path / "again.json"))
     assert first["metrics"] == again["metrics"]
-
-
-def test_two_processes_give_the_numbers_of_one(tmp_path: Path, evaluated: Path) -> None:
-    flags = [*batches(evaluated)[:-2], "--batch-size", 3, "--save_path", tmp_path / "two.json"]
-    flags += ["--inception", adm_standin.graph_file(), "--cpu"]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, "evaluations/evaluator.py", *map(str, flags)]  # accelerate launch starts one process on a CPU
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("written to") == 1  # by one process only
-    one, two = (json.loads(path.read_text()) for path in (evaluated / "result.json", tmp_path / "two.json"))
-    assert two["machine"]["processes"] == 2
-    assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------ poor input
 
 
-def test_too_few_images_leave_out_the_numbers_that_mean_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ready: Inception
-) -> None:
+def test_too_few_images_leave_out_the_numbers_that_mean_nothing(tmp_path: Path) -> None:
     flags = ["--ref_batch", write_batch(tmp_path / "ref.npz", 3), "--save_path", tmp_path / "result.json"]
-    run(evaluator, monkeypatch, *flags, "--sample_batch", write_batch(tmp_path / "one.npz", 1))
+    run(evaluator, *flags, "--sample_batch", write_batch(tmp_path / "one.npz", 1))
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["metrics"]["inception_score"] == pytest.approx(1)
     assert all(result["metrics"][name] is None for name in ("fid", "sfid", "precision", "recall"))
@@ -186,16 +210,14 @@ def test_too_few_images_leave_out_the_numbers_that_mean_nothing(
     assert "precision, recall: not computed, they need more than 3 images" in notes
 
 
-def test_features_that_are_not_finite_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ready: Inception
-) -> None:
+def test_features_that_are_not_finite_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     forward = Inception.forward
     monkeypatch.setattr(
         Inception, "forward", lambda self, images: forward(self, images)._replace(pool=nan_pool(images))
     )
     flags = ["--ref_batch", write_batch(tmp_path / "ref.npz", 4), "--sample_batch", write_batch(tmp_path / "s.npz", 4)]
     with pytest.raises(InputError, match=r"s\.npz: the network gives features that are not finite"):
-        run(evaluator, monkeypatch, *flags)
+        run(evaluator, *flags)
     assert not (tmp_path / "s.metrics.json").exists()
 
 
@@ -203,13 +225,11 @@ def nan_pool(images: torch.Tensor) -> torch.Tensor:
     return torch.full((len(images), 2048), torch.nan)
 
 
-def test_reference_of_other_weights_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ready: Inception
-) -> None:
+def test_reference_of_other_weights_is_refused(tmp_path: Path) -> None:
     arrays = {"mu": np.zeros(2048), "sigma": np.eye(2048), "mu_s": np.zeros(2023), "sigma_s": np.eye(2023)}
     path = write_batch(tmp_path / "ref.npz", 4, **arrays, inception=np.array("inception-0123456789abcdef"))
     with pytest.raises(InputError, match=r"ref\.npz: its statistics were made with inception-0123456789abcdef"):
-        run(evaluator, monkeypatch, "--ref_batch", path, "--sample_batch", write_batch(tmp_path / "s.npz", 4))
+        run(evaluator, "--ref_batch", path, "--sample_batch", write_batch(tmp_path / "s.npz", 4))
 
 
 def test_reference_of_another_shape_is_refused(tmp_path: Path) -> None:
@@ -233,10 +253,10 @@ def test_reference_of_another_shape_is_refused(tmp_path: Path) -> None:
         (["--cache", __file__], f"--cache {__file__}.*: .* is no folder"),
     ],
 )
-def test_bad_flags_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], message: str) -> None:
+def test_bad_flags_are_named(tmp_path: Path, flags: list[str], message: str) -> None:
     batch = write_batch(tmp_path / "batch.npz", 4)
     with pytest.raises(InputError, match=message):
-        run(evaluator, monkeypatch, "--ref_batch", batch, "--sample_batch", batch, *flags)
+        run(evaluator, "--ref_batch", batch, "--sample_batch", batch, *flags)
 
 
 @pytest.mark.parametrize(
@@ -244,17 +264,15 @@ def test_bad_flags_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fl
     [
         (["--num-images", "0"], "--num-images 0"),
         (["--seed", "-1"], "--seed -1"),
-        (["--dest", "reference"], "ends in .npz"),
+        (["--dest", "reference"], "must end in .npz"),
         (["--enc-weights", "file"], "needs --encoder"),
         (["--dest", f"{__file__}/ref.npz"], "--dest .*ref.npz: .* is no folder"),
     ],
 )
-def test_bad_flags_of_reference_are_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], message: str
-) -> None:
+def test_bad_flags_of_reference_are_named(tmp_path: Path, flags: list[str], message: str) -> None:
     batch = write_batch(tmp_path / "batch.npz", 4)
     with pytest.raises(InputError, match=message):
-        run(reference, monkeypatch, "--source", batch, "--dest", tmp_path / "ref.npz", *flags)
+        run(reference, "--source", batch, "--dest", tmp_path / "ref.npz", *flags)
 
 
 @pytest.mark.parametrize("content", ["[1]", "3", "null", "no json"])

@@ -1,7 +1,6 @@
 """Scores of EMA samples while training, on the stand-in Inception network."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -15,7 +14,11 @@ from tests.conftest import ENCODER, read_rows, reset_accelerate, run_training
 from tests.test_train import with_flags
 
 # How the notes of the evaluator begin that 6 samples, scored by other weights than the published, deserve.
-NOTES = ["STAND-IN", "6 samples; published numbers are of 50,000; fewer raise FID and sFID", "FID, sFID"]
+NOTES = [
+    "STAND-IN",
+    "6 samples; published numbers are from 50,000; fewer samples give higher FID and sFID",
+    "FID, sFID",
+]
 
 
 @pytest.fixture(scope="module")
@@ -24,10 +27,8 @@ def reference_file(shared_data, encoder_weights, tmp_path_factory):
     flags = ["--source", str(shared_data / "images"), "--dest", str(path)]
     flags += ["--inception", str(adm_standin.graph_file()), "--cpu", "--batch-size", "8"]
     flags += ["--encoder", ENCODER, "--enc-weights", str(encoder_weights)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["reference.py", *flags])
-        reset_accelerate()
-        reference.main()
+    reset_accelerate()
+    reference.main(flags)
     return path
 
 

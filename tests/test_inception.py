@@ -60,7 +60,9 @@ def test_output_is_float32_without_gradients_and_does_not_depend_on_the_batch(ne
 
 def test_logits_are_without_bias(network: Inception) -> None:
     output, weights = network(random_images(2, 40)), adm_standin.weights()
-    torch.testing.assert_close(output.logits, output.pool @ torch.from_numpy(weights["softmax/weights"]))
+    expected = output.pool.double() @ torch.from_numpy(weights["softmax/weights"]).double()
+    # Rounding of float32 sums of 2048 terms is about 2e-5; the bias, which must not be added, is about 0.1.
+    torch.testing.assert_close(output.logits.double(), expected, rtol=0, atol=1e-4)
 
 
 def test_training_precision_does_not_reach_the_features(network: Inception) -> None:
@@ -159,52 +161,42 @@ def test_truncated_graph_is_refused(tmp_path: Path) -> None:
         load_weights(path)
 
 
-def edited(tmp_path: Path, name: str, op: str | None = None, inputs: list[str] | None = None, **attributes) -> Graph:
-    """A graph without weights in which one node is changed."""
-    nodes = []
-    for found, *rest in adm_standin.Graph().nodes:
-        old_op, old_inputs, old_attributes = rest
-        if found == name:
-            old_op, old_inputs = op or old_op, inputs or old_inputs
-            old_attributes = {**old_attributes, **attributes}
-        nodes.append((found, old_op, old_inputs, old_attributes))
-    adm_standin.write_pb(tmp_path / "edited.pb", nodes, {})
-    return Graph(tmp_path / "edited.pb")
-
-
-def test_structure_of_the_graph_is_accepted(tmp_path: Path) -> None:
-    check_structure(edited(tmp_path, "", ""))
+def test_graph_without_a_node_or_its_weights_is_refused(tmp_path: Path) -> None:
+    nodes = [node for node in adm_standin.Graph().nodes if node[0] != "mixed_7/tower/conv/batchnorm"]
+    adm_standin.write_pb(tmp_path / "short.pb", nodes)
+    with pytest.raises(InputError, match=r"short\.pb.*no node 'mixed_7/tower/conv/batchnorm'"):
+        load_weights(tmp_path / "short.pb")
+    adm_standin.write_pb(tmp_path / "empty.pb", values={})
+    with pytest.raises(InputError, match=r"empty\.pb.*'conv/conv2d_params' holds no readable constant"):
+        load_weights(tmp_path / "empty.pb")
 
 
 @pytest.mark.parametrize(
-    ("name", "changes", "message"),
-    [
-        ("mixed_10/tower_2/pool", {"op": "AvgPool"}, "AvgPool, expected MaxPool"),
-        ("ResizeBilinear", {"half_pixel_centers": ("b", True)}, "half_pixel_centers 1, expected 0"),
-        ("ResizeBilinear/size", {"value": ("tensor", (3, (2,), [224, 224]))}, "224"),
-        ("Sub/y", {"value": ("tensor", (1, (), 127.5))}, "127.5"),
-        ("mixed_8/tower/conv_1/Conv2D", {"strides": ("ints", [1, 1, 1, 1])}, "strides"),
-        ("mixed/tower/conv_1/Conv2D", {"padding": ("s", "VALID")}, "padding"),
-        ("mixed_6/conv/batchnorm", {"variance_epsilon": ("f", 0.01)}, "0.01, expected 0.001"),
-        ("mixed_6/conv/Conv2D", {"inputs": ["mixed_4/join", "mixed_6/conv/conv2d_params"]}, "mixed_4/join"),
-        ("mixed_5/conv", {"op": "Relu6"}, "Relu6"),
-        ("mixed_3/join", {"inputs": ["mixed_3/join/concat_dim", "mixed_3/pool", "mixed_3/conv"]}, "mixed_3/pool"),
-        ("pool_3", {"op": "MaxPool"}, "pool_3"),
-    ],
+    ("shape", "message"),
+    [((3, 3, 32, 3), "expected float"), ((864,), "expected float"), ((), "expected float")],
 )
-def test_other_structures_are_refused(tmp_path: Path, name: str, changes: dict, message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        check_structure(edited(tmp_path, name, **changes))
+def test_graph_with_another_shape_is_refused(tmp_path: Path, shape: tuple[int, ...], message: str) -> None:
+    values = {"conv/conv2d_params": np.ones(shape, np.float32)}
+    adm_standin.write_pb(tmp_path / "other.pb", values=values)
+    with pytest.raises(InputError, match=rf"other\.pb.*'conv/conv2d_params' .*{message} \(3, 3, 3, 32\)"):
+        load_weights(tmp_path / "other.pb")
 
 
-def test_missing_nodes_and_circles_are_refused(tmp_path: Path) -> None:
-    nodes = [node for node in adm_standin.Graph().nodes if node[0] != "mixed_7/tower/conv"]
-    adm_standin.write_pb(tmp_path / "short.pb", nodes, {})
-    with pytest.raises(InputError, match="no node 'mixed_7/tower/conv'"):
-        check_structure(Graph(tmp_path / "short.pb"))
-    circle = edited(tmp_path, "mixed/conv/control_dependency", inputs=["mixed/conv/control_dependency"])
-    with pytest.raises(InputError, match="circle"):
-        check_structure(circle)
+def test_random_damage_gives_no_other_error_than_inputerror(tmp_path: Path) -> None:
+    path, rng, refused = tmp_path / "damaged.pb", np.random.default_rng(0), 0
+    weights = np.ones((3, 3, 3, 32), np.float32)
+    adm_standin.write_pb(path, adm_standin.Graph().nodes[:20], {"conv/conv2d_params": weights})
+    content = path.read_bytes()
+    for start in rng.integers(0, len(content), 500):
+        path.write_bytes(content[:start] + rng.bytes(3) + content[start + 3 :])
+        try:
+            graph = Graph(path)
+            graph.constant("conv/conv2d_params", weights.shape)
+            graph.switch("conv/batchnorm", "scale_after_normalization")
+        except InputError as error:
+            assert "damaged.pb" in str(error)
+            refused += 1
+    assert refused > 30
 
 
 def test_gamma_is_ignored_where_the_graph_ignores_it(tmp_path: Path) -> None:
@@ -214,8 +206,8 @@ def test_gamma_is_ignored_where_the_graph_ignores_it(tmp_path: Path) -> None:
     ]
     adm_standin.write_pb(tmp_path / "unscaled.pb", nodes)
     weights = load_weights(tmp_path / "unscaled.pb")
-    assert torch.equal(weights.convs["Mixed_5b.branch1x1"].gamma, torch.ones(64))
-    assert not torch.equal(weights.convs["Mixed_5c.branch1x1"].gamma, torch.ones(64))
+    assert torch.equal(weights.tensors["Mixed_5b.branch1x1.bn.weight"], torch.ones(64))
+    assert not torch.equal(weights.tensors["Mixed_5c.branch1x1.bn.weight"], torch.ones(64))
 
 
 def test_download_is_checked_and_appears_whole_or_not_at_all(tmp_path: Path) -> None:
