@@ -20,7 +20,7 @@ def test_an_image_keeps_its_mode_and_pixels():
 @pytest.mark.parametrize(
     "data", [b"", b"text", encoded(Image.fromarray(noise(9, 9)))[:-60], header_only_png(30_000, 30_000)]
 )
-def test_what_is_no_complete_image_is_refused(data):
+def test_incomplete_images_are_refused(data):
     with pytest.raises(InputError, match="broken image"):
         open_image(data)
 
