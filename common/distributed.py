@@ -20,12 +20,10 @@ Value = TypeVar("Value")
 
 
 def broadcast_from_main(accelerator: Accelerator, decide: Callable[[], Value]) -> Value:
-    """Return on every process the value of `decide()`, which only the main process calls. All processes must call this.
+    """Return on every process the value of `decide()`, which only the main process calls. Every process must call this.
 
-    For decisions that depend on files: a process that looks later could already find what another one has written.
-
-    Raises:
-        InputError: `decide` raised it on the main process; it is raised on every process.
+    For decisions that depend on files: a process that looks later may find files that another one has just written.
+    An InputError of `decide` is raised on every process.
     """
     outcome = None
     if accelerator.is_main_process:
@@ -51,10 +49,8 @@ def long_collective_timeout() -> InitProcessGroupKwargs:
 def largest_batch(attempt: Callable[[int], object], largest: int) -> int:
     """Return the largest batch size that fits into memory: the first of `largest`, half of it, a quarter, ...
 
-    `attempt(size)` does the work for one batch. On several processes, all must call this; the result is the minimum.
-
-    Raises:
-        InputError: not even a batch of one image fits.
+    `attempt(size)` does the work for one batch. On several processes, each must call this; the result is the minimum.
+    Raises InputError if not even one image fits.
     """
     size = largest
 

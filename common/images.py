@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import math
+import struct
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,19 +16,24 @@ from common.io import InputError, atomic_write
 
 # Listed, so that Pillow does not use decoders that start other programs (EPS). JPEG includes MPO.
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
+# Exceptions of Pillow on damaged files, found by trials with random damage.
+DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 MIN_TILE = 64  # px; a grid shows smaller images enlarged
 
 
-def open_image(data: bytes, formats: Sequence[str] = IMAGE_FORMATS) -> Image.Image:
-    """Return the image in a file's bytes, decoded, in its own mode.
+def open_image(data: bytes, formats: Sequence[str] = IMAGE_FORMATS, max_side: int | None = None) -> Image.Image:
+    """Return the decoded image in a file's bytes, in its own mode.
 
-    Raises:
-        InputError: the bytes are not a complete image of one of `formats`.
+    Raises InputError if the bytes are not a complete image of one of `formats`, or if a side is longer than `max_side`.
     """
     try:
         image = Image.open(io.BytesIO(data), formats=formats)
+        if max_side is not None and max(image.size) > max_side:
+            raise InputError(f"{image.width} x {image.height} pixels; allowed: 1 to {max_side} per side")
         image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except InputError:
+        raise
+    except DECODING_ERRORS as error:
         raise InputError(f"broken image ({error})") from error
     return image
 

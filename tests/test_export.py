@@ -88,7 +88,7 @@ def test_nothing_is_overwritten_and_mistakes_are_one_line(checkpoint, tmp_path):
     with pytest.raises(InputError, match="there is something already"):
         export(checkpoint, tmp_path / "there.safetensors")
     assert (tmp_path / "there.safetensors").read_bytes() == b"mine"
-    with pytest.raises(InputError, match=r"--dest .*there\.safetensors.* is not a writable folder"):
+    with pytest.raises(InputError, match=r"--dest .*there\.safetensors.* is no folder that may be written to"):
         export(tmp_path / "nowhere.pt", tmp_path / "there.safetensors" / "below")
     save_checkpoint(tmp_path / "odd.pt", {"args": argparse.Namespace()})
     command = [sys.executable, "export.py", "--ckpt", str(tmp_path / "odd.pt"), "--dest", str(tmp_path / "x")]

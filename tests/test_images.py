@@ -25,6 +25,13 @@ def test_incomplete_images_are_refused(data):
         open_image(data)
 
 
+def test_a_side_that_is_too_long_is_refused():
+    data = encoded(Image.new("RGB", (9, 4)))
+    assert open_image(data, max_side=9).size == (9, 4)
+    with pytest.raises(InputError, match="9 x 4 pixels; allowed: 1 to 8 per side"):
+        open_image(data, max_side=8)
+
+
 def test_only_listed_formats_are_decoded():
     for form in ("JPEG", "EPS"):
         data = encoded(Image.new("RGB", (8, 8)), form)

@@ -14,7 +14,7 @@ from common.io import InputError
 from generation import sample_set
 from generation.sample_set import DIGEST, SampleSet
 from tests.conftest import ROOT
-from tests.test_files import LOCKER
+from tests.test_io import LOCKER
 
 SIZE = 4
 
