@@ -75,9 +75,7 @@ class LatentDataset(Dataset):
         if unpaired := sorted(image_names.keys() ^ latent_names.keys()):
             source, names = (self.images, image_names) if unpaired[0] in image_names else (self.latents, latent_names)
             first = source.describe(names[unpaired[0]])
-            raise InputError(
-                f"{self.data_dir}: {len(unpaired)} files have no partner of the same index; first: {first}"
-            )
+            raise InputError(f"{self.data_dir}: {len(unpaired)} files have no partner of the same index, first {first}")
         indices = sorted(image_names)
         self.image_names = encode_names([image_names[i] for i in indices])
         self.latent_names = encode_names([latent_names[i] for i in indices])
@@ -135,9 +133,8 @@ class LatentDataset(Dataset):
         """
         expected = self.latents.size(self.latents_file(0))
         errors: list[str] = []
-        for found in map_files(
-            lambda i: self._file_error(i, expected), range(len(self) * part // parts, len(self) * (part + 1) // parts)
-        ):
+        share = range(len(self) * part // parts, len(self) * (part + 1) // parts)
+        for found in map_files(lambda i: self._file_error(i, expected), share):
             errors += filter(None, found)
             progress(len(found))
         if errors:

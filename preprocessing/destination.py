@@ -34,9 +34,7 @@ _ZIP_TIME = (1980, 1, 1, 0, 0, 0)  # of every file in a zip: the time of packing
 class InputOutput(Config):
     """Input and output."""
 
-    source: Path = setting(
-        MISSING, "images with their dataset.json, a folder or zip; for convert.py also class folders"
-    )
+    source: Path = setting(MISSING, "folder or zip of images with dataset.json; convert.py also accepts class folders")
     dest: Path = setting(MISSING, "output folder, or output zip if the name ends in .zip")
 
     def check_combination(self) -> None:

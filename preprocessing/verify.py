@@ -4,7 +4,7 @@
 
 checks that images and latents form pairs and that their labels match, decodes every image, and reads all latents
 (shape, finite values, standard deviation not negative). It writes `DATA/checksums.sha256` or compares with the existing
-file. It decodes some latents, prints their PSNR against the images, and saves the pairs as a picture, `DATA/verify.png`.
+file. It decodes some latents, prints their PSNR against the images, and saves the pairs as a picture, DATA/verify.png.
 The exit status is 2 if there is an error.
 """
 
@@ -47,17 +47,15 @@ class VerifyConfig(Config):
     sheet: Path | None = setting(None, "path of the picture (default: DATA/verify.png)")
     update_checksums: bool = setting(False, f"write {CHECKSUM_FILE} again instead of comparing with it")
     workers: int | None = setting(None, "number of processes (default: all available cores)", check=POSITIVE)
-    device: str = setting(
-        "cuda" if torch.cuda.is_available() else "cpu", "device that decodes, such as cpu, cuda or cuda:1"
-    )
+    device: str = setting("auto", "device that decodes: auto (cuda if available, else cpu), cpu, cuda, cuda:1, ...")
 
     def check_combination(self) -> None:
         try:
-            torch.empty(0, device=self.device)
+            torch.empty(0, device=self.torch_device)
         except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch was built without CUDA
             reason = str(error).splitlines()[0]
             raise InputError(
-                f"--device {self.device}: not available ({reason}); allowed: cpu, cuda, cuda:1, ..."
+                f"--device {self.device}: not available ({reason}); allowed: auto, cpu, cuda, cuda:1, ..."
             ) from error
         if self.reconstruct:
             check_writable(self.picture, "--sheet")
@@ -65,6 +63,10 @@ class VerifyConfig(Config):
     @property
     def picture(self) -> Path:
         return self.sheet or self.data / "verify.png"
+
+    @property
+    def torch_device(self) -> str:
+        return self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @dataclass
@@ -75,30 +77,26 @@ class Findings:
         errors: messages about broken files.
         checksums: SHA-256 of each file that is not in a zip.
         count: number of latent pixels.
-        mean_sum: sum of the means over all latent pixels, (C,).
-        square_sum: sum of mean^2 + std^2 over all latent pixels, (C,).
+        sums: sums over all latent pixels of the mean and of mean^2 + std^2, (2, C).
     """
 
     errors: list[str] = field(default_factory=list)
     checksums: dict[str, str] = field(default_factory=dict)
     count: int = 0
-    mean_sum: np.ndarray | float = 0.0
-    square_sum: np.ndarray | float = 0.0
+    sums: np.ndarray | float = 0.0
 
     def add(self, other: Findings) -> None:
         """Add the results of other items."""
         self.errors += other.errors
         self.checksums |= other.checksums
         self.count += other.count
-        self.mean_sum = self.mean_sum + other.mean_sum
-        self.square_sum = self.square_sum + other.square_sum
+        self.sums = self.sums + other.sums
 
     def add_moments(self, moments: np.ndarray) -> None:
         """Add the sums of moments (2 C, h, w)."""
         mean, std = np.split(moments.astype(np.float64), 2)
         self.count += mean[0].size
-        self.mean_sum = self.mean_sum + mean.sum(axis=(1, 2))
-        self.square_sum = self.square_sum + (mean**2 + std**2).sum(axis=(1, 2))
+        self.sums = self.sums + np.stack([mean.sum(axis=(1, 2)), (mean**2 + std**2).sum(axis=(1, 2))])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -139,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for error in errors[:ERRORS_SHOWN]:
         print(error, file=sys.stderr)
     if errors:
-        raise InputError(f"{config.data}: {len(errors):,} errors; the first {ERRORS_SHOWN} are listed above")
+        raise InputError(f"{config.data}: number of errors: {len(errors):,}; the first {ERRORS_SHOWN} are listed above")
     print(f"{config.data}: no errors found")
 
 
@@ -210,15 +208,15 @@ def compare_checksums(path: Path, now: dict[str, str]) -> list[str]:
 def latent_statistics(found: Findings, latent_format: LatentFormat) -> tuple[np.ndarray, np.ndarray]:
     """Return mean and standard deviation (C,) of scaled latents as training samples them."""
     scale, shift = np.asarray(latent_format.scale), np.asarray(latent_format.shift)
-    mean = found.mean_sum / found.count
-    deviation = np.sqrt(np.maximum(found.square_sum / found.count - mean**2, 0))
+    mean, square = found.sums / found.count
+    deviation = np.sqrt(np.maximum(square - mean**2, 0))
     return (mean - shift) * scale, deviation * scale
 
 
 def load_decoding_codec(config: VerifyConfig, latent_format: LatentFormat) -> Codec:
     """Return the codec of --vae, or the latents' own. Raises InputError if it cannot be loaded or has other shapes."""
     try:
-        codec = load_codec(config.vae or latent_format.codec, config.device)
+        codec = load_codec(config.vae or latent_format.codec, config.torch_device)
     except InputError as error:
         raise InputError(f"{error}; choose another with --vae, or decode nothing with --reconstruct 0") from error
     if (codec.format.channels, codec.format.factor) != (latent_format.channels, latent_format.factor):
@@ -231,14 +229,15 @@ def load_decoding_codec(config: VerifyConfig, latent_format: LatentFormat) -> Co
 
 def report_reconstruction(config: VerifyConfig, dataset: LatentDataset, codec: Codec) -> list[str]:
     """Decode some latents, print their PSNR, and save the picture. Return an error if they do not show the images."""
-    images, decoded = reconstruct(dataset, codec, config.reconstruct, config.device)
-    ratios = psnr(images, decoded)
+    images, decoded = reconstruct(dataset, codec, config.reconstruct, config.torch_device)
+    squared_error = (images.double() - decoded.double()).square().mean(dim=(1, 2, 3))
+    psnr = 10 * torch.log10(255**2 / squared_error)  # infinite if the images are equal
     contact_sheet(config.picture, images, decoded)
     print(
-        f"PSNR of {len(images)} decoded images: mean {ratios.mean():.2f} dB, minimum {ratios.min():.2f} dB; "
+        f"PSNR of {len(images)} decoded images: mean {psnr.mean():.2f} dB, minimum {psnr.min():.2f} dB; "
         f"{config.picture}"
     )
-    if ratios.mean() >= MIN_PSNR:
+    if psnr.mean() >= MIN_PSNR:
         return []
     return [
         f"{dataset.latents.path}: decoded latents do not show the images (see {config.picture}); is the codec right?"
@@ -257,21 +256,13 @@ def reconstruct(dataset: LatentDataset, codec: Codec, count: int, device: str) -
     return torch.stack(images), torch.stack(decoded)
 
 
-def psnr(images: Tensor, others: Tensor) -> Tensor:
-    """Return the peak signal-to-noise ratio (N,) in dB of uint8 images (N, 3, H, W); infinite if they are equal."""
-    error = (images.double() - others.double()).square().mean(dim=(1, 2, 3))
-    return 10 * torch.log10(255**2 / error)
-
-
 def contact_sheet(path: Path, images: Tensor, decoded: Tensor) -> None:
     """Write a picture in which a row of images and the row of their reconstructions alternate."""
     columns = min(SHEET_COLUMNS, len(images))
-    rows = []
-    for start in range(0, len(images), columns):
-        for part in (images[start : start + columns], decoded[start : start + columns]):
-            blank = torch.full((columns - len(part), *part.shape[1:]), 255, dtype=torch.uint8)
-            rows += [part, blank]
-    save_png(path, image_grid(torch.cat(rows).permute(0, 2, 3, 1).numpy(), columns))
+    blank = torch.full((-len(images) % columns, *images.shape[1:]), 255, dtype=torch.uint8)
+    pairs = torch.stack([torch.cat([part, blank]) for part in (images, decoded)])
+    tiles = pairs.unflatten(1, (-1, columns)).transpose(0, 1).flatten(0, 2)
+    save_png(path, image_grid(tiles.permute(0, 2, 3, 1).numpy(), columns))
 
 
 if __name__ == "__main__":

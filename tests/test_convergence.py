@@ -101,7 +101,7 @@ def test_every_row_of_every_ablation_is_a_command_line_of_train():
         assert tuple(rows) == presets.ABLATIONS
         for flags in (flags for table in rows.values() for flags in table.values()):
             config = parse_args(["--exp-name", "x", "--device", "cpu", *preset.flags.split(), *flags.split()])
-            assert config.slot == "none" if "--no-cls-token" in flags else config.slot != "none"
+            assert (config.slot == "none") == ("--no-cls-token" in flags or "--entangle none" in flags)
 
 
 def test_commands_of_the_papers_size_are_those_of_train(tmp_path, capsys):

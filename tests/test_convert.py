@@ -1,4 +1,4 @@
-"""Photographs converted: bit for bit, bad images, labels, destinations, and a run that is killed."""
+"""convert.py: crops bit for bit, broken images, labels, destinations, and killed runs."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_a_bad_image_stops_the_run_by_name(name, tmp_path):
     assert not (tmp_path / "out/dataset.json").exists()
 
 
-def test_bad_images_are_left_out_and_listed(tmp_path):
+def test_broken_images_are_skipped_and_listed(tmp_path):
     source = make_source(tmp_path / "source")
     (source / "cat/1.jpg").write_bytes(BAD_IMAGES["cut.jpg"][0])
     run(source, tmp_path / "out", 16, "--on-error", "skip")
@@ -90,7 +90,7 @@ def test_bad_images_are_left_out_and_listed(tmp_path):
     labels = json.loads((tmp_path / "out/dataset.json").read_text())["labels"]
     assert [label for _, label in labels] == [0, 0, 1, 1, 1]
     assert "00000/img00000001.png" not in dict(labels)
-    (source / "cat/1.jpg").write_bytes(jpeg())  # mended: the same command completes the set
+    (source / "cat/1.jpg").write_bytes(jpeg())  # corrected: the same command converts it
     run(source, tmp_path / "out", 16)
     assert not (tmp_path / "out/skipped.txt").exists()
     assert len(json.loads((tmp_path / "out/dataset.json").read_text())["labels"]) == 6
@@ -129,7 +129,7 @@ def test_output_does_not_depend_on_workers_or_container(tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
-def test_our_own_layout_is_a_source(tmp_path):
+def test_the_output_can_be_a_source(tmp_path):
     run(make_source(tmp_path / "source"), tmp_path / "large", 32)
     run(tmp_path / "large", tmp_path / "small", 16)
     large, small = (json.loads((tmp_path / name / "dataset.json").read_text()) for name in ("large", "small"))
@@ -198,7 +198,7 @@ def test_a_source_without_images(tmp_path):
 
 
 @pytest.mark.parametrize("member", ["../evil.png", "/etc/evil.png", "a/../../evil.png", "..\\evil.png", "C:/evil.png"])
-def test_a_zip_with_paths_that_lead_out(member, tmp_path):
+def test_a_zip_with_unsafe_paths_is_refused(member, tmp_path):
     with zipfile.ZipFile(tmp_path / "source.zip", "w") as archive:
         archive.writestr("a/good.jpg", jpeg())
         archive.writestr(member, jpeg())
@@ -206,7 +206,7 @@ def test_a_zip_with_paths_that_lead_out(member, tmp_path):
         run(tmp_path / "source.zip", tmp_path / "out")
 
 
-def test_a_destination_that_is_not_ours(tmp_path):
+def test_a_destination_with_other_files_is_refused(tmp_path):
     source = make_source(tmp_path / "source")
     (tmp_path / "out").mkdir()
     (tmp_path / "out/thesis.txt").write_text("precious")
@@ -242,7 +242,7 @@ def test_other_photographs_under_the_same_names(name, tmp_path):
     source = make_source(tmp_path / "source", each=30)
     run(source, tmp_path / name)
     before = contents(tmp_path / name)
-    replaced = source / "cat/4.jpg"  # the 24th in sorted order; every third of 60 is looked at
+    replaced = source / "cat/4.jpg"  # the 24th in sorted order; every third of 60 is compared
     for data in (jpeg(13), b"no image"):
         replaced.write_bytes(data)
         with pytest.raises(
@@ -284,7 +284,7 @@ def test_one_run_at_a_time(name, tmp_path):
     assert set(left) == {".convert.json", "dataset.json"} and [*tmp_path.iterdir()] == [destination]
 
 
-def test_what_a_kill_while_packing_leaves_is_removed(tmp_path):
+def test_temporary_files_of_a_kill_while_packing_are_removed(tmp_path):
     (tmp_path / ".out.zip.123.tmp").write_bytes(b"half a zip")
     run(make_source(tmp_path / "source"), tmp_path / "out.zip")
     assert {path.name for path in tmp_path.iterdir()} == {"source", "out.zip"}
@@ -296,9 +296,9 @@ def test_numbers_must_be_positive(flag, tmp_path):
         run(make_source(tmp_path / "source"), tmp_path / "out", 16, flag, 0)
 
 
-def test_a_disk_that_is_full_leaves_only_whole_files(tmp_path):
+def test_a_full_disk_leaves_only_complete_files(tmp_path):
     source = make_source(tmp_path / "source", each=4)
-    for i in range(4):  # noise compresses badly: one flat image fits the limit, these do not
+    for i in range(4):  # of these sizes, the first PNG fits under the limit and the others do not
         Image.new("RGB", (64, 64), (i, i, i)).save(source / f"cat/{i}.png")
     arguments = ["--source", source, "--dest", tmp_path / "out", "--resolution", "64", "--workers", "1"]
     command = [sys.executable, REPOSITORY / "preprocessing/convert.py", *map(str, arguments)]
@@ -330,7 +330,7 @@ def test_the_published_command_line(tmp_path):
 @pytest.mark.parametrize(
     ("command", "flags"), [("convert", ["--resolution", "--transform"]), ("encode", ["--model-url", "--dtype"])]
 )
-def test_the_published_command_line_tells_what_it_needs(command, flags, capsys):
+def test_the_published_command_line_has_complete_help(command, flags, capsys):
     with pytest.raises(SystemExit):
         dataset_tools.main([command, "--help"])
     said = capsys.readouterr().out

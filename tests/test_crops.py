@@ -26,7 +26,7 @@ def bicubic(x):
 
 
 def resample_rows(pixels, size, kernel, support):
-    """Resample axis 0 in the fixed-point arithmetic that Pillow documents by its results, written anew in numpy."""
+    """Resample axis 0 with the fixed-point arithmetic of Pillow, implemented in numpy."""
     old = len(pixels)
     scale = old / size
     spread = max(scale, 1.0)
@@ -49,7 +49,7 @@ def resample(pixels, width, height, kernel, support):
 
 
 def plain_adm_crop(pixels, resolution):
-    """SPEC: while the shorter side >= 2R halve with BOX; shorter side to R with BICUBIC; centre."""
+    """ADM: while the shorter side >= 2R, halve with BOX; resize the shorter side to R with BICUBIC; crop the centre."""
     while min(pixels.shape[:2]) >= 2 * resolution:
         pixels = resample(pixels, pixels.shape[1] // 2, pixels.shape[0] // 2, box, 0.5)
     scale = resolution / min(pixels.shape[:2])
@@ -93,7 +93,7 @@ def value_of(data):
     return tuple(int(v) for v in pixels[0, 0])
 
 
-def test_odd_modes_are_shown_as_viewers_show_them():
+def test_other_modes_are_converted_to_rgb():
     assert value_of(encoded(Image.new("L", (4, 4), 77))) == (77, 77, 77)
     assert value_of(encoded(Image.new("1", (4, 4), 1))) == (255, 255, 255)
     grey16 = Image.fromarray(np.full((4, 4), 257 * 100, np.uint16))
@@ -106,7 +106,7 @@ def test_odd_modes_are_shown_as_viewers_show_them():
     assert value_of(encoded(palette)) == (10, 200, 30)
 
 
-def test_transparency_is_laid_on_white():
+def test_transparent_images_get_a_white_background():
     assert value_of(encoded(Image.new("RGBA", (4, 4), (255, 0, 0, 0)))) == (255, 255, 255)
     assert value_of(encoded(Image.new("RGBA", (4, 4), (255, 0, 0, 255)))) == (255, 0, 0)
     palette = Image.new("P", (4, 4), 1)
@@ -116,7 +116,7 @@ def test_transparency_is_laid_on_white():
 
 def oriented_jpeg():
     pixels = np.zeros((16, 32, 3), np.uint8)
-    pixels[:, :16] = 255  # white on the left; orientation 6 turns it clockwise, so white comes to the top
+    pixels[:, :16] = 255  # white on the left; orientation 6 rotates it clockwise, so white moves to the top
     exif = Image.Exif()
     exif[0x0112] = 6
     return encoded(Image.fromarray(pixels), "JPEG", exif=exif.tobytes(), quality=100)

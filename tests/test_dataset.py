@@ -40,7 +40,7 @@ def test_items_are_paired_and_labelled(data, zipped):
 
 
 def test_pairs_by_index_not_by_position(data):
-    """Files in odd folders still find their partner."""
+    """The folder of a file does not matter."""
     moved = data / "vae-sd" / "elsewhere" / "img-mean-std-00000005.npy"
     moved.parent.mkdir()
     (data / LATENT).rename(moved)
@@ -101,8 +101,8 @@ DAMAGES = {
     "latents alone": (lambda d: (d / IMAGE).unlink(), r"1 files have no partner.*img-mean-std-00000005\.npy"),
     "empty png": (lambda d: (d / IMAGE).write_bytes(b""), r"1 broken files:\s+.*img00000005\.png"),
     "cut png": (lambda d: (d / IMAGE).write_bytes((d / IMAGE).read_bytes()[:-20]), r"img00000005\.png: truncated"),
-    "cut npy": (lambda d: (d / LATENT).write_bytes((d / LATENT).read_bytes()[:-20]), r"00000005\.npy: \d+ bytes; the first"),
-    "other dtype": (lambda d: np.save(d / LATENT, np.zeros((6, 16, 16), np.float64)), r"00000005\.npy: \d+ bytes; the first"),
+    "cut npy": (lambda d: (d / LATENT).write_bytes((d / LATENT).read_bytes()[:-20]), r"00000005\.npy: \d+ bytes; the"),
+    "other dtype": (lambda d: np.save(d / LATENT, np.zeros((6, 16, 16), np.float64)), r"00000005\.npy: \d+ bytes; the"),
     "first latents of other dtype": (
         lambda d: np.save(d / LATENT.replace("5.npy", "0.npy"), np.zeros((6, 16, 16), np.int32)),
         "dtype int32; allowed: float32, float16",
@@ -129,7 +129,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damage_is_found_before_training_and_named(data, damage):
+def test_check_names_damaged_files(data, damage):
     harm, text = DAMAGES[damage]
     harm(data)
     with pytest.raises(InputError, match=text):
@@ -146,7 +146,7 @@ def test_processes_share_the_check(data):
     assert counts == [6, 6, 6]
 
 
-def test_an_image_alone_does_not_read_its_latents(data):
+def test_image_does_not_read_latents(data):
     dataset = LatentDataset(data)
     expected = dataset[5][0]
     (data / LATENT).unlink()
@@ -156,9 +156,9 @@ def test_an_image_alone_does_not_read_its_latents(data):
         dataset.image(5)
 
 
-def test_damage_that_the_check_cannot_see_is_named_when_read(data):
-    whole = (data / IMAGE).read_bytes()
-    (data / IMAGE).write_bytes(whole[:60] + bytes(len(whole) - 72) + whole[-12:])
+def test_damage_that_check_does_not_find_is_named_when_read(data):
+    intact = (data / IMAGE).read_bytes()
+    (data / IMAGE).write_bytes(intact[:60] + bytes(len(intact) - 72) + intact[-12:])
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(data / IMAGE.replace("5.png", "6.png"))
     np.save(data / LATENT.replace("5.npy", "7.npy"), np.zeros((6, 8, 32), np.float32))
     dataset = LatentDataset(data)
@@ -177,7 +177,7 @@ def test_pickled_latents_are_refused(data):
 
 
 def batches(world_size=1, micro_batches=1, steps=range(7), num=10, size=8, flip=False):
-    """Return the global batch of each step, put together from all processes."""
+    """Return the global batch of each step, concatenated over all processes."""
     parts = [
         list(GlobalBatchSampler(num, size, 5, steps, rank, world_size, micro_batches, flip))
         for rank in range(world_size)
@@ -193,9 +193,9 @@ def test_global_batches_do_not_depend_on_processes_or_parts(world_size, micro_ba
     assert batches(world_size, micro_batches) == batches()
 
 
-def test_every_sample_once_an_epoch_and_shuffled():
-    line = [i for batch in batches(steps=range(5)) for i in batch]
-    epochs = [line[i : i + 10] for i in range(0, 40, 10)]
+def test_each_epoch_contains_every_sample_once_in_another_order():
+    order = [i for batch in batches(steps=range(5)) for i in batch]
+    epochs = [order[i : i + 10] for i in range(0, 40, 10)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
 
@@ -207,7 +207,7 @@ def test_flips_mirror_half_and_keep_the_order():
     assert flipped == batches(2, 5, num=100, size=100, flip=True)
 
 
-def test_resuming_continues_the_line():
+def test_a_resumed_run_gets_the_remaining_batches():
     assert batches(steps=range(3, 7)) == batches()[3:]
 
 

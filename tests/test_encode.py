@@ -1,4 +1,4 @@
-"""Latents of a converted data set: the same for any batch size, number of processes and interruption."""
+"""encode.py gives the same latents for any number of processes and after interruptions."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ KILLS = int(os.environ.get("REG_KILLS", "1"))  # the long form: REG_KILLS=20, an
 
 
 def make_images(folder, count=7, resolution=16, start=0):
-    """Write a converted data set of noise: as convert.py leaves it, without its run time."""
+    """Write a data set of noise in the format of convert.py, faster than convert.py."""
     labels = []
     for index in range(start, start + count):
         path = folder / f"{index // 1000:05d}" / f"img{index:08d}.png"
@@ -80,7 +80,7 @@ def test_files_and_dataset_json(tmp_path, kl_codec):
     assert len(LatentDataset(tmp_path)) == 7  # what training reads
 
 
-def test_batch_size_changes_no_more_than_rounding(tmp_path, kl_codec):
+def test_batch_size_changes_only_the_rounding(tmp_path, kl_codec):
     images = make_images(tmp_path / "images")
     for size in (1, 3, 7):
         run(images, tmp_path / str(size), kl_codec, "--batch-size", size)
@@ -89,7 +89,7 @@ def test_batch_size_changes_no_more_than_rounding(tmp_path, kl_codec):
             np.testing.assert_allclose(load(tmp_path / str(size), index), load(tmp_path / "1", index), atol=1e-5)
 
 
-def test_batch_size_found_by_itself(tmp_path, kl_codec):
+def test_automatic_batch_size(tmp_path, kl_codec):
     images = make_images(tmp_path / "images")
     for size in ("auto", 1):
         run(images, tmp_path / str(size), kl_codec, "--batch-size", size)
@@ -118,7 +118,7 @@ def test_flips_are_the_latents_of_mirrored_images(tmp_path, kl_codec):
     assert dataset["flip"] is True and len(dataset["labels"]) == 3
 
 
-def test_pixels_come_back_exactly_and_zips_serve(tmp_path):
+def test_pixel_latents_are_exact_and_zips_work(tmp_path):
     images = make_images(tmp_path / "images")
     with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
         for path in images.rglob("*.*"):
@@ -133,13 +133,13 @@ def test_pixels_come_back_exactly_and_zips_serve(tmp_path):
     np.testing.assert_array_equal(decoded, np.asarray(Image.open(images / "00000/img00000005.png")))
 
 
-def test_indices_need_not_begin_at_zero_or_be_without_gaps(tmp_path):
+def test_indices_may_start_above_zero(tmp_path):
     make_images(tmp_path / "images", 2, start=1999)
     run(tmp_path / "images", tmp_path / "latents", "pixel")
     assert load(tmp_path / "latents", 2000).shape == (6, 16, 16)
 
 
-def test_a_broken_batch_is_encoded_again_as_a_whole(tmp_path, kl_codec):
+def test_an_incomplete_batch_is_encoded_again_completely(tmp_path, kl_codec):
     images = make_images(tmp_path / "images")
     run(images, tmp_path / "latents", kl_codec, "--batch-size", 3)
     expected = contents(tmp_path / "latents")
@@ -163,7 +163,7 @@ def test_other_settings_on_the_same_destination(tmp_path):
 
 @pytest.mark.parametrize("suffix", ["", ".zip"])
 def test_other_images_under_the_same_names(suffix, tmp_path):
-    """As convert.py leaves them when it is started anew with another --transform, or on other photographs."""
+    """As after another run of convert.py with another --transform or other photographs."""
 
     def make(resolution, change=None):
         shutil.rmtree(tmp_path / "images", ignore_errors=True)

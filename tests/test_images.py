@@ -20,9 +20,16 @@ def test_an_image_keeps_its_mode_and_pixels():
 @pytest.mark.parametrize(
     "data", [b"", b"text", encoded(Image.fromarray(noise(9, 9)))[:-60], header_only_png(30_000, 30_000)]
 )
-def test_what_is_no_complete_image_is_refused(data):
+def test_incomplete_images_are_refused(data):
     with pytest.raises(InputError, match="broken image"):
         open_image(data)
+
+
+def test_a_side_that_is_too_long_is_refused():
+    data = encoded(Image.new("RGB", (9, 4)))
+    assert open_image(data, max_side=9).size == (9, 4)
+    with pytest.raises(InputError, match="9 x 4 pixels; allowed: 1 to 8 per side"):
+        open_image(data, max_side=8)
 
 
 def test_only_listed_formats_are_decoded():

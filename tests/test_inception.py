@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from evaluations.inception.graph import check_structure
 
 from common.io import InputError
 from evaluations.inception.graphdef import Graph

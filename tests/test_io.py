@@ -26,9 +26,9 @@ def test_a_file_appears_only_when_it_is_complete(tmp_path):
         raise RuntimeError("power cut")
     assert list(path.parent.iterdir()) == []
     with atomic_write(path) as file:
-        file.write(b"whole")
+        file.write(b"complete")
         assert not path.exists()
-    assert path.read_bytes() == b"whole" and list(path.parent.iterdir()) == [path]
+    assert path.read_bytes() == b"complete" and list(path.parent.iterdir()) == [path]
 
 
 def test_an_old_file_survives_a_failed_write(tmp_path):
@@ -53,7 +53,7 @@ def test_json(tmp_path):
 ROW = '{"step": %d, "loss": 1.5, "proj": null, "notes": ["a\\u2028b"]}'
 
 
-def test_damaged_lines_take_no_good_row_with_them(tmp_path: Path) -> None:
+def test_damaged_lines_are_skipped(tmp_path: Path) -> None:
     lines = [ROW % 1, '{"step": 2, "lo', "", "[1]", '{"loss": 3}', '{"step": "3"}', '{"step": true}', '{"step": 4.5}']
     content = "\n".join([*lines, "[" * 100_000, ROW % 5]).encode() + b'\n\xff\xfe{"step"\n' + (ROW % 6).encode()
     (tmp_path / "metrics.jsonl").write_bytes(content + b'\n{"step": 7, "loss"')
@@ -69,7 +69,7 @@ sys.stdin.read()
 """
 
 
-def test_a_folder_is_one_process_own_until_it_ends(tmp_path):
+def test_a_lock_is_held_until_its_process_ends(tmp_path):
     folder = tmp_path / "run"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     first = subprocess.Popen([sys.executable, "-c", LOCKER, str(folder)], cwd=ROOT, stdin=subprocess.PIPE, **pipes)
@@ -79,7 +79,7 @@ def test_a_folder_is_one_process_own_until_it_ends(tmp_path):
     first.kill()
     first.communicate()
     lock_folder(folder, "training")
-    lock_folder(folder, "training")  # one's own is no hindrance
+    lock_folder(folder, "training")  # the own lock is no error
     command = [sys.executable, "-c", LOCKER, str(folder)]
     assert "locked" not in subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, **pipes).stdout
     unlock_folder(folder)
@@ -88,7 +88,7 @@ def test_a_folder_is_one_process_own_until_it_ends(tmp_path):
 
 
 @pytest.mark.parametrize("place", ["there", "there/file/out.png", "file"])
-def test_where_a_file_cannot_be_written_is_told_before(tmp_path, place):
+def test_check_writable_names_the_flag(tmp_path, place):
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "file").write_text("")
     if place == "file":

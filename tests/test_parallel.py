@@ -1,4 +1,4 @@
-"""Worker processes: as many as there is work, and none left when nobody wants their results."""
+"""Worker processes: not more than pieces of work, and none left when the caller stops."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from preprocessing import parallel
 
 
 @pytest.mark.parametrize("reason", [KeyboardInterrupt, GeneratorExit])
-def test_who_stops_early_waits_for_no_worker(reason):
+def test_stopping_early_kills_the_workers(reason):
     others = set(multiprocessing.active_children())
     results = parallel.in_workers(time.sleep, [0, 5, 5, 5], workers=2)
     next(results)
-    begun = time.monotonic()
+    start = time.monotonic()
     with pytest.raises(reason):
         results.throw(reason)
-    assert time.monotonic() - begun < 2 and set(multiprocessing.active_children()) <= others
+    assert time.monotonic() - start < 2 and set(multiprocessing.active_children()) <= others
 
 
 def test_no_more_workers_than_pieces(monkeypatch):

@@ -1,4 +1,4 @@
-"""The whole way on real photographs with real small networks: crops, TAESD latents, MobileNet tokens, train, generate.
+"""All steps on real photographs with real small networks: crops, TAESD latents, MobileNet tokens, train, generate.
 
 The encoder is a supervised MobileNet, not DINOv2; at 512 px it gives as many tokens of the same width.
 """

@@ -1,4 +1,4 @@
-"""Folders and zips of files, names and labels of data sets, and mistakes in them: both readers name them."""
+"""Reading folders and zips; names and labels of data sets; LatentDataset and list_converted name mistakes in them."""
 
 from __future__ import annotations
 
@@ -33,26 +33,28 @@ def source(tmp_path, request):
     return FileSource(tmp_path / "files")
 
 
-def test_folder_and_zip_are_read_alike(source):
+def test_folder_and_zip_are_read_in_the_same_way(source):
     assert source.names == ["a.txt", "b/2.txt"]
     assert source.read("b/2.txt") == b"two" and source.size("a.txt") == 3 and "b/2.txt" in source
     with pytest.raises(InputError, match=r"nothing\.txt"):
         source.read("nothing.txt")
 
 
-def test_a_source_can_be_handed_to_a_worker(source):
+def test_a_source_can_be_pickled(source):
     source.read("a.txt")
     copy = pickle.loads(pickle.dumps(source))
     assert copy.read("a.txt") == b"one" and copy.names == source.names
 
 
-def test_a_zip_is_opened_once_and_read_by_many(tmp_path, monkeypatch):
-    """Reading its directory again takes a worker process half a minute and gigabytes, with millions of members."""
+def test_threads_and_processes_read_a_zip_without_opening_it_again(tmp_path, monkeypatch):
+    """With millions of members, reading the directory again would take each worker half a minute and gigabytes."""
     contents = {f"{i % 7}/ä{i:03d}.bin": bytes([i % 251]) * (i * 37 % 1000) for i in range(300)}
     with zipfile.ZipFile(tmp_path / "files.zip", "w") as archive:
         for number, (name, content) in enumerate(contents.items()):
             member = zipfile.ZipInfo(name)
-            member.extra = b"\x00\x00" + (number * 5).to_bytes(2, "little") + bytes(number * 5)  # longer than the room
+            member.extra = (
+                b"\x00\x00" + (number * 5).to_bytes(2, "little") + bytes(number * 5)
+            )  # up to longer than ZIP_NAME_BYTES
             kind = zipfile.ZIP_DEFLATED if number % 2 else zipfile.ZIP_STORED
             archive.writestr(member, content, kind)
     source = FileSource(tmp_path / "files.zip")
@@ -70,11 +72,11 @@ def test_a_damaged_member_of_a_zip_is_named(tmp_path):
         archive.writestr("a.txt", b"aaaa")
         archive.writestr("b.txt", b"bbbb" * 9, zipfile.ZIP_DEFLATED)
         archive.writestr("c.txt", b"cccc" * 9, zipfile.ZIP_BZIP2)
-    whole = path.read_bytes()
-    path.write_bytes(whole.replace(b"aaaa", b"abaa"))
+    intact = path.read_bytes()
+    path.write_bytes(intact.replace(b"aaaa", b"abaa"))
     with pytest.raises(InputError, match=r"files\.zip:a\.txt: damaged, its checksum does not match"):
         FileSource(path).read("a.txt")
-    path.write_bytes(whole.replace(b"PK\x03\x04", b"PK\x03\x05"))
+    path.write_bytes(intact.replace(b"PK\x03\x04", b"PK\x03\x05"))
     with pytest.raises(InputError, match=r"b\.txt: damaged"):
         FileSource(path).read("b.txt")
     with pytest.raises(InputError, match=r"c\.txt: compressed with method 12; allowed: stored, deflated"):
@@ -90,7 +92,7 @@ def test_a_zip_with_two_files_of_one_name(tmp_path):
         FileSource(tmp_path / "files.zip")
 
 
-def test_links_are_followed_but_not_in_circles(tmp_path):
+def test_links_are_followed_and_loops_are_refused(tmp_path):
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "a.txt").write_bytes(b"one")
     (tmp_path / "files").mkdir()
@@ -101,7 +103,7 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
         FileSource(tmp_path / "files")
 
 
-def test_what_is_neither_folder_nor_zip_is_named(tmp_path):
+def test_a_path_that_is_no_folder_or_zip_is_refused(tmp_path):
     with pytest.raises(InputError, match="no such folder or zip file"):
         FileSource(tmp_path / "none")
     (tmp_path / "broken.zip").write_bytes(b"PK\x03\x04")
@@ -109,7 +111,7 @@ def test_what_is_neither_folder_nor_zip_is_named(tmp_path):
         FileSource(tmp_path / "broken.zip")
 
 
-def test_names_are_read_as_they_are_written():
+def test_names_match_their_patterns():
     assert image_name(1234) == "00001/img00001234.png"
     assert IMAGE_NAME.fullmatch(image_name(1234))[1] == LATENT_NAME.fullmatch(latents_name(1234))[1] == "00001234"
     assert mirrored_name("img-mean-std-/img-mean-std-00000003.npy") == "img-mean-std-/img-mean-std-flip-00000003.npy"
@@ -133,7 +135,7 @@ def describe(data, where, **fields):
         ([["00000/img00000000.png", True]], "has label True; allowed"),
     ],
 )
-def test_labels_that_cannot_be(labels, message, data):
+def test_invalid_labels_are_refused(labels, message, data):
     describe(data, "images", labels=labels)
     with pytest.raises(InputError, match=rf"images/dataset\.json: .*{message}"):
         LatentDataset(data)
@@ -141,7 +143,7 @@ def test_labels_that_cannot_be(labels, message, data):
         list_converted(FileSource(data / "images"))
 
 
-def test_two_labels_of_one_index(data):
+def test_two_labels_of_one_index_are_refused(data):
     describe(data, "vae-sd", labels=[["00000/img-mean-std-00000000.npy", 0], ["00001/img-mean-std-00000000.npy", 1]])
     with pytest.raises(InputError, match=r"index 0 has label 0 in .* and 1 in .*vae-sd/dataset\.json"):
         LatentDataset(data)
@@ -158,13 +160,13 @@ def test_two_labels_of_one_index(data):
         ("codec", 5, "codec must be a name"),
     ],
 )
-def test_latent_formats_that_cannot_be(field, value, message):
+def test_invalid_latent_formats_are_refused(field, value, message):
     fields = {"codec": "pixel", "channels": 3, "factor": 1, "scale": 1.0, "shift": 0.0}
     with pytest.raises(InputError, match=message):
         LatentFormat.from_json({**fields, field: value})
 
 
-def test_files_that_are_something_else(data):
+def test_other_files_under_the_names_of_images_and_latents_are_refused(data):
     def save_npz(path):
         np.savez(path.with_suffix(".npz"), np.zeros((6, 16, 16), np.float32))
         path.with_suffix(".npz").rename(path)

@@ -1,4 +1,4 @@
-"""verify.py finds what is wrong, and nothing where nothing is."""
+"""verify.py finds each kind of error, and none in a correct data set."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LATENT = "vae-sd/00000/img-mean-std-00000003.npy"
 
 @pytest.fixture
 def data(tmp_path):
-    """Return a data set of seven pairs in pixel space, mirrored latents beside."""
+    """Return a data set of seven pairs in pixel space, with mirrored latents."""
     run_encode(make_images(tmp_path / "images"), tmp_path / "vae-sd", "pixel", "--flip")
     return tmp_path
 
@@ -36,7 +36,7 @@ def test_a_data_set_without_errors(data, capsys):
     run(data)
     said = capsys.readouterr().out
     assert "7 pairs, 3 classes of 2 to 3, images 16 px" in said and "no errors found" in said
-    assert "mean inf dB" in said  # pixels lose nothing
+    assert "mean inf dB" in said  # the pixel codec is exact
     checksums = dict(reversed(line.split("  ")) for line in (data / "checksums.sha256").read_text().splitlines())
     assert len(checksums) == 3 * 7 + 2
     assert checksums[LATENT] == hashlib.sha256((data / LATENT).read_bytes()).hexdigest()
@@ -117,9 +117,9 @@ def change_label(data):
         (spoil_moments(lambda m: m.astype(np.int32)), "00000003.npy: int32"),
     ],
 )
-def test_a_spoilt_file_is_named(spoil, message, data, capsys):
+def test_a_damaged_file_is_named(spoil, message, data, capsys):
     spoil(data)
-    with pytest.raises(InputError, match="1 errors"):
+    with pytest.raises(InputError, match="number of errors: 1;"):
         run(data)
     assert re.search(message, capsys.readouterr().err)
     assert not (data / "checksums.sha256").exists()
@@ -128,7 +128,7 @@ def test_a_spoilt_file_is_named(spoil, message, data, capsys):
 @pytest.mark.parametrize(
     ("spoil", "message"), [(lose_latents, "have no partner"), (change_label, "index 3 has label 2 in .* and 0 in")]
 )
-def test_what_does_not_pair(spoil, message, data):
+def test_missing_partners_and_contradicting_labels(spoil, message, data):
     spoil(data)
     with pytest.raises(InputError, match=message):
         run(data)
@@ -137,7 +137,7 @@ def test_what_does_not_pair(spoil, message, data):
 def test_a_change_since_the_checksums(data, capsys):
     run(data)
     spoil_moments(lambda m: set_value(m, (0, 0, 0), 0.25))(data)
-    with pytest.raises(InputError, match="1 errors"):
+    with pytest.raises(InputError, match="number of errors: 1;"):
         run(data)
     assert f"{LATENT}: differs from checksums.sha256" in capsys.readouterr().err
     run(data, "--update-checksums")
@@ -150,7 +150,7 @@ def test_latents_of_other_images(data, capsys):
     for index in range(1, 7):
         (data / f"vae-sd/00000/img-mean-std-{index:08d}.npy").write_bytes(first.read_bytes())
     Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(data / "images/00000/img00000006.png")
-    with pytest.raises(InputError, match="1 errors"):
+    with pytest.raises(InputError, match="number of errors: 1;"):
         run(data)
     assert "do not show the images" in capsys.readouterr().err
 
@@ -162,10 +162,10 @@ def test_files_in_folders_of_their_own(data):
     run(data, "--reconstruct", "0")
 
 
-def test_statistics_are_those_of_drawn_latents():
+def test_statistics_equal_those_of_sampled_latents():
     rng = np.random.default_rng(0)
     moments = np.stack([rng.normal(1, 2, (1, 100, 100)), np.full((1, 100, 100), 0.5)], axis=1)[0]
-    found = verify.Findings(count=10_000, mean_sum=moments[:1].sum((1, 2)), square_sum=(moments**2).sum((0, 1, 2)))
+    found = verify.Findings(count=10_000, sums=np.array([[moments[0].sum()], [(moments**2).sum()]]))
     latent_format = verify.LatentFormat("x", channels=1, factor=8, scale=0.5, shift=0.2)
     mean, std = verify.latent_statistics(found, latent_format)
     drawn = latent_format.sample(torch.tensor(moments)[None], torch.tensor(rng.normal(size=(1, 1, 100, 100))))
@@ -173,7 +173,7 @@ def test_statistics_are_those_of_drawn_latents():
     np.testing.assert_allclose(std, drawn.std(), atol=0.02)
 
 
-def test_a_codec_that_cannot_be_loaded_is_no_dead_end(data):
+def test_a_codec_that_cannot_be_loaded_is_not_needed_without_decoding(data):
     with pytest.raises(InputError, match="--reconstruct 0"):
         run(data, "--vae", "/no/such/folder")
     run(data, "--reconstruct", "0")
@@ -182,12 +182,12 @@ def test_a_codec_that_cannot_be_loaded_is_no_dead_end(data):
 
 
 @pytest.mark.parametrize("device", ["foo", "cuda:99"])
-def test_devices_that_are_not_there(device, data):
+def test_unavailable_devices_are_refused(device, data):
     with pytest.raises(InputError, match=f"--device {device}: not available"):
         run(data, "--device", device)
 
 
-def test_what_cannot_be_written_is_told_before_the_work(data, monkeypatch):
+def test_unwritable_outputs_are_refused_before_the_work(data, monkeypatch):
     (data / "file").write_text("")
     monkeypatch.setattr(verify, "check_files", None)
     with pytest.raises(InputError, match=r"--sheet .*file/sheet\.png"):
