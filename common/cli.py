@@ -69,6 +69,11 @@ def setting(
     return field(default=default, metadata=metadata)
 
 
+def adjustable(default: Any, help: str, **more: Any) -> Any:
+    """Return the field of a flag that may differ between a run and its continuation; see `setting`."""
+    return setting(default, help, changeable=True, **more)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Settings of a program. Subclasses declare their fields by `setting`; their base classes are groups of flags.

@@ -18,6 +18,7 @@ from common.cli import (
     POSITIVE,
     Check,
     Config,
+    adjustable,
     fixed_settings,
     flag,
     parse,
@@ -43,81 +44,54 @@ FOLDER_NAME = Check("the name of a folder", lambda value: bool(value.strip(". ")
 class RunSettings(Config):
     """run"""
 
-    output_dir: str = setting("exps", "folder of all runs", changeable=True)
-    exp_name: str = setting(MISSING, "name of this run; its folder in --output-dir", check=FOLDER_NAME, changeable=True)
-    logging_dir: str = setting("logs", "folder of the tracker, inside the run's folder", changeable=True)
-    report_to: str = setting(
-        "none", "tracker, in addition to our own files", choices=("none", "wandb", "tensorboard"), changeable=True
+    output_dir: str = adjustable("exps", "folder of all runs")
+    exp_name: str = adjustable(MISSING, "name of this run; its folder in --output-dir", check=FOLDER_NAME)
+    logging_dir: str = adjustable("logs", "folder of the tracker, inside the run's folder")
+    report_to: str = adjustable("none", "tracker to use in addition", choices=("none", "wandb", "tensorboard"))
+    log_steps: int = adjustable(100, "steps between two rows of metrics.jsonl", check=POSITIVE)
+    checkpointing_steps: int = adjustable(50_000, "steps between two checkpoints", check=POSITIVE)
+    keep_last: int = adjustable(0, "keep the N newest checkpoints; 0: all", check=NON_NEGATIVE)
+    keep_every: int = adjustable(0, "in addition, keep the checkpoints of every N-th step; 0: none", check=NON_NEGATIVE)
+    background_save: bool = adjustable(True, "write checkpoints in the background, from a copy")
+    retry_steps: int = adjustable(100, "steps until a failed checkpoint is tried again", check=POSITIVE)
+    max_bad_steps: int = adjustable(20, "stop after N consecutive steps whose gradient is not finite", check=POSITIVE)
+    timeout_minutes: float = adjustable(30, "how long processes wait for one that does not answer", check=TIMEOUT)
+    resume_step: int = adjustable(0, "resume from the checkpoint of this step; 0: start a new run", check=NON_NEGATIVE)
+    resume: str | None = adjustable(
+        None, "resume from a checkpoint file, or from 'latest' (a new run if there is no checkpoint)"
     )
-    log_steps: int = setting(100, "steps between two rows of metrics.jsonl", check=POSITIVE, changeable=True)
-    checkpointing_steps: int = setting(50_000, "steps between two checkpoints", check=POSITIVE, changeable=True)
-    keep_last: int = setting(0, "keep the N newest checkpoints; 0: all", check=NON_NEGATIVE, changeable=True)
-    keep_every: int = setting(
-        0, "in addition, keep the checkpoints of every N-th step; 0: none", check=NON_NEGATIVE, changeable=True
-    )
-    background_save: bool = setting(True, "write checkpoints in the background, from a copy", changeable=True)
-    retry_steps: int = setting(
-        100, "steps until a checkpoint that could not be written is tried again", check=POSITIVE, changeable=True
-    )
-    max_bad_steps: int = setting(
-        20, "stop after N consecutive steps whose gradient is not finite", check=POSITIVE, changeable=True
-    )
-    timeout_minutes: float = setting(
-        30, "how long processes wait for one that does not answer", check=TIMEOUT, changeable=True
-    )
-    resume_step: int = setting(
-        0, "resume from the checkpoint of this step; 0: start a new run", check=NON_NEGATIVE, changeable=True
-    )
-    resume: str | None = setting(
-        None, "resume from a checkpoint file, or from 'latest' (a new run if there is no checkpoint)", changeable=True
-    )
-    init_from: str | None = setting(
+    init_from: str | None = adjustable(
         None,
-        "checkpoint whose averaged weights initialise a new run; weights that do not fit (other classes, encoders, "
-        "resolution) are initialised as usual",
-        changeable=True,
+        "checkpoint whose averaged weights initialize a new run; weights that do not fit (other classes, encoders, "
+        "resolution) are initialized as usual",
     )
-    legacy: bool | None = setting(
-        None, "whether the checkpoint has the older REPA layout; detected if not given", changeable=True
-    )
-    device: str = setting(
-        "auto", "where to train; auto: CUDA if available", choices=("auto", "cpu", "cuda"), changeable=True
-    )
+    legacy: bool | None = adjustable(None, "whether the checkpoint has the older REPA layout; detected if not given")
+    device: str = adjustable("auto", "where to train; auto: CUDA if available", choices=("auto", "cpu", "cuda"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class GridSettings(Config):
     """sample grids"""
 
-    sampling_steps: int = setting(
-        10_000, "steps between two grids; 0: none, no codec needed", check=NON_NEGATIVE, changeable=True
+    sampling_steps: int = adjustable(10_000, "steps between two grids; 0: none, no codec needed", check=NON_NEGATIVE)
+    vae: str | None = adjustable(
+        None, "codec that decodes samples; default: that of the latents (for sd-vae-ft-mse: sd-vae-ft-ema)"
     )
-    vae: str | None = setting(
-        None,
-        "codec that decodes samples; default: that of the latents (for sd-vae-ft-mse: sd-vae-ft-ema)",
-        changeable=True,
-    )
-    grid_samples: int = setting(36, "images in a grid", check=POSITIVE, changeable=True)
-    grid_num_steps: int = setting(50, "SDE steps for a grid", check=POSITIVE, changeable=True)
-    grid_cfg_scale: float = setting(1.0, "guidance scale of a grid; 1: no guidance", changeable=True)
+    grid_samples: int = adjustable(36, "images in a grid", check=POSITIVE)
+    grid_num_steps: int = adjustable(50, "SDE steps for a grid", check=POSITIVE)
+    grid_cfg_scale: float = adjustable(1.0, "guidance scale of a grid; 1: no guidance")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSettings(Config):
     """evaluation during training"""
 
-    eval_steps: int = setting(
-        0, "steps between two evaluations of EMA samples; 0: none", check=NON_NEGATIVE, changeable=True
-    )
-    eval_ref: str | None = setting(
-        None, "reference .npz: ADM's, or one made by evaluations/reference.py", changeable=True
-    )
-    eval_samples: int = setting(10_000, "samples of an evaluation", check=POSITIVE, changeable=True)
-    eval_num_steps: int = setting(250, "SDE steps of these samples", check=POSITIVE, changeable=True)
-    eval_batch_size: int = setting(64, "samples at a time on each process", check=POSITIVE, changeable=True)
-    eval_inception: str | None = setting(
-        None, "Inception weights; default: the published ones, downloaded once", changeable=True
-    )
+    eval_steps: int = adjustable(0, "steps between two evaluations of EMA samples; 0: none", check=NON_NEGATIVE)
+    eval_ref: str | None = adjustable(None, "reference .npz: ADM's, or one made by evaluations/reference.py")
+    eval_samples: int = adjustable(10_000, "samples of an evaluation", check=POSITIVE)
+    eval_num_steps: int = adjustable(250, "SDE steps of these samples", check=POSITIVE)
+    eval_batch_size: int = adjustable(64, "samples at a time on each process", check=POSITIVE)
+    eval_inception: str | None = adjustable(None, "Inception weights; default: the published ones, downloaded once")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,11 +109,9 @@ class NetworkSettings(Config):
     encoder_depth: int | None = setting(
         None, "align after this block, counted from 1; default: 4 for S and B, 8 for L and XL", check=POSITIVE
     )
-    fused_attn: bool = setting(True, "attention through scaled_dot_product_attention", changeable=True)
+    fused_attn: bool = adjustable(True, "attention through scaled_dot_product_attention")
     qk_norm: bool = setting(False, "LayerNorm on queries and keys")
-    cls_token: bool | None = setting(
-        None, "class slot: with it REG, without it REPA (--no-cls-token is --entangle none)"
-    )
+    cls_token: bool | None = setting(None, "class slot: REG with it, REPA without (--entangle none)")
     ema_decay: float = setting(0.9999, "decay of the averaged weights", check=BELOW_ONE)
 
 
@@ -147,21 +119,21 @@ class NetworkSettings(Config):
 class DataSettings(Config):
     """data"""
 
-    data_dir: str = setting("data/imagenet256", "folder with images and latents", changeable=True)
+    data_dir: str = adjustable("data/imagenet256", "folder with images and latents")
     resolution: int | None = setting(None, "image size in px; read from the data, this only checks it")
     batch_size: int = setting(256, "samples of an optimizer step, over all processes", check=POSITIVE)
-    num_workers: int = setting(4, "loader processes of each training process", check=NON_NEGATIVE, changeable=True)
+    num_workers: int = adjustable(4, "loader processes of each training process", check=NON_NEGATIVE)
     flip: bool = setting(False, "mirror half of the images (needs preprocessing/encode.py --flip)")
-    check_data: bool = setting(True, "check every file for truncation before training", changeable=True)
+    check_data: bool = adjustable(True, "check every file for truncation before training")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrecisionSettings(Config):
     """precision"""
 
-    allow_tf32: bool = setting(True, "TF32 in matrix products on CUDA", changeable=True)
-    mixed_precision: str | None = setting(
-        None, "autocast; default: fp16 on CUDA, no on the CPU", choices=("no", "fp16", "bf16"), changeable=True
+    allow_tf32: bool = adjustable(True, "TF32 in matrix products on CUDA")
+    mixed_precision: str | None = adjustable(
+        None, "autocast; default: fp16 on CUDA, no on the CPU", choices=("no", "fp16", "bf16")
     )
 
 
@@ -169,14 +141,13 @@ class PrecisionSettings(Config):
 class SpeedSettings(Config):
     """speed and memory"""
 
-    compile: bool = setting(False, "compile network, loss and encoders; only rounding changes", changeable=True)
-    activation_checkpointing: bool = setting(
-        False, "less memory, more time, the same gradients: the backward pass recomputes the blocks", changeable=True
+    compile: bool = adjustable(False, "compile network, loss and encoders; only rounding changes")
+    activation_checkpointing: bool = adjustable(
+        False, "less memory, more time, the same gradients: the backward pass recomputes the blocks"
     )
-    fsdp: bool = setting(
+    fsdp: bool = adjustable(
         False,
         "shard weights, averages and optimizer state over the processes (FSDP), for networks that do not fit one GPU",
-        changeable=True,
     )
 
 
@@ -184,12 +155,10 @@ class SpeedSettings(Config):
 class OptimizationSettings(Config):
     """optimization"""
 
-    max_train_steps: int = setting(400_000, "number of training steps", check=POSITIVE, changeable=True)
-    epochs: int | None = setting(
-        None, "stop after N passes over the data, if this is earlier", check=POSITIVE, changeable=True
-    )
-    gradient_accumulation_steps: int = setting(
-        1, "micro-batches into which a process divides its samples", check=POSITIVE, changeable=True
+    max_train_steps: int = adjustable(400_000, "number of training steps", check=POSITIVE)
+    epochs: int | None = adjustable(None, "stop after N passes over the data, if this is earlier", check=POSITIVE)
+    gradient_accumulation_steps: int = adjustable(
+        1, "micro-batches into which a process divides its samples", check=POSITIVE
     )
     learning_rate: float = setting(1e-4, "constant learning rate", check=POSITIVE)
     adam_beta1: float = setting(0.9, "of AdamW", check=BELOW_ONE)
@@ -209,9 +178,7 @@ class MethodSettings(Config):
     weighting: str = setting("uniform", "distribution of training times", choices=tuple(TIME_DISTRIBUTIONS))
     cfg_prob: float = setting(0.1, "probability that a label is replaced by the null class", check=BELOW_ONE)
     enc_type: str = setting("dinov2-vit-b", "frozen encoders, comma-separated; the first gives the class token")
-    enc_weights: str | None = setting(
-        None, "local weight files of the encoders, comma-separated; default: the hub", changeable=True
-    )
+    enc_weights: str | None = adjustable(None, "local weight files of the encoders, comma-separated; default: the hub")
     entangle: str | None = setting(
         None,
         "what the class slot holds, denoised with the latents: the class token of the first encoder (default), the "
