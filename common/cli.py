@@ -178,7 +178,8 @@ def flag_table(config_class: type[Config]) -> str:
             rules = item.metadata
             allowed = ", ".join(rules["choices"]) or (rules["check"].allowed if rules["check"] else "")
             text = rules["help"] + (f" ({allowed})" if allowed else "")
-            lines.append(f"| `{flag_of(item)}` | {_shown(item.default)} | {text} |".replace("\n", " "))
+            star = "*" if rules["changeable"] else ""
+            lines.append(f"| `{flag_of(item)}`{star} | {_shown(item.default)} | {text} |".replace("\n", " "))
     return "\n".join(lines[1:]) + "\n"
 
 

@@ -119,4 +119,5 @@ def test_help_and_table_are_made_from_the_fields():
     assert lines[0] == "| sampler | default | |"
     assert "| `--num-steps` | 250 | steps of the solver (greater than 0) |" in lines
     assert "| `--mode` | sde | SDE or ODE (sde, ode) |" in lines
+    assert "| `--scale`* | 1 | guidance scale, 100 % of it (0 or greater) |" in lines
     assert "| `source` | required | folder of images |" in lines and "| `--tf32` | on | TF32 |" in lines

@@ -1,6 +1,7 @@
 """The structure of the repository: where imports may point, which files may import which library."""
 
 import ast
+import importlib.util
 import subprocess
 
 import pytest
@@ -64,3 +65,10 @@ def test_a_library_is_imported_where_it_belongs(library):
 
 def test_few_files_lie_at_the_top():
     assert len([name for name in tracked("*") if "/" not in name]) <= 16
+
+
+def test_the_page_of_flags_is_up_to_date():
+    spec = importlib.util.spec_from_file_location("flags", ROOT / "docs" / "flags.py")
+    flags = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(flags)
+    assert (ROOT / "docs" / "flags.md").read_text() == flags.page(), "run python docs/flags.py"
