@@ -130,9 +130,7 @@ def test_a_checkpoint_is_identified_by_its_content(tmp_path):
     save_checkpoint(tmp_path / "a.pt", state)
     digest = checkpoint_digest(tmp_path / "a.pt")
     assert digest == sha256_of(tmp_path / "a.pt")
-    checksum_path(tmp_path / "a.pt").write_text(
-        "noted  a.pt\n"
-    )  # is not read again
+    checksum_path(tmp_path / "a.pt").write_text("noted  a.pt\n")  # is not read again
     assert checkpoint_digest(tmp_path / "a.pt") == "noted"
     checksum_path(tmp_path / "a.pt").unlink()
     assert checkpoint_digest(tmp_path / "a.pt") == digest
