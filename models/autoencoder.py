@@ -266,7 +266,7 @@ def load_codec(name: str, device: str | torch.device = "cpu") -> Codec:
     folder = _codec_folder(name, spec.source)
     config = read_json(folder / CONFIG_FILE)
     class_name = config.get("_class_name") if isinstance(config, dict) else None
-    codec_class = {"AutoencoderKL": KLCodec, "AutoencoderTiny": TinyCodec}.get(class_name)
+    codec_class = {"AutoencoderKL": KLCodec, "AutoencoderTiny": TinyCodec}.get(str(class_name))
     if codec_class is None:
         raise InputError(
             f"{folder / CONFIG_FILE}: _class_name is {class_name!r}; allowed: AutoencoderKL, AutoencoderTiny"

@@ -44,7 +44,7 @@ def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
     with atomic_write(path) as file:
         hashing = _HashingFile(file)
         torch.save(content, hashing)
-        # Until the new checksum is written there is none, rather than the one of the old file.
+        # Remove the checksum of the old file before the new file gets its name.
         checksum_path(path).unlink(missing_ok=True)
     with atomic_write(checksum_path(path), "w") as file:
         file.write(f"{hashing.digest.hexdigest()}  {path.name}\n")

@@ -336,7 +336,7 @@ def _create(model: str, **options: Any) -> nn.Module:
 def _build(
     spec: str, line: EncoderSpec, input_size: int, state: dict[str, Any] | None = None, source: str | Path = ""
 ) -> Encoder:
-    """Return the encoder with the parameters `state` of the file `source`, or with random ones if there are none."""
+    """Return the encoder with the parameters `state` of the file `source`; without `state`, with random parameters."""
     cfg = _pretrained_cfg(line.model)
     options: dict[str, Any] = {"num_classes": 0, **line.options}
     if cfg.fixed_input_size:

@@ -1,4 +1,4 @@
-"""Codecs: round trips, the format of latents, other channels and scales, and bad folders named."""
+"""Codecs: round trips, the format of latents, other channels and scales, and errors for invalid folders."""
 
 import io
 import json
@@ -23,7 +23,7 @@ ASSETS = os.environ.get("REG_ASSETS")
 
 
 def save_kl(folder: Path, channels: int = 4, **config) -> Path:
-    """Save a small AutoencoderKL of factor 4 with random weights as diffusers would."""
+    """Save a small AutoencoderKL of factor 4 with random weights in the format of diffusers."""
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)
@@ -103,7 +103,7 @@ def test_kl_moments_are_mean_and_standard_deviation_of_diffusers(tmp_path):
     torch.testing.assert_close(moments, torch.cat([distribution.mean, distribution.logvar.exp().sqrt()], dim=1))
 
 
-def test_decoded_pixels_are_clamped_and_cut(tmp_path):
+def test_decoded_pixels_are_clamped_and_truncated(tmp_path):
     codec = load_codec(str(save_kl(tmp_path)))
     latents = 3 * torch.randn(2, 4, 8, 8, dtype=torch.float64)
     decoded = codec.autoencoder.decode(latents.float() / 0.18215).sample
@@ -115,12 +115,12 @@ def test_decoded_pixels_are_clamped_and_cut(tmp_path):
 def test_decoding_in_parts_gives_the_same_images(tmp_path, monkeypatch):
     codec = load_codec(str(save_kl(tmp_path)))
     latents = torch.randn(5, 4, 8, 8)
-    whole, parts = codec.decode(latents), []
+    complete, parts = codec.decode(latents), []
     monkeypatch.setattr("models.autoencoder.DECODED_PIXELS", 2 * 32 * 32)
     monkeypatch.setattr(codec, "_image", lambda part, image=codec._image: parts.append(len(part)) or image(part))
     again = codec.decode(latents)
     assert parts == [2, 2, 1]
-    assert (again.int() - whole.int()).abs().max() <= 1  # a level, where rounding falls on the other side
+    assert (again.int() - complete.int()).abs().max() <= 1  # one level, by rounding
 
 
 def test_config_gives_channels_scale_and_shift(tmp_path):
@@ -136,7 +136,7 @@ def test_config_gives_channels_scale_and_shift(tmp_path):
     assert (one.scale, one.shift) == (0.3611, 0.1159)
 
 
-def test_a_local_folder_is_written_down_so_that_it_is_found_from_elsewhere(tmp_path, monkeypatch):
+def test_a_local_folder_is_stored_as_an_absolute_path(tmp_path, monkeypatch):
     folder = save_kl(tmp_path / "kl")
     monkeypatch.chdir(tmp_path)
     assert load_codec("kl").format.codec == load_codec("../" + tmp_path.name + "/kl").format.codec == str(folder)
@@ -158,7 +158,7 @@ def test_a_local_folder_is_written_down_so_that_it_is_found_from_elsewhere(tmp_p
     ],
 )
 def test_which_codec_decodes_which_latents(monkeypatch, tmp_path, latents, name, expected):
-    """The one rule, with a small codec in place of all."""
+    """A small codec stands in for all codecs; only the name that is loaded counts."""
     folder, loaded = str(save_kl(tmp_path)), []
     monkeypatch.setattr(autoencoder, "load_codec", lambda *given: loaded.append(given) or load_codec(folder))
     codec = load_decoder(LatentFormat(latents, channels=4, factor=4), name, "cpu")
@@ -188,7 +188,7 @@ def test_size_that_is_no_multiple_of_the_factor_is_refused(tmp_path):
         load_codec(str(save_kl(tmp_path))).encode(random_images(size=30))
 
 
-def test_unusable_folders_are_refused_by_name(tmp_path):
+def test_errors_name_unusable_folders(tmp_path):
     with pytest.raises(InputError, match=r"nonsense: no such folder; allowed: pixel, sd-vae-ft-mse"):
         load_codec("nonsense")
     with pytest.raises(InputError, match=r"config\.json: no such file"):
@@ -222,8 +222,8 @@ def test_weights_with_a_parameter_missing_are_refused(tmp_path):
         load_codec(str(tmp_path))
 
 
-def test_unreachable_hub_is_told_at_once_with_the_files_wanted(tmp_path):
-    """In a process of its own, where nothing else has imported the hub's client before."""
+def test_an_unreachable_hub_is_reported_at_once_with_the_missing_files(tmp_path):
+    """Run in a new process, where the hub's client reads the environment when it is imported."""
     code = "from common.io import run_cli; from models.autoencoder import load_codec; run_cli(lambda: load_codec('%s'))"
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_CACHE": str(tmp_path)}
     command = [sys.executable, "-c", code % "sd-vae-ft-mse"]
@@ -234,7 +234,7 @@ def test_unreachable_hub_is_told_at_once_with_the_files_wanted(tmp_path):
 
 @pytest.mark.assets
 @pytest.mark.skipif(not ASSETS, reason="REG_ASSETS is not set")
-def test_taesd_reconstructs_photographs_whatever_the_batch():
+def test_taesd_reconstructs_photographs_for_any_batch_size():
     codec = load_codec(str(Path(ASSETS) / "taesd"))
     assert (codec.format.channels, codec.format.factor, codec.format.scale, codec.format.shift) == (4, 8, 1.0, 0.0)
     images = photographs(6)

@@ -53,7 +53,7 @@ def test_a_network_is_rebuilt_from_its_file_alone(tmp_path, options, weights):
 
 
 def published(model: SiT) -> dict:
-    """A checkpoint as the published code writes it: its args know nothing of ours."""
+    """Return a checkpoint as the published code writes it, whose args lack our settings."""
     args = argparse.Namespace(
         model="SiT-S/2", num_classes=1000, encoder_depth=4, resolution=256, path_type="linear", qk_norm=False,
         cls=0.03, enc_type="dinov2-vit-b", output_dir="exps", mixed_precision="fp16", report_to="wandb",
@@ -70,7 +70,7 @@ def test_a_published_checkpoint_loads_unchanged(tmp_path):
 
 
 def in_old_names(state: dict, encoder_depth: int) -> dict:
-    """A state dict with its later blocks named as older REPA checkpoints name them."""
+    """Return a state dict with the names of the later blocks in older REPA checkpoints."""
 
     def old_name(key):
         parts = key.split(".")
@@ -94,7 +94,7 @@ def test_an_older_repa_checkpoint_loads(tmp_path):
     assert torch.equal(rebuilt(x, t, y).velocity, model(x, t, y).velocity)
 
 
-def test_the_names_of_an_older_repa_checkpoint_tell_where_its_projectors_read():
+def test_encoder_depth_comes_from_the_names_of_an_older_repa_checkpoint():
     with torch.device("meta"):
         state = SiT_models["SiT-S/8"](z_dims=[6]).state_dict()  # the preset has encoder_depth 4
     assert network_config(state).encoder_depth == 4
@@ -118,20 +118,19 @@ ODD = {
 
 
 @pytest.mark.parametrize("spoil, text", ODD.values(), ids=ODD)
-def test_odd_content_is_named(spoil, text):
+def test_errors_name_invalid_content(spoil, text):
     checkpoint = content(small())
     spoil(checkpoint)
     with pytest.raises(InputError, match=rf"odd\.pt: .*{text}"):
-        describe(checkpoint, "ema", "odd.pt")  # what export.py writes, and generate.py and the pipeline read
-        build_model(checkpoint, source="odd.pt")
+        describe(checkpoint, "ema", "odd.pt")  # reads all that export.py, generate.py and the pipeline read
 
 
-def test_a_checkpoint_is_known_by_its_content(tmp_path):
+def test_a_checkpoint_is_identified_by_its_content(tmp_path):
     state = {"ema": small().state_dict(), "args": argparse.Namespace(num_heads=2, encoder_depth=2)}
     save_checkpoint(tmp_path / "a.pt", state)
     digest = checkpoint_digest(tmp_path / "a.pt")
     assert digest == sha256_of(tmp_path / "a.pt")
-    checksum_path(tmp_path / "a.pt").write_text("noted  a.pt\n")  # not read through again: loading has compared them
+    checksum_path(tmp_path / "a.pt").write_text("noted  a.pt\n")  # is not read again
     assert checkpoint_digest(tmp_path / "a.pt") == "noted"
     checksum_path(tmp_path / "a.pt").unlink()
     assert checkpoint_digest(tmp_path / "a.pt") == digest
@@ -148,7 +147,7 @@ def test_a_bare_state_dict_loads_if_a_preset_has_its_shape(tmp_path):
         load_model(tmp_path / "unknown.pt")
 
 
-def test_optimizer_state_is_by_index_and_leaves_out_the_position_table(tmp_path):
+def test_optimizer_state_is_by_index_without_the_position_table(tmp_path):
     state = content(small())["opt"]
     assert state["param_groups"][0]["params"][0] == 0 and 0 not in state["state"] and 1 in state["state"]
 
@@ -173,7 +172,7 @@ def test_a_network_is_inferred_from_shapes():
 )
 def test_a_network_is_rebuilt_from_its_entry(tmp_path, options):
     model = randomise(small(**options, num_heads=8, encoder_depth=1)).eval()
-    # Without the entry it would have other heads and another depth of the projectors.
+    # Without the entry, the network would have another number of heads and another depth of the projectors.
     saved = {"network": model.config.to_json(), "ema": model.state_dict(), "args": argparse.Namespace(num_heads=2)}
     save_checkpoint(tmp_path / "0000012.pt", saved)
     for path in (tmp_path / "0000012.pt", tmp_path / "folder", tmp_path / "file.safetensors"):
@@ -214,7 +213,7 @@ def test_an_entry_of_another_type_is_refused(entry):
         build_model({"network": entry, "ema": small().state_dict()}, source="odd.pt")
 
 
-def test_missing_weights_are_named():
+def test_errors_name_missing_weights():
     with pytest.raises(InputError, match="no ema weights of a SiT in it; it holds model"):
         build_model({"model": small().state_dict()}, "ema")
     state = small().state_dict()
@@ -224,11 +223,11 @@ def test_missing_weights_are_named():
 
 
 @pytest.mark.parametrize("keep", [0, 1, 100, 0.5, 0.99, -1])
-def test_a_truncated_file_is_refused_by_name(tmp_path, keep):
+def test_a_truncated_file_is_refused(tmp_path, keep):
     path = tmp_path / "0000012.pt"
     save_checkpoint(path, content(small()))
-    whole = path.read_bytes()
-    path.write_bytes(whole[: int(len(whole) * keep) if 0 < keep < 1 else keep])
+    complete = path.read_bytes()
+    path.write_bytes(complete[: int(len(complete) * keep) if 0 < keep < 1 else keep])
     with pytest.raises(InputError, match=r"0000012\.pt"):
         load_checkpoint(path)
 
@@ -283,16 +282,3 @@ def test_missing_file_and_latest(tmp_path):
     for name in ("0000010.pt", "0000200.pt", "best.pt", ".0000300.pt.12.tmp"):
         (tmp_path / name).touch()
     assert list_checkpoints(tmp_path)[-1].name == "0000200.pt"
-
-
-def test_ema_follows_its_formula():
-    model = randomise(small())
-    average = ema.averaged_copy(model)
-    before = {name: p.clone() for name, p in average.named_parameters()}
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(1.0) if p.requires_grad else None
-    ema.update(average, model, 0.9)
-    for (name, p), q in zip(average.named_parameters(), model.parameters(), strict=True):
-        torch.testing.assert_close(p, 0.9 * before[name] + 0.1 * q)
-    assert not any(p.requires_grad for p in average.parameters()) and not average.training

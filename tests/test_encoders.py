@@ -1,4 +1,4 @@
-"""Frozen encoders: every line of the table, layouts of weights, preprocessing, and bad input named."""
+"""Frozen encoders: every line of the table, layouts of weights, preprocessing, and errors for invalid input."""
 
 import io
 import os
@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from common.io import InputError
 from models import encoders
 from models.encoders import ENCODERS, load_encoder, load_encoders
-from models.hub import url_file
 
 ASSETS = os.environ.get("REG_ASSETS")
 TINY_VIT = "timm/vit_tiny_patch16_224:depth=2"
@@ -29,7 +28,7 @@ def random_images(count: int = 2, size: int = 64) -> torch.Tensor:
 
 
 def save_timm(path: Path, model: str, **options) -> torch.nn.Module:
-    """Save a timm model with random weights, biases too, and return it."""
+    """Save a timm model with random weights and biases, and return it."""
     torch.manual_seed(0)
     network = timm.create_model(model, **options).eval()
     with torch.no_grad():
@@ -40,7 +39,7 @@ def save_timm(path: Path, model: str, **options) -> torch.nn.Module:
 
 
 def meta_layout(parameters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return DINOv2 parameters as Meta publishes them: with the mask token that only its training needs."""
+    """Return DINOv2 parameters as Meta publishes them, with the mask token of its training."""
     return {**parameters, "mask_token": torch.zeros(1, parameters["norm.weight"].numel())}
 
 
@@ -95,7 +94,7 @@ def test_meta_layout_equals_timm_layout_with_the_position_table_resampled(tmp_pa
 def test_meta_layout_with_registers_drops_them_from_the_tokens(tmp_path):
     network = save_timm(tmp_path / "timm.safetensors", "vit_small_patch14_reg4_dinov2.lvd142m", depth=2)
     parameters = meta_layout(network.state_dict())
-    # Meta adds the first row of the position table to the class token; timm has that sum already.
+    # Meta adds the first row of the position table to the class token; timm's checkpoint contains the sum.
     parameters["register_tokens"] = parameters.pop("reg_token")
     parameters["pos_embed"] = torch.cat([torch.ones(1, 1, 384), parameters["pos_embed"]], dim=1)
     parameters["cls_token"] = parameters["cls_token"] - 1
@@ -127,7 +126,7 @@ def test_moco_checkpoint_gives_its_base_encoder(tmp_path):
         ("timm/resnet18", 512, 64),
         ("timm/swin_tiny_patch4_window7_224", 768, 49),  # channels last
         ("timm/vit_base_patch16_siglip_256:depth=1", 768, 256),  # attention pool
-        ("timm/beit_base_patch16_224:depth=1", 768, 196),  # final norm behind the pooling
+        ("timm/beit_base_patch16_224:depth=1", 768, 196),  # final norm after the pooling
         ("timm/mobilenetv3_small_050", 288, 64),  # a head that changes the width
     ],
 )
@@ -198,12 +197,12 @@ def test_several_encoders_and_the_number_of_tokens(tmp_path):
         ("mocov3-vit-b", "--enc-weights"),
     ],
 )
-def test_misspelt_encoders_are_refused_with_the_way_out(spec, message):
+def test_errors_for_unknown_encoders_suggest_a_solution(spec, message):
     with pytest.raises(InputError, match=message):
         load_encoder(spec, 256)
 
 
-def test_unusable_weights_are_refused_by_name(tmp_path):
+def test_errors_name_unusable_weights(tmp_path):
     path = tmp_path / "w.safetensors"
     network = save_timm(path, "vit_tiny_patch16_224", depth=2)
     with pytest.raises(InputError, match=r"depth_=2.*depth_"):
@@ -226,7 +225,7 @@ def test_unusable_weights_are_refused_by_name(tmp_path):
         load_encoder(TINY_VIT, 256, tmp_path / "code.pth")
 
 
-def test_unreachable_hub_is_told_at_once_with_the_file_wanted(monkeypatch, tmp_path):
+def test_an_unreachable_hub_is_reported_at_once_with_the_missing_file(monkeypatch, tmp_path):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
@@ -237,18 +236,6 @@ def test_unreachable_hub_is_told_at_once_with_the_file_wanted(monkeypatch, tmp_p
     assert time.monotonic() - start < 15
 
 
-def test_weights_served_by_their_authors_are_fetched_once(monkeypatch, tmp_path):
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "cache"))
-    served = tmp_path / "weights.pth"
-    served.write_bytes(b"some weights")
-    address = served.as_uri()
-    assert url_file(address, "").read_bytes() == b"some weights"
-    served.unlink()
-    assert url_file(address, "").read_bytes() == b"some weights"
-    with pytest.raises(InputError, match=r"127\.0\.0\.1:9/other\.pth.* cannot be reached\. Do this instead"):
-        url_file("http://127.0.0.1:9/other.pth", "Do this instead")
-
-
 def mobilenet(input_size: int) -> encoders.Encoder:
     weights = Path(ASSETS) / "encoder" / "mobilenetv1_075.timm.safetensors"
     spec = "timm/mobilenetv1_100:channel_multiplier=0.75:pad_type=same:bn_eps=0.001:mean=0.5:std=0.5"
@@ -256,7 +243,7 @@ def mobilenet(input_size: int) -> encoders.Encoder:
 
 
 def photographs(archive_name: str, each: int, folders: int | None = None) -> torch.Tensor:
-    """Return squashed photographs, uint8 (folders * each, 3, 256, 256), the first `each` of every folder, in order."""
+    """Return the first `each` photographs of every folder, resized to squares, uint8 (folders * each, 3, 256, 256)."""
     images, seen = [], {}
     with zipfile.ZipFile(Path(ASSETS) / archive_name) as archive:
         for name in sorted(name for name in archive.namelist() if name.lower().endswith((".jpeg", ".jpg"))):
@@ -270,7 +257,7 @@ def photographs(archive_name: str, each: int, folders: int | None = None) -> tor
 
 @pytest.mark.assets
 @pytest.mark.skipif(not ASSETS, reason="REG_ASSETS is not set")
-def test_real_mobilenet_gives_tokens_like_dinov2_b_and_agrees_within_classes():
+def test_real_mobilenet_has_the_shape_of_dinov2_b_and_similar_vectors_within_classes():
     encoder = mobilenet(512)
     output = encoder(photographs("imagenette_train_224.zip", each=3, folders=5))
     assert (encoder.num_tokens, encoder.width) == (256, 768)
@@ -284,7 +271,7 @@ def test_real_mobilenet_gives_tokens_like_dinov2_b_and_agrees_within_classes():
 
 @pytest.mark.assets
 @pytest.mark.skipif(not ASSETS, reason="REG_ASSETS is not set")
-def test_real_mobilenet_vectors_carry_the_class_that_its_own_classifier_reads():
+def test_the_classifier_of_real_mobilenet_recognises_its_vectors():
     weights = load_file(Path(ASSETS) / "encoder" / "mobilenetv1_075.timm.safetensors")
     images = photographs("imagenet_samples.zip", each=1, folders=60)
     vectors = mobilenet(224)(images).cls_token

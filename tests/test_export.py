@@ -47,8 +47,8 @@ def test_a_published_checkpoint_is_exported(tmp_path):
     assert "SiT-S/2" in (tmp_path / "folder" / "README.md").read_text()
 
 
-def as_before(folder, model, without=()):
-    """Write an export as it was written before checkpoints had the entry `network`."""
+def write_earlier_export(folder, model, without=()):
+    """Write an export in the format used before checkpoints had the entry `network`; return its configuration."""
     from safetensors.torch import save_file
 
     config = {
@@ -67,9 +67,9 @@ def as_before(folder, model, without=()):
 
 
 @pytest.mark.parametrize("without", [(), ("learnable_token",)], ids=["latest", "oldest"])
-def test_an_export_of_earlier_code_loads(tmp_path, without):
+def test_an_earlier_export_loads(tmp_path, without):
     model = randomise(small(num_heads=4, encoder_depth=1)).eval()
-    config = as_before(tmp_path / "folder", model, without)
+    config = write_earlier_export(tmp_path / "folder", model, without)
     x, t, y, cls = inputs(model)
     for path in (tmp_path / "folder", tmp_path / "folder" / "alone.safetensors"):
         rebuilt = load_model(path)
@@ -78,8 +78,8 @@ def test_an_export_of_earlier_code_loads(tmp_path, without):
         assert load_checkpoint(path)["args"] == argparse.Namespace(**config)
 
 
-def test_the_configuration_of_an_export_has_the_fields_of_before(checkpoint, tmp_path):
-    config = as_before(tmp_path / "before", small())
+def test_the_configuration_of_an_export_keeps_its_fields(checkpoint, tmp_path):
+    config = write_earlier_export(tmp_path / "before", small())
     export.main(["--ckpt", str(checkpoint), "--dest", str(tmp_path / "folder")])
     assert list(config) == [k for k in json.loads((tmp_path / "folder" / "config.json").read_text()) if k != "exp_name"]
 
@@ -92,21 +92,21 @@ def test_a_contradiction_in_an_export_is_refused(checkpoint, tmp_path):
         load_model(tmp_path / "folder")
 
 
-def test_the_command_line_names_its_flags(checkpoint, tmp_path):
+def test_errors_name_the_flag(checkpoint, tmp_path):
     for flags, text in (
         (["--ckpt", "x.pt"], "--dest"),
         (["--ckpt", "x.pt", "--dest", "x", "--weights", "best"], "--weights.*ema"),
-        (["--ckpt", "x.pt", "--dst", "x"], "--dest|--dst"),
+        (["--ckpt", "x.pt", "--dest", "x", "--dst", "x"], "--dst: unknown argument; did you mean --dest"),
     ):
         with pytest.raises(InputError, match=text):
             export.main(flags)
 
 
-def test_damage_is_named(checkpoint, tmp_path):
+def test_errors_name_the_damaged_file(checkpoint, tmp_path):
     export.export(checkpoint, tmp_path / "folder")
     path = tmp_path / "folder" / "model.safetensors"
-    whole = path.read_bytes()
-    for broken in (whole[: len(whole) // 2], b"", b"\xff" * 100):
+    complete = path.read_bytes()
+    for broken in (complete[: len(complete) // 2], b"", b"\xff" * 100):
         path.write_bytes(broken)
         with pytest.raises(InputError, match=r"model\.safetensors: not a readable safetensors file"):
             load_model(tmp_path / "folder")
@@ -118,7 +118,7 @@ def test_damage_is_named(checkpoint, tmp_path):
         load_model(tmp_path / "empty")
 
 
-def test_nothing_is_overwritten_and_mistakes_are_one_line(checkpoint, tmp_path):
+def test_nothing_is_overwritten_and_errors_are_one_line(checkpoint, tmp_path):
     (tmp_path / "there.safetensors").write_bytes(b"mine")
     with pytest.raises(InputError, match="there is something already"):
         export.export(checkpoint, tmp_path / "there.safetensors")

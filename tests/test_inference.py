@@ -1,4 +1,4 @@
-"""What makes sampling fast changes an image by rounding alone."""
+"""Options for faster sampling change an image only by rounding."""
 
 import contextlib
 from unittest.mock import MagicMock
@@ -41,7 +41,7 @@ def test_half_precision_keeps_time_and_state(model):
     assert (latents - expected).std() < 0.02 * expected.std()
 
 
-def test_half_precision_tells_neighbouring_times_apart(model):
+def test_half_precision_distinguishes_consecutive_times(model):
     model = convert(model, torch.bfloat16)
     t = torch.tensor([0.8000, 0.8039])  # one step of 250
     a, b = model.t_embedder(t)
@@ -49,7 +49,7 @@ def test_half_precision_tells_neighbouring_times_apart(model):
     assert not torch.equal(a, b)
 
 
-def test_compiled_blocks_give_the_same_images_and_are_compiled_once_a_shape(model):
+def test_compiled_blocks_give_the_same_images_and_are_compiled_once_for_each_shape(model):
     expected = images(model)
     torch._dynamo.reset()
     counter = CompileCounter()
@@ -64,7 +64,7 @@ def test_compiled_blocks_give_the_same_images_and_are_compiled_once_a_shape(mode
 
 
 class RecordedGraph(TorchDispatchMode):
-    """A CUDA graph's stand-in on the CPU: keeps the operations of a capture, replays them into the same memory."""
+    """Replacement for a CUDA graph on the CPU: records operations and replays them into the same memory."""
 
     def __init__(self):
         super().__init__()
@@ -85,7 +85,7 @@ class RecordedGraph(TorchDispatchMode):
 
 @pytest.fixture
 def graphs_on_cpu(monkeypatch):
-    """Let CUDA graphs be recorded on the CPU; return the list of all that are."""
+    """Record CUDA graphs on the CPU; return the list of the recorded graphs."""
     captured = []
 
     def capture(graph, pool, capture_error_mode):
@@ -115,7 +115,7 @@ def check_graphs(model):
         torch.testing.assert_close(replayed, direct)
 
 
-def test_replayed_calls_depend_on_nothing_but_their_arguments(model, graphs_on_cpu):
+def test_replayed_calls_depend_only_on_their_arguments(model, graphs_on_cpu):
     check_graphs(model)
     assert len(graphs_on_cpu) == 2  # inside and outside the guidance interval
 

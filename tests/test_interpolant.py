@@ -42,7 +42,7 @@ def test_score_of_a_gaussian(path, shape, scalar):
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_score_agrees_with_the_published_fraction(path):
+def test_score_equals_the_published_fraction(path):
     interpolant = Interpolant(path)
     v, x_t, t = torch.randn(4, 3).double(), torch.randn(4, 3).double(), torch.rand(4).double() * 0.9 + 0.05
     at = interpolant.coefficients(t[:, None])

@@ -148,7 +148,7 @@ def test_unpatchify_undoes_patches():
     assert torch.equal(model.unpatchify(tokens), x)
 
 
-def test_fused_and_plain_attention_agree():
+def test_fused_and_plain_attention_are_equal():
     model = randomise(small(qk_norm=True)).eval()
     plain = small(qk_norm=True, fused_attn=False).eval()
     plain.load_state_dict(model.state_dict())
@@ -162,7 +162,7 @@ def test_qk_norm_acts_on_each_head():
     assert model.blocks[0].attn.q_norm.weight.shape == (16,) and model.blocks[0].attn.q_norm.eps == 1e-5
 
 
-def test_projectors_cost_nothing_when_switched_off():
+def test_projectors_are_not_called_when_switched_off():
     model = randomise(small()).eval()
     x, t, y, cls = inputs(model)
     with_, without = model(x, t, y, cls), model(x, t, y, cls, project=False)
@@ -237,7 +237,7 @@ def test_a_network_is_built_from_a_configuration_or_from_its_fields():
         (lambda fields: fields.update(input_size=9), "network: latents of 9 x 9 do not divide into patches of 2"),
     ],
 )
-def test_odd_fields_are_named(change, text):
+def test_errors_name_invalid_fields(change, text):
     fields = SiTConfig().to_json()
     change(fields)
     with pytest.raises(InputError, match=text):
@@ -252,24 +252,24 @@ def test_class_token_reaches_every_output():
     assert not torch.allclose(first.cls_velocity, second.cls_velocity)
 
 
-def test_networks_of_a_seed_share_what_they_have_in_common():
-    whole = small().state_dict()
+def test_networks_with_the_same_seed_have_equal_weights_in_shared_parts():
+    full = small().state_dict()
     for options in ({"cls_token_dim": None}, {"z_dims": []}, {"cls_token_dim": None, "learnable_token": True}):
         state = small(**options).state_dict()
-        shared = [key for key in state if key in whole and state[key].shape == whole[key].shape]
-        assert len(shared) > 40 and all(torch.equal(state[key], whole[key]) for key in shared)
+        shared = [key for key in state if key in full and state[key].shape == full[key].shape]
+        assert len(shared) > 40 and all(torch.equal(state[key], full[key]) for key in shared)
     assert not torch.equal(
         SiT(input_size=8, hidden_size=32, depth=1, num_heads=2, encoder_depth=1).blocks[0].attn.qkv.weight,
         SiT(input_size=8, hidden_size=32, depth=1, num_heads=2, encoder_depth=1).blocks[0].attn.qkv.weight,
     )
 
 
-def test_a_learned_token_serves_the_others_and_has_no_velocity():
+def test_a_learned_token_changes_the_velocity_and_has_none_itself():
     model = randomise(small(cls_token_dim=None, learnable_token=True)).eval()
     x, t, y, _ = inputs(model)
     out = model(x, t, y)
     assert out.velocity.shape == x.shape and out.cls_velocity is None
-    assert out.projected[0].shape == (3, 17, 24)  # it is aligned as a class token is
+    assert out.projected[0].shape == (3, 17, 24)  # the learned token is aligned like a class token
     out.velocity.sum().backward()
     assert model.slot_token.grad.any()
     plain = small(cls_token_dim=None)
@@ -280,7 +280,7 @@ def test_a_learned_token_serves_the_others_and_has_no_velocity():
     assert [name for name, _ in model.named_parameters() if "slot" in name or "cls" in name] == ["slot_token"]
 
 
-def test_wrong_use_is_named():
+def test_errors_name_the_wrong_argument():
     with pytest.raises(ValueError, match="cls_token_dim 24 and learnable_token: there is one slot"):
         small(learnable_token=True)
     with pytest.raises(ValueError, match="has a class slot of width 24, but cls_token is missing"):
@@ -307,7 +307,7 @@ def test_autocast_gives_finite_velocities():
 
 
 def test_class_slot_overhead_in_flops():
-    """The paper's +0.38 % FLOPs for XL/2 at 256 px, counted."""
+    """The paper states +0.38 % FLOPs for XL/2 at 256 px."""
     from torch.utils.flop_counter import FlopCounterMode
 
     def flops(cls_token_dim):
