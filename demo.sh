@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Runs REG on two CPU cores in minutes; only Python packages are downloaded. The script sets up the environment, prepares
-# real handwritten digits, trains an encoder and REG on one half of them, generates images, and evaluates them against
-# the other half. Results: demo/samples.png, demo/loss.png and demo/score.json.
+# Runs REG on two CPU cores in minutes; only Python packages are downloaded. The script sets up the environment,
+# prepares real handwritten digits, trains an encoder and REG on one half of them, generates images, and evaluates them
+# against the other half. Results: demo/samples.png, demo/loss.png and demo/score.json.
 set -euo pipefail
 cd "$(dirname "$0")"
 source launch/environment.sh

@@ -1,5 +1,8 @@
 #!/usr/bin/env bash
-# Sets up the environment and runs the linter and all tests. Arguments go to pytest: bash test.sh tests/test_sit.py -k counts
+# Sets up the environment and runs the linter and all tests. Arguments go to pytest:
+#
+#     bash test.sh tests/test_sit.py -k counts
+#
 # Tests that need real photographs read them from the folder REG_ASSETS; they are skipped if it is not set.
 set -euo pipefail
 cd "$(dirname "$0")"

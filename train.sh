@@ -8,9 +8,9 @@
 #
 #     sbatch --nodes 4 --ntasks-per-node 1 --gpus-per-node 8 --requeue --open-mode append --signal USR1@300 --wrap "srun --kill-on-bad-exit=1 bash train.sh"
 #
-# A run that lost a process restarts by itself, at most MAX_RESTARTS times. After SIGTERM, SIGUSR1, SIGHUP or Ctrl-C, the
-# run saves a checkpoint and ends with exit status 75, "can be resumed". A SLURM job is then put back into the queue,
-# except after Ctrl-C.
+# A run that lost a process restarts by itself, at most MAX_RESTARTS times. After SIGTERM, SIGUSR1, SIGHUP or Ctrl-C,
+# the run saves a checkpoint and ends with exit status 75, "can be resumed". A SLURM job is then put back into the
+# queue, except after Ctrl-C.
 set -euo pipefail
 cd "$(dirname "$0")"
 if [ ! -e launch/launch.sh ]; then
@@ -23,10 +23,10 @@ source launch/launch.sh
 MODEL=${MODEL:-SiT-B/2}                   # SiT-{S,B,L,XL}/{2,4,8}
 DATA_DIR=${DATA_DIR:-data/imagenet256}    # images and latents: preprocessing/README.md
 OUTPUT_DIR=${OUTPUT_DIR:-exps}            # folder of all runs
-EXP_NAME=${EXP_NAME:-reg-${MODEL//\//-}}  # this run's folder in it
+EXP_NAME=${EXP_NAME:-reg-${MODEL//\//-}}  # folder of this run in OUTPUT_DIR
 ENCODER=${ENCODER:-dinov2-vit-b}          # names: README.md
-BATCH_SIZE=${BATCH_SIZE:-256}             # over all GPUs of all machines
-STEPS=${STEPS:-400000}                    # 400 K for the tables, 4 M for the headline
+BATCH_SIZE=${BATCH_SIZE:-256}             # in total, over all GPUs of all machines
+STEPS=${STEPS:-400000}                    # 400 K in most tables, 4 M for the best result
 PRECISION=${PRECISION:-}                  # fp16, bf16 or no; empty: fp16 on GPUs, no on the CPU
 REPORT_TO=${REPORT_TO:-none}              # wandb, tensorboard or none
 
@@ -44,7 +44,10 @@ launch train.py \
     --resume latest \
     "$@" || status=$?
 
-if ((status == EXIT_RESUMABLE && MACHINE_RANK == 0 && !INTERRUPTED)) && [ -n "${SLURM_JOB_ID:-}" ]; then
+if ((status == EXIT_RESUMABLE && !INTERRUPTED)) && [ -n "${SLURM_JOB_ID:-}" ]; then
+    # The head machine requeues the job. The other machines end with 0: otherwise srun --kill-on-bad-exit=1 could kill
+    # the task of the head machine first.
+    ((MACHINE_RANK == 0)) || exit 0
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"

@@ -6,30 +6,34 @@
 # Signals. torchrun kills its processes 30 seconds after it received SIGTERM, but saving a large checkpoint can take
 # longer. Therefore `launch` sends SIGTERM to the processes itself, and torchrun only waits until they have ended.
 #
-# Exit statuses. torchrun restarts every process that fails, and its own exit status is always 1 then. Therefore
-# programs write an exit status that a restart would not change into the file $REG_STATUS_FILE (common/io.py):
-# 0 finished, 2 bad input, 75 stopped by a signal. While the file has content, launch/worker.sh starts no program, and
-# `launch` returns the status from the file.
+# Exit statuses. torchrun restarts the processes whatever the exit status of the failed one is, and its own exit status
+# is then 1. Therefore programs write an exit status that a restart would not change into the file $REG_STATUS_FILE
+# (common/io.py): 0 for a finished training run, 2 for bad input, 75 for a run stopped by a signal. If the file has
+# content, launch/worker.sh does not start the program again, and `launch` returns the status from the file.
+#
+# On several machines, torchrun assigns the ranks: the process with rank 0 may run on any of them.
 
 source launch/openmp.sh
 
+# Ends the script with an error message.
 fail() {
     echo "$(basename "$0"): error: $*" >&2
     exit 2
 }
 
-NUM_GPUS=${NUM_GPUS:-$(python -c "import torch; print(torch.cuda.device_count())")} # of this machine; 0: use the CPU
-NUM_PROCESSES=${NUM_PROCESSES:-$((NUM_GPUS > 0 ? NUM_GPUS : 1))}                    # on this machine
-NUM_MACHINES=${NUM_MACHINES:-${SLURM_NNODES:-1}} # all with the same number of processes
-MACHINE_RANK=${MACHINE_RANK:-${SLURM_NODEID:-0}} # 0 on the head machine, then 1, 2, ...
-HEAD_PORT=${HEAD_PORT:-$((NUM_MACHINES > 1 ? 29500 : 0))} # a free port of the head machine; 0: torchrun finds one
-MAX_RESTARTS=${MAX_RESTARTS:-3}                  # after a process failed
-INTERRUPTED=0                                    # 1 after Ctrl-C
-EXIT_RESUMABLE=75                                # exit status of a program that was stopped and can be resumed
+# NUM_GPUS: of this machine, as CUDA_VISIBLE_DEVICES allows; 0: use the CPU
+NUM_GPUS=${NUM_GPUS:-$(python -c "import torch; print(torch.cuda.device_count())")}
+NUM_PROCESSES=${NUM_PROCESSES:-$((NUM_GPUS > 0 ? NUM_GPUS : 1))} # on this machine
+NUM_MACHINES=${NUM_MACHINES:-${SLURM_NNODES:-1}}                 # all with the same number of processes
+MACHINE_RANK=${MACHINE_RANK:-${SLURM_NODEID:-0}}                 # 0 on the head machine, then 1, 2, ...
+HEAD_PORT=${HEAD_PORT:-$((NUM_MACHINES > 1 ? 29500 : 0))}        # free on the head machine; 0: torchrun chooses one
+MAX_RESTARTS=${MAX_RESTARTS:-3}                                  # after failed processes
+INTERRUPTED=0                                                    # 1 after Ctrl-C
+EXIT_RESUMABLE=75                                                # of a program that was stopped and can be resumed
 if [ -z "${HEAD_ADDRESS:-}" ] && ((NUM_MACHINES > 1)) && [ -n "${SLURM_JOB_NODELIST:-}" ]; then
     HEAD_ADDRESS=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 fi
-HEAD_ADDRESS=${HEAD_ADDRESS:-127.0.0.1} # of the machine with rank 0
+HEAD_ADDRESS=${HEAD_ADDRESS:-127.0.0.1} # of the head machine
 
 if ((${SLURM_STEP_NUM_TASKS:-1} > ${SLURM_STEP_NUM_NODES:-1})); then
     fail "$SLURM_STEP_NUM_TASKS SLURM tasks on $SLURM_STEP_NUM_NODES nodes: one task per node starts the processes" \
@@ -46,9 +50,10 @@ if ((NUM_PROCESSES > 1)); then # torchrun's own default is 1 thread
     threads=$(($(getconf _NPROCESSORS_ONLN) / NUM_PROCESSES))
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 fi
-# torchrun would share one key-value store between all restarts, and processes would read addresses of dead ones.
+# By default, all restarts share one key-value store, and new processes may read the addresses of dead ones there.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-# Some SLURM configurations send signals to torchrun as well. From PyTorch 2.12 on, it then waits this many seconds.
+# Some SLURM configurations send SIGTERM to torchrun as well. It then kills its processes after this many seconds;
+# before PyTorch 2.12, always after 30.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-3600}
 
 # Runs a program with its flags and returns its exit status.
@@ -68,7 +73,10 @@ launch() {
     # torchrun gets a process group of its own (set -m), so that Ctrl-C in a terminal reaches only this script.
     # SIGUSR1 would end torchrun, so it is ignored there.
     set -m
-    (trap '' USR1; exec python -m torch.distributed.run "${flags[@]}" --no-python bash launch/worker.sh "$@") < /dev/null &
+    (
+        trap '' USR1
+        exec python -m torch.distributed.run "${flags[@]}" --no-python bash launch/worker.sh "$@"
+    ) < /dev/null &
     torchrun=$!
     set +m
     while true; do # a signal interrupts `wait`
@@ -85,7 +93,7 @@ launch() {
     return "$status"
 }
 
-# Sends SIGTERM to the processes of torchrun. Processes that torchrun has not started yet will not start the program.
+# Sends SIGTERM to the processes of torchrun. Processes that torchrun starts later will not start the program.
 stop_processes() {
     [ -s "$REG_STATUS_FILE" ] || echo "$EXIT_RESUMABLE" > "$REG_STATUS_FILE"
     local processes

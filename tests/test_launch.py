@@ -19,7 +19,7 @@ from training.preemption import EXIT_RESUMABLE
 
 # A program without torch. It writes a line into the file of its rank, then does what its second argument says.
 PROGRAM = """
-import os, sys, time
+import os, signal, sys, time
 from pathlib import Path
 from common.io import InputError, run_cli
 from training.preemption import StopSignal, exit_status
@@ -34,6 +34,11 @@ def main():
         raise InputError("--seed -1: must be at least 0")
     if sys.argv[2] == "crash":
         sys.exit(7)
+    if sys.argv[2] == "crash once" and len(Path(sys.argv[1], os.environ["RANK"]).read_text().splitlines()) == 1:
+        if os.environ["RANK"] == "0":
+            sys.exit(7)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(1000)
     if sys.argv[2] == "wait":
         while not listener.received:
             time.sleep(0.01)
@@ -107,18 +112,15 @@ def children(process: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
 
-def test_two_machines(tmp_path):
-    port = free_port()
-    machines = [
-        launch(
-            tmp_path, "end", NUM_MACHINES="2", MACHINE_RANK=rank, NUM_GPUS="2", HEAD_PORT=port, HEAD_ADDRESS="127.0.0.1"
-        )
-        for rank in ("0", "1")
-    ]
-    assert [text_of(machine) for machine in machines] == ["status 0 0\n"] * 2
-    seen = {tuple((tmp_path / str(rank)).read_text().split()[1:]) for rank in range(4)}
-    ((world_size, _, _, threads),) = seen  # all processes meet at the same address
-    assert (world_size, threads) == ("4", "1") and not (tmp_path / "4").exists()
+def test_two_machines_restart_together(tmp_path):
+    settings = {"NUM_MACHINES": "2", "HEAD_ADDRESS": "127.0.0.1", "HEAD_PORT": free_port(), "NUM_GPUS": "2"}
+    machines = [launch(tmp_path, "crash once", **settings, MACHINE_RANK=rank) for rank in ("0", "1")]
+    assert all(text_of(machine).endswith("status 0 0\n") for machine in machines)
+    starts = [(tmp_path / str(rank)).read_text().splitlines() for rank in range(4)]
+    for attempt in zip(*starts, strict=True):
+        ((world_size, _, _, threads),) = {tuple(line.split()[1:]) for line in attempt}  # all meet at the same address
+        assert (world_size, threads) == ("4", "1")
+    assert len(starts[0]) == 2 and not (tmp_path / "4").exists()
 
 
 def test_a_program_that_fails_is_restarted(tmp_path):
