@@ -80,10 +80,10 @@ class NpzImages(ImageBatch):
             raise InputError(f"{path}: arr_0 holds no images")
         if max(self.width, self.height) > MAX_SIDE or not self.width * self.height:
             raise InputError(f"{path}: {self.width} x {self.height} pixels; allowed: 1 to {MAX_SIDE} per side")
-        self._rows = npz.rows("arr_0")
+        self._read_rows = npz.rows("arr_0")
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        return self._rows.read(start, stop)
+        return self._read_rows(start, stop)
 
     def digest(self) -> str:
         return sha256_of(self.path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,11 +61,7 @@ def _statistics(
 ) -> GaussianStatistics | None:
     if mean not in npz:
         return None
-    if width is None:
-        shape = npz.header(mean).shape
-        if len(shape) != 1:
-            raise InputError(f"{npz.path}: {mean!r} has shape {shape}, expected (features,)")
-        width = shape[0]
+    width = width or math.prod(npz.header(mean).shape)
     return GaussianStatistics(finite_tensor(npz, mean, (width,)), finite_tensor(npz, covariance, (width, width)), count)
 
 

@@ -28,7 +28,7 @@ from common.io import InputError, check_writable, read_json, run_cli, write_json
 from evaluations.batches import ImageBatch, open_images
 from evaluations.comparison import Reference, check_reference, count_notes, load_reference, weights_notes
 from evaluations.extract import ExtractionConfig, Extractor
-from evaluations.features import EncoderExtraction, Extraction, InceptionExtraction
+from evaluations.features import Extraction, InceptionExtraction
 from evaluations.inception.network import Inception, full_precision
 from evaluations.metrics import (
     INCEPTION_SCORE_SPLIT,
@@ -100,19 +100,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_reference(statistics, extractor.inception)
         found = extractor.inception_features(samples, keep=True)
         expected = None if reference is None else extractor.inception_features(reference, keep=True)
-        tokens = expected_tokens = None
+        comparisons = {
+            "fid": (statistics.pool, found, expected, "pool"),
+            "sfid": (statistics.spatial, found, expected, "spatial"),
+        }
         if extractor.encoder is not None:
             ready = statistics.of_encoder(extractor.encoder_name)
             tokens = None if ready is None and reference is None else extractor.encoder_features(samples)
             expected_tokens = None if ready or reference is None else extractor.encoder_features(reference)
+            comparisons["encoder_fd"] = (ready, tokens, expected_tokens, "cls")
         if not accelerator.is_main_process:
             return
 
         # Compute the metrics
         notes = general_notes(extractor.inception, samples, reference)
-        metrics = inception_metrics(statistics, found, expected, extractor.device, notes)
-        if extractor.encoder is not None:
-            metrics["encoder_fd"] = encoder_metric(statistics, extractor.encoder_name, tokens, expected_tokens, notes)
+        metrics: dict[str, float | None] = dict.fromkeys(LINES)
+        metrics["inception_score"] = found.parts["score"].score()
+        for name, sides in comparisons.items():
+            metrics[name] = distance(name.replace("encoder_fd", "FD"), *sides, notes)
+        metrics["precision"], metrics["recall"] = precision_and_recall(found, expected, extractor.device, notes)
 
         # Report
         recorded = {name: getattr(config, name) for name in settings(RecordedConfig)}
@@ -149,54 +155,12 @@ def read_sampling(samples: Path) -> dict[str, Any] | None:
     return sampling
 
 
-def inception_metrics(
-    statistics: Reference,
-    found: InceptionExtraction,
-    expected: InceptionExtraction | None,
-    device: torch.device,
-    notes: list[str],
-) -> dict[str, float | None]:
-    """Return ADM's five numbers. One that cannot be computed is None, and the reason is added to `notes`.
-
-    found, expected: features of the samples and of the reference's images, if it has any.
-    """
-    metrics: dict[str, float | None] = dict.fromkeys(LINES)
-    metrics["inception_score"] = found.parts["score"].score()
-    metrics["fid"] = distance("fid", "pool", statistics.pool, found, expected, notes)
-    metrics["sfid"] = distance("sfid", "spatial", statistics.spatial, found, expected, notes)
-    if expected is None:
-        notes.append("precision, recall: not computed, the reference has no images (arr_0)")
-        return metrics
-    pools = expected.features(), found.features()
-    if min(map(len, pools)) <= NEAREST_NEIGHBOURS:
-        notes.append(f"precision, recall: not computed, they need more than {NEAREST_NEIGHBOURS} images on both sides")
-        return metrics
-    with full_precision(device):
-        metrics["precision"], metrics["recall"] = precision_recall(*(pool.to(device) for pool in pools))
-    return metrics
-
-
-def encoder_metric(
-    statistics: Reference,
-    encoder: str,
-    found: EncoderExtraction | None,
-    expected: EncoderExtraction | None,
-    notes: list[str],
-) -> float | None:
-    """Return the Frechet distance of the class tokens of `encoder`, or None after adding the reason to `notes`."""
-    value = distance("FD", "cls", statistics.of_encoder(encoder), found, expected, notes)
-    if value is not None and expected is not None:
-        count = int(expected.parts["cls"].count)
-        notes.append(f"FD: reference statistics from its {count:,} images, not from a full data set")
-    return value
-
-
 def distance(
     name: str,
-    part: str,
     ready: GaussianStatistics | None,
     found: Extraction | None,
     expected: Extraction | None,
+    part: str,
     notes: list[str],
 ) -> float | None:
     """Return the Frechet distance of a part of the features, or None after adding the reason to `notes`.
@@ -209,7 +173,25 @@ def distance(
     if found.parts[part].count < 2 or (ready is None and expected.parts[part].count < 2):
         notes.append(f"{name}: not computed, a covariance needs at least 2 images on both sides")
         return None
+    if name == "FD" and ready is None:
+        count = int(expected.parts[part].count)
+        notes.append(f"FD: reference statistics from its {count:,} images, not from a full data set")
     return frechet_distance(ready or expected.parts[part].statistics(), found.parts[part].statistics())
+
+
+def precision_and_recall(
+    found: InceptionExtraction, expected: InceptionExtraction | None, device: torch.device, notes: list[str]
+) -> tuple[float | None, float | None]:
+    """Return precision and recall, or twice None after adding the reason to `notes`."""
+    if expected is None:
+        notes.append("precision, recall: not computed, the reference has no images (arr_0)")
+        return None, None
+    pools = expected.features(), found.features()
+    if min(map(len, pools)) <= NEAREST_NEIGHBOURS:
+        notes.append(f"precision, recall: not computed, they need more than {NEAREST_NEIGHBOURS} images on both sides")
+        return None, None
+    with full_precision(device):
+        return precision_recall(*(pool.to(device) for pool in pools))
 
 
 def general_notes(inception: Inception, samples: ImageBatch, reference: ImageBatch | None) -> list[str]:

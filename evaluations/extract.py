@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import nn
 from tqdm import tqdm
 
@@ -117,13 +118,10 @@ class Extractor:
             self._cache.save(self.digest(images), name, extraction)
         return extraction
 
-    def _shard(self, images: ImageBatch, process: int) -> tuple[int, int]:
-        """Return the range of images of a process: contiguous, so that features are gathered in order."""
-        processes = self.accelerator.num_processes
-        return images.count * process // processes, images.count * (process + 1) // processes
-
     def _run(self, network: nn.Module, images: ImageBatch, extraction: Extraction) -> None:
-        start, stop = self._shard(images, self.accelerator.process_index)
+        """Add this process's images, which are consecutive, so that the features of all processes are in order."""
+        process, processes = self.accelerator.process_index, self.accelerator.num_processes
+        start, stop = images.count * process // processes, images.count * (process + 1) // processes
         size = self._find_batch_size(network, images) if self.batch_size == AUTO else self.batch_size
         disable = not self.accelerator.is_main_process
         bar = tqdm(total=stop - start, desc=images.path.name, unit="image", disable=disable)
@@ -147,14 +145,6 @@ class Extractor:
         if self.accelerator.num_processes > 1:
             extraction.load(self.accelerator.reduce(extraction.state(), reduction="sum"))
             if extraction.keep:
-                self._gather(images, extraction)
+                extraction.kept = gather_object(extraction.kept)
         if not all(tensor.isfinite().all() for tensor in extraction.state().values()):
             raise InputError(f"{images.path}: the network gives features that are not finite (NaN or infinity)")
-
-    def _gather(self, images: ImageBatch, extraction: Extraction) -> None:
-        shards = [self._shard(images, process) for process in range(self.accelerator.num_processes)]
-        sizes = [stop - start for start, stop in shards]
-        mine = torch.cat(extraction.kept).to(self.device)  # gathering needs shards of equal length
-        padded = torch.nn.functional.pad(mine, (0, 0, 0, max(sizes) - len(mine)))
-        parts = self.accelerator.gather(padded).cpu().split(max(sizes))
-        extraction.kept = [part[:size] for part, size in zip(parts, sizes, strict=True)]

@@ -50,7 +50,6 @@ class InceptionExtraction(Extraction):
         pool, spatial = FeatureSums(NUM_FEATURES, device), FeatureSums(SPATIAL_FEATURES, device)
         score = InceptionScoreSums(total, NUM_CLASSES, device)
         super().__init__({"pool": pool, "spatial": spatial, "score": score}, keep)
-        self.kept.append(torch.empty(0, NUM_FEATURES))  # for a process that gets no images
 
     def update(self, output: InceptionOutput, first: int) -> None:
         """Add the network's output for the images number `first`, `first` + 1, ..."""

@@ -1,8 +1,8 @@
 """The five numbers of the ADM evaluation (arXiv 2105.05233, appendix), as pure functions: features in, numbers out.
 
 Frechet distance (FID, arXiv 1706.08500; sFID, arXiv 2103.03841; any encoder's features), Inception Score
-(arXiv 1606.03498), improved precision and recall (arXiv 1904.06991). What grows with the number of images is summed up
-on the way, in float64; the sums of several processes simply add up.
+(arXiv 1606.03498), improved precision and recall (arXiv 1904.06991). Sums over images are float64 and can be added over
+batches and processes.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ from torch import Tensor
 
 from common.io import InputError
 
-INCEPTION_SCORE_SPLIT = 5000  # ADM's; a shorter last split counts as much as a full one
+INCEPTION_SCORE_SPLIT = 5000  # images, as in ADM; a shorter last split has the same weight as a full one
 NEAREST_NEIGHBOURS = 3
 
 
 class Sums:
-    """Tensors that add up, over the batches of one process and over processes; an object's only attributes."""
+    """Sums over images, which can be added over batches and processes. All attributes of the object are such tensors."""
 
     def state(self) -> dict[str, Tensor]:
         """Return the tensors by name."""
         return dict(vars(self))
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Take over tensors by name: a kept state, or one added up over processes."""
+        """Replace the tensors by those of `state`: a stored state, or the sum over processes."""
         vars(self).update(state)
 
 
 class FeatureSums(Sums):
-    """Count, sum and sum of outer products of features (N, D): all that a Frechet distance needs of them."""
+    """Count, sum and sum of outer products of features (N, D), from which mean and covariance are computed."""
 
     def __init__(self, width: int, device: str | torch.device = "cpu"):
         self.count = torch.zeros((), dtype=torch.float64, device=device)
@@ -69,9 +69,9 @@ class GaussianStatistics:
 def frechet_distance(a: GaussianStatistics, b: GaussianStatistics) -> float:
     """Return the squared Frechet distance of two Gaussians: |mean difference|^2 + tr(A + B - 2 (A B)^(1/2)).
 
-    The trace of the root is the sum of the singular values of A^(1/2) B^(1/2) (arXiv 1706.08500, equation 6): real and
-    not negative by construction, exact for singular covariances, no matrix root of an unsymmetric product. Raises
-    InputError if the widths differ or a number is not finite.
+    The distance is equation 6 of arXiv 1706.08500. The trace of the root is the sum of the singular values of
+    A^(1/2) B^(1/2), which is real and non-negative, also for singular covariances. Raises InputError if the widths
+    differ or a number is not finite.
     """
     if a.mean.shape != b.mean.shape:
         raise InputError(f"features of width {len(a.mean)} cannot be compared with features of width {len(b.mean)}")
@@ -83,14 +83,14 @@ def frechet_distance(a: GaussianStatistics, b: GaussianStatistics) -> float:
 
 
 def _factor(covariance: Tensor) -> Tensor:
-    """Return F (D, rank) with F F^T = covariance, less the eigenvalues that are rounding: their roots are not small."""
+    """Return F (D, rank) with F F^T = covariance, without eigenvalues that are only rounding errors."""
     values, vectors = torch.linalg.eigh((covariance + covariance.t()) / 2)
     keep = values > values[-1].clamp(min=0) * len(values) * torch.finfo(values.dtype).eps
     return vectors[:, keep] * values[keep].sqrt()
 
 
 class InceptionScoreSums(Sums):
-    """What the Inception Score needs of class probabilities (N, K), for `total` images in splits of 5,000."""
+    """Sums over class probabilities (N, K) for the Inception Score of `total` images, in splits of 5,000."""
 
     def __init__(self, total: int, classes: int, device: str | torch.device = "cpu"):
         splits = -(-total // INCEPTION_SCORE_SPLIT)
@@ -115,11 +115,11 @@ class InceptionScoreSums(Sums):
 
 
 def precision_recall(reference: Tensor, samples: Tensor, block: int = 4096) -> tuple[float, float]:
-    """Return the share of samples in the reference's manifold, and of the reference in the samples' manifold.
+    """Return precision, the fraction of samples in the reference's manifold, and recall, the reverse.
 
-    reference (N, D), samples (M, D), float32, on one device. The manifold is the union of balls around the points that
-    reach to their third nearest neighbour. Distances are float32, on blocks of `block` x `block`. Raises InputError for
-    fewer than 4 points or features that are not finite.
+    reference (N, D), samples (M, D), float32, on one device. A manifold is the union of balls around the points; each
+    radius is the distance to the third nearest neighbour. Distances are float32, computed in blocks of `block` x
+    `block`. Raises InputError for fewer than 4 points or features that are not finite.
     """
     for name, features in (("reference", reference), ("samples", samples)):
         if len(features) <= NEAREST_NEIGHBOURS:
@@ -135,8 +135,8 @@ def precision_recall(reference: Tensor, samples: Tensor, block: int = 4096) -> t
 
 
 def squared_radii(features: Tensor, block: int = 4096) -> Tensor:
-    """Return the squared distance of each of the features (N, D) to its third nearest neighbour, itself not counted."""
-    nearest = NEAREST_NEIGHBOURS + 1  # the nearest of all is the point itself
+    """Return the squared distance (N,) of each of the features (N, D) to its third nearest neighbour."""
+    nearest = NEAREST_NEIGHBOURS + 1  # the nearest point is the point itself
     radii = []
     for rows in features.split(block):
         candidates = [
@@ -159,6 +159,6 @@ def _inside(points: Tensor, centres: Tensor, radii: Tensor, block: int) -> Tenso
 
 
 def _squared_distances(rows: Tensor, columns: Tensor) -> Tensor:
-    """|u|^2 - 2 u v + |v|^2, not below 0, as ADM computes them."""
+    """Return |u|^2 - 2 u v + |v|^2, clamped at 0, as in ADM."""
     products = torch.addmm(rows.square().sum(1, keepdim=True), rows, columns.t(), alpha=-2)
     return products.add_(columns.square().sum(1)).clamp_(min=0)

@@ -12,7 +12,7 @@ import struct
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -24,11 +24,7 @@ from common.io import InputError
 MAX_RATIO = 500  # unpacked / packed size; deflate reaches 1032 on constant bytes, images stay far below
 SMALL = 1 << 28  # bytes; arrays up to this size are allowed to have any ratio
 
-_LOCAL_HEADER = struct.Struct("<26x2H")  # of a zip member; ends with the lengths of its name and its extra field
-_HEADER_READERS = {
-    (1, 0): np.lib.format.read_array_header_1_0,
-    (2, 0): np.lib.format.read_array_header_2_0,
-}
+_HEADER_READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 _READ_ERRORS = (
     OSError, ValueError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, NotImplementedError,
 )  # fmt: skip
@@ -97,42 +93,34 @@ class NpzFile:
             raise InputError(f"{self.path}: {name!r} is damaged ({error})") from error
         return np.frombuffer(data, header.dtype, offset=header.offset).reshape(shape)
 
-    def rows(self, name: str) -> RowReader:
-        """Return a reader of parts of an array."""
-        return RowReader(self.path, self._members[name], self.header(name))
+    def rows(self, name: str) -> Callable[[int, int], np.ndarray]:
+        """Return a function (start, stop) that reads the rows start ... stop - 1 of an array.
 
-
-class RowReader:
-    """Reads rows of an array of an .npz.
-
-    A stored member, as written by `np.savez`, is read at any position. A compressed member has to be unpacked up to the
-    requested row, so read it in ascending order.
-    """
-
-    def __init__(self, path: Path, info: zipfile.ZipInfo, header: ArrayHeader):
-        self._where = f"{path}: {info.filename.removesuffix('.npy')!r}"
-        self._header, self._offset = header, header.offset
-        self._row_bytes = math.prod(header.shape[1:]) * header.dtype.itemsize
-        self._file: IO[bytes]
+        A stored array, as written by `np.savez`, is read at any position. A compressed array has to be unpacked up to
+        the requested row, so read it in ascending order.
+        """
+        header, info = self.header(name), self._members[name]
+        row_bytes = math.prod(header.shape[1:]) * header.dtype.itemsize
+        file: IO[bytes]
         if info.compress_type == zipfile.ZIP_STORED:
-            self._file = open(path, "rb")  # noqa: SIM115 (stays open as long as this object lives)
-            self._file.seek(info.header_offset)
-            fixed = self._file.read(_LOCAL_HEADER.size)
-            self._offset += info.header_offset + len(fixed) + sum(_LOCAL_HEADER.unpack(fixed))
+            file = open(self.path, "rb")  # noqa: SIM115 (stays open as long as the returned function exists)
+            file.seek(info.header_offset + 26)  # a zip member's header: 30 bytes, its name, its extra field
+            first = info.header_offset + 30 + sum(struct.unpack("<2H", file.read(4))) + header.offset
         else:
-            self._file = zipfile.ZipFile(path).open(info)  # noqa: SIM115
+            file, first = zipfile.ZipFile(self.path).open(info), header.offset  # noqa: SIM115
 
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """Return the rows start ... stop - 1. Raises InputError if they are damaged or missing."""
-        rows = np.empty((stop - start, *self._header.shape[1:]), self._header.dtype)
-        try:
-            self._file.seek(self._offset + start * self._row_bytes)
-            size = self._file.readinto(rows.data.cast("B"))
-        except _READ_ERRORS as error:
-            raise InputError(f"{self._where} is damaged ({error})") from error
-        if size != rows.nbytes:
-            raise InputError(f"{self._where} ends early, near row {start}")
-        return rows
+        def read(start: int, stop: int) -> np.ndarray:
+            rows = np.empty((stop - start, *header.shape[1:]), header.dtype)
+            try:
+                file.seek(first + start * row_bytes)
+                size = file.readinto(rows.data.cast("B"))
+            except _READ_ERRORS as error:
+                raise InputError(f"{self.path}: {name!r} is damaged ({error})") from error
+            if size != rows.nbytes:
+                raise InputError(f"{self.path}: {name!r} ends early, near row {start}")
+            return rows
+
+        return read
 
 
 def _parse_header(member: IO[bytes]) -> ArrayHeader:

@@ -13,16 +13,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models.inception import (
-    BasicConv2d,
-    Inception3,
-    InceptionA,
-    InceptionAux,
-    InceptionB,
-    InceptionC,
-    InceptionD,
-    InceptionE,
-)
+from torchvision.models import inception as v3
 
 INPUT_SIZE = 299
 NUM_FEATURES = 2048
@@ -33,7 +24,7 @@ average_pool = partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_i
 max_pool = partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)
 
 
-class _BlockA(InceptionA):
+class _BlockA(v3.InceptionA):
     """35 x 35 positions."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -46,7 +37,7 @@ class _BlockA(InceptionA):
         return torch.cat(branches, 1)
 
 
-class _BlockC(InceptionC):
+class _BlockC(v3.InceptionC):
     """17 x 17 positions; 7 x 7 convolutions are split into 1 x 7 and 7 x 1."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -60,7 +51,7 @@ class _BlockC(InceptionC):
         return torch.cat(branches, 1)
 
 
-class _BlockE(InceptionE):
+class _BlockE(v3.InceptionE):
     """8 x 8 positions; two branches end in a 1 x 3 and a 3 x 1 convolution in parallel."""
 
     pool = staticmethod(average_pool)
@@ -83,9 +74,9 @@ def inception_layers() -> nn.Sequential:
 
     Tensors have the names of the PyTorch port. They are on the meta device, without values.
     """
-    blocks = [BasicConv2d, _BlockA, InceptionB, _BlockC, InceptionD, _BlockE, InceptionAux]
+    blocks = [v3.BasicConv2d, _BlockA, v3.InceptionB, _BlockC, v3.InceptionD, _BlockE, v3.InceptionAux]
     with torch.device("meta"):
-        network = Inception3(NUM_CLASSES, aux_logits=False, inception_blocks=blocks, init_weights=False)
+        network = v3.Inception3(NUM_CLASSES, aux_logits=False, inception_blocks=blocks, init_weights=False)
     network.Mixed_7c.pool = max_pool
     layers = OrderedDict(network.named_children())
     for name in ("avgpool", "dropout", "fc"):
@@ -95,4 +86,4 @@ def inception_layers() -> nn.Sequential:
 
 def convolutions(layers: nn.Sequential) -> list[str]:
     """Return the names of the convolutions with batch norm and ReLU, in the order of the TensorFlow graph."""
-    return [name for name, module in layers.named_modules() if isinstance(module, BasicConv2d)]
+    return [name for name, module in layers.named_modules() if isinstance(module, v3.BasicConv2d)]
