@@ -58,8 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         figures = measure(config, Path(folder))
     print(f"{config.model}, batch {config.batch_size}, torch {torch.__version__}; times in seconds\n")
     print(markdown_table("figure | ", [f"{name.replace('_', ' ')} | {value:.4g}" for name, value in figures.items()]))
-    if config.json:
-        write_result(config.json, figures, config.torch_device)
+    write_result(config.json, figures, config.torch_device)
 
 
 def measure(config: Checkpoint, folder: Path) -> dict[str, float]:

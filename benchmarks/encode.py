@@ -96,8 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     line = "{work} | {setting} | {batch} | {images_per_s:.2f} | {ratio:.2f} | {utilisation:.0%} | {memory_gb:.2f} "
     line += "| {max_deviation:.1e} | {rms_deviation:.1e}"
     print(timing.markdown_table(headings, [line.format(**row) for row in rows]))
-    if config.json:
-        timing.write_result(config.json, {"flops": flops, "rows": rows}, device)
+    timing.write_result(config.json, {"flops": flops, "rows": rows}, device)
 
 
 def sd_architecture() -> Codec:

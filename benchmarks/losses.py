@@ -56,8 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     losses: dict[str, list[float]] = {}
     for precision in ("no", *config.precision):
         losses |= train_all(config, precision)
-    if config.json:
-        write_result(config.json, {"losses": losses}, config.torch_device)
+    write_result(config.json, {"losses": losses}, config.torch_device)
     print(table(losses))
     if config.picture:
         draw(losses, config.picture)

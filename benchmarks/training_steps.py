@@ -12,6 +12,7 @@ import itertools
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ from models.autoencoder import SD_FORMAT
 from models.encoders import untrained_encoder
 from training.config import parse_args
 from training.parallelism import compile_training, to_device
-from training.setup import set_up
+from training.setup import Run, set_up
 from training.state import build_network
 from training.throughput import training_flops
 
@@ -149,29 +150,20 @@ class Workload:
         return sum(value.nbytes for state in states for value in state.values() if isinstance(value, Tensor))
 
 
-class OurForm:
-    """train.py's own step, on a workload's weights and batches."""
+class Form:
+    """One way to take training steps on a workload.
 
-    fused = True
+    Attributes:
+        run: the run with the form's own step number.
+        fused: which of the workload's optimizers the form uses.
+    """
 
-    def __init__(self, work: Workload, compiled: bool = False, checkpointing: bool = False, backend: str = "inductor"):
-        self.name = "train.py" + " --compile" * compiled + " --activation-checkpointing" * checkpointing
-        self.work, run = work, work.run
-        network, encoders = work.twin(work.network), [work.twin(encoder) for encoder in run.encoders]
-        criterion, reports = copy.copy(run.criterion), copy.deepcopy(run.reports)
-        network.activation_checkpointing = checkpointing
-        if compiled:
-            compile_training(network, encoders, criterion, backend)
-        model = run.accelerator.prepare(network)
-        self.run = replace(run, model=model, encoders=encoders, criterion=criterion, reports=reports)
-        self.batches = to_device(work.batches(pinned=True), work.device)
-        self.losses: list[float] = []
-
-    def step(self) -> None:
-        """Take one step."""
-        train.training_step(self.run, self.batches)
-        self.run.step += 1
-        self._read(all_sent=False)
+    def __init__(self, name: str, work: Workload, run: Run, fused: bool, copies: bool):
+        self.name, self.work, self.run, self.fused = name, work, run, fused
+        self.batches = work.batches(pinned=copies)
+        if copies:
+            self.batches = to_device(self.batches, work.device)
+        self.losses: list[float | Tensor] = []
 
     def restart(self) -> None:
         """Start again at step 0."""
@@ -179,15 +171,40 @@ class OurForm:
 
     def finish(self) -> list[float]:
         """Return the losses since the last call. Waits for the device."""
-        self._read(all_sent=True)
         losses, self.losses = self.losses, []
-        return losses
+        return [float(loss) for loss in losses]
+
+
+class OurForm(Form):
+    """train.py's own step."""
+
+    def __init__(self, work: Workload, compiled: bool = False, checkpointing: bool = False, backend: str = "inductor"):
+        network, encoders = work.twin(work.network), [work.twin(encoder) for encoder in work.run.encoders]
+        criterion, reports = copy.copy(work.run.criterion), copy.deepcopy(work.run.reports)
+        network.activation_checkpointing = checkpointing
+        if compiled:
+            compile_training(network, encoders, criterion, backend)
+        model = work.run.accelerator.prepare(network)
+        run = replace(work.run, model=model, encoders=encoders, criterion=criterion, reports=reports)
+        name = "train.py" + " --compile" * compiled + " --activation-checkpointing" * checkpointing
+        super().__init__(name, work, run, fused=True, copies=True)
+
+    def step(self) -> None:
+        """Take one step."""
+        train.training_step(self.run, self.batches)
+        self.run.step += 1
+        self._read(all_sent=False)
+
+    def finish(self) -> list[float]:
+        """Return the losses since the last call. Waits for the device."""
+        self._read(all_sent=True)
+        return super().finish()
 
     def _read(self, all_sent: bool) -> None:
         self.losses += [report.means["loss"] for report in self.run.reports.receive(all_sent)]
 
 
-class PlainForm:
+class PlainForm(Form):
     """A straightforward step with those of `OPTIMISATIONS` that are given: the same method at another speed.
 
     It uses autocast and fused attention. Without optimisations it computes the alignment in a loop over samples and
@@ -196,23 +213,15 @@ class PlainForm:
     """
 
     def __init__(self, work: Workload, optimisations: Sequence[str] = (), precision: str | None = None):
-        self.name = f"+ {OPTIMISATIONS[optimisations[-1]]}" if optimisations else "plain"
+        name = f"+ {OPTIMISATIONS[optimisations[-1]]}" if optimisations else "plain"
         precision = precision or work.run.args.mixed_precision
         if precision != work.run.args.mixed_precision:
-            self.name += f", precision {precision}"
-        self.work, self.run, self.on = work, replace(work.run), optimisations
+            name += f", precision {precision}"
+        super().__init__(name, work, replace(work.run), "adamw" in optimisations, "copies" in optimisations)
+        self.optimisations = optimisations
         self.dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-        self.fused = "adamw" in optimisations
         self.optimizer = work.optimizers[self.fused]
         self.scaler = torch.amp.GradScaler(work.device.type, enabled=precision == "fp16")
-        self.batches = work.batches(pinned="copies" in optimisations)
-        if "copies" in optimisations:
-            self.batches = to_device(self.batches, work.device)
-        self.losses: list[float | Tensor] = []
-
-    def restart(self) -> None:
-        """Start again at step 0."""
-        self.run.step = 0
 
     def step(self) -> None:
         """Take one step."""
@@ -223,12 +232,11 @@ class PlainForm:
         x = run.data.latent_format.sample(moments, draws.latent_noise)
 
         # Forward and backward pass
-        loss_terms = run.criterion if "loss" in self.on else LoopedLoss(run.criterion)
+        criterion = run.criterion if "loss" in self.optimisations else partial(looped_loss, run.criterion)
         with torch.autocast(device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None):
             cls_token, targets = train.encode(run.encoders, images, x, args.entangle, args.proj_coeff > 0)
-            terms = loss_terms(
-                network, x, y, cls_token, targets, draws.t, draws.noise, draws.cls_noise, draws.label_drop
-            )
+            noises = draws.t, draws.noise, draws.cls_noise, draws.label_drop
+            terms = criterion(network, x, y, cls_token, targets, *noises)
         self.scaler.scale(terms.total.mean()).backward()
 
         # Update of weights and averaged weights
@@ -237,47 +245,37 @@ class PlainForm:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        update_average = ema.update if "ema" in self.on else looped_ema
+        update_average = ema.update if "ema" in self.optimisations else looped_ema
         update_average(run.ema, network, args.ema_decay)
 
         # Log
         values = [*(term.mean().detach() for term in terms.named().values()), grad_norm]
-        self.losses.append((torch.stack(values) if "log" in self.on else [value.item() for value in values])[0])
+        self.losses.append((torch.stack(values) if "log" in self.optimisations else [v.item() for v in values])[0])
         run.step += 1
 
-    def finish(self) -> list[float]:
-        """Return the losses since the last call. Waits for the device."""
-        losses, self.losses = self.losses, []
-        return [float(loss) for loss in losses]
 
-
-@dataclass
-class LoopedLoss:
-    """Computes what `criterion` computes, with the alignment sample by sample."""
-
-    criterion: REGLoss
-
-    def __call__(self, network: nn.Module, x: Tensor, y: Tensor, cls_token: Tensor | None, targets: list[Tensor],
-                 t: Tensor, noise: Tensor, cls_noise: Tensor | None, label_drop: Tensor) -> LossTerms:  # fmt: skip
-        """Return the loss terms."""
-        path = self.criterion.interpolant
-        x_t = path.interpolate(x, noise, t)
-        cls_t = None if cls_token is None else path.interpolate(cls_token, cls_noise, t)
-        velocity, projected, cls_velocity = network(x_t, t, y, cls_t, label_drop, project=bool(targets))
-        total = denoise = ((velocity - path.velocity_target(x, noise, t)) ** 2).flatten(1).mean(dim=1)
-        proj = cls = None
-        if targets:
-            proj = torch.zeros((), device=x.device)
-            for ours, theirs in zip(projected, targets, strict=True):
-                for our, their in zip(ours, theirs, strict=True):
-                    our, their = F.normalize(our.float(), dim=-1), F.normalize(their, dim=-1)
-                    proj = proj - (our * their).sum(dim=-1).mean()
-            proj = (proj / (len(targets) * len(x))).expand(len(x))
-            total = total + self.criterion.proj_coeff * proj
-        if cls_token is not None:
-            cls = ((cls_velocity - path.velocity_target(cls_token, cls_noise, t)) ** 2).mean(dim=1)
-            total = total + self.criterion.cls_coeff * cls
-        return LossTerms(denoise, proj, cls, total)
+def looped_loss(criterion: REGLoss, network: nn.Module, x: Tensor, y: Tensor, cls_token: Tensor | None,
+                targets: list[Tensor], t: Tensor, noise: Tensor, cls_noise: Tensor | None, label_drop: Tensor,
+                ) -> LossTerms:  # fmt: skip
+    """Return what `criterion` returns, with the alignment computed sample by sample."""
+    path = criterion.interpolant
+    x_t = path.interpolate(x, noise, t)
+    cls_t = None if cls_token is None else path.interpolate(cls_token, cls_noise, t)
+    velocity, projected, cls_velocity = network(x_t, t, y, cls_t, label_drop, project=bool(targets))
+    total = denoise = ((velocity - path.velocity_target(x, noise, t)) ** 2).flatten(1).mean(dim=1)
+    proj = cls = None
+    if targets:
+        proj = torch.zeros((), device=x.device)
+        for ours, theirs in zip(projected, targets, strict=True):
+            for our, their in zip(ours, theirs, strict=True):
+                our, their = F.normalize(our.float(), dim=-1), F.normalize(their, dim=-1)
+                proj = proj - (our * their).sum(dim=-1).mean()
+        proj = (proj / (len(targets) * len(x))).expand(len(x))
+        total = total + criterion.proj_coeff * proj
+    if cls_token is not None:
+        cls = ((cls_velocity - path.velocity_target(cls_token, cls_noise, t)) ** 2).mean(dim=1)
+        total = total + criterion.cls_coeff * cls
+    return LossTerms(denoise, proj, cls, total)
 
 
 @torch.no_grad()
