@@ -154,8 +154,7 @@ def build_rows(config: TrainStep, case: Case, class_slot: bool) -> list[tuple[Fo
     """Return the requested forms, each with the row for its results. The forms share one workload."""
     flags = ["--model", case.model, "--batch-size", str(case.batch_size), "--mixed-precision", case.precision]
     flags += ["--device", config.device, *([] if class_slot else ["--no-cls-token"])]
-    flags += ["--depth", str(config.depth), "--encoder-depth", "1"] if config.depth else []
-    work = Workload(flags, config.encoder, case.resolution, encoder_weights=config.enc_weights)
+    work = Workload(flags, config.encoder, case.resolution, encoder_weights=config.enc_weights, depth=config.depth)
     parameters = sum(parameter.numel() for parameter in work.network.parameters() if parameter.requires_grad)
     about = {"flops_per_image": work.flops(), "gradient_bytes": 4 * parameters}
     forms = build_forms(config, work)

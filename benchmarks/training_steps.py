@@ -67,6 +67,7 @@ class Workload:
         resolution: of the images, px.
         batches: number of different batches. They are repeated in a cycle.
         encoder_weights: value of --enc-weights; None: random weights.
+        depth: number of blocks; None: the preset's.
         folder: where the run's folder is made. Default: a temporary folder, which is removed after the set-up.
     """
 
@@ -77,6 +78,7 @@ class Workload:
         resolution: int,
         batches: int = 1,
         encoder_weights: str | None = None,
+        depth: int | None = None,
         folder: Path | None = None,
     ):
         AcceleratorState._reset_state(reset_partial_state=True)  # an earlier workload had its own precision
@@ -97,6 +99,7 @@ class Workload:
                 "1",
             ]
             settings += ["--enc-type", encoder, *(["--enc-weights", weights] if weights else [])]
+            settings += ["--depth", str(depth), "--encoder-depth", "1"] if depth else []
             self.run = set_up(parse_args([*settings, *flags]))
             unlock_folder(self.run.folder)
         self.device = self.run.accelerator.device
