@@ -41,6 +41,7 @@ class Checkpoint(DeviceBenchmark):
     """Settings of the benchmark."""
 
     model: str = setting("SiT-B/2", "preset", choices=tuple(SiT_models))
+    depth: int | None = setting(None, "number of blocks, instead of the preset's", check=POSITIVE)
     batch_size: int = setting(1, "images of a step", check=POSITIVE)
     rounds: int = setting(10, "steps of each kind", check=POSITIVE)
     folder: Path = setting(Path(tempfile.gettempdir()), "folder on the disk to measure")
@@ -58,8 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         figures = measure(config, Path(folder))
     print(f"{config.model}, batch {config.batch_size}, torch {torch.__version__}; times in seconds\n")
     print(markdown_table("figure | ", [f"{name.replace('_', ' ')} | {value:.4g}" for name, value in figures.items()]))
-    if config.json:
-        write_result(config.json, figures, config.torch_device)
+    write_result(config.json, figures, config.torch_device)
 
 
 def measure(config: Checkpoint, folder: Path) -> dict[str, float]:
@@ -67,7 +67,7 @@ def measure(config: Checkpoint, folder: Path) -> dict[str, float]:
     flags = ["--model", config.model, "--batch-size", str(config.batch_size), "--device", config.device]
     flags += ["--mixed-precision", "no"]
     encoder = ENCODER.format(resolution=RESOLUTION, patch=8 * int(config.model.split("/")[1]))
-    work = Workload(flags, encoder, RESOLUTION, folder=folder)
+    work = Workload(flags, encoder, RESOLUTION, depth=config.depth, folder=folder)
     run, device = work.run, work.device
     plain, watched = PlainForm(work, tuple(OPTIMISATIONS)), OurForm(work)
 

@@ -66,9 +66,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(markdown_table(headings, [line.format(**row, eight=8 * row["by_core"]) for row in rows]))
     enough = all(8 * row["by_core"] >= REQUIRED for row in rows)
     print(f"\n{REQUIRED} images/s from 8 cores: {'yes' if enough else 'no'}")
-    if config.json:
-        about = {"images": len(dataset), "resolution": dataset.resolution}
-        write_result(config.json, {**about, "rows": rows}, torch.device("cpu"))
+    about = {"images": len(dataset), "resolution": dataset.resolution}
+    write_result(config.json, {**about, "rows": rows}, torch.device("cpu"))
 
 
 def pack(dataset: LatentDataset, folder: Path) -> Path:

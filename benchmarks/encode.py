@@ -85,8 +85,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "decode": timing.count_flops(lambda: codec.decode(latents[:1])),
     }
     forms = build_forms(codec, config)
-    rows = measure(encode, images.pin_memory() if on_gpu else images, forms, flops["encode"], config)
-    rows += measure(decode, latents, forms, flops["decode"], config)
+    peaks = {dtype: timing.matrix_rate(device, 1, NETWORK_DTYPES[dtype]) for dtype in {form.dtype for form in forms}}
+    limits = {work: {dtype: peak / count for dtype, peak in peaks.items()} for work, count in flops.items()}
+    rows = measure(encode, images.pin_memory() if on_gpu else images, forms, limits["encode"], config)
+    rows += measure(decode, latents, forms, limits["decode"], config)
 
     # Report
     counts = ", ".join(f"{work} {count / 1e9:.1f} GFLOP" for work, count in flops.items())
@@ -96,8 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     line = "{work} | {setting} | {batch} | {images_per_s:.2f} | {ratio:.2f} | {utilisation:.0%} | {memory_gb:.2f} "
     line += "| {max_deviation:.1e} | {rms_deviation:.1e}"
     print(timing.markdown_table(headings, [line.format(**row) for row in rows]))
-    if config.json:
-        timing.write_result(config.json, {"flops": flops, "rows": rows}, device)
+    timing.write_result(config.json, {"flops": flops, "rows": rows}, device)
 
 
 def sd_architecture() -> Codec:
@@ -144,9 +145,9 @@ def decode(codec: Codec, latents: Tensor, device: torch.device, count: int) -> T
 
 
 def measure(
-    work: Callable[..., Tensor], inputs: Tensor, forms: list[Form], flops: int, config: Encode
+    work: Callable[..., Tensor], inputs: Tensor, forms: list[Form], limits: dict[str, float], config: Encode
 ) -> list[dict[str, Any]]:
-    """Return one row for each form of encoding or decoding `inputs`. `flops`: of one image."""
+    """Return one row for each form of encoding or decoding `inputs`. `limits`: highest possible images/s, by dtype."""
     device = config.torch_device
     runs, results, memory = {}, {}, {}
     for form in tqdm(forms, desc="first runs", unit="form"):
@@ -157,7 +158,6 @@ def measure(
         memory[form.name] = timing.peak_memory(device)
     times = timing.in_turns(runs, device, config.rounds)
     rates = {name: len(inputs) / statistics.median(found) for name, found in times.items()}
-    ceilings = {dtype: timing.matrix_rate(device, 1, NETWORK_DTYPES[dtype]) for dtype in {form.dtype for form in forms}}
     return [
         {
             "work": work.__name__,
@@ -165,7 +165,7 @@ def measure(
             "batch": form.batch_size,
             "images_per_s": rates[form.name],
             "ratio": rates[form.name] / rates[forms[0].name],
-            "utilisation": rates[form.name] * flops / ceilings[form.dtype],
+            "utilisation": rates[form.name] / limits[form.dtype],
             "memory_gb": memory[form.name],
             **timing.deviation(results[form.name], results[forms[0].name]),
         }

@@ -95,8 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if config.evaluate:
             result["evaluation"] = run_evaluator(Path(folder), weights, config)
     show(result)
-    if config.json:
-        timing.write_result(config.json, result, device)
+    timing.write_result(config.json, result, device)
 
 
 def measure(name: str, weights: Path, config: Evaluate) -> dict[str, Any]:

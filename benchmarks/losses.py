@@ -56,8 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     losses: dict[str, list[float]] = {}
     for precision in ("no", *config.precision):
         losses |= train_all(config, precision)
-    if config.json:
-        write_result(config.json, {"losses": losses}, config.torch_device)
+    write_result(config.json, {"losses": losses}, config.torch_device)
     print(table(losses))
     if config.picture:
         draw(losses, config.picture)
@@ -67,9 +66,8 @@ def train_all(config: Losses, precision: str) -> dict[str, list[float]]:
     """Return the losses of each form's steps in one precision, by the form's name; the first is plain."""
     flags = f"--model {config.model} --batch-size {config.batch_size} --mixed-precision {precision}"
     flags += f" --device {config.device} --learning-rate {config.learning_rate} --no-allow-tf32"
-    flags += f" --depth {config.depth} --encoder-depth 1"
     torch.compiler.reset()  # it keeps only a few versions of a compiled function
-    work = Workload(flags.split(), config.encoder, config.resolution, config.batches, config.enc_weights)
+    work = Workload(flags.split(), config.encoder, config.resolution, config.batches, config.enc_weights, config.depth)
     forms = [(PlainForm(work), 1.0), (PlainForm(work), ONE_ULP), (OurForm(work), 1.0)]
     forms += [(OurForm(work, compiled=True, backend=config.backend), 1.0)]
     losses = {}

@@ -64,9 +64,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 flags = ["--source", work / "few", "--dest", dest, "--vae", config.vae, "--batch-size", size]
                 label = f"encode, batch {size}, {threads} threads"
                 rows.append(measure(label, "encode.py", flags, len(to_encode), threads))
-    if config.json:
-        about = {"cores": available_cores(), "resolution": config.resolution}
-        write_result(config.json, {**about, "rows": rows}, torch.device("cpu"))
+    about = {"cores": available_cores(), "resolution": config.resolution}
+    write_result(config.json, {**about, "rows": rows}, torch.device("cpu"))
 
 
 def spread(names: list[str], count: int | None) -> list[str]:

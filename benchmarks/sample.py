@@ -113,8 +113,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "peak_memory_gb": timing.peak_memory(device),
     }
     show(result)
-    if config.json:
-        timing.write_result(config.json, result, device)
+    timing.write_result(config.json, result, device)
 
 
 def sample(config: Sample, form: Form, guidance: Guidance, num_steps: int) -> torch.Tensor:
@@ -187,13 +186,16 @@ def measure(config: Sample, forms: list[Form]) -> list[dict[str, Any]]:
     kinds = {"step_plain": Guidance(), "step_guided": Guidance(max(config.cfg_scale, 1.1))}
     memory, latents, runs = {}, {}, {}
     for form in tqdm(forms, desc="first runs", unit="form"):  # includes compilation and capture; not timed
-        before = reset_memory(device)
+        before = None
+        if device.type == "cuda":
+            timing.reset_peak_memory(device)
+            before = torch.cuda.memory_allocated() / 1e9
         latents[form.name] = sample(config, form, config.guidance, config.deviation_steps)
         for kind, guidance in kinds.items():
             runs[form.name, kind] = partial(sample, config, form, guidance, config.timed_steps)
             runs[form.name, kind]()
         weights = sum(tensor.nbytes for tensor in form.model.state_dict().values()) / 1e9
-        memory[form.name] = timing.peak_memory(device) - before + weights if before else None
+        memory[form.name] = timing.peak_memory(device) - before + weights if before is not None else None
     times = timing.in_turns(runs, device, config.rounds)
     return [
         {
@@ -204,15 +206,6 @@ def measure(config: Sample, forms: list[Form]) -> list[dict[str, Any]]:
         }
         for form in forms
     ]
-
-
-def reset_memory(device: torch.device) -> float:
-    """Reset a GPU's peak memory; return the memory in use in GB, or 0 on a CPU."""
-    if device.type != "cuda":
-        return 0.0
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    return torch.cuda.memory_allocated() / 1e9
 
 
 def add_rates(rows: list[dict[str, Any]], config: Sample, flops: int, decode: float | None) -> None:

@@ -162,8 +162,8 @@ def markdown_table(headings: str, rows: Iterable[str]) -> str:
     return "\n".join(f"| {row} |" for row in (headings, " | ".join(["---"] * columns), *rows))
 
 
-def write_result(path: str | Path, result: dict[str, Any], device: torch.device) -> None:
-    """Write `result` as JSON, together with command, code version, package versions and device."""
+def write_result(path: Path | None, result: dict[str, Any], device: torch.device) -> None:
+    """Write `result` as JSON, with command, code version, package versions and device. None: write nothing."""
     command = shlex.join(["python", *sys.argv])
-    made = {"command": command, **describe_code(device), "threads": torch.get_num_threads()}
-    write_json(path, {**made, **result})
+    if path:
+        write_json(path, {"command": command, **describe_code(device), "threads": torch.get_num_threads(), **result})

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import timing
-from benchmarks.training_steps import OPTIMISATIONS, OurForm, PlainForm, TrainingBenchmark, Workload
+from benchmarks.training_steps import OPTIMISATIONS, Form, OurForm, PlainForm, TrainingBenchmark, Workload
 from common import distributed
 from common.cli import NON_NEGATIVE, POSITIVE, parse, setting
 from common.io import InputError, check_writable, run_cli
@@ -36,8 +36,6 @@ DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FORMS = ("plain", "switches", "ours", "compile", "checkpointing")
 LOSSES_COMPARED = 2  # steps from the same weights, before any form is timed
 LARGEST_FACTOR = 8  # --largest-batch tries up to this multiple of --batch-size
-
-Form = PlainForm | OurForm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +70,7 @@ class TrainStep(TrainingBenchmark):
             raise InputError("--largest-batch: needs a CUDA device, whose memory limit can be found by trying")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Case:
     """What is trained."""
 
@@ -83,13 +81,9 @@ class Case:
 
 
 @dataclass
-class Row:
+class Row(Case):
     """The results of one form; None where it does not fit into memory."""
 
-    model: str
-    batch_size: int
-    resolution: int
-    precision: str
     class_slot: bool
     form: str
     seconds: float | None = None  # of one step, median
@@ -123,8 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"\n{timing.hardware(device)}, torch {torch.__version__}, encoder {config.encoder}")
     print(f"matrix products: {products}\n")
     print(table(rows))
-    if config.json:
-        timing.write_result(config.json, {"matrix_flops": rates, "rows": [asdict(row) for row in rows]}, device)
+    timing.write_result(config.json, {"matrix_flops": rates, "rows": [asdict(row) for row in rows]}, device)
 
 
 def measure(config: TrainStep, case: Case) -> list[Row]:
@@ -161,8 +154,7 @@ def build_rows(config: TrainStep, case: Case, class_slot: bool) -> list[tuple[Fo
     """Return the requested forms, each with the row for its results. The forms share one workload."""
     flags = ["--model", case.model, "--batch-size", str(case.batch_size), "--mixed-precision", case.precision]
     flags += ["--device", config.device, *([] if class_slot else ["--no-cls-token"])]
-    flags += ["--depth", str(config.depth), "--encoder-depth", "1"] if config.depth else []
-    work = Workload(flags, config.encoder, case.resolution, encoder_weights=config.enc_weights)
+    work = Workload(flags, config.encoder, case.resolution, encoder_weights=config.enc_weights, depth=config.depth)
     parameters = sum(parameter.numel() for parameter in work.network.parameters() if parameter.requires_grad)
     about = {"flops_per_image": work.flops(), "gradient_bytes": 4 * parameters}
     forms = build_forms(config, work)

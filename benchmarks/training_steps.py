@@ -12,6 +12,7 @@ import itertools
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,7 @@ from models.encoders import untrained_encoder
 from training.config import parse_args
 from training.parallelism import compile_training, to_device
 from training.setup import set_up
-from training.state import new_network
+from training.state import Run, new_network
 from training.throughput import training_flops
 
 NUM_CLASSES = 1000
@@ -66,6 +67,7 @@ class Workload:
         resolution: of the images, px.
         batches: number of different batches. They are repeated in a cycle.
         encoder_weights: value of --enc-weights; None: random weights.
+        depth: number of blocks; None: the preset's.
         folder: where the run's folder is made. Default: a temporary folder, which is removed after the set-up.
     """
 
@@ -76,6 +78,7 @@ class Workload:
         resolution: int,
         batches: int = 1,
         encoder_weights: str | None = None,
+        depth: int | None = None,
         folder: Path | None = None,
     ):
         AcceleratorState._reset_state(reset_partial_state=True)  # an earlier workload had its own precision
@@ -88,6 +91,7 @@ class Workload:
             settings = ["--exp-name", "benchmark", "--output-dir", str(place), "--data-dir", str(data)]
             settings += f"--num-classes {NUM_CLASSES} --sampling-steps 0 --no-check-data --keep-last 1".split()
             settings += ["--enc-type", encoder, *(["--enc-weights", weights] if weights else [])]
+            settings += ["--depth", str(depth), "--encoder-depth", "1"] if depth else []
             self.run = set_up(parse_args([*settings, *flags]))
             unlock_folder(self.run.folder)
         self.device = self.run.accelerator.device
@@ -142,29 +146,20 @@ class Workload:
         return sum(value.nbytes for state in states for value in state.values() if isinstance(value, Tensor))
 
 
-class OurForm:
-    """train.py's own step, on a workload's weights and batches."""
+class Form:
+    """One way to take training steps on a workload.
 
-    fused = True
+    Attributes:
+        run: the run with the form's own step number.
+        fused: which of the workload's optimizers the form uses.
+    """
 
-    def __init__(self, work: Workload, compiled: bool = False, checkpointing: bool = False, backend: str = "inductor"):
-        self.name = "train.py" + " --compile" * compiled + " --activation-checkpointing" * checkpointing
-        self.work, run = work, work.run
-        network, encoders = work.twin(work.network), [work.twin(encoder) for encoder in run.encoders]
-        criterion, reports = copy.copy(run.criterion), copy.deepcopy(run.reports)
-        network.activation_checkpointing = checkpointing
-        if compiled:
-            compile_training(network, encoders, criterion, backend)
-        model = run.accelerator.prepare(network)
-        self.run = replace(run, model=model, encoders=encoders, criterion=criterion, reports=reports)
-        self.batches = to_device(work.batches(pinned=True), work.device)
-        self.losses: list[float] = []
-
-    def step(self) -> None:
-        """Take one step."""
-        train.training_step(self.run, self.batches)
-        self.run.step += 1
-        self._read(wait_for_all=False)
+    def __init__(self, name: str, work: Workload, run: Run, fused: bool, copies: bool):
+        self.name, self.work, self.run, self.fused = name, work, run, fused
+        self.batches = work.batches(pinned=copies)
+        if copies:
+            self.batches = to_device(self.batches, work.device)
+        self.losses: list[float | Tensor] = []
 
     def restart(self) -> None:
         """Start again at step 0."""
@@ -172,15 +167,40 @@ class OurForm:
 
     def finish(self) -> list[float]:
         """Return the losses since the last call. Waits for the device."""
-        self._read(wait_for_all=True)
         losses, self.losses = self.losses, []
-        return losses
+        return [float(loss) for loss in losses]
+
+
+class OurForm(Form):
+    """train.py's own step."""
+
+    def __init__(self, work: Workload, compiled: bool = False, checkpointing: bool = False, backend: str = "inductor"):
+        network, encoders = work.twin(work.network), [work.twin(encoder) for encoder in work.run.encoders]
+        criterion, reports = copy.copy(work.run.criterion), copy.deepcopy(work.run.reports)
+        network.activation_checkpointing = checkpointing
+        if compiled:
+            compile_training(network, encoders, criterion, backend)
+        model = work.run.accelerator.prepare(network)
+        run = replace(work.run, model=model, encoders=encoders, criterion=criterion, reports=reports)
+        name = "train.py" + " --compile" * compiled + " --activation-checkpointing" * checkpointing
+        super().__init__(name, work, run, fused=True, copies=True)
+
+    def step(self) -> None:
+        """Take one step."""
+        train.training_step(self.run, self.batches)
+        self.run.step += 1
+        self._read(wait_for_all=False)
+
+    def finish(self) -> list[float]:
+        """Return the losses since the last call. Waits for the device."""
+        self._read(wait_for_all=True)
+        return super().finish()
 
     def _read(self, wait_for_all: bool) -> None:
         self.losses += [report.means["loss"] for report in self.run.reports.receive(wait_for_all)]
 
 
-class PlainForm:
+class PlainForm(Form):
     """A straightforward step with those of `OPTIMISATIONS` that are given: the same method at another speed.
 
     It uses autocast and fused attention. Without optimisations it computes the alignment in a loop over samples and
@@ -189,23 +209,15 @@ class PlainForm:
     """
 
     def __init__(self, work: Workload, optimisations: Sequence[str] = (), precision: str | None = None):
-        self.name = f"+ {OPTIMISATIONS[optimisations[-1]]}" if optimisations else "plain"
+        name = f"+ {OPTIMISATIONS[optimisations[-1]]}" if optimisations else "plain"
         precision = precision or work.run.config.precision
         if precision != work.run.config.precision:
-            self.name += f", precision {precision}"
-        self.work, self.run, self.on = work, replace(work.run), optimisations
+            name += f", precision {precision}"
+        super().__init__(name, work, replace(work.run), "adamw" in optimisations, "copies" in optimisations)
+        self.optimisations = optimisations
         self.dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-        self.fused = "adamw" in optimisations
         self.optimizer = work.optimizers[self.fused]
         self.scaler = torch.amp.GradScaler(work.device.type, enabled=precision == "fp16")
-        self.batches = work.batches(pinned="copies" in optimisations)
-        if "copies" in optimisations:
-            self.batches = to_device(self.batches, work.device)
-        self.losses: list[float | Tensor] = []
-
-    def restart(self) -> None:
-        """Start again at step 0."""
-        self.run.step = 0
 
     def step(self) -> None:
         """Take one step."""
@@ -216,9 +228,9 @@ class PlainForm:
         x = run.facts.latent_format.sample(moments, draws.latent_noise)
 
         # Forward and backward pass
-        loss_terms = run.criterion if "loss" in self.on else LoopedLoss(run.criterion)
+        criterion = run.criterion if "loss" in self.optimisations else partial(looped_loss, run.criterion)
         with torch.autocast(device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None):
-            terms = loss_terms(network, x, y, train.encode_tokens(run, images, x), draws)
+            terms = criterion(network, x, y, train.encode_tokens(run, images, x), draws)
         self.scaler.scale(terms["loss"].mean()).backward()
 
         # Update of weights and averaged weights
@@ -227,48 +239,35 @@ class PlainForm:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        update_average = ema.update if "ema" in self.on else looped_ema
+        update_average = ema.update if "ema" in self.optimisations else looped_ema
         update_average(run.ema, network, run.config.ema_decay)
 
         # Log
         values = [*(term.mean().detach() for term in terms.values()), grad_norm]
-        self.losses.append((torch.stack(values) if "log" in self.on else [value.item() for value in values])[0])
+        self.losses.append((torch.stack(values) if "log" in self.optimisations else [v.item() for v in values])[0])
         run.step += 1
 
-    def finish(self) -> list[float]:
-        """Return the losses since the last call. Waits for the device."""
-        losses, self.losses = self.losses, []
-        return [float(loss) for loss in losses]
 
-
-@dataclass
-class LoopedLoss:
-    """Computes what `criterion` computes, with the alignment sample by sample."""
-
-    criterion: REGLoss
-
-    def __call__(self, network: nn.Module, x: Tensor, y: Tensor, targets: Targets, draws: Draws) -> dict[str, Tensor]:
-        """Return what `REGLoss` returns."""
-        path, cls_token, encoder_tokens = self.criterion.path, *targets
-        x_t = path.interpolate(x, draws.noise, draws.t)
-        cls_t = None if cls_token is None else path.interpolate(cls_token, draws.cls_noise, draws.t)
-        velocity, projected, cls_velocity = network(
-            x_t, draws.t, y, cls_t, draws.label_drop, project=bool(encoder_tokens)
-        )
-        target = path.velocity_target(x, draws.noise, draws.t)
-        terms = {"denoise": ((velocity - target) ** 2).flatten(1).mean(dim=1)}
-        if encoder_tokens:
-            proj = torch.zeros((), device=x.device)
-            for ours, theirs in zip(projected, encoder_tokens, strict=True):
-                for our, their in zip(ours, theirs, strict=True):
-                    our, their = F.normalize(our.float(), dim=-1), F.normalize(their, dim=-1)
-                    proj = proj - (our * their).sum(dim=-1).mean()
-            terms["proj"] = (proj / (len(encoder_tokens) * len(x))).expand(len(x))
-        if cls_token is not None:
-            target = path.velocity_target(cls_token, draws.cls_noise, draws.t)
-            terms["cls"] = ((cls_velocity - target) ** 2).mean(dim=1)
-        weights = {"denoise": 1.0, **self.criterion.weights}
-        return {"loss": sum(weights[name] * value for name, value in terms.items()), **terms}
+def looped_loss(
+    criterion: REGLoss, network: nn.Module, x: Tensor, y: Tensor, targets: Targets, draws: Draws
+) -> dict[str, Tensor]:
+    """Return what `criterion` returns, with the alignment computed sample by sample."""
+    path, cls_token, encoder_tokens = criterion.path, *targets
+    x_t = path.interpolate(x, draws.noise, draws.t)
+    cls_t = None if cls_token is None else path.interpolate(cls_token, draws.cls_noise, draws.t)
+    v, projected, v_cls = network(x_t, draws.t, y, cls_t, draws.label_drop, project=bool(encoder_tokens))
+    terms = {"denoise": ((v - path.velocity_target(x, draws.noise, draws.t)) ** 2).flatten(1).mean(dim=1)}
+    if encoder_tokens:
+        proj = torch.zeros((), device=x.device)
+        for ours, theirs in zip(projected, encoder_tokens, strict=True):
+            for our, their in zip(ours, theirs, strict=True):
+                our, their = F.normalize(our.float(), dim=-1), F.normalize(their, dim=-1)
+                proj = proj - (our * their).sum(dim=-1).mean()
+        terms["proj"] = (proj / (len(encoder_tokens) * len(x))).expand(len(x))
+    if cls_token is not None:
+        terms["cls"] = ((v_cls - path.velocity_target(cls_token, draws.cls_noise, draws.t)) ** 2).mean(dim=1)
+    weights = {"denoise": 1.0, **criterion.weights}
+    return {"loss": sum(weights[name] * value for name, value in terms.items()), **terms}
 
 
 @torch.no_grad()

@@ -6,22 +6,25 @@ import os
 import shlex
 import subprocess
 import sys
-from functools import partial
 
 import pytest
 import torch
 
-from benchmarks import checkpoint, data, encode, evaluate, losses, preprocess, sample, train_step
+from benchmarks import checkpoint, data, encode, evaluate, losses, preprocess, sample, timing, train_step
 from benchmarks.timing import peak_memory, reset_peak_memory, run_measured
 from benchmarks.training_steps import OPTIMISATIONS, OurForm, PlainForm, Workload
 from common.cli import parse
 from common.io import InputError
 from experiments import digits
-from models.sit import SiT_models
 from tests.conftest import ROOT
 
 TINY = ["--model", "SiT-S/8", "--depth", "1", "--batch-size", "2", "--device", "cpu"]
 ENCODER = "timm/vit_tiny_patch16_224:input=64:patch_size=64:depth=1:embed_dim=24:num_heads=2"
+
+
+@pytest.fixture(autouse=True)
+def small_matrix_product(monkeypatch):
+    monkeypatch.setitem(timing.MATRIX, "cpu", 64)
 
 
 def test_forms_of_a_training_step_have_the_same_losses(tmp_path, capsys):
@@ -166,10 +169,9 @@ def test_no_rate_if_the_images_take_no_longer_than_the_start(monkeypatch, capsys
     assert rates == [2.0, None] and "| 4 | too few images | 1.1 |" in capsys.readouterr().out
 
 
-def test_the_cost_of_saving_is_measured(monkeypatch, tmp_path, capsys):
+def test_the_cost_of_saving_is_measured(tmp_path, capsys):
     path = tmp_path / "checkpoint.json"
-    monkeypatch.setitem(SiT_models, "SiT-S/8", partial(SiT_models["SiT-S/8"], depth=1, encoder_depth=1))
-    checkpoint.main(f"--model SiT-S/8 --rounds 1 --device cpu --folder {tmp_path} --json {path}".split())
+    checkpoint.main(f"--model SiT-S/8 --depth 1 --rounds 1 --device cpu --folder {tmp_path} --json {path}".split())
     figures = json.loads(path.read_text())
     assert figures["step"] > 0 and figures["checkpoint_gb"] > 0 and figures["command"].startswith("python")
     assert "| stall over step |" in capsys.readouterr().out

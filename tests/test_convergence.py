@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from experiments import convergence, imagenet, presets, report
 from experiments.judge import load_judge, train_judge
 from experiments.presets import Files
 from experiments.scoring import Judges, Sampling
-from tests.conftest import ENCODER
+from tests.conftest import ENCODER, run_training
 from training.config import parse_args
 
 POWERS = [100, 200, 400, 800, 1600]
@@ -146,9 +147,14 @@ def test_judge_learns_and_loads(tmp_path):
         load_judge(tmp_path / "none.pt")
 
 
-@pytest.fixture
-def toy(shared_data, encoder_weights, tmp_path, monkeypatch):
-    """A preset that takes seconds."""
+def train_here(command, log, threads):
+    """Run train.py in this process, and log every step."""
+    run_training([*command[1:], "--log-steps", "1"])
+
+
+@pytest.fixture(scope="module")
+def toy(shared_data, encoder_weights, tmp_path_factory):
+    """The folder of a comparison on a preset that takes seconds, and its command line."""
 
     def prepare(folder, config):
         if not (folder / "judge.pt").exists():
@@ -168,23 +174,19 @@ def toy(shared_data, encoder_weights, tmp_path, monkeypatch):
         timing_steps=4,
         prepare=prepare,
     )
-    monkeypatch.setitem(convergence.PRESETS, "digits", preset)
-    monkeypatch.setattr(convergence, "TIMING_ROUNDS", 1)
-    monkeypatch.setattr(convergence, "run_jobs", lambda jobs, parallel: [convergence.run_job(job) for job in jobs])
-    # In this process, so that a complete comparison takes seconds.
-    monkeypatch.setattr(convergence, "run", lambda command, log, threads: train_here(command))
-    return ["--out", str(tmp_path / "out")]
+    out = tmp_path_factory.mktemp("comparison")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(convergence.PRESETS, "digits", preset)
+        patch.setattr(convergence, "TIMING_ROUNDS", 1)
+        # In this process, so that a complete comparison takes seconds.
+        patch.setattr(convergence, "run_jobs", lambda jobs, parallel: [convergence.run_job(job) for job in jobs])
+        patch.setattr(convergence, "run", train_here)
+        convergence.main(["--out", str(out)])
+        yield out, ["--out", str(out)]
 
 
-def train_here(command):
-    from tests.conftest import run_training
-
-    run_training(command[1:])
-
-
-def test_a_comparison_runs_resumes_and_is_not_mixed_with_another(toy, monkeypatch, tmp_path):
-    out = tmp_path / "out"
-    convergence.main(toy)
+def test_a_comparison_is_complete(toy):
+    out, _ = toy
     result = json.loads((out / "digits-methods.json").read_text())
     for row, seeds in result["scores"].items():
         assert [scores["step"] for scores in seeds["0"]] == [2, 4]
@@ -194,34 +196,38 @@ def test_a_comparison_runs_resumes_and_is_not_mixed_with_another(toy, monkeypatc
     kept = sorted(path.name for path in (out / "runs" / "reg-seed0" / "checkpoints").glob("*.pt"))
     assert kept == ["0000004.pt"]
 
-    # If one score is lost, only that one is computed again.
+
+def test_methods_share_data_noise_and_initial_weights(toy):
+    """The first loss of the latents is the same number for all three: same images, times, noise, zero output."""
+    first = {}
+    for row in ("sit", "repa", "reg"):
+        lines = (toy[0] / "runs" / f"{row}-seed0" / "metrics.jsonl").read_text().splitlines()
+        first[row] = json.loads(lines[0])["denoise"]
+    assert first["sit"] == first["repa"] == first["reg"]
+
+
+def test_only_a_lost_score_is_computed_again(toy, monkeypatch):
+    out, flags = toy
     path = out / "runs" / "sit-seed0" / "scores.json"
     before = json.loads(path.read_text())
     path.write_text(json.dumps(before[:1]))
     trained = []
     monkeypatch.setattr(convergence, "run", lambda command, log, threads: trained.append(command))
-    convergence.main(toy)
+    convergence.main(flags)
     after = json.loads(path.read_text())
     assert not trained and [s["distance"] for s in after] == [s["distance"] for s in before]
 
-    monkeypatch.setattr(convergence, "run", lambda command, log, threads: train_here(command))
-    convergence.main(["--out", str(tmp_path / "unlabelled"), "--unlabelled", "--seeds", "1"])
-    result = json.loads((tmp_path / "unlabelled" / "digits-methods-unlabelled.json").read_text())
+
+def test_a_comparison_without_labels(toy, tmp_path):
+    shutil.copy(toy[0] / "seconds_per_step.json", tmp_path)  # not measured again
+    convergence.main(["--out", str(tmp_path), "--unlabelled", "--seeds", "1"])
+    result = json.loads((tmp_path / "digits-methods-unlabelled.json").read_text())
     assert "right" not in result["scores"]["REG"]["1"][0] and "cls_tokens_right" in result["scores"]["REG"]["1"][0]
 
+
+def test_comparisons_are_not_mixed(toy):
     with pytest.raises(InputError, match=r"holds a comparison with steps \[2, 4\], not \[2, 6\]"):
-        convergence.main([*toy, "--steps", "2,6"])
-
-
-def test_methods_share_data_noise_and_initial_weights(toy, monkeypatch, tmp_path):
-    """The first loss of the latents is the same number for all three: same images, times, noise, zero output."""
-    first = {}
-    monkeypatch.setattr(convergence, "run", lambda command, log, threads: train_here([*command, "--log-steps", "1"]))
-    convergence.main(toy)
-    for row in ("sit", "repa", "reg"):
-        lines = (tmp_path / "out" / "runs" / f"{row}-seed0" / "metrics.jsonl").read_text().splitlines()
-        first[row] = json.loads(lines[0])["denoise"]
-    assert first["sit"] == first["repa"] == first["reg"]
+        convergence.main([*toy[1], "--steps", "2,6"])
 
 
 @pytest.mark.parametrize(

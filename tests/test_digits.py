@@ -1,0 +1,64 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from common.images import save_png
+from common.io import InputError, write_json
+from experiments import digits
+from experiments.judge import load_images
+
+
+def write_samples(folder, pixels, labels):
+    names = [f"{number}.png" for number in range(len(pixels))]
+    for name, image in zip(names, pixels, strict=True):
+        save_png(folder / "images" / name, Image.fromarray(image))
+    write_json(
+        folder / "images" / "dataset.json", {"labels": [[n, int(y)] for n, y in zip(names, labels, strict=True)]}
+    )
+    return folder
+
+
+def test_commands(tmp_path, capsys):
+    digits.main(["encoder-spec"])
+    assert capsys.readouterr().out.strip() == digits.ENCODER_SPEC
+    for argv in ([], ["other"], ["--dest", "x"]):
+        with pytest.raises(InputError, match="allowed: images, encoder, encoder-spec, score"):
+            digits.main(argv)
+    with pytest.raises(InputError, match="--dest"):
+        digits.main(["images"])
+
+
+def test_the_two_halves_are_different_digits_of_all_classes(tmp_path):
+    (scans, labels), (held_out, held_out_labels) = digits.load_halves()
+    assert len(scans) + len(held_out) == 1797 and set(labels) == set(held_out_labels) == set(range(10))
+    digits.main(["images", "--dest", str(tmp_path)])
+    assert len(list(tmp_path.glob("*/*.png"))) == len(scans)
+    assert np.array_equal(np.array(Image.open(tmp_path / str(labels[3]) / "0003.png")), scans[3])
+
+
+def test_real_digits_get_the_score_of_real_digits(tmp_path):
+    digits.main(["encoder", "--dest", str(tmp_path / "encoder.safetensors"), "--steps", "2"])
+    (scans, labels), _ = digits.load_halves()
+    pixels = digits.enlarge(scans).permute(0, 2, 3, 1).numpy()
+    samples = write_samples(tmp_path / "samples", pixels, labels)
+    flags = ["--samples", samples, "--encoder", tmp_path / "encoder.safetensors", "--dest", tmp_path / "score.json"]
+    digits.main(["score", *map(str, flags)])
+    found = json.loads((tmp_path / "score.json").read_text())
+    assert found["images"] == len(scans) and found["cls_tokens_right"] is None
+    assert found["digits_right"] == found["digits_right_of_real"] > 0.9
+    assert found["frechet_distance"] == found["frechet_distance_of_real"] < found["frechet_distance_of_noise"]
+
+
+def test_images_are_read_in_the_order_of_their_labels_and_faults_are_named(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
+    folder = write_samples(tmp_path, pixels, [2, 0, 1]) / "images"
+    images, labels = load_images(folder)
+    assert torch.equal(images, torch.from_numpy(pixels).permute(0, 3, 1, 2)) and labels.tolist() == [2, 0, 1]
+    with pytest.raises(InputError, match=r"0\.png: 16 x 16 pixels of mode RGB, not RGB 8 x 8"):
+        load_images(folder, 8)
+    write_json(folder / "dataset.json", {})
+    with pytest.raises(InputError, match=r"no dataset\.json with labels"):
+        load_images(folder)
