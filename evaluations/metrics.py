@@ -19,7 +19,7 @@ NEAREST_NEIGHBOURS = 3
 
 
 class Sums:
-    """Sums over images, which can be added over batches and processes. All attributes of the object are such tensors."""
+    """Sums over images, which can be added over batches and processes. All attributes are such tensors."""
 
     def state(self) -> dict[str, Tensor]:
         """Return the tensors by name."""
