@@ -28,14 +28,14 @@ Kind = TypeVar("Kind", bound=Extraction)
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractionConfig(Config):
-    """Feature networks."""
+    """Feature extraction."""
 
     inception: str | None = setting(None, "Inception weights, .pb or PyTorch port; default: downloaded once")
     encoder: str | None = setting(None, "add the Frechet distance of this encoder's class tokens, e.g. dinov2-vit-l")
     enc_weights: str | None = setting(None, "weights file of --encoder; default: the encoder's own download")
     batch_size: int | str = setting(
         32,
-        "images per batch and process; auto: the largest that fits into GPU memory",
+        "images per batch and process; auto: as many as fit into GPU memory",
         check=BATCH_SIZE,
         parse=batch_size,
     )
