@@ -53,12 +53,8 @@ class BatchesConfig(Config):
     """Images to compare."""
 
     ref_batch: str = setting(MISSING, "reference: an .npz, or a folder or zip of images", flag="--ref_batch")
-    sample_batch: str = setting(
-        MISSING, "samples: an .npz with arr_0, or a folder or zip of images", flag="--sample_batch"
-    )
-    save_path: str | None = setting(
-        None, "result file (.json), or folder for it; default: next to the samples", flag="--save_path"
-    )
+    sample_batch: str = setting(MISSING, "samples: an .npz, or a folder or zip of images", flag="--sample_batch")
+    save_path: str | None = setting(None, "result file (.json) or folder; default: by the samples", flag="--save_path")
     cache: str | None = setting(None, "folder in which features are stored, and found again for the same images")
 
 

@@ -28,14 +28,14 @@ Kind = TypeVar("Kind", bound=Extraction)
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractionConfig(Config):
-    """Feature networks."""
+    """Feature extraction."""
 
     inception: str | None = setting(None, "Inception weights, .pb or PyTorch port; default: downloaded once")
     encoder: str | None = setting(None, "add the Frechet distance of this encoder's class tokens, e.g. dinov2-vit-l")
     enc_weights: str | None = setting(None, "weights file of --encoder; default: the encoder's own download")
     batch_size: int | str = setting(
         32,
-        "images per batch and process; auto: the largest batch that fits into the GPU's memory",
+        "images per batch and process; auto: as many as fit into GPU memory",
         check=BATCH_SIZE,
         parse=batch_size,
     )
@@ -49,7 +49,7 @@ class ExtractionConfig(Config):
 class Extractor:
     """Extracts features with all processes; only the main process gets the complete result.
 
-    Images are hashed in the background meanwhile.
+    The main process hashes the images in the background.
 
     Args:
         accelerator: of the program.
@@ -97,21 +97,17 @@ class Extractor:
 
     def encoder_features(self, images: ImageBatch) -> EncoderExtraction:
         """Return the class tokens' sums of all images."""
-        return self._extract(
-            self.encoder, self.encoder_name, images, EncoderExtraction(self.encoder.width, self.device)
-        )
+        extraction = EncoderExtraction(self.encoder.width, self.device)
+        return self._extract(self.encoder, self.encoder_name, images, extraction)
 
     def _extract(self, network: nn.Module, name: str, images: ImageBatch, extraction: Kind) -> Kind:
         is_main = self.accelerator.is_main_process
         if is_main:
             self._start_hashing(images)
-        if self._cache is not None:
-
-            def load() -> bool:
-                return self._cache.load(self.digest(images), name, extraction, images.count)
-
-            if broadcast_from_main(self.accelerator, load):
-                return extraction
+        if self._cache is not None and broadcast_from_main(
+            self.accelerator, lambda: self._cache.load(self.digest(images), name, extraction, images.count)
+        ):
+            return extraction
         self._run(network, images, extraction)
         self._combine(images, extraction)
         if self._cache is not None and is_main:

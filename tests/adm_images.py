@@ -40,7 +40,7 @@ def image(rng, size, kind, shifted):
     field = Image.fromarray(field.clip(0, 255).astype(np.uint8))
     a = np.asarray(field.resize((size, size), Image.BICUBIC)).astype(np.float32)
     y, x = np.mgrid[0:size, 0:size].astype(np.float32) / size
-    y, x = y.astype(np.float64), x.astype(np.float64)  # numpy 1 and 2 alike
+    y, x = y.astype(np.float64), x.astype(np.float64)  # the same in numpy 1 and 2
 
     if kind in (STRIPES, BOTH):
         angle, rate = rng.uniform(0, np.pi), rng.uniform(3, 30)

@@ -103,8 +103,8 @@ def test_missing_array_and_missing_file_are_named(tmp_path: Path) -> None:
 def test_empty_truncated_and_foreign_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "batch.npz"
     np.savez(path, some_images())
-    whole = path.read_bytes()
-    for content in (b"", whole[: len(whole) // 2], b"no zip at all"):
+    complete = path.read_bytes()
+    for content in (b"", complete[: len(complete) // 2], b"no zip at all"):
         path.write_bytes(content)
         with pytest.raises(InputError, match=r"batch\.npz: not an \.npz file, or cut short"):
             open_images(path)

@@ -55,14 +55,14 @@ def test_equal_tokens_agree_whatever_their_length_and_others_less():
 
 def test_batches_and_processes_add_up():
     generated, encoded, labels, centres = tokens(2)
-    whole, parts = scores(generated, encoded, labels, centres), scores(generated, encoded, labels, centres, batch=3)
-    assert whole == pytest.approx(parts)
+    complete, parts = scores(generated, encoded, labels, centres), scores(generated, encoded, labels, centres, batch=3)
+    assert complete == pytest.approx(parts)
     processes = [CoherenceSums(D) for _ in range(2)]
     for sums, rows in zip(processes, torch.arange(N).split(N // 2), strict=True):
         sums.update(generated[rows], encoded[rows], labels[rows], centres)
     together = CoherenceSums(D)
     together.load({name: value + processes[1].state()[name] for name, value in processes[0].state().items()})
-    assert together.scores() == pytest.approx(whole)
+    assert together.scores() == pytest.approx(complete)
 
 
 def test_tokens_of_other_classes_are_not_right():
@@ -105,11 +105,11 @@ def test_class_means_need_images_only_and_processes_share_them(data, encoder_wei
     expected = torch.stack([found[labels == label].double().mean(0) for label in range(NUM_CLASSES)])
     for path in (data / "vae-sd").rglob("*.npy"):
         path.unlink()
-    whole = class_mean_sums(encoder, kind, dataset, 5, "cpu")
-    torch.testing.assert_close(whole.centres(), expected, rtol=1e-5, atol=1e-6)
+    complete = class_mean_sums(encoder, kind, dataset, 5, "cpu")
+    torch.testing.assert_close(complete.centres(), expected, rtol=1e-5, atol=1e-6)
     shares = [class_mean_sums(encoder, kind, dataset, 5, "cpu", process, 3).state() for process in range(3)]
-    whole.load({name: sum(share[name] for share in shares) for name in shares[0]})
-    torch.testing.assert_close(whole.centres(), expected, rtol=1e-5, atol=1e-6)
+    complete.load({name: sum(share[name] for share in shares) for name in shares[0]})
+    torch.testing.assert_close(complete.centres(), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from tests import adm_standin
 from tests.conftest import ENCODER, read_rows, reset_accelerate, run_training
 from tests.test_train import with_flags
 
-# How the notes of the evaluator begin that 6 samples, scored by other weights than the published, deserve.
+# Beginnings of the evaluator's notes on 6 samples, scored with weights that are not the published ones.
 NOTES = [
     "STAND-IN",
     "6 samples; published numbers are from 50,000; fewer samples give higher FID and sFID",

@@ -209,7 +209,7 @@ def test_gamma_is_ignored_where_the_graph_ignores_it(tmp_path: Path) -> None:
     assert not torch.equal(weights.tensors["Mixed_5c.branch1x1.bn.weight"], torch.ones(64))
 
 
-def test_download_is_checked_and_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_download_is_checked_and_only_a_complete_file_is_kept(tmp_path: Path) -> None:
     source, target = tmp_path / "source.bin", tmp_path / "cache" / "graph.pb"
     source.write_bytes(b"weights")
     right, url = hashlib.sha256(b"weights").hexdigest(), source.as_uri()

@@ -48,12 +48,12 @@ def test_sums_give_numpys_mean_and_covariance_however_they_are_batched() -> None
 
 def test_sums_of_two_processes_add_up() -> None:
     features = torch.randn(50, 4, generator=generator())
-    first, second, whole = FeatureSums(4), FeatureSums(4), FeatureSums(4)
+    first, second, complete = FeatureSums(4), FeatureSums(4), FeatureSums(4)
     first.update(features[:20])
     second.update(features[20:])
-    whole.update(features)
+    complete.update(features)
     first.load({name: tensor + second.state()[name] for name, tensor in first.state().items()})
-    torch.testing.assert_close(first.statistics().covariance, whole.statistics().covariance)
+    torch.testing.assert_close(first.statistics().covariance, complete.statistics().covariance)
     assert first.statistics().count == 50
 
 

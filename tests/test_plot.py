@@ -61,7 +61,7 @@ def test_the_legend_says_what_the_scores_are_worth(
 
 
 @pytest.mark.parametrize("values", [(31.0, 29.0), (70.0, 15.0), (300.0, 1.8), (0.9, -0.5), (3.0, 0.0)])
-def test_numbers_beside_the_axis_are_plain_and_have_room(
+def test_numbers_at_the_axis_are_plain_and_have_room(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: tuple[float, ...]
 ) -> None:
     path = write_rows(tmp_path / "m.jsonl", *({"step": step, "fid": value} for step, value in enumerate(values)))
