@@ -96,11 +96,11 @@ def table(losses: dict[str, list[float]]) -> str:
     headings += f"| separated by {SEPARATED} after step"
     rows = []
     for name, values in losses.items():
-        apart = [abs(a - b) for a, b in zip(values, reference, strict=True)]
-        beyond = (i for i, (d, b) in enumerate(zip(apart, reference, strict=True)) if d > SEPARATED * abs(b))
+        differences = [abs(a - b) for a, b in zip(values, reference, strict=True)]
+        beyond = (i for i, (d, b) in enumerate(zip(differences, reference, strict=True)) if d > SEPARATED * abs(b))
         rows.append(
-            f"{name} | {statistics.mean(values[-tenth:]):.4f} | {max(apart[:tenth]):.1e} "
-            f"| {statistics.mean(apart[-tenth:]):.1e} | {next(beyond, 'never')}"
+            f"{name} | {statistics.mean(values[-tenth:]):.4f} | {max(differences[:tenth]):.1e} "
+            f"| {statistics.mean(differences[-tenth:]):.1e} | {next(beyond, 'never')}"
         )
     return markdown_table(headings, rows)
 
@@ -117,8 +117,8 @@ def draw(losses: dict[str, list[float]], path: Path) -> None:
     for name, values in losses.items():
         steps = range(1, len(values) + 1)
         top.plot(steps, values, label=name, linewidth=0.8)
-        apart = [max(abs(a - b), 1e-9) for a, b in zip(values, reference, strict=True)]
-        bottom.plot(steps, apart, linewidth=0.8)
+        differences = [max(abs(a - b), 1e-9) for a, b in zip(values, reference, strict=True)]
+        bottom.plot(steps, differences, linewidth=0.8)
     top.set_ylabel("loss")
     top.legend(fontsize="small")
     bottom.set(yscale="log", xlabel="step", ylabel=f"distance from {next(iter(losses))}")

@@ -55,8 +55,7 @@ class TrainStep(TrainingBenchmark):
     steps: int = setting(2, "training steps of a turn", check=POSITIVE)
     matrix_seconds: float = setting(3, "time of the matrix product", check=NON_NEGATIVE)
     largest_batch: bool = setting(
-        False,
-        f"use the largest batch that the last form has memory for: {LARGEST_FACTOR} x --batch-size, or a half, ...",
+        False, f"use the largest batch that fits into memory: {LARGEST_FACTOR} times --batch-size, a half of it, ..."
     )
     profile: Path | None = setting(None, "write a trace of the last form's steps to this file; print its operations")
 

@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import train
@@ -305,6 +304,6 @@ def write_random_weights(folder: Path, encoder: str, resolution: int) -> str:
     torch.manual_seed(0)
     paths = []
     for number, spec in enumerate(encoder.split(",")):
-        paths.append(str(folder / f"encoder{number}.safetensors"))
-        save_file(untrained_encoder(spec, resolution).network.state_dict(), paths[-1])
+        paths.append(str(folder / f"encoder{number}.pt"))
+        torch.save(untrained_encoder(spec, resolution).network.state_dict(), paths[-1])
     return ",".join(paths)

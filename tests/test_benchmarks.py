@@ -12,10 +12,11 @@ import torch
 
 from benchmarks import checkpoint, data, encode, evaluate, losses, preprocess, sample, timing, train_step
 from benchmarks.timing import peak_memory, reset_peak_memory, run_measured
-from benchmarks.training_steps import OPTIMISATIONS, OurForm, PlainForm, Workload
+from benchmarks.training_steps import OPTIMISATIONS, OurForm, PlainForm, Workload, write_random_weights
 from common.cli import parse
 from common.io import InputError
 from experiments import digits
+from models.encoders import load_encoders, untrained_encoder
 from tests.conftest import ROOT
 
 TINY = ["--model", "SiT-S/8", "--depth", "1", "--batch-size", "2", "--device", "cpu"]
@@ -91,6 +92,16 @@ def test_all_forms_report_the_loss_of_a_bad_step():
             form.step()
         first, _ = form.finish()
         assert first != first
+
+
+def test_random_weights_of_encoders_are_those_that_are_loaded(tmp_path):
+    specs = f"{ENCODER},timm/mobilenetv1_100:channel_multiplier=0.5:input=64"
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    loaded = load_encoders(specs, 64, write_random_weights(tmp_path, specs, 64))
+    torch.manual_seed(0)
+    for spec, encoder in zip(specs.split(","), loaded, strict=True):
+        torch.testing.assert_close(encoder(images).patch_tokens, untrained_encoder(spec, 64)(images).patch_tokens)
 
 
 def test_memory_of_a_program_is_measured_separately():

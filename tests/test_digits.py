@@ -39,16 +39,18 @@ def test_the_two_halves_are_different_digits_of_all_classes(tmp_path):
     assert np.array_equal(np.array(Image.open(tmp_path / str(labels[3]) / "0003.png")), scans[3])
 
 
-def test_real_digits_get_the_score_of_real_digits(tmp_path):
+def test_real_digits_get_the_score_of_real_digits(tmp_path, monkeypatch):
+    halves = [(scans[:200], labels[:200]) for scans, labels in digits.load_halves()]
+    monkeypatch.setattr(digits, "load_halves", lambda: halves)
     digits.main(["encoder", "--dest", str(tmp_path / "encoder.safetensors"), "--steps", "2"])
-    (scans, labels), _ = digits.load_halves()
+    scans, labels = halves[0]
     pixels = digits.enlarge(scans).permute(0, 2, 3, 1).numpy()
     samples = write_samples(tmp_path / "samples", pixels, labels)
     flags = ["--samples", samples, "--encoder", tmp_path / "encoder.safetensors", "--dest", tmp_path / "score.json"]
     digits.main(["score", *map(str, flags)])
     found = json.loads((tmp_path / "score.json").read_text())
     assert found["images"] == len(scans) and found["cls_tokens_right"] is None
-    assert found["digits_right"] == found["digits_right_of_real"] > 0.9
+    assert found["digits_right"] == found["digits_right_of_real"] > 0.8
     assert found["frechet_distance"] == found["frechet_distance_of_real"] < found["frechet_distance_of_noise"]
 
 
