@@ -67,7 +67,7 @@ def survives_kills(program: str, arguments: list[object], folder: Path, suffix: 
     _, errors = (process := start(program, *arguments, "--dest", destination)).communicate()
     assert process.returncode == 0, errors
     assert contents(destination) == expected
-    assert {path.name for path in folder.iterdir()} == {reference.name, destination.name}, "other files were left in the folder"
+    assert {path.name for path in folder.iterdir()} == {reference.name, destination.name}, "unexpected files"
     return len(expected if not suffix else zipfile.ZipFile(destination).namelist())
 
 
