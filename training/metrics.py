@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 from common.io import atomic_write, read_metrics
@@ -117,6 +118,7 @@ class RunLog:
         batch_size: global, for images per second.
         main: whether this process writes.
         track: passes a row and its step to the tracker.
+        track_picture: passes a picture and its step to the tracker.
         state: what `state()` returned when the run was saved; None for a new run.
         step: at which the run starts or resumes; rows of later steps are removed, since these steps are repeated.
         peak_images_per_second: throughput at the peak FLOP/s of the devices; None if unknown.
@@ -128,6 +130,7 @@ class RunLog:
         batch_size: int,
         main: bool,
         track: Callable[[dict[str, float], int], None],
+        track_picture: Callable[[Image, int], None] = lambda picture, step: None,
         state: dict[str, Any] | None = None,
         step: int = 0,
         peak_images_per_second: float | None = None,
@@ -138,6 +141,7 @@ class RunLog:
         self.batch_size = batch_size
         self.main = main
         self.track = track
+        self.track_picture = track_picture
         self.peak_images_per_second = peak_images_per_second
         state = state or {"sums": {}, "steps": 0, "seconds": 0.0}
         self.sums = {name: float(value) for name, value in state["sums"].items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -112,10 +111,4 @@ def write_grid(run: Run, name: str, latents: Tensor) -> None:
     path = run.folder / "samples" / f"{name}.png"
     with warn_if_unwritable(str(path)):
         save_png(path, grid)
-    for tracker in run.accelerator.trackers:
-        if tracker.name == "wandb":
-            import wandb
-
-            tracker.log({"samples": wandb.Image(grid)}, step=run.step)
-        elif tracker.name == "tensorboard":
-            tracker.writer.add_image("samples", np.asarray(grid), run.step, dataformats="HWC")
+    run.log.track_picture(grid, run.step)

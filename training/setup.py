@@ -8,9 +8,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from PIL.Image import Image
 from tqdm import tqdm
 
 from common.distributed import broadcast_from_main
@@ -205,6 +207,7 @@ def make_log(
         config.batch_size,
         accelerator.is_main_process,
         lambda row, at: accelerator.log(row, step=at),
+        lambda picture, at: track_picture(accelerator, picture, at),
         checkpoint.get("log") if checkpoint else None,
         step,
         peak_images_per_second(config, facts, accelerator),
@@ -257,3 +260,14 @@ def start_tracker(config: TrainConfig, facts: RunFacts, accelerator: Accelerator
         config=settings,
         init_kwargs={"wandb": {"name": config.exp_name, "id": run_id, "resume": "allow", "dir": str(config.folder)}},
     )
+
+
+def track_picture(accelerator: Accelerator, picture: Image, step: int) -> None:
+    """Pass a picture of samples to the tracker."""
+    for tracker in accelerator.trackers:
+        if tracker.name == "wandb":
+            import wandb
+
+            tracker.log({"samples": wandb.Image(picture)}, step=step)
+        elif tracker.name == "tensorboard":
+            tracker.writer.add_image("samples", np.asarray(picture), step, dataformats="HWC")
