@@ -138,16 +138,16 @@ def test_damage_at_50_places_is_found(tmp_path, damage, with_checksum):
     write(CheckpointWriter(tmp_path), 10)
     if not with_checksum:
         checksum_path(path).unlink()
-    whole, source = path.read_bytes(), random.Random(0)
+    content, source = path.read_bytes(), random.Random(0)
     for _ in range(50):
-        place = source.randrange(len(whole))
+        place = source.randrange(len(content))
         if damage == "flipped" and not with_checksum:  # what the zip itself protects: the values
-            place = source.randrange(whole.index(torch.arange(1000.0).numpy().tobytes()), len(whole) // 2)
-        data = whole[:place]
+            place = source.randrange(content.index(torch.arange(1000.0).numpy().tobytes()), len(content) // 2)
+        data = content[:place]
         if damage == "flipped":
-            data += bytes([whole[place] ^ (1 << source.randrange(8))]) + whole[place + 1 :]
+            data += bytes([content[place] ^ (1 << source.randrange(8))]) + content[place + 1 :]
         path.write_bytes(data)
         with pytest.raises(InputError, match=r"0000010\.pt"):
             load_checkpoint(path)
-    path.write_bytes(whole)
+    path.write_bytes(content)
     assert torch.equal(load_checkpoint(path)["ema"]["weight"], CONTENT["ema"]["weight"])

@@ -37,8 +37,8 @@ def test_reports_hold_means_over_parts_and_requests_of_any_process():
     assert found.good and reports.receive(wait_for_all=True) == []
 
 
-def test_what_a_backend_may_still_use_is_held_for_a_step():
-    """Or a run of several processes hangs at its end, now and then: `StepReports` says why."""
+def test_a_reduced_tensor_is_referenced_for_one_more_step():
+    """Otherwise a run of several processes can hang at its end: `StepReports` says why."""
     reduced = []
 
     def reduce(values):
@@ -54,7 +54,7 @@ def test_what_a_backend_may_still_use_is_held_for_a_step():
     assert reduced[0]() is None and reduced[1]() is not None
 
 
-def test_reports_come_late_where_the_host_must_not_wait():
+def test_reports_arrive_late_so_that_the_host_does_not_wait():
     reports = StepReports(lambda values: values, torch.device("cpu"), ("stop",))
     reports.lag = 2
     for step in range(4):
@@ -65,7 +65,7 @@ def test_reports_come_late_where_the_host_must_not_wait():
     assert [(found.step, found.good) for found in rest] == [(2, True), (3, False)]
 
 
-def test_an_overflow_of_fp16_is_told_apart_and_only_many_in_a_row_end_the_run(tmp_path):
+def test_overflows_of_fp16_are_counted_separately_and_only_consecutive_ones_end_the_run(tmp_path):
     log = run_log(tmp_path)
     bad = BadSteps(log, lambda samples: samples, lambda step: ["a.npy", "b.npy"], 3, "fp16")
     for step, grad_norm in enumerate([math.inf, math.nan, 1.0, math.inf]):
@@ -134,8 +134,8 @@ def test_a_bad_step_changes_nothing_with_any_optimizer(name, poison):
 
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
-def test_a_step_is_left_out_by_the_device_alone(scaled, poison):
-    """With a loss scaler, as fp16 has it, and without."""
+def test_a_step_is_skipped_on_the_device(scaled, poison):
+    """With the loss scaler of fp16, and without."""
     model = randomise(small())
     average = ema.averaged_copy(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
@@ -166,7 +166,7 @@ def test_the_average_is_the_same_to_the_bit_whether_steps_are_watched():
     assert all(torch.equal(a, b) for a, b in zip(averages[0].parameters(), averages[1].parameters(), strict=True))
 
 
-def test_rows_leave_bad_steps_out_and_survive_a_full_disk(tmp_path, monkeypatch):
+def test_rows_skip_bad_steps_and_survive_a_full_disk(tmp_path, monkeypatch):
     log = run_log(tmp_path)
     log.add({"loss": 1.0})
     log.count("bad_steps")
@@ -189,7 +189,7 @@ def test_rows_leave_bad_steps_out_and_survive_a_full_disk(tmp_path, monkeypatch)
     assert again.write_row(3)["loss"] == 2.0
 
 
-def test_half_a_line_is_taken_back(tmp_path, monkeypatch):
+def test_a_partial_line_is_removed(tmp_path, monkeypatch):
     from training import metrics as module
 
     path = tmp_path / "metrics.jsonl"

@@ -1,4 +1,4 @@
-"""A run that is killed, stopped or damaged at any moment and gone on with is the run that was never disturbed.
+"""A run that is killed, stopped or damaged at any moment and then resumed equals a run that was never disturbed.
 
 REG_KILLS=30 runs the long form of the first test.
 """
@@ -61,16 +61,16 @@ def finish(flags: list[str], tmp_path: Path, processes: int = 1) -> Path:
     return run_folder(flags)
 
 
-def assert_same_run(whole: Path, parted: Path) -> None:
-    """Weights, averages, optimiser and every logged loss, bit for bit."""
-    a, b = (load_checkpoint(run / "checkpoints" / LAST) for run in (whole, parted))
+def assert_same_run(undisturbed: Path, resumed: Path) -> None:
+    """Assert that weights, averages, optimizer and every logged loss are equal, bit for bit."""
+    a, b = (load_checkpoint(run / "checkpoints" / LAST) for run in (undisturbed, resumed))
     for part in ("model", "ema"):
         assert a[part].keys() == b[part].keys()
         assert all(torch.equal(a[part][key], b[part][key]) for key in a[part])
     for index, state in a["opt"]["state"].items():
         assert all(torch.equal(value, b["opt"]["state"][index][name]) for name, value in state.items())
     logged = ("step", "loss", "denoise", "proj", "cls", "grad_norm", "epoch")
-    ours, theirs = ([[row[name] for name in logged] for row in read_rows(run)] for run in (whole, parted))
+    ours, theirs = ([[row[name] for name in logged] for row in read_rows(run)] for run in (undisturbed, resumed))
     assert ours == theirs
 
 
@@ -79,9 +79,9 @@ def newest_step(folder: Path) -> int:
 
 
 def kill_after(flags: list[str], steps: float, output: Path) -> tuple[bool, bool]:
-    """Start a run and kill it so many steps on; return whether it still ran, and whether it was writing.
+    """Start a run and kill it after `steps` steps; return whether it still ran, and whether it was writing a file.
 
-    Whole steps are waited for, parts are slept, so that the moment is the same on a busy machine.
+    Complete steps are waited for, fractions are slept, so that the moment is the same on a busy machine.
     """
     folder = run_folder(flags)
     training = Training(flags, output)
@@ -92,7 +92,7 @@ def kill_after(flags: list[str], steps: float, output: Path) -> tuple[bool, bool
 
 
 def test_killed_at_any_moment(train_flags, tmp_path):
-    whole = finish(flags_of(train_flags, "whole"), tmp_path)
+    undisturbed = finish(flags_of(train_flags, "undisturbed"), tmp_path)
     chance, killed = random.Random(0), []
     for number in range(KILLS):
         flags = flags_of(train_flags, f"killed-{number}")
@@ -102,7 +102,7 @@ def test_killed_at_any_moment(train_flags, tmp_path):
             verify_checkpoint(path)
         finish(flags, tmp_path)
         assert not list((folder / "checkpoints").glob(".*.tmp"))
-        assert_same_run(whole, folder)
+        assert_same_run(undisturbed, folder)
     inside_training, inside_writing = (sum(each) for each in zip(*killed, strict=True))
     print(f"{KILLS} of {KILLS}: {inside_training} killed before their end, {inside_writing} while writing a file")
     assert inside_training >= KILLS / 2
@@ -123,7 +123,7 @@ VARIANTS = {
 def test_stopped_by_a_signal_and_resumed(train_flags, tmp_path, variant):
     number, processes, more = VARIANTS[variant]
     rare = ("--checkpointing-steps", "100") if number != signal.SIGKILL else ()
-    whole = finish(flags_of(train_flags, "whole", *more), tmp_path, processes)
+    undisturbed = finish(flags_of(train_flags, "undisturbed", *more), tmp_path, processes)
     flags = flags_of(train_flags, "stopped", *more, "--log-steps", "1")
     training = Training([*flags, *rare], tmp_path / "output.txt", processes)
     training.wait_for_lines(run_folder(flags) / "metrics.jsonl", lines=4)
@@ -135,8 +135,8 @@ def test_stopped_by_a_signal_and_resumed(train_flags, tmp_path, variant):
         assert len(steps) == 1 and steps[0] < STEPS
     finish(flags, tmp_path, processes)
     assert [row["step"] for row in read_rows(run_folder(flags))] == list(range(1, STEPS + 1))
-    (run_folder(flags) / "metrics.jsonl").write_bytes((whole / "metrics.jsonl").read_bytes())
-    assert_same_run(whole, run_folder(flags))
+    (run_folder(flags) / "metrics.jsonl").write_bytes((undisturbed / "metrics.jsonl").read_bytes())
+    assert_same_run(undisturbed, run_folder(flags))
 
 
 def test_nobody_leaves_before_the_last_checkpoint_is_written(train_flags, tmp_path):
@@ -155,11 +155,11 @@ def test_nobody_leaves_before_the_last_checkpoint_is_written(train_flags, tmp_pa
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
 def test_resumed_on_another_number_of_processes(train_flags, tmp_path, before, after):
-    whole = finish(flags_of(train_flags, "whole", "--log-steps", "1"), tmp_path)
+    undisturbed = finish(flags_of(train_flags, "undisturbed", "--log-steps", "1"), tmp_path)
     flags = flags_of(train_flags, "changed", "--log-steps", "1")
     finish([*flags, "--max-train-steps", "5"], tmp_path, before)
     finish(flags, tmp_path, after)
-    runs = (whole, run_folder(flags))
+    runs = (undisturbed, run_folder(flags))
     ours, theirs = ([[row[name] for name in ("step", "loss", "grad_norm")] for row in read_rows(run)] for run in runs)
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
     a, b = (load_checkpoint(run / "checkpoints" / LAST)["ema"] for run in runs)
@@ -169,7 +169,7 @@ def test_resumed_on_another_number_of_processes(train_flags, tmp_path, before, a
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "no weights", "malicious"])
 def test_a_broken_newest_checkpoint_is_skipped(train_flags, tmp_path, damage, capsys):
-    whole = run_training(flags_of(train_flags, "whole", "--keep-last", "2"))
+    undisturbed = run_training(flags_of(train_flags, "undisturbed", "--keep-last", "2"))
     flags = flags_of(train_flags, "damaged")
     folder = run_training([*flags, "--max-train-steps", "8"])
     path = folder / "checkpoints" / "0000008.pt"
@@ -184,12 +184,12 @@ def test_a_broken_newest_checkpoint_is_skipped(train_flags, tmp_path, damage, ca
             {"ema": {}} if damage == "no weights" else {"args": Malicious(os.system, f"touch {tmp_path}/ran")}, path
         )
         checksum_path(path).unlink()
-    assert_same_run(whole, run_training(flags))
+    assert_same_run(undisturbed, run_training(flags))
     assert "warning: 0000008.pt is skipped, the previous checkpoint is tried" in capsys.readouterr().err
     assert not (tmp_path / "ran").exists()
 
 
-def test_without_a_whole_checkpoint_nothing_is_begun_anew(train_flags):
+def test_without_a_complete_checkpoint_no_new_run_is_started(train_flags):
     flags = flags_of(train_flags, "damaged", "--keep-last", "2")
     folder = run_training(flags)
     for path in (folder / "checkpoints").glob("*.pt"):
@@ -217,7 +217,7 @@ def small_disk(tmp_path):
 @pytest.mark.parametrize("room_is_made", [True, False])
 def test_a_full_disk(train_flags, tmp_path, small_disk, room_is_made):
     """The disk has room for two checkpoints of 7 MB, until a ballast leaves less than one."""
-    whole = finish(flags_of(train_flags, "whole"), tmp_path)
+    undisturbed = finish(flags_of(train_flags, "undisturbed"), tmp_path)
     flags = flags_of(train_flags, "full", "--output-dir", str(small_disk), "--keep-last", "1", "--retry-steps", "1")
     folder = finish([*flags, "--max-train-steps", "3"], tmp_path)
     output = tmp_path / "second.txt"
@@ -238,7 +238,7 @@ def test_a_full_disk(train_flags, tmp_path, small_disk, room_is_made):
         assert training.wait() == 2, training.text()
         assert "train.py: error:" in training.text() and "free some space" in training.text()
         ballast.unlink()
-        assert_same_run(whole, finish(flags, tmp_path))
+        assert_same_run(undisturbed, finish(flags, tmp_path))
 
 
 def poison(data: Path, index: int, value: float) -> str:
@@ -249,8 +249,8 @@ def poison(data: Path, index: int, value: float) -> str:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_a_poisoned_sample_is_left_out_and_named(train_flags, data, value, precision):
-    """24 samples in batches of 8: in each epoch one step of three meets it."""
+def test_a_poisoned_sample_is_skipped_and_named(train_flags, data, value, precision):
+    """24 samples in batches of 8: in each epoch one step of three contains it."""
     name = poison(data, 7, value)
     flags = flags_of(train_flags, "poisoned", "--data-dir", str(data), "--mixed-precision", precision)
     folder = run_training(flags)
@@ -266,7 +266,7 @@ def test_a_poisoned_sample_is_left_out_and_named(train_flags, data, value, preci
         assert sample["file"] == name and sample["label"] == 7 % 3 and 0 <= sample["t"] <= 1
         assert sample["loss"] is None and sample["denoise"] is None
     steps = {state["step"].item() for state in checkpoint["opt"]["state"].values()}
-    assert steps == {STEPS - 4}  # AdamW's own count leaves them out as well
+    assert steps == {STEPS - 4}  # AdamW's own count skips them as well
 
 
 def test_too_many_bad_steps_in_a_row_end_the_run(train_flags, data, tmp_path):

@@ -61,7 +61,7 @@ def test_class_tokens_that_are_known_are_never_dropped(samples):
     fewer.finish([0] * 5, False, with_cls=True, npz=False)
     assert np.array_equal(np.load(joined), tokens(range(7)))
     assert np.array_equal(fewer.read_cls_tokens(), tokens(range(5)))
-    write(more, range(8, 9))  # begun, and interrupted
+    write(more, range(8, 9))  # an interrupted set
     fewer.finish([0] * 5, False, with_cls=True, npz=False)
     assert more.missing_batches(1, with_cls=True) == [range(7, 8)]
     write(more, range(7, 8))
@@ -100,12 +100,12 @@ def test_the_npz_is_written_only_if_it_is_not_that_of_the_images(samples):
 
 
 def test_images_are_read_ahead_by_a_fixed_number(tmp_path, monkeypatch):
-    begun = []
-    monkeypatch.setattr(SampleSet, "image_path", lambda self, number: begun.append(number) or number)
+    started = []
+    monkeypatch.setattr(SampleSet, "image_path", lambda self, number: started.append(number) or number)
     monkeypatch.setattr(SampleSet, "_read_image", lambda self, path: path)
     reader = SampleSet(tmp_path, 500, SIZE).read_images()
     assert list(islice(reader, 10)) == list(range(10))
-    assert len(begun) < 10 + sample_set.READ_AHEAD
+    assert len(started) < 10 + sample_set.READ_AHEAD
     assert list(reader) == list(range(10, 500))
 
 

@@ -1,4 +1,4 @@
-"""A sharded run is the run of one process, in other memory."""
+"""A sharded run equals the run of one process."""
 
 import json
 import signal
@@ -57,29 +57,29 @@ def test_same_losses_and_same_file_as_ddp_and_one_process(train_flags, tmp_path)
 
 def test_stopped_and_resumed_bit_for_bit(train_flags, tmp_path):
     more = ("--gradient-accumulation-steps", "2", "--mixed-precision", "bf16")
-    whole = finish(flags_of(train_flags, "whole", "--fsdp", *more), tmp_path, processes=2)
+    undisturbed = finish(flags_of(train_flags, "undisturbed", "--fsdp", *more), tmp_path, processes=2)
     flags = flags_of(train_flags, "stopped", "--fsdp", *more, "--log-steps", "1")
     training = Training([*flags, "--checkpointing-steps", "100"], tmp_path / "output.txt", processes=2)
     training.wait_for_lines(run_folder(flags) / "metrics.jsonl", lines=4)
     training.signal(signal.SIGTERM)
     assert training.wait() == EXIT_RESUMABLE, training.text()
     finish(flags, tmp_path, processes=2)
-    (run_folder(flags) / "metrics.jsonl").write_bytes((whole / "metrics.jsonl").read_bytes())
-    assert_same_run(whole, run_folder(flags))
+    (run_folder(flags) / "metrics.jsonl").write_bytes((undisturbed / "metrics.jsonl").read_bytes())
+    assert_same_run(undisturbed, run_folder(flags))
 
 
-def test_checkpoints_are_gone_on_with_in_other_ways(train_flags, tmp_path):
-    """Shared out, then whole on two processes, then shared out again, then on one."""
-    whole = finish(flags_of(train_flags, "whole", "--log-steps", "1"), tmp_path)
+def test_sharded_and_unsharded_runs_resume_each_other(train_flags, tmp_path):
+    """Sharded, then DDP on two processes, then sharded again, then one process."""
+    undisturbed = finish(flags_of(train_flags, "undisturbed", "--log-steps", "1"), tmp_path)
     flags = flags_of(train_flags, "changed", "--log-steps", "1")
     finish([*flags, "--fsdp", "--max-train-steps", "3"], tmp_path, processes=2)
     finish([*flags, "--max-train-steps", "6"], tmp_path, processes=2)
     finish([*flags, "--fsdp", "--max-train-steps", "9"], tmp_path, processes=2)
     finish(flags, tmp_path)
-    assert_close_runs(whole, run_folder(flags))
+    assert_close_runs(undisturbed, run_folder(flags))
 
 
-def test_a_poisoned_sample_is_left_out(train_flags, data, tmp_path):
+def test_a_poisoned_sample_is_skipped(train_flags, data, tmp_path):
     poison(data, 7, float("nan"))
     flags = flags_of(train_flags, "poisoned", "--fsdp", "--data-dir", str(data))
     checkpoint = load_checkpoint(finish(flags, tmp_path, processes=2) / "checkpoints" / LAST)
@@ -88,6 +88,6 @@ def test_a_poisoned_sample_is_left_out(train_flags, data, tmp_path):
     assert {state["step"].item() for state in checkpoint["opt"]["state"].values()} == {STEPS - 4}
 
 
-def test_one_process_has_nobody_to_share_with(train_flags):
+def test_one_process_cannot_shard(train_flags):
     with pytest.raises(InputError, match="--fsdp with 1 process"):
         run_training(flags_of(train_flags, "alone", "--fsdp"))

@@ -79,7 +79,7 @@ def test_entangling_nothing_is_repa(train_flags):
     assert len(read_rows(resumed)) == 5
 
 
-def test_the_methods_start_alike(train_flags):
+def test_the_methods_start_equally(train_flags):
     """A step's data, times and noise, and the initial weights, are the same with and without slot and projectors."""
     first, weights = {}, {}
     for mode, flags in MODES.items():
@@ -104,18 +104,20 @@ def test_loss_falls(train_flags):
 
 
 def test_a_resumed_run_equals_one_never_stopped(train_flags):
-    whole = run_training(with_flags(train_flags, "--exp-name", "whole", "--log-steps", "3", "--max-train-steps", "6"))
+    undisturbed = run_training(
+        with_flags(train_flags, "--exp-name", "undisturbed", "--log-steps", "3", "--max-train-steps", "6")
+    )
     flags = with_flags(train_flags, "--log-steps", "3", "--checkpointing-steps", "2")
     run_training([*flags, "--max-train-steps", "4"])
-    (whole.parent / "run" / "checkpoints" / "0000004.pt").unlink()  # as if the run had died in step 4
-    parted = run_training([*flags, "--max-train-steps", "6", "--resume", "latest"])
-    a, b = (load_checkpoint(run / "checkpoints" / "0000006.pt") for run in (whole, parted))
+    (undisturbed.parent / "run" / "checkpoints" / "0000004.pt").unlink()  # as if the run had died in step 4
+    resumed = run_training([*flags, "--max-train-steps", "6", "--resume", "latest"])
+    a, b = (load_checkpoint(run / "checkpoints" / "0000006.pt") for run in (undisturbed, resumed))
     for part in ("model", "ema"):
         assert all(torch.equal(a[part][key], b[part][key]) for key in a[part])
     for index, state in a["opt"]["state"].items():
         assert all(torch.equal(value, b["opt"]["state"][index][name]) for name, value in state.items())
-    assert [row["step"] for row in read_rows(parted)] == [3, 6]
-    assert terms(whole) == terms(parted)
+    assert [row["step"] for row in read_rows(resumed)] == [3, 6]
+    assert terms(undisturbed) == terms(resumed)
 
 
 def test_resume_step_and_published_optimizer_layout(train_flags):
@@ -231,7 +233,7 @@ def test_bad_settings_are_named_before_anything_is_written(train_flags, case, tm
     assert not list((tmp_path / "exps").rglob("*.pt")) and not list((tmp_path / "exps").rglob("metrics.jsonl"))
 
 
-def test_a_run_is_never_begun_again_or_mixed_with_another(train_flags):
+def test_a_run_is_never_overwritten_or_mixed_with_another(train_flags):
     flags = with_flags(train_flags)
     run = run_training(flags)
     before = (run / "metrics.jsonl").read_bytes()
@@ -244,44 +246,64 @@ def test_a_run_is_never_begun_again_or_mixed_with_another(train_flags):
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_run_begins_with_the_weights_of_another(train_flags, data, capsys):
-    """With a learning rate of next to nothing they are still there after a step."""
+def test_a_run_starts_from_the_weights_of_another(train_flags, data, capsys):
+    """With a learning rate near zero these weights are unchanged after a step."""
     first = run_training(with_flags(train_flags, "--exp-name", "first")) / "checkpoints" / "0000004.pt"
     given = load_checkpoint(first)["ema"]
     more = ["--max-train-steps", "1", "--learning-rate", "1e-30", "--num-classes", "9", "--init-from", str(first)]
     run = run_training(with_flags(train_flags, *more))
     assert f"weights of {first}; newly initialized: y_embedder.embedding_table.weight\n" in capsys.readouterr().out
     for part in ("model", "ema"):
-        begun = load_checkpoint(run / "checkpoints" / "0000001.pt")[part]
-        assert begun.keys() == given.keys() and begun["y_embedder.embedding_table.weight"].shape[0] == 10
-        same = [name for name in given if torch.equal(begun[name], given[name])]
+        initial = load_checkpoint(run / "checkpoints" / "0000001.pt")[part]
+        assert initial.keys() == given.keys() and initial["y_embedder.embedding_table.weight"].shape[0] == 10
+        same = [name for name in given if torch.equal(initial[name], given[name])]
         assert len(same) == len(given) - 1
     with pytest.raises(InputError, match=r"--init-from .*0000004\.pt: holds another network than .*; blocks\.1\."):
         run_training(with_flags(train_flags, *more, "--exp-name", "shallow", "--depth", "1", "--encoder-depth", "1"))
 
 
 @pytest.mark.parametrize(("name", "value"), [("--proj-coeff", "nan"), ("--learning-rate", "inf"), ("--cls", "much")])
-def test_numbers_that_are_none_are_refused(train_flags, name, value):
+def test_values_that_are_no_numbers_are_refused(train_flags, name, value):
     with pytest.raises(InputError, match=f"{name}: '{value}' is no finite number"):
         parse_args([*train_flags, "--exp-name", "run", name, value])
 
 
-def test_epochs_end_a_run_only_where_they_are_asked_for(train_flags):
+def test_epochs_end_a_run_only_if_given(train_flags):
     run = run_training(with_flags(train_flags, "--epochs", "1", "--max-train-steps", "100"))
     assert [row["step"] for row in read_rows(run)] == [1, 2, 3]  # 24 images in batches of 8
 
 
+def test_another_optimizer_is_one_edit(train_flags, data, monkeypatch, capsys):
+    """Its bad steps are skipped, with a note at the start, and its state is restored."""
+    path = data / "vae-sd" / "00000" / "img-mean-std-00000007.npy"
+    np.save(path, np.full_like(np.load(path), np.nan))
+    monkeypatch.setattr(
+        "training.state.make_optimizer", lambda parameters, config: torch.optim.NAdam(parameters, config.learning_rate)
+    )
+    flags = with_flags(train_flags, "--data-dir", str(data), "--checkpointing-steps", "2", "--max-train-steps", "6")
+    undisturbed = run_training([*flags, "--exp-name", "undisturbed"])
+    assert capsys.readouterr().out.count("note: NAdam does not honour found_inf") == 1
+    run_training([*flags, "--max-train-steps", "4"])
+    resumed = run_training([*flags, "--resume", "latest"])
+    a, b = (load_checkpoint(run / "checkpoints" / "0000006.pt") for run in (undisturbed, resumed))
+    for part in ("model", "ema"):
+        assert all(torch.equal(a[part][key], b[part][key]) and a[part][key].isfinite().all() for key in a[part])
+    assert sum(row.get("bad_steps", 0) for row in read_rows(undisturbed)) == 2
+
+
 def test_an_image_that_cannot_be_read_ends_the_run_with_its_name(train_flags, data):
     path = data / "images" / "00000" / "img00000007.png"
-    whole = path.read_bytes()
-    path.write_bytes(whole[:60] + bytes(len(whole) - 72) + whole[-12:])  # its end is there: --check-data cannot tell
+    undisturbed = path.read_bytes()
+    path.write_bytes(
+        undisturbed[:60] + bytes(len(undisturbed) - 72) + undisturbed[-12:]
+    )  # its end is intact, so --check-data does not detect it
     flags = with_flags(train_flags, "--data-dir", str(data), "--num-workers", "1")
     with pytest.raises(InputError) as caught:
         run_training(flags)
     assert "img00000007.png: broken image" in str(caught.value) and "Traceback" not in str(caught.value)
 
 
-def test_moments_find_their_parameters_whatever_order_they_were_counted_in():
+def test_moments_are_placed_by_shape_for_any_order_of_the_parameters():
     """As in files of the older REPA layout."""
     model = SiT_models["SiT-S/8"](depth=3, hidden_size=48, num_heads=2, z_dims=[32], encoder_depth=2, projector_dim=64)
     names = [name for name, _ in model.named_parameters()]
