@@ -40,7 +40,7 @@ RESOLUTION = 256
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate(timing.DeviceBenchmark):
+class Evaluate(timing.Benchmark):
     """Settings of the benchmark."""
 
     device: str = setting("cpu", "where to measure; auto: CUDA if available", choices=("auto", "cpu", "cuda"))
@@ -81,9 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse(Evaluate, "Measure time and memory of the evaluation.", argv)
     torch.set_num_threads(config.threads)
     device = config.torch_device
-    machine = {"device": timing.hardware(device), "torch": torch.__version__}
-    machine |= {"batch_size": config.batch_size, "images": config.images}
-    result: dict[str, Any] = {"machine": machine, "networks": {}}
+    result: dict[str, Any] = {"images": config.images, "networks": {}}
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(config.inception) if config.inception else write_random_weights(Path(folder) / "random.pth")
         context = multiprocessing.get_context("spawn")
@@ -94,6 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         result["relative_difference"] = float(np.linalg.norm(plain - ours) / np.linalg.norm(plain))
         if config.evaluate:
             result["evaluation"] = run_evaluator(Path(folder), weights, config)
+    print(f"{timing.hardware(device)}, torch {torch.__version__}, images of {RESOLUTION} px")
     show(result)
     timing.write_result(config.json, result, device)
 
@@ -151,31 +150,29 @@ def write_noise(path: Path, count: int) -> Path:
 
 def write_random_weights(path: Path) -> Path:
     """Write random weights in the layout of the PyTorch port, with activations of a usual magnitude."""
-    generator = torch.Generator().manual_seed(0)
-    state = {}
-    values = {"weight": 1.0, "bias": 0.1, "running_mean": 0.0, "running_var": 1.0}
-    for name, like in inception_layers().state_dict().items():
-        if like.ndim == 4:
-            deviation = (2 / like[0].numel()) ** 0.5
-            state[name] = torch.randn(like.shape, generator=generator) * deviation
-        elif like.ndim == 1:
-            state[name] = torch.full(like.shape, values[name.rpartition(".")[2]])
-    state["fc.weight"] = torch.randn(NUM_CLASSES, NUM_FEATURES, generator=generator) * 0.02
-    torch.save(state, path)
+    torch.manual_seed(0)
+    layers = inception_layers().to_empty(device="cpu")
+    for layer in layers.modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(layer.weight)
+        elif isinstance(layer, torch.nn.BatchNorm2d):
+            layer.reset_parameters()
+    torch.save({**layers.state_dict(), "fc.weight": torch.randn(NUM_CLASSES, NUM_FEATURES) * 0.02}, path)
     return path
 
 
 def show(result: dict[str, Any]) -> None:
     """Print the table."""
-    print(f"{result['machine']['device']}, torch {result['machine']['torch']}, images of {RESOLUTION} px")
     print(f"relative difference of the features of plain and ours: {result['relative_difference']:.1e}\n")
     plain = result["networks"]["plain"]["seconds_per_image"]
+    columns = {
+        "network": "{name}", "s an image": "{seconds_per_image:.4f}", "ratio": "{ratio:.2f}",
+        "utilisation": "{utilisation:.0%}", "peak memory, GB": "{peak_gb:.2f}",
+    }  # fmt: skip
     rows = [
-        f"{name} | {1000 * row['seconds_per_image']:.2f} | {plain / row['seconds_per_image']:.2f} "
-        f"| {row['utilisation']:.0%} | {row['peak_gb']:.2f}"
-        for name, row in result["networks"].items()
+        {"name": name, "ratio": plain / row["seconds_per_image"], **row} for name, row in result["networks"].items()
     ]
-    print(timing.markdown_table("network | ms an image | ratio | utilisation | peak memory, GB", rows))
+    print(timing.markdown_table(columns, rows))
     if row := result.get("evaluation"):
         print(
             f"evaluator: {row['samples']:,} samples, {row['references']:,} references: {row['seconds']:.1f} s, "

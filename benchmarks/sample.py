@@ -45,7 +45,7 @@ MULTIPLE = Check(f"a multiple of {LATENT_FACTOR}", lambda value: value > 0 and v
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sample(timing.DeviceBenchmark):
+class Sample(timing.Benchmark):
     """Settings of the benchmark."""
 
     model: str = setting("SiT-XL/2", "preset", choices=tuple(SiT_models))
@@ -73,11 +73,12 @@ class Sample(timing.DeviceBenchmark):
 
 
 class Form(NamedTuple):
-    """One row: the network, and the function that is called in its place."""
+    """One row: the network, the function that is called in its place, and the precision of its matrix products."""
 
     name: str
     model: SiT
     network: Callable[..., tuple]
+    dtype: str = "float32"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -99,16 +100,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             first, guided = Form("", plain, as_published(plain)), Guidance(2.0)
             count = largest_batch(lambda n: sample(replace(config, batch_size=n), first, guided, 1), LARGEST_BATCH)
         config = replace(config, batch_size=count)
-    rows = measure(config, build_forms(plain, config))
     decode = decoding_seconds(config)
-    add_rates(rows, config, flops, decode)
     result = {
-        "hardware": timing.hardware(device),
-        "torch": torch.__version__,
         "settings": {name: value for name, value in asdict(config).items() if name != "json"},
         "gflop": flops / 1e9,
         "decode_seconds": decode,
-        "rows": rows,
+        "rows": measure(config, build_forms(plain, config), flops, decode or 0),
         "class_slot": class_slot_price(config) if config.pairs else None,
         "peak_memory_gb": timing.peak_memory(device),
     }
@@ -118,12 +115,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def sample(config: Sample, form: Form, guidance: Guidance, num_steps: int) -> torch.Tensor:
     """Return the latents of a batch after `num_steps` steps."""
-    numbers = range(config.batch_size)
-    labels = [number % form.model.num_classes for number in numbers]
-    seeds = image_seeds(0, numbers)
-    return sample_images(form.model, labels, seeds, Interpolant(), guidance, num_steps=num_steps, network=form.network)[
-        0
-    ]
+    model, numbers = form.model, range(config.batch_size)
+    labels, seeds = [number % model.num_classes for number in numbers], image_seeds(0, numbers)
+    return sample_images(model, labels, seeds, Interpolant(), guidance, num_steps=num_steps, network=form.network)[0]
 
 
 def random_network(name: str, resolution: int, fused_attn: bool = True, cls_token_dim: int | None = CLASS_WIDTH) -> SiT:
@@ -161,13 +155,13 @@ def build_forms(plain: SiT, config: Sample) -> list[Form]:
     ]
     if config.dtype != "float32":
         half = convert(copy.deepcopy(fused), NETWORK_DTYPES[config.dtype])
-        forms.append(Form(f"+ network in {config.dtype}", half, half))
+        forms.append(Form(f"+ network in {config.dtype}", half, half, config.dtype))
     if config.compile:
         compiled = copy.deepcopy(forms[-1].model)
         compile_blocks(compiled)
-        forms.append(Form("+ compiled", compiled, compiled))
+        forms.append(Form("+ compiled", compiled, compiled, config.dtype))
     if plain.pos_embed.device.type == "cuda":
-        forms.append(Form("+ CUDA graphs", forms[-1].model, CudaGraphs(forms[-1].model)))
+        forms.append(Form("+ CUDA graphs", forms[-1].model, CudaGraphs(forms[-1].model), config.dtype))
     return forms
 
 
@@ -180,8 +174,12 @@ def network_flops(model: SiT) -> int:
     return timing.count_flops(lambda: model(x, t, y, cls_token=cls_token, project=False))
 
 
-def measure(config: Sample, forms: list[Form]) -> list[dict[str, Any]]:
-    """Return one row for each form: seconds of a step outside and inside the guidance interval, memory, deviation."""
+def measure(config: Sample, forms: list[Form], flops: int, decode: float) -> list[dict[str, Any]]:
+    """Return one row for each form: seconds of a step outside and inside the guidance interval, memory, deviation, and
+    for the complete run images per second, their ratio to the first row, and the utilisation.
+
+    flops, decode: floating-point operations of a call of the network, and seconds of decoding, for one image.
+    """
     device = config.torch_device
     kinds = {"step_plain": Guidance(), "step_guided": Guidance(max(config.cfg_scale, 1.1))}
     memory, latents, runs = {}, {}, {}
@@ -196,33 +194,28 @@ def measure(config: Sample, forms: list[Form]) -> list[dict[str, Any]]:
             runs[form.name, kind]()
         weights = sum(tensor.nbytes for tensor in form.model.state_dict().values()) / 1e9
         memory[form.name] = timing.peak_memory(device) - before + weights if before is not None else None
-    times = timing.in_turns(runs, device, config.rounds)
-    return [
-        {
-            "setting": form.name,
-            **{kind: statistics.median(times[form.name, kind]) / config.timed_steps for kind in kinds},
-            "memory_gb": memory[form.name],
-            **timing.deviation(latents[form.name], latents[forms[0].name]),
-        }
-        for form in forms
-    ]
+    turns = timing.in_turns(runs, device, config.rounds)
 
-
-def add_rates(rows: list[dict[str, Any]], config: Sample, flops: int, decode: float | None) -> None:
-    """Add to each row: images per second of the complete run, its ratio to the first row, and the utilisation."""
+    # Rates of the complete run
     times = sde_times(config.steps)[:-1].tolist()
     inside = sum(config.guidance.active(t) for t in times)
-    ceilings = {
-        dtype: timing.matrix_rate(config.torch_device, config.seconds, NETWORK_DTYPES[dtype])
-        for dtype in dict.fromkeys(("float32", config.dtype))
-    }
-    last_in_float32 = [row["setting"] for row in rows].index("+ no projectors, time once")
-    for number, row in enumerate(rows):
-        network = (inside * row["step_guided"] + (len(times) - inside) * row["step_plain"]) / config.batch_size
-        ceiling = ceilings["float32" if number <= last_in_float32 else config.dtype]
-        row["images_per_s"] = 1 / (network + (decode or 0))
-        row["ratio"] = row["images_per_s"] / rows[0]["images_per_s"]
-        row["utilisation"] = flops * (len(times) + inside) / network / ceiling
+    dtypes = {form.dtype for form in forms}
+    ceilings = {dtype: timing.matrix_rate(device, config.seconds, NETWORK_DTYPES[dtype]) for dtype in dtypes}
+    rows: list[dict[str, Any]] = []
+    for form in forms:
+        step = {kind: statistics.median(turns[form.name, kind]) / config.timed_steps for kind in kinds}
+        network = (inside * step["step_guided"] + (len(times) - inside) * step["step_plain"]) / config.batch_size
+        rate = 1 / (network + decode)
+        rows.append({
+            "setting": form.name,
+            **step,
+            "images_per_s": rate,
+            "ratio": rate / rows[0]["images_per_s"] if rows else 1.0,
+            "utilisation": flops * (len(times) + inside) / network / ceilings[form.dtype],
+            "memory_gb": memory[form.name],
+            **timing.deviation(latents[form.name], latents[forms[0].name]),
+        })  # fmt: skip
+    return rows
 
 
 def decoding_seconds(config: Sample) -> float | None:
@@ -257,35 +250,23 @@ def class_slot_price(config: Sample) -> dict[str, Any]:
 
 
 def show(result: dict[str, Any]) -> None:
-    """Print the tables."""
-    settings = result["settings"]
+    """Print the settings, the table, and the price of the class slot."""
+    print(", ".join(f"{name} {value}" for name, value in result["settings"].items()))
+    decode = result["decode_seconds"]
     print(
-        f"{settings['ckpt'] or settings['model']}, {settings['resolution']} px, batch {settings['batch_size']}, "
-        f"{result['gflop']:.1f} GFLOP for a call and image; {result['hardware']}, torch {result['torch']}"
+        f"one image: {result['gflop']:.1f} GFLOP for a call; decoding", f"{decode:.4f} s" if decode else "not included"
     )
-    decode = (
-        "not included" if result["decode_seconds"] is None else f"{1000 * result['decode_seconds']:.1f} ms an image"
-    )
-    print(
-        f"{settings['steps']} SDE steps, guidance {settings['cfg_scale']} in [0, {settings['guidance_high']}]; "
-        f"decoding {decode}"
-    )
-    print(f"deviation (largest, root mean square): of the latents after {settings['deviation_steps']} steps\n")
-    line = "{setting} | {plain:.1f} | {guided:.1f} | {images_per_s:.4g} | {ratio:.2f} | {utilisation:.0%} | {memory} "
-    line += "| {max_deviation:.1e} | {rms_deviation:.1e}"
-    lines = []
-    for row in result["rows"]:
-        memory = "" if row["memory_gb"] is None else f"{row['memory_gb']:.2f}"
-        milliseconds = {"plain": 1000 * row["step_plain"], "guided": 1000 * row["step_guided"]}
-        lines.append(line.format(**row, **milliseconds, memory=memory))
-    headings = "setting | ms a step | guided | images/s | ratio | utilisation | memory, GB | deviation | rms"
-    print(timing.markdown_table(headings, lines))
+    print("deviation (largest, root mean square): of the latents after --deviation-steps steps\n")
+    columns = {
+        "setting": "{setting}", "s a step": "{step_plain:.4f}", "guided": "{step_guided:.4f}",
+        "images/s": "{images_per_s:.4g}", "ratio": "{ratio:.2f}", "utilisation": "{utilisation:.0%}",
+        "memory, GB": "{memory_gb:.2f}", "deviation": "{max_deviation:.1e}", "rms": "{rms_deviation:.1e}",
+    }  # fmt: skip
+    print(timing.markdown_table(columns, result["rows"]))
     if price := result["class_slot"]:
         low, high = price["latency_quartiles"]
-        print(
-            f"\nclass slot: {price['flops']:+.2%} FLOPs (paper: +0.38 %), {price['latency']:+.2%} latency "
-            f"(paper: +0.49 %; quartiles of {settings['pairs']} pairs: {low:+.2%}, {high:+.2%})"
-        )
+        print(f"\nclass slot: {price['flops']:+.2%} FLOPs, {price['latency']:+.2%} latency; paper: +0.38 %, +0.49 %")
+        print(f"quartiles of the latency over --pairs pairs: {low:+.2%}, {high:+.2%}")
     print(f"peak memory of all forms together: {result['peak_memory_gb']:.2f} GB")
 
 
