@@ -178,6 +178,26 @@ def test_a_missing_package_is_named(monkeypatch, tmp_path, module, program, flag
         program.main(flags)
 
 
+def test_preprocessing_and_the_loader_are_measured(monkeypatch, tmp_path, data, capsys):
+    monkeypatch.setattr(encode, "LOADER_BATCH", 8)
+    path = tmp_path / "encode.json"
+    flags = (
+        f"--work programs loader --source {data / 'images'} --vae pixel --resolution 16 --images 6 --encode-images 3"
+    )
+    encode.main([*flags.split(), *f"--workers 1 --batch-size 2 --data {data} --batches 2 --pack --json {path}".split()])
+    rows = json.loads(path.read_text())["rows"]
+    assert [(row["work"], row["setting"], row.get("images")) for row in rows] == [
+        ("convert.py", "1 workers", 6),
+        ("encode.py", "batch 1, 1 threads", 3),
+        ("encode.py", "batch 2, 1 threads", 3),
+        ("loader", "folder, 1 workers", None),
+        ("loader", "zip, 1 workers", None),
+    ]
+    assert all(row["startup_s"] > 0 and row["memory_gb"] > 0 for row in rows[:3])
+    assert all(row["images_per_s"] > 0 for row in rows[3:]) and rows[3]["ratio"] == 1
+    assert "| loader | zip, 1 workers | 8 |" in capsys.readouterr().out
+
+
 def test_no_rate_if_the_images_take_no_longer_than_the_start(monkeypatch):
     seconds = iter([3.0, 1.0, 1.0, 1.1])
     monkeypatch.setattr(encode, "run_program", lambda *given: (next(seconds), 0.5))
