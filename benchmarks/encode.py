@@ -20,12 +20,11 @@ temporary folder and measures those in the same run. Ratios are relative to the 
 from __future__ import annotations
 
 import copy
-import statistics
 import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -146,9 +145,15 @@ def measure_codec(config: Encode) -> tuple[dict[str, int], list[Row]]:
     print(f"one image: encode {flops['encode'] / 1e9:.1f} GFLOP, decode {flops['decode'] / 1e9:.1f} GFLOP")
     forms = build_forms(codec, config)
     peaks = {dtype: timing.matrix_rate(device, 1, NETWORK_DTYPES[dtype]) for dtype in {form.dtype for form in forms}}
-    limits = {work: {dtype: peak / count for dtype, peak in peaks.items()} for work, count in flops.items()}
-    rows = measure(encode, images.pin_memory() if on_gpu else images, forms, limits["encode"], config)
-    return flops, rows + measure(decode, latents, forms, limits["decode"], config)
+    rows = []
+    for work, inputs in ((encode, images.pin_memory() if on_gpu else images), (decode, latents)):
+        runs = {form.name: partial(work, form.codec, inputs, device, form.batch_size) for form in forms}
+        for form, row in zip(forms, timing.compare(runs, device, config.rounds), strict=True):
+            rate = config.batch_size / row["seconds"]
+            utilisation = rate * flops[work.__name__] / peaks[form.dtype]
+            about = {"work": work.__name__, "batch": form.batch_size, "images_per_s": rate}
+            rows.append({**row, **about, "utilisation": utilisation})
+    return flops, rows
 
 
 def sd_architecture() -> Codec:
@@ -192,34 +197,6 @@ def encode(codec: Codec, images: Tensor, device: torch.device, count: int) -> Te
 def decode(codec: Codec, latents: Tensor, device: torch.device, count: int) -> Tensor:
     """Return uint8 images in host memory, from latents on the device, `count` at a time."""
     return torch.cat([codec.decode(part) for part in latents.split(count)]).cpu()
-
-
-def measure(
-    work: Callable[..., Tensor], inputs: Tensor, forms: list[Form], limits: dict[str, float], config: Encode
-) -> list[Row]:
-    """Return one row for each form of encoding or decoding `inputs`. `limits`: highest possible images/s, by dtype."""
-    device = config.torch_device
-    runs, results, memory = {}, {}, {}
-    for form in tqdm(forms, desc="first runs", unit="form"):
-        runs[form.name] = partial(work, form.codec, inputs, device, form.batch_size)
-        timing.reset_peak_memory(device)
-        results[form.name] = runs[form.name]().float()
-        memory[form.name] = timing.peak_memory(device)
-    times = timing.in_turns(runs, device, config.rounds)
-    rates = {name: len(inputs) / statistics.median(found) for name, found in times.items()}
-    return [
-        {
-            "work": work.__name__,
-            "setting": form.name,
-            "batch": form.batch_size,
-            "images_per_s": rates[form.name],
-            "ratio": rates[form.name] / rates[forms[0].name],
-            "utilisation": rates[form.name] / limits[form.dtype],
-            "memory_gb": memory[form.name],
-            **timing.deviation(results[form.name], results[forms[0].name]),
-        }
-        for form in forms
-    ]
 
 
 def measure_programs(config: Encode) -> list[Row]:

@@ -4,16 +4,16 @@
     python benchmarks/evaluate.py --device cuda --evaluate 50000
 
 The straightforward network has the same layers and weights. Each convolution is followed by its own batch norm, in
-PyTorch's default memory layout. Each measurement runs in its own process, so that peak memory is measured separately.
+PyTorch's default memory layout. Both are in memory at the same time.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,10 @@ from evaluations.inception.weights import load_weights
 from evaluations.npz import write_npz
 
 RESOLUTION = 256
+COLUMNS = {
+    "network": "{setting}", "s an image": "{seconds_per_image:.4f}", "ratio": "{ratio:.2f}",
+    "utilisation": "{utilisation:.0%}", "memory, GB": "{memory_gb:.2f}", "features, rms": "{rms_deviation:.1e}",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +52,7 @@ class Evaluate(timing.Benchmark):
     batch_size: int | str = setting(
         32, "images at a time; auto: the largest that fits into memory", check=BATCH_SIZE, parse=batch_size
     )
-    repeats: int = setting(3, "timings, of which the best is reported", check=POSITIVE)
+    repeats: int = setting(3, "timings of each network", check=POSITIVE)
     threads: int = setting(torch.get_num_threads(), "CPU threads", check=POSITIVE)
     inception: str | None = setting(None, "Inception weights; default: random ones, which are equally fast")
     evaluate: int = setting(0, "also run the evaluator on this many samples", check=NON_NEGATIVE)
@@ -80,53 +84,42 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print a table."""
     config = parse(Evaluate, "Measure time and memory of the evaluation.", argv)
     torch.set_num_threads(config.threads)
-    device = config.torch_device
-    result: dict[str, Any] = {"images": config.images, "networks": {}}
+    device, result = config.torch_device, {}
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(config.inception) if config.inception else write_random_weights(Path(folder) / "random.pth")
-        context = multiprocessing.get_context("spawn")
-        for name in ("plain", "ours"):
-            with context.Pool(1) as process:
-                result["networks"][name] = process.apply(measure, (name, weights, config))
-        plain, ours = (result["networks"][name].pop("pool") for name in ("plain", "ours"))
-        result["relative_difference"] = float(np.linalg.norm(plain - ours) / np.linalg.norm(plain))
+        rows = measure(weights, config)
+        print(f"{timing.hardware(device)}, torch {torch.__version__}, images of {RESOLUTION} px\n")
+        print(timing.markdown_table(COLUMNS, rows))
         if config.evaluate:
-            result["evaluation"] = run_evaluator(Path(folder), weights, config)
-    print(f"{timing.hardware(device)}, torch {torch.__version__}, images of {RESOLUTION} px")
-    show(result)
-    timing.write_result(config.json, result, device)
+            result = {"evaluation": run_evaluator(Path(folder), weights, config)}
+            print("evaluator: " + ", ".join(f"{name} {value:g}" for name, value in result["evaluation"].items()))
+    timing.write_result(config.json, {"rows": rows, **result}, device)
 
 
-def measure(name: str, weights: Path, config: Evaluate) -> dict[str, Any]:
-    """Return time per image, utilisation, peak memory beyond that before the measurement, and the pool features."""
-    device = config.torch_device
-    torch.set_num_threads(config.threads)
-    network: Inception | PlainInception
-    network = load_inception(weights, device) if name == "ours" else PlainInception(weights, device)
-    pixels = np.random.default_rng(0).integers(0, 256, (config.images, RESOLUTION, RESOLUTION, 3), dtype=np.uint8)
-    images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
-    before = timing.peak_memory(device)
-    flops = timing.count_flops(lambda: network(images[:1].to(device)))
-    size = config.batch_size
+def measure(weights: Path, config: Evaluate) -> list[dict[str, Any]]:
+    """Return the rows of both networks; deviations are those of the pool features."""
+    device, size = config.torch_device, config.batch_size
+    networks = {"plain": PlainInception(weights, device), "ours": load_inception(weights, device)}
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (config.images, 3, RESOLUTION, RESOLUTION), dtype=torch.uint8, generator=generator)
+    flops = {name: timing.count_flops(partial(network, images[:1].to(device))) for name, network in networks.items()}
     if size == AUTO:
-        on_gpu = device.type == "cuda"
-        size = largest_batch(lambda count: network(images[:count].to(device)), len(images)) if on_gpu else CPU_BATCH
-
-    def run() -> Tensor:
-        return torch.cat([network(batch.to(device)).pool for batch in images.split(size)]).cpu()
-
-    pool = run()  # warm-up
-    best = min(timing.timed(run, device) for _ in range(config.repeats)) / config.images
-    peak = timing.peak_memory(device)
+        attempt = partial(pool_features, networks["plain"], images, device)
+        size = largest_batch(attempt, len(images)) if device.type == "cuda" else CPU_BATCH
+    runs = {name: partial(pool_features, network, images, device, size) for name, network in networks.items()}
+    rows = timing.compare(runs, device, config.repeats)
     with full_precision(device):
         ceiling = timing.matrix_rate(device, 1)
-    return {
-        "seconds_per_image": best,
-        "batch_size": size,
-        "utilisation": flops / best / ceiling,
-        "peak_gb": peak - before,
-        "pool": pool.numpy(),
-    }
+    for row in rows:
+        row |= {"batch": size, "seconds_per_image": row["seconds"] / config.images}
+        row["utilisation"] = flops[row["setting"]] / row["seconds_per_image"] / ceiling
+    return rows
+
+
+@torch.no_grad()
+def pool_features(network: Inception | PlainInception, images: Tensor, device: torch.device, size: int) -> Tensor:
+    """Return the pool features (N, 2048) of images in host memory, `size` at a time."""
+    return torch.cat([network(batch.to(device)).pool for batch in images.split(size)]).cpu()
 
 
 def run_evaluator(folder: Path, weights: Path, config: Evaluate) -> dict[str, Any]:
@@ -159,25 +152,6 @@ def write_random_weights(path: Path) -> Path:
             layer.reset_parameters()
     torch.save({**layers.state_dict(), "fc.weight": torch.randn(NUM_CLASSES, NUM_FEATURES) * 0.02}, path)
     return path
-
-
-def show(result: dict[str, Any]) -> None:
-    """Print the table."""
-    print(f"relative difference of the features of plain and ours: {result['relative_difference']:.1e}\n")
-    plain = result["networks"]["plain"]["seconds_per_image"]
-    columns = {
-        "network": "{name}", "s an image": "{seconds_per_image:.4f}", "ratio": "{ratio:.2f}",
-        "utilisation": "{utilisation:.0%}", "peak memory, GB": "{peak_gb:.2f}",
-    }  # fmt: skip
-    rows = [
-        {"name": name, "ratio": plain / row["seconds_per_image"], **row} for name, row in result["networks"].items()
-    ]
-    print(timing.markdown_table(columns, rows))
-    if row := result.get("evaluation"):
-        print(
-            f"evaluator: {row['samples']:,} samples, {row['references']:,} references: {row['seconds']:.1f} s, "
-            f"{row['host_memory_gb']:.2f} GB on the host"
-        )
 
 
 if __name__ == "__main__":

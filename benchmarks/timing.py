@@ -6,6 +6,7 @@ import os
 import re
 import resource
 import shlex
+import statistics
 import subprocess
 import sys
 import time
@@ -79,6 +80,27 @@ def in_turns(runs: dict[Name, Callable[[], object]], device: torch.device, round
         for name in list(runs)[:: 1 if number % 2 else -1]:
             times[name].append(timed(runs[name], device))
     return times
+
+
+def compare(runs: dict[str, Callable[[], Tensor]], device: torch.device, rounds: int) -> list[dict[str, Any]]:
+    """Return a row for each run: setting, seconds (median), ratio and deviation relative to the first, memory_gb."""
+    results, memory = {}, {}
+    for name, run in tqdm(runs.items(), desc="first runs", unit="form"):
+        reset_peak_memory(device)
+        results[name] = run().float()
+        memory[name] = peak_memory(device)
+    medians = {name: statistics.median(times) for name, times in in_turns(runs, device, rounds).items()}
+    first = next(iter(runs))
+    return [
+        {
+            "setting": name,
+            "seconds": medians[name],
+            "ratio": medians[first] / medians[name],
+            "memory_gb": memory[name],
+            **deviation(results[name], results[first]),
+        }
+        for name in runs
+    ]
 
 
 def synchronise(device: torch.device) -> None:

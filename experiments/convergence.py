@@ -47,6 +47,7 @@ from models.checkpoint import list_checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMING_ROUNDS = 2  # the rows take turns, so that other load affects all of them
+cached_scorer = functools.cache(Scorer)  # one for each process
 
 
 def whole_numbers(text: str) -> tuple[int, ...]:
@@ -121,21 +122,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if config.preset == "imagenet":
         compare_on_a_cluster(config)
         return
-    start = time.perf_counter()
     study = Study(config)
     jobs = {(row, seed): study.job(row, seed) for seed in study.preset.seeds for row in study.rows}
-    try:
-        study.measure_steps()
-        run_jobs(list(jobs.values()), config.parallel)
-    finally:
-        spent = add_time(config.out / f"elapsed-{config.ablation}.json", time.perf_counter() - start)
+    study.measure_steps()
+    run_jobs(list(jobs.values()), config.parallel)
     name = f"{config.preset}-{config.ablation}" + ("-unlabelled" if config.unlabelled else "")
-    report.write(
-        config.report or config.out,
-        name,
-        {**study.collect(jobs), **spent},
-        {key: job.folder for key, job in jobs.items()},
-    )
+    folders = {key: job.folder for key, job in jobs.items()}
+    report.write(config.report or config.out, name, study.collect(folders), folders)
 
 
 def compare_on_a_cluster(config: Convergence) -> None:
@@ -147,16 +140,6 @@ def compare_on_a_cluster(config: Convergence) -> None:
     result, runs = imagenet.collect(config)
     if result is not None:
         report.write(config.report or config.out, f"imagenet-{config.ablation}", result, runs)
-
-
-def add_time(path: Path, seconds: float) -> dict[str, float]:
-    """Return the wall time and processor time of all calls so far, and store them in a file."""
-    used = os.times()  # includes child processes that have ended
-    spent = {"seconds": seconds, "cpu_seconds": used.user + used.system + used.children_user + used.children_system}
-    if path.exists():
-        spent = {name: value + read_json(path)[name] for name, value in spent.items()}
-    write_json(path, spent)
-    return spent
 
 
 class Study:
@@ -177,15 +160,8 @@ class Study:
         judges = self.files.judges
         encoder = ["--enc-type", judges.encoder]
         encoder += ["--enc-weights", judges.encoder_weights] if judges.encoder_weights else []
-        common = [
-            "--data-dir",
-            str(self.files.data),
-            "--sampling-steps",
-            "0",
-            "--device",
-            judges.device,
-            "--no-check-data",
-        ]
+        common = ["--data-dir", str(self.files.data), "--device", judges.device]
+        common += ["--sampling-steps", "0", "--no-check-data"]
         return [*common, *encoder, *self.preset.flags.split(), *self.rows[row].split()]
 
     def job(self, row: str, seed: int) -> Job:
@@ -208,14 +184,14 @@ class Study:
                 folder = (self.config.out / "timing" / f"{row.lower().replace(' ', '-')}-{turn}").resolve()
                 where = ["--output-dir", str(folder.parent), "--exp-name", folder.name, "--resume", "latest"]
                 length = ["--max-train-steps", str(steps), "--log-steps", str(max(1, steps // 4))]
-                run(["train.py", *self.flags(row), *where, *length], log_file(folder), self.threads)
+                run(["train.py", *self.flags(row), *where, *length], folder, self.threads)
                 batch_size = read_json(folder / "args.json")["batch_size"]
                 speeds = [logged["images_per_second"] for logged in read_metrics(folder / "metrics.jsonl")]
                 found[row] += [batch_size / speed for speed in speeds[1:]]  # the first steps are slower
         write_json(path, {**known, **{row: min(times) for row, times in found.items()}})
 
-    def collect(self, jobs: dict[tuple[str, int], Job]) -> dict[str, Any]:
-        """Return all results, the content of the JSON."""
+    def collect(self, runs: dict[tuple[str, int], Path]) -> dict[str, Any]:
+        """Return all results, the content of the JSON. `runs`: folder of each row and seed."""
         config, judges, seeds = self.config, self.files.judges, self.preset.seeds
         seconds = read_json(config.out / "seconds_per_step.json")
         return {
@@ -233,7 +209,7 @@ class Study:
             "device": torch.cuda.get_device_name() if judges.device == "cuda" else f"CPU, {os.cpu_count()} cores",
             "threads": self.threads,
             "parallel": config.parallel,
-            "scores": {row: {str(seed): read_scores(jobs[row, seed].folder) for seed in seeds} for row in self.rows},
+            "scores": {row: {str(seed): read_scores(runs[row, seed]) for seed in seeds} for row in self.rows},
         }
 
 
@@ -268,11 +244,6 @@ def check_same_comparison(config: Convergence, preset: Preset) -> None:
     write_json(path, settings)
 
 
-def log_file(folder: Path) -> Path:
-    """Return the file for the output of a run, next to its folder."""
-    return folder.with_name(f"{folder.name}.log")
-
-
 def run_jobs(jobs: list[Job], parallel: int) -> None:
     """Train and score what is missing, `parallel` runs at a time, each in its own process."""
     context = multiprocessing.get_context("spawn")
@@ -303,7 +274,7 @@ def run_job(job: Job) -> None:
     checkpoints = job.folder / "checkpoints"
     paths = {step: checkpoints / f"{step:07d}.pt" for step in job.steps}
     if not all(paths[step].exists() for step in missing_steps(job)):
-        run(["train.py", *job.flags], log_file(job.folder), job.threads)
+        run(["train.py", *job.flags], job.folder, job.threads)
     scorer = cached_scorer(job.judges)
     for step in missing_steps(job):
         start = time.perf_counter()
@@ -313,12 +284,6 @@ def run_job(job: Job) -> None:
     for path in list_checkpoints(checkpoints)[:-1]:
         path.unlink()
         path.with_name(path.name + ".sha256").unlink(missing_ok=True)
-
-
-@functools.cache
-def cached_scorer(judges: Judges) -> Scorer:
-    """Return this process's scorer."""
-    return Scorer(judges)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,8 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from PIL import Image
 
-from common.images import open_image, save_png
+from common.images import open_image
 from common.io import atomic_write, write_json
 
 matplotlib.use("Agg")  # works without a screen
@@ -166,6 +165,10 @@ def draw(result: dict[str, Any], path: Path) -> None:
         axes.grid(which="both", alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize="small")
+    _save(figure, path)
+
+
+def _save(figure: plt.Figure, path: Path) -> None:
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=120)
     plt.close(figure)
@@ -181,16 +184,12 @@ def _band(axes: plt.Axes, seeds: list[Curve], scale: float, colour: str, label: 
 
 def _draw_factors(result: dict[str, Any], axes: plt.Axes) -> None:
     """Draw an arrow for each factor of the best row, at the slower row's last distance, from one curve to the other."""
-    best = [pair for pair in result["speed_ups"] if (pair["steps"] or 0) >= MIN_FACTOR_DRAWN]
-    best = [pair for pair in best if pair["faster"] == result["speed_ups"][-1]["faster"]]
-    for pair in best:
-        slow = steps_to_reach(mean_curve(curves(result, pair["slower"])), pair["level"])
-        ends = (slow / pair["steps"], pair["level"]), (slow, pair["level"])
-        axes.annotate("", *ends, arrowprops={"arrowstyle": "->", "color": "black"})
-        axes.annotate(
-            f"{pair['steps']:.2f} x {pair['slower']}", ends[0], xytext=(-3, 0), textcoords="offset points",
-            fontsize="small", ha="right", va="center",
-        )  # fmt: skip
+    for pair in result["speed_ups"]:
+        if pair["faster"] == result["speed_ups"][-1]["faster"] and (pair["steps"] or 0) >= MIN_FACTOR_DRAWN:
+            slow = steps_to_reach(mean_curve(curves(result, pair["slower"])), pair["level"])
+            ends = (slow / pair["steps"], pair["level"]), (slow, pair["level"])
+            axes.annotate("", *ends, arrowprops={"arrowstyle": "->"})
+            axes.text(*ends[0], f"{pair['steps']:.2f} x {pair['slower']} ", fontsize="small", ha="right", va="center")
 
 
 def draw_samples(result: dict[str, Any], runs: dict[tuple[str, int], Path], path: Path) -> None:
@@ -207,6 +206,4 @@ def draw_samples(result: dict[str, Any], runs: dict[tuple[str, int], Path], path
             cell.imshow(open_image((runs[row, seed] / grids / f"{step:07d}.png").read_bytes()), interpolation="nearest")
             cell.set_title(f"{row}, {step} steps", fontsize="small")
             cell.axis("off")
-    figure.canvas.draw()
-    save_png(path, Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB"))
-    plt.close(figure)
+    _save(figure, path)
