@@ -20,6 +20,7 @@ temporary folder and measures those in the same run. Ratios are relative to the 
 from __future__ import annotations
 
 import copy
+import itertools
 import sys
 import tempfile
 import time
@@ -65,9 +66,7 @@ class Encode(timing.Benchmark):
     work: tuple[str, ...] = setting(("codec",), "what to measure", choices=("codec", "programs", "loader"))
     vae: str | None = setting(None, "codec to measure; default: Stable Diffusion's architecture, random weights")
     resolution: int = setting(256, "side of the images, px", check=POSITIVE)
-    batch_size: int | str = setting(
-        32, "images at a time; auto: the largest that fits into memory", check=BATCH_SIZE, parse=batch_size
-    )
+    batch_size: int | str = setting(32, "images at a time; auto: the most that fit", check=BATCH_SIZE, parse=batch_size)
     dtype: str = setting("float32", "half precision to measure; float32: none", choices=tuple(NETWORK_DTYPES))
     compile: bool = setting(True, "also measure the compiled codec")
     tf32: bool = setting(True, "allow TF32 on a GPU, which is also the default of preprocessing/encode.py")
@@ -81,7 +80,6 @@ class Encode(timing.Benchmark):
     images: int | None = setting(
         None, "use this many photographs, spread over the source; default: all", check=POSITIVE
     )
-    encode_images: int | None = setting(None, "encode this many of them; default: all", check=POSITIVE)
     data: Path | None = setting(None, "images and latents for the loader, a folder")
     batches: int = setting(60, f"batches of {LOADER_BATCH} images to load", check=POSITIVE)
     pack: bool = setting(False, "also write the data to zips in a temporary folder and measure them")
@@ -202,27 +200,20 @@ def decode(codec: Codec, latents: Tensor, device: torch.device, count: int) -> T
 def measure_programs(config: Encode) -> list[Row]:
     """Return the rows of convert.py and encode.py on photographs."""
     source, rows = FileSource(config.source), []
-    names = spread(list_images(source).names, config.images)
-    to_encode = spread(names, config.encode_images)
+    names = list_images(source).names
+    names = names[:: max(1, len(names) // (config.images or len(names)))][: config.images]  # at equal distances
     with tempfile.TemporaryDirectory() as scratch:
-        work, common = Path(scratch), ["--resolution", config.resolution]
-        all_images, few = copy_files(source, names, work / "all.zip"), copy_files(source, to_encode, work / "few.zip")
+        work = Path(scratch)
+        photographs = copy_files(source, names, work / "photographs.zip")
         for workers in config.workers:
-            flags = ["--source", all_images, "--dest", work / f"images{workers}", *common, "--workers", workers]
+            images = work / f"images{workers}"
+            flags = ["--source", photographs, "--dest", images, "--resolution", config.resolution, "--workers", workers]
             rows.append(measure_program("convert.py", f"{workers} workers", flags, len(names), 1))
-        run_program("convert.py", ["--source", few, "--dest", work / "few", *common], 1)
-        for threads in config.workers:
-            for size in dict.fromkeys((1, config.batch_size)):
-                dest = work / f"latents-{threads}-{size}"
-                flags = ["--source", work / "few", "--dest", dest, "--vae", config.vae, "--batch-size", size]
-                label = f"batch {size}, {threads} threads"
-                rows.append(measure_program("encode.py", label, flags, len(to_encode), threads))
+        for threads, size in itertools.product(config.workers, dict.fromkeys((1, config.batch_size))):
+            dest = work / f"latents-{threads}-{size}"
+            flags = ["--source", images, "--dest", dest, "--vae", config.vae, "--batch-size", size]
+            rows.append(measure_program("encode.py", f"batch {size}, {threads} threads", flags, len(names), threads))
     return rows
-
-
-def spread(names: list[str], count: int | None) -> list[str]:
-    """Return `count` names at equal distances, or all for None."""
-    return names[:: max(1, len(names) // (count or len(names)))][:count]
 
 
 def copy_files(source: FileSource, names: list[str], path: Path) -> Path:

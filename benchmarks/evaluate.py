@@ -49,9 +49,7 @@ class Evaluate(timing.Benchmark):
 
     device: str = setting("cpu", "where to measure; auto: CUDA if available", choices=("auto", "cpu", "cuda"))
     images: int = setting(64, f"images of {RESOLUTION} px for each timing", check=POSITIVE)
-    batch_size: int | str = setting(
-        32, "images at a time; auto: the largest that fits into memory", check=BATCH_SIZE, parse=batch_size
-    )
+    batch_size: int | str = setting(32, "images at a time; auto: the most that fit", check=BATCH_SIZE, parse=batch_size)
     repeats: int = setting(3, "timings of each network", check=POSITIVE)
     threads: int = setting(torch.get_num_threads(), "CPU threads", check=POSITIVE)
     inception: str | None = setting(None, "Inception weights; default: random ones, which are equally fast")

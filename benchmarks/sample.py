@@ -52,7 +52,7 @@ class Sample(timing.Benchmark):
     ckpt: str | None = setting(None, "checkpoint of a trained network; default: random weights")
     resolution: int = setting(256, "side of the images, px", check=MULTIPLE)
     batch_size: int | str = setting(
-        64, "images of a batch; auto: the largest that fits into memory", check=BATCH_SIZE, parse=batch_size
+        64, "images of a batch; auto: the most that fit", check=BATCH_SIZE, parse=batch_size
     )
     steps: int = setting(250, "steps of the complete run that images/s refers to", check=POSITIVE)
     cfg_scale: float = setting(2.3, "guidance of image and class token")

@@ -284,8 +284,7 @@ def largest_batch(config: TrainStep, case: Case, class_slot: bool) -> Case:
 def free_memory() -> None:
     """Release the memory of forms that are no longer in use."""
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()  # without a GPU this does nothing
 
 
 def release_workloads() -> None:
@@ -296,13 +295,12 @@ def release_workloads() -> None:
 
 def profile(form: Form, path: Path) -> None:
     """Write a trace of three steps of a form and print the operations that take longest."""
-    on_gpu = form.work.device.type == "cuda"
     with torch.profiler.profile() as profiler:  # of the CPU and of a GPU
         for _ in range(3):
             form.step()
         timing.synchronise(form.work.device)
     profiler.export_chrome_trace(str(path))
-    longest = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    longest = f"self_{'device' if form.work.device.type == 'cuda' else 'cpu'}_time_total"
     print(f"\n{form.name}:\n{profiler.key_averages().table(sort_by=longest, row_limit=25, max_name_column_width=60)}")
 
 
@@ -351,15 +349,13 @@ def train_all(config: TrainStep) -> dict[str, list[float]]:
 
 def loss_table(losses: dict[str, list[float]]) -> str:
     """Return the difference between each form and the first, the reference, as Markdown."""
-    reference = np.array(next(iter(losses.values())))
-    tenth, rows = max(1, len(reference) // 10), []
+    reference, rows = np.array(next(iter(losses.values()))), []
+    tenth = max(1, len(reference) // 10)
     for name, values in losses.items():
-        differences = np.abs(np.array(values) - reference)
-        separated = np.flatnonzero(differences > SEPARATED * np.abs(reference))
-        rows.append({
-            "form": name, "loss": np.mean(values[-tenth:]), "largest": differences[:tenth].max(),
-            "mean": differences[-tenth:].mean(), "separated": separated[0] if len(separated) else "never",
-        })  # fmt: skip
+        found = np.abs(np.array(values) - reference)
+        separated = np.flatnonzero(found > SEPARATED * np.abs(reference))
+        row = {"form": name, "loss": np.mean(values[-tenth:]), "largest": found[:tenth].max()}
+        rows.append({**row, "mean": found[-tenth:].mean(), "separated": next(iter(separated), "never")})
     columns = {
         "form": "{form}", "loss, last tenth": "{loss:.4f}", "largest difference, first tenth": "{largest:.1e}",
         "mean difference, last tenth": "{mean:.1e}", f"separated by {SEPARATED} after step": "{separated}",
@@ -369,19 +365,17 @@ def loss_table(losses: dict[str, list[float]]) -> str:
 
 def draw(losses: dict[str, list[float]], path: Path) -> None:
     """Write a PNG: the losses at the top, their distances from the first form's at the bottom."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 8), layout="constrained")
-    FigureCanvasAgg(figure)
     top, bottom = figure.subplots(2, 1, sharex=True)
-    reference, steps = np.array(next(iter(losses.values()))), range(1, len(next(iter(losses.values()))) + 1)
-    for name, values in losses.items():
-        top.plot(steps, values, label=name, linewidth=0.8)
-        bottom.plot(steps, np.abs(np.array(values) - reference).clip(1e-9), linewidth=0.8)
-    top.set_ylabel("loss")
+    names, curves = list(losses), np.array(list(losses.values())).T
+    steps = range(1, len(curves) + 1)
+    top.plot(steps, curves, label=names, linewidth=0.8)
+    bottom.plot(steps, np.abs(curves - curves[:, :1]).clip(1e-9), linewidth=0.8)
+    top.set(ylabel="loss")
     top.legend(fontsize="small")
-    bottom.set(yscale="log", xlabel="step", ylabel=f"distance from {next(iter(losses))}")
+    bottom.set(yscale="log", xlabel="step", ylabel=f"distance from {names[0]}")
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=120)
 

@@ -132,10 +132,6 @@ class Form:
         self.name, self.work, self.run = name, work, run
         self.losses: list[float] = []
 
-    def step(self) -> None:
-        """Take one step."""
-        raise NotImplementedError
-
     def finish(self) -> list[float]:
         """Return the losses since the last call. Waits for the device."""
         losses, self.losses = self.losses, []
@@ -162,6 +158,7 @@ class OurForm(Form):
         self.batches: Iterator[Batch] = to_device(itertools.cycle(pool), work.device)
 
     def step(self) -> None:
+        """Take one step."""
         train.training_step(self.run, self.batches)
         self.run.step += 1
         self._read(wait_for_all=False)
@@ -194,6 +191,7 @@ class PlainForm(Form):
         self.scaler = torch.amp.GradScaler(work.device.type, enabled=precision == "fp16")
 
     def step(self) -> None:
+        """Take one step."""
         run, network, device = self.run, self.work.network, self.work.device
         with run.log.waiting_for_data():
             images, moments, y = (tensor.to(device) for tensor in next(self.batches))

@@ -152,11 +152,12 @@ def run(command: list[str], folder: Path | None = None, threads: int | None = No
     folder: of the program's results; its output is appended to a file next to it instead of being shown.
     """
     environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
+    program = [sys.executable, str(ROOT / command[0]), *command[1:]]
     log = folder and folder.with_name(f"{folder.name}.log")
     if log:
         log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "ab") if log else contextlib.nullcontext() as output:
-        done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, stdout=output, stderr=output)
+        done = subprocess.run(program, env=environment, stdout=output, stderr=output)
     if done.returncode:
         raise InputError(f"{' '.join(command)} failed with status {done.returncode}" + (f"; see {log}" if log else ""))
 

@@ -19,7 +19,11 @@ from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 Curve = list[tuple[int, float]]  # steps and distance, by step
 COLOURS = ("tab:gray", "tab:blue", "tab:red", "tab:green", "tab:purple", "tab:orange")
-MIN_FACTOR_DRAWN = 1.1  # smaller factors are within the spread of seeds
+COHERENCE = (  # metric, label and line of the token of what image it is compared with
+    ("coherence", "own image", "-"),
+    ("coherence_class_mean", "mean of its class", "--"),
+    ("coherence_shuffled", "another image", ":"),
+)
 GRIDS_SHOWN = 3  # steps shown in the picture of samples
 
 
@@ -148,11 +152,9 @@ def draw(result: dict[str, Any], path: Path) -> None:
         seconds = result["seconds_per_step"][row]
         _band(by_steps, curves(result, row), 1, colour, row)
         _band(by_time, curves(result, row), seconds, colour, f"{row}, {1000 * seconds:.0f} ms a step")
-        for metric, style in (("coherence", "-"), ("coherence_class_mean", "--"), ("coherence_shuffled", ":")):
+        for metric, label, style in COHERENCE:
             if found := curves(result, row, metric):
-                label = {"-": "own image", "--": "mean of its class", ":": "another image"}[style]
                 _band(coherence, found, 1, colour, f"{row}: {label}", style)
-    _draw_factors(result, by_steps)
     for axes, label in ((by_steps, "training steps"), (by_time, "seconds of training")):
         if result["real"]:
             axes.plot([], [], " ", label=f"(real images: {result['real']['distance']:.2f})")
@@ -180,16 +182,6 @@ def _band(axes: plt.Axes, seeds: list[Curve], scale: float, colour: str, label: 
     x = scale * np.array([step for step, _ in seeds[0]])
     axes.plot(x, values.mean(axis=0), color=colour, label=label, linestyle=style, marker="o", markersize=3)
     axes.fill_between(x, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.2, linewidth=0)
-
-
-def _draw_factors(result: dict[str, Any], axes: plt.Axes) -> None:
-    """Draw an arrow for each factor of the best row, at the slower row's last distance, from one curve to the other."""
-    for pair in result["speed_ups"]:
-        if pair["faster"] == result["speed_ups"][-1]["faster"] and (pair["steps"] or 0) >= MIN_FACTOR_DRAWN:
-            slow = steps_to_reach(mean_curve(curves(result, pair["slower"])), pair["level"])
-            ends = (slow / pair["steps"], pair["level"]), (slow, pair["level"])
-            axes.annotate("", *ends, arrowprops={"arrowstyle": "->"})
-            axes.text(*ends[0], f"{pair['steps']:.2f} x {pair['slower']} ", fontsize="small", ha="right", va="center")
 
 
 def draw_samples(result: dict[str, Any], runs: dict[tuple[str, int], Path], path: Path) -> None:

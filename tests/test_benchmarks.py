@@ -181,15 +181,13 @@ def test_a_missing_package_is_named(monkeypatch, tmp_path, module, program, flag
 def test_preprocessing_and_the_loader_are_measured(monkeypatch, tmp_path, data, capsys):
     monkeypatch.setattr(encode, "LOADER_BATCH", 8)
     path = tmp_path / "encode.json"
-    flags = (
-        f"--work programs loader --source {data / 'images'} --vae pixel --resolution 16 --images 6 --encode-images 3"
-    )
+    flags = f"--work programs loader --source {data / 'images'} --vae pixel --resolution 16 --images 6"
     encode.main([*flags.split(), *f"--workers 1 --batch-size 2 --data {data} --batches 2 --pack --json {path}".split()])
     rows = json.loads(path.read_text())["rows"]
     assert [(row["work"], row["setting"], row.get("images")) for row in rows] == [
         ("convert.py", "1 workers", 6),
-        ("encode.py", "batch 1, 1 threads", 3),
-        ("encode.py", "batch 2, 1 threads", 3),
+        ("encode.py", "batch 1, 1 threads", 6),
+        ("encode.py", "batch 2, 1 threads", 6),
         ("loader", "folder, 1 workers", None),
         ("loader", "zip, 1 workers", None),
     ]
