@@ -1,7 +1,7 @@
 """Measures how fast sampling is: the published setting, then with one optimisation after the other, in one run.
 
     python benchmarks/sample.py --device cuda --model SiT-XL/2 --batch-size auto --dtype fp16 --json sample.json
-    python benchmarks/sample.py --device cpu --model SiT-B/2 --batch-size 8 --dtype bf16 --no-decode
+    python benchmarks/sample.py --device cpu --model SiT-B/2 --batch-size 8 --dtype bf16
 
 The published setting is float32 (TF32 on GPUs), attention without the fused kernel, projectors computed in every step,
 and the time embedded once for each image. The forms take turns, and medians are compared, so that other load affects
@@ -12,7 +12,6 @@ all of them. The last table is the price of REG's class slot: the same network w
 from __future__ import annotations
 
 import copy
-import importlib.util
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -27,7 +26,6 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import timing
-from benchmarks.encode import sd_architecture
 from common.cli import AUTO, BATCH_SIZE, NON_NEGATIVE, POSITIVE, UNIT_INTERVAL, Check, batch_size, parse, setting
 from common.distributed import largest_batch
 from common.io import run_cli
@@ -40,7 +38,6 @@ from samplers import Guidance, image_seeds, sample_images, sde_times
 CLASS_WIDTH = 768  # of DINOv2-B's class token
 LATENT_FACTOR = 8  # pixels of the image for one of the latents, Stable Diffusion's codec
 LARGEST_BATCH = 256
-DECODED_ON_CPU = 1  # images, as one takes seconds
 MULTIPLE = Check(f"a multiple of {LATENT_FACTOR}", lambda value: value > 0 and value % LATENT_FACTOR == 0)
 
 
@@ -51,15 +48,12 @@ class Sample(timing.Benchmark):
     model: str = setting("SiT-XL/2", "preset", choices=tuple(SiT_models))
     ckpt: str | None = setting(None, "checkpoint of a trained network; default: random weights")
     resolution: int = setting(256, "side of the images, px", check=MULTIPLE)
-    batch_size: int | str = setting(
-        64, "images of a batch; auto: the most that fit", check=BATCH_SIZE, parse=batch_size
-    )
+    batch_size: int | str = setting(64, "images at a time; auto: the most that fit", check=BATCH_SIZE, parse=batch_size)
     steps: int = setting(250, "steps of the complete run that images/s refers to", check=POSITIVE)
     cfg_scale: float = setting(2.3, "guidance of image and class token")
     guidance_high: float = setting(0.85, "end of the guidance interval [0, t]", check=UNIT_INTERVAL)
     dtype: str = setting("bf16", "half precision to measure; float32: none", choices=tuple(NETWORK_DTYPES))
     compile: bool = setting(True, "also measure the compiled network")
-    decode: bool = setting(True, "include decoding in images/s, if diffusers is installed")
     timed_steps: int = setting(4, "steps of each timing", check=POSITIVE)
     rounds: int = setting(5, "timings of each form", check=POSITIVE)
     deviation_steps: int = setting(10, "steps before latents are compared", check=POSITIVE)
@@ -100,12 +94,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             first, guided = Form("", plain, as_published(plain)), Guidance(2.0)
             count = largest_batch(lambda n: sample(replace(config, batch_size=n), first, guided, 1), LARGEST_BATCH)
         config = replace(config, batch_size=count)
-    decode = decoding_seconds(config)
     result = {
         "settings": {name: value for name, value in asdict(config).items() if name != "json"},
         "gflop": flops / 1e9,
-        "decode_seconds": decode,
-        "rows": measure(config, build_forms(plain, config), flops, decode or 0),
+        "rows": measure(config, build_forms(plain, config), flops),
         "class_slot": class_slot_price(config) if config.pairs else None,
         "peak_memory_gb": timing.peak_memory(device),
     }
@@ -174,11 +166,11 @@ def network_flops(model: SiT) -> int:
     return timing.count_flops(lambda: model(x, t, y, cls_token=cls_token, project=False))
 
 
-def measure(config: Sample, forms: list[Form], flops: int, decode: float) -> list[dict[str, Any]]:
+def measure(config: Sample, forms: list[Form], flops: int) -> list[dict[str, Any]]:
     """Return one row for each form: seconds of a step outside and inside the guidance interval, memory, deviation, and
     for the complete run images per second, their ratio to the first row, and the utilisation.
 
-    flops, decode: floating-point operations of a call of the network, and seconds of decoding, for one image.
+    flops: floating-point operations of a call of the network for one image.
     """
     device = config.torch_device
     kinds = {"step_plain": Guidance(), "step_guided": Guidance(max(config.cfg_scale, 1.1))}
@@ -205,29 +197,16 @@ def measure(config: Sample, forms: list[Form], flops: int, decode: float) -> lis
     for form in forms:
         step = {kind: statistics.median(turns[form.name, kind]) / config.timed_steps for kind in kinds}
         network = (inside * step["step_guided"] + (len(times) - inside) * step["step_plain"]) / config.batch_size
-        rate = 1 / (network + decode)
         rows.append({
             "setting": form.name,
             **step,
-            "images_per_s": rate,
-            "ratio": rate / rows[0]["images_per_s"] if rows else 1.0,
+            "images_per_s": 1 / network,
+            "ratio": 1 / network / rows[0]["images_per_s"] if rows else 1.0,
             "utilisation": flops * (len(times) + inside) / network / ceilings[form.dtype],
             "memory_gb": memory[form.name],
             **timing.deviation(latents[form.name], latents[forms[0].name]),
         })  # fmt: skip
     return rows
-
-
-def decoding_seconds(config: Sample) -> float | None:
-    """Return the time of decoding one image by Stable Diffusion's architecture; None without diffusers."""
-    if not config.decode or importlib.util.find_spec("diffusers") is None:
-        return None
-    device = config.torch_device
-    codec = sd_architecture().to(device, memory_format=torch.channels_last)
-    count = config.batch_size if device.type == "cuda" else DECODED_ON_CPU
-    side = config.resolution // LATENT_FACTOR
-    latents = torch.randn(count, codec.format.channels, side, side, device=device)
-    return timing.seconds(lambda: codec.decode(latents), device, config.seconds) / count
 
 
 def class_slot_price(config: Sample) -> dict[str, Any]:
@@ -252,10 +231,7 @@ def class_slot_price(config: Sample) -> dict[str, Any]:
 def show(result: dict[str, Any]) -> None:
     """Print the settings, the table, and the price of the class slot."""
     print(", ".join(f"{name} {value}" for name, value in result["settings"].items()))
-    decode = result["decode_seconds"]
-    print(
-        f"one image: {result['gflop']:.1f} GFLOP for a call; decoding", f"{decode:.4f} s" if decode else "not included"
-    )
+    print(f"one image: {result['gflop']:.1f} GFLOP for a call; without decoding, which encode.py measures")
     print("deviation (largest, root mean square): of the latents after --deviation-steps steps\n")
     columns = {
         "setting": "{setting}", "s a step": "{step_plain:.4f}", "guided": "{step_guided:.4f}",

@@ -25,7 +25,7 @@ from benchmarks.timing import count_flops
 from common.images import save_png
 from common.io import unlock_folder, write_json
 from common.sources import image_name, latents_name
-from loss import Draws, REGLoss, Targets
+from loss import Draws, REGLoss, Targets, alignment
 from models.autoencoder import SD_FORMAT
 from models.encoders import untrained_encoder
 from training.config import parse_args
@@ -222,22 +222,16 @@ def looped_loss(
     criterion: REGLoss, network: nn.Module, x: Tensor, y: Tensor, targets: Targets, draws: Draws
 ) -> dict[str, Tensor]:
     """Return what `criterion` returns, with the alignment computed sample by sample."""
-    path, cls_token, encoder_tokens = criterion.path, *targets
-    x_t = path.interpolate(x, draws.noise, draws.t)
-    cls_t = None if cls_token is None else path.interpolate(cls_token, draws.cls_noise, draws.t)
-    v, projected, v_cls = network(x_t, draws.t, y, cls_t, draws.label_drop, project=bool(encoder_tokens))
-    terms = {"denoise": ((v - path.velocity_target(x, draws.noise, draws.t)) ** 2).flatten(1).mean(dim=1)}
-    if encoder_tokens:
-        proj = torch.zeros((), device=x.device)
-        for ours, theirs in zip(projected, encoder_tokens, strict=True):
-            for our, their in zip(ours, theirs, strict=True):
-                our, their = F.normalize(our.float(), dim=-1), F.normalize(their, dim=-1)
-                proj = proj - (our * their).sum(dim=-1).mean()
-        terms["proj"] = (proj / (len(encoder_tokens) * len(x))).expand(len(x))
-    if cls_token is not None:
-        terms["cls"] = ((v_cls - path.velocity_target(cls_token, draws.cls_noise, draws.t)) ** 2).mean(dim=1)
-    weights = {"denoise": 1.0, **criterion.weights}
-    return {"loss": sum(weights[name] * value for name, value in terms.items()), **terms}
+    x_t, cls_t = criterion.mix(x, targets, draws)
+    tokens = targets.encoder_tokens
+    output = network(x_t, draws.t, y, cls_token=cls_t, label_drop=draws.label_drop, project=bool(tokens))
+    terms = criterion.compare(*output, x, targets._replace(encoder_tokens=()), draws)
+    if tokens:
+        pairs = zip(zip(*output.projected, strict=True), zip(*tokens, strict=True), strict=True)  # one per sample
+        aligned = [alignment([a[None] for a in ours], [b[None] for b in theirs]) for ours, theirs in pairs]
+        terms["proj"] = torch.cat(aligned)
+        terms["loss"] = terms["loss"] + criterion.weights["proj"] * terms["proj"]
+    return terms
 
 
 @torch.no_grad()
