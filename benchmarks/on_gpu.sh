@@ -66,7 +66,7 @@ codec() {
 
 losses() {
     measure losses benchmarks/train_step.py --losses 200 --batches 8 --model SiT-B/2 --batch-size 32 \
-        --precision bf16 fp16 --json "$OUT/losses.json" --picture "$OUT/losses.png"
+        --precision bf16 fp16 --json "$OUT/losses.json"
 }
 
 growth() {

@@ -1,7 +1,7 @@
 """Measures a training step: a plain one, and train.py's own with its options.
 
     python benchmarks/train_step.py --model SiT-XL/2 --batch-size 256 --precision bf16 --json train_step.json
-    python benchmarks/train_step.py --losses 200 --precision bf16 --depth 4 --picture losses.png
+    python benchmarks/train_step.py --losses 200 --precision bf16 --depth 4 --json losses.json
 
 Images and latents are synthetic and of real size. Encoders have random weights unless --enc-weights names a file; their
 speed is the same. The forms take turns, and the median over the rounds is reported, so that other load affects all of
@@ -40,7 +40,7 @@ from benchmarks import timing
 from benchmarks.training_steps import Form, OurForm, PlainForm, Workload
 from common import distributed
 from common.cli import NON_NEGATIVE, POSITIVE, parse, setting
-from common.io import InputError, atomic_write, check_writable, run_cli
+from common.io import InputError, check_writable, run_cli
 from training.checkpoint_writer import CheckpointWriter
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -78,13 +78,11 @@ class TrainStep(timing.Benchmark):
     saves: Path | None = setting(None, "also measure how train.py's forms save checkpoints, on the disk of this folder")
     profile: Path | None = setting(None, "write a trace of the last form's steps to this file; print its operations")
     losses: int = setting(0, "compare the losses of this many steps instead of times", check=NON_NEGATIVE)
-    picture: Path | None = setting(None, "draw the compared losses into this PNG")
 
     def check_combination(self) -> None:
         super().check_combination()
-        for flag, path in (("--profile", self.profile), ("--picture", self.picture)):
-            if path:
-                check_writable(path, flag)
+        if self.profile:
+            check_writable(self.profile, "--profile")
         if self.saves and not self.saves.is_dir():
             raise InputError(f"--saves {self.saves}: no such folder")
         if self.encoder == "none" and (self.cls_token or self.slot_price):
@@ -132,8 +130,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         losses = train_all(config)
         timing.write_result(config.json, {"losses": losses}, device)
         print(loss_table(losses))
-        if config.picture:
-            draw(losses, config.picture)
         return
     torch.backends.cuda.matmul.allow_tf32 = True  # train.py's default
     rates: dict[str, float] = {}
@@ -361,23 +357,6 @@ def loss_table(losses: dict[str, list[float]]) -> str:
         "mean difference, last tenth": "{mean:.1e}", f"separated by {SEPARATED} after step": "{separated}",
     }  # fmt: skip
     return timing.markdown_table(columns, rows)
-
-
-def draw(losses: dict[str, list[float]], path: Path) -> None:
-    """Write a PNG: the losses at the top, their distances from the first form's at the bottom."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 8), layout="constrained")
-    top, bottom = figure.subplots(2, 1, sharex=True)
-    names, curves = list(losses), np.array(list(losses.values())).T
-    steps = range(1, len(curves) + 1)
-    top.plot(steps, curves, label=names, linewidth=0.8)
-    bottom.plot(steps, np.abs(curves - curves[:, :1]).clip(1e-9), linewidth=0.8)
-    top.set(ylabel="loss")
-    top.legend(fontsize="small")
-    bottom.set(yscale="log", xlabel="step", ylabel=f"distance from {names[0]}")
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=120)
 
 
 if __name__ == "__main__":

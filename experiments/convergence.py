@@ -37,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from tqdm import tqdm
 
+from common import cli
 from common.cli import POSITIVE, Config, parse, setting, uses_cuda
 from common.io import InputError, check_writable, read_json, read_metrics, run_cli, write_json
 from experiments import imagenet, report
@@ -155,23 +156,23 @@ class Study:
             self.rows = {**self.files.other_encoders, REG: METHODS[REG]}
         self.threads = max(1, (os.cpu_count() or 1) // config.parallel)
 
-    def flags(self, row: str) -> list[str]:
-        """Return train.py's flags of a row without folder, name, seed and length. The row's own flags are last."""
+    def flags(self, row: str, folder: Path, **length: int) -> list[str]:
+        """Return train.py's flags of a row. `length`: flags with numbers. The row's own flags are last."""
         judges = self.files.judges
-        encoder = ["--enc-type", judges.encoder]
-        encoder += ["--enc-weights", judges.encoder_weights] if judges.encoder_weights else []
-        common = ["--data-dir", str(self.files.data), "--device", judges.device]
-        common += ["--sampling-steps", "0", "--no-check-data"]
-        return [*common, *encoder, *self.preset.flags.split(), *self.rows[row].split()]
+        values = {
+            "--output-dir": folder.parent, "--exp-name": folder.name, "--resume": "latest", "--sampling-steps": 0,
+            "--data-dir": self.files.data, "--device": judges.device, "--enc-type": judges.encoder,
+            **({"--enc-weights": judges.encoder_weights} if judges.encoder_weights else {}),
+            **{cli.flag(name): number for name, number in length.items()},
+        }  # fmt: skip
+        common = [str(part) for pair in values.items() for part in pair]
+        return [*common, "--no-check-data", *self.preset.flags.split(), *self.rows[row].split()]
 
     def job(self, row: str, seed: int) -> Job:
         """Return the run of a row and a seed."""
-        name, steps = imagenet.run_name(row, seed), self.preset.steps
-        folder = (self.config.out / "runs" / name).resolve()
-        where = ["--output-dir", str(folder.parent), "--exp-name", name, "--seed", str(seed), "--resume", "latest"]
-        length = ["--max-train-steps", str(steps[-1]), "--checkpointing-steps", str(math.gcd(*steps))]
-        length += ["--epochs", str(10**9), "--log-steps", "20"]
-        flags = [*self.flags(row), *where, *length]
+        folder, steps = (self.config.out / "runs" / imagenet.run_name(row, seed)).resolve(), self.preset.steps
+        length = {"max_train_steps": steps[-1], "checkpointing_steps": math.gcd(*steps), "epochs": 10**9}
+        flags = self.flags(row, folder, seed=seed, log_steps=20, **length)
         return Job(folder, flags, steps, self.files.judges, self.preset.sampling, self.threads)
 
     def measure_steps(self) -> None:
@@ -182,9 +183,8 @@ class Study:
         for turn in range(TIMING_ROUNDS):
             for row in tqdm(found, desc=f"timing, round {turn + 1}", unit="row"):
                 folder = (self.config.out / "timing" / f"{row.lower().replace(' ', '-')}-{turn}").resolve()
-                where = ["--output-dir", str(folder.parent), "--exp-name", folder.name, "--resume", "latest"]
-                length = ["--max-train-steps", str(steps), "--log-steps", str(max(1, steps // 4))]
-                run(["train.py", *self.flags(row), *where, *length], folder, self.threads)
+                flags = self.flags(row, folder, max_train_steps=steps, log_steps=max(1, steps // 4))
+                run(["train.py", *flags], folder, self.threads)
                 batch_size = read_json(folder / "args.json")["batch_size"]
                 speeds = [logged["images_per_second"] for logged in read_metrics(folder / "metrics.jsonl")]
                 found[row] += [batch_size / speed for speed in speeds[1:]]  # the first steps are slower

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.cli import POSITIVE, Config, parse, require, setting
 from common.images import save_png
 from common.io import InputError, atomic_write, check_writable, run_cli, write_json
-from evaluations.metrics import FeatureSums, GaussianStatistics, frechet_distance
+from evaluations.metrics import FeatureSums, frechet_distance
 from experiments.judge import load_images, train_classifier
 from models.encoders import load_encoder
 
@@ -138,10 +138,11 @@ def score(samples: Path, encoder_weights: Path) -> dict[str, float | int | None]
     real_tokens = encoder(real).cls_token
     generator = torch.Generator().manual_seed(0)
     noise = torch.randint(0, 256, real.shape, generator=generator, dtype=torch.uint8)
-    statistics = {
-        name: class_token_statistics(encoder(pixels).cls_token)
-        for name, pixels in (("held out", real), ("generated", images), ("real", enlarge(train)), ("noise", noise))
-    }
+    statistics = {}
+    for name, pixels in (("held out", real), ("generated", images), ("real", enlarge(train)), ("noise", noise)):
+        sums = FeatureSums(encoder.width)
+        sums.update(encoder(pixels).cls_token)
+        statistics[name] = sums.statistics()
     tokens_right = None
     if (samples / "cls_tokens.npy").exists():
         tokens = torch.from_numpy(np.load(samples / "cls_tokens.npy", allow_pickle=False))
@@ -161,13 +162,6 @@ def score(samples: Path, encoder_weights: Path) -> dict[str, float | int | None]
 def flat(images: Tensor) -> np.ndarray:
     """Return the grey values 0-1 of images (N, 3, R, R) as (N, R R), the input of the classifier."""
     return (images.float().mean(1) / 255).flatten(1).numpy()
-
-
-def class_token_statistics(tokens: Tensor) -> GaussianStatistics:
-    """Return mean and covariance of class tokens (N, D)."""
-    sums = FeatureSums(tokens.shape[1])
-    sums.update(tokens)
-    return sums.statistics()
 
 
 def write_score(samples: Path, encoder_weights: Path, dest: Path) -> None:

@@ -130,12 +130,14 @@ def table(result: dict[str, Any]) -> str:
     lines += ["", "| to reach the last distance of | it needs times fewer steps | each seed | times less time |"]
     lines.append("|---|---|---|---|")
     for pair in result["speed_ups"]:
-        each = ", ".join("not reached" if one is None else f"{one:.2f}" for one in pair["steps_of_each_seed"])
-        factors = ["not reached" if pair[key] is None else f"{pair[key]:.2f}" for key in ("steps", "time")]
-        lines.append(
-            f"| {pair['slower']} ({pair['level']:.2f}): {pair['faster']} | {factors[0]} | {each} | {factors[1]} |"
-        )
+        steps, time, *each = map(_factor, (pair["steps"], pair["time"], *pair["steps_of_each_seed"]))
+        pair_of_rows = f"{pair['slower']} ({pair['level']:.2f}): {pair['faster']}"
+        lines.append(f"| {pair_of_rows} | {steps} | {', '.join(each)} | {time} |")
     return "\n".join(lines) + "\n"
+
+
+def _factor(value: float | None) -> str:
+    return "not reached" if value is None else f"{value:.2f}"
 
 
 def _mean_and_spread(values: list[float]) -> str:
