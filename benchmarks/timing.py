@@ -90,17 +90,11 @@ def compare(runs: dict[str, Callable[[], Tensor]], device: torch.device, rounds:
         results[name] = run().float()
         memory[name] = peak_memory(device)
     medians = {name: statistics.median(times) for name, times in in_turns(runs, device, rounds).items()}
-    first = next(iter(runs))
-    return [
-        {
-            "setting": name,
-            "seconds": medians[name],
-            "ratio": medians[first] / medians[name],
-            "memory_gb": memory[name],
-            **deviation(results[name], results[first]),
-        }
-        for name in runs
-    ]
+    first, rows = next(iter(runs)), []
+    for name, median in medians.items():
+        row = {"setting": name, "seconds": median, "ratio": medians[first] / median, "memory_gb": memory[name]}
+        rows.append({**row, **deviation(results[name], results[first])})
+    return rows
 
 
 def synchronise(device: torch.device) -> None:

@@ -156,18 +156,13 @@ def measure(config: TrainStep, case: Case) -> list[Row]:
         case = largest_batch(config, case, slots[0])
     release_workloads()
     pairs = [pair for slot in slots for pair in build_rows(config, case, slot)]
-    bar = tqdm(total=len(pairs) * (config.rounds + 1), desc=f"{case.model}, batch {case.batch_size}", unit="turn")
 
     # First steps of each form, then turns of those that fit into memory
-    fitting = []
-    for form, row in pairs:
-        fitting += [(form, row)] if fits(form, warm_up, row) else []
-        bar.update()
+    name = f"{case.model}, batch {case.batch_size}"
+    fitting = [(form, row) for form, row in tqdm(pairs, desc=f"{name}, first steps") if fits(form, warm_up, row)]
     turns: dict[int, list[tuple[float, float]]] = {id(row): [] for _, row in fitting}
-    for _ in range(config.rounds):
+    for _ in tqdm(range(config.rounds), desc=name, unit="round"):
         fitting = [(form, row) for form, row in fitting if fits(form, turn, row, config.steps, turns[id(row)])]
-        bar.update(len(fitting))
-    bar.close()
 
     for form, row in fitting:
         row.seconds, row.data_wait = map(statistics.median, zip(*turns[id(row)], strict=True))

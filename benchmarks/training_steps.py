@@ -107,10 +107,8 @@ class Workload:
             network = new_network(self.run.config, self.run.facts)
         images = self.pool[0][0][:1].to("meta")
         encoders = [copy.deepcopy(encoder).to("meta") for encoder in self.run.encoders]
-        return {
-            "network": training_flops(network),
-            "encoders": count_flops(lambda: [encoder(images) for encoder in encoders]),
-        }
+        encoder_flops = count_flops(lambda: [encoder(images) for encoder in encoders])
+        return {"network": training_flops(network), "encoders": encoder_flops}
 
     def optimizer_bytes(self, fused: bool) -> int:
         """Return the memory of one optimizer's state."""

@@ -87,8 +87,7 @@ def speed_ups(result: dict[str, Any]) -> list[dict[str, Any]]:
     by_end = sorted(rows, key=lambda row: mean_curve(curves(result, row))[-1][1], reverse=True)
     for number, slower in enumerate(by_end):
         for faster in by_end[number + 1 :]:
-            pairs = list(zip(curves(result, slower), curves(result, faster), strict=True))
-            each = [speed_up(a, b) for a, b in pairs]
+            pairs = zip(curves(result, slower), curves(result, faster), strict=True)
             slow, fast = mean_curve(curves(result, slower)), mean_curve(curves(result, faster))
             steps = speed_up(slow, fast)
             time_ratio = result["seconds_per_step"][slower] / result["seconds_per_step"][faster]
@@ -99,7 +98,7 @@ def speed_ups(result: dict[str, Any]) -> list[dict[str, Any]]:
                     "level": slow[-1][1],
                     "steps": steps,
                     "time": None if steps is None else steps * time_ratio,
-                    "steps_of_each_seed": each,
+                    "steps_of_each_seed": [speed_up(a, b) for a, b in pairs],
                     "steps_by_length": {slow[i][0]: speed_up(slow[: i + 1], fast) for i in range(len(slow))},
                 }
             )
@@ -191,10 +190,9 @@ def draw_samples(result: dict[str, Any], runs: dict[tuple[str, int], Path], path
     seed, grids = result["seeds"][0], "samples" if result["preset"] == "imagenet" else "grids"
     steps = [scores["step"] for scores in next(iter(result["scores"].values()))[str(seed)]]
     shown = [steps[i] for i in sorted({round(k) for k in np.linspace(0, len(steps) - 1, GRIDS_SHOWN)})]
-    figure, axes = plt.subplots(
-        len(shown), len(result["rows"]), squeeze=False, figsize=(5 * len(result["rows"]), 2.3 * len(shown)),
-        layout="constrained",
-    )  # fmt: skip
+    lines, columns = len(shown), len(result["rows"])
+    size = (5 * columns, 2.3 * lines)
+    figure, axes = plt.subplots(lines, columns, squeeze=False, figsize=size, layout="constrained")
     for line, step in zip(axes, shown, strict=True):
         for cell, row in zip(line, result["rows"], strict=True):
             cell.imshow(open_image((runs[row, seed] / grids / f"{step:07d}.png").read_bytes()), interpolation="nearest")
