@@ -1,18 +1,31 @@
-"""Measures how fast a codec encodes and decodes: plain, then with one optimisation after the other, in one run.
+"""Measures the work before training: a codec, the preprocessing programs, and the training loader.
 
     python benchmarks/encode.py [--vae FOLDER] [--device cuda] [--dtype fp16] [--json encode.json]
+    python benchmarks/encode.py --work programs --source imagenette.zip --vae FOLDER [--images 1000]
+    python benchmarks/encode.py --work loader --data DATA [--pack]
 
-Without --vae it measures Stable Diffusion's architecture with random weights, which is as fast as with trained ones.
-The plain form is float32 (TF32 on a GPU), channels first, one image at a time. Utilisation compares the codec's
-floating-point operations per second with those of a large matrix product on the same device in the same precision.
+codec: encoding and decoding in one process, plain, then with one optimisation after the other. Without --vae this is
+Stable Diffusion's architecture with random weights, which is as fast as with trained ones. The plain form is float32
+(TF32 on a GPU), channels first, one image at a time. Utilisation compares the codec's floating-point operations per
+second with those of a large matrix product on the same device in the same precision.
+
+programs: each row is one run of preprocessing/convert.py or encode.py. The same command is run a second time, when no
+work is left; the time of that run is the start-up time and is subtracted. Memory is that of the program's largest
+process.
+
+loader: images and latents per second from the layout of --data; --pack also writes them to uncompressed zips in a
+temporary folder and measures those in the same run. Ratios are relative to the first number of workers.
 """
 
 from __future__ import annotations
 
 import copy
-import statistics
+import itertools
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+import time
+import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,38 +33,84 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 from benchmarks import timing
-from common.cli import AUTO, BATCH_SIZE, POSITIVE, batch_size, parse, require, setting
+from common.cli import AUTO, BATCH_SIZE, NON_NEGATIVE, POSITIVE, batch_size, parse, require, setting
 from common.distributed import largest_batch
 from common.io import InputError, run_cli
+from common.sources import FileSource
+from dataset import GlobalBatchSampler, LatentDataset
 from models.autoencoder import SD_FORMAT, Codec, KLCodec, load_codec
 from models.inference import NETWORK_DTYPES
+from preprocessing.listing import list_images
+from preprocessing.parallel import available_cores
 
 LARGEST_BATCH = 128
+LOADER_BATCH = 64  # images of a batch of the loader
+COLUMNS = {
+    "work": "{work}", "setting": "{setting}", "batch": "{batch}", "images/s": "{images_per_s:.2f}",
+    "ratio": "{ratio:.2f}", "memory, GB": "{memory_gb:.2f}", "start-up, s": "{startup_s:.1f}",
+    "utilisation": "{utilisation:.0%}", "deviation": "{max_deviation:.1e}", "rms": "{rms_deviation:.1e}",
+}  # fmt: skip
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Encode(timing.DeviceBenchmark):
+class Encode(timing.Benchmark):
     """Settings of the benchmark."""
 
+    work: tuple[str, ...] = setting(("codec",), "what to measure", choices=("codec", "programs", "loader"))
     vae: str | None = setting(None, "codec to measure; default: Stable Diffusion's architecture, random weights")
     resolution: int = setting(256, "side of the images, px", check=POSITIVE)
-    batch_size: int | str = setting(
-        32, "images at a time; auto: the largest that fits into memory", check=BATCH_SIZE, parse=batch_size
-    )
+    batch_size: int | str = setting(32, "images at a time; auto: the most that fit", check=BATCH_SIZE, parse=batch_size)
     dtype: str = setting("float32", "half precision to measure; float32: none", choices=tuple(NETWORK_DTYPES))
     compile: bool = setting(True, "also measure the compiled codec")
     tf32: bool = setting(True, "allow TF32 on a GPU, which is also the default of preprocessing/encode.py")
     rounds: int = setting(3, "timings of each form", check=POSITIVE)
+    workers: tuple[int, ...] = setting(
+        (1, available_cores()),
+        "processes of convert.py, threads of encode.py, processes of the loader; 0: the training process loads",
+        check=NON_NEGATIVE,
+    )
+    source: Path | None = setting(None, "photographs for the programs, a folder or zip")
+    images: int | None = setting(
+        None, "use this many photographs, spread over the source; default: all", check=POSITIVE
+    )
+    data: Path | None = setting(None, "images and latents for the loader, a folder")
+    batches: int = setting(60, f"batches of {LOADER_BATCH} images to load", check=POSITIVE)
+    pack: bool = setting(False, "also write the data to zips in a temporary folder and measure them")
 
     def check_combination(self) -> None:
         super().check_combination()
-        if self.vae == "pixel":
-            raise InputError("--vae pixel: it computes nothing that could be measured")
-        require("diffusers", "measuring a codec")
+        needed = {"programs": {"--source": self.source, "--vae": self.vae}, "loader": {"--data": self.data}}
+        for work in self.work:
+            for flag in (flag for flag, value in needed.get(work, {}).items() if value is None):
+                raise InputError(f"--work {work}: needs {flag}")
+        if "programs" in self.work and 0 in self.workers:
+            raise InputError("--workers 0: must be greater than 0 with --work programs")
+        if "codec" in self.work:
+            if self.vae == "pixel":
+                raise InputError("--vae pixel: it computes nothing that could be measured")
+            require("diffusers", "measuring a codec")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure and print a table."""
+    config = parse(Encode, "Measure the work before training.", argv)
+    device, result, rows = config.torch_device, {"cores": available_cores()}, []
+    print(f"{timing.hardware(device)}, torch {torch.__version__}, {config.resolution} px, {config.vae or 'SD-VAE'}")
+    if "codec" in config.work:
+        result["flops"], rows = measure_codec(config)
+    if "programs" in config.work:
+        rows += measure_programs(config)
+    if "loader" in config.work:
+        rows += measure_loader(config)
+    print(f"\n{timing.markdown_table(COLUMNS, rows)}")
+    timing.write_result(config.json, {**result, "rows": rows}, device)
 
 
 class Form(NamedTuple):
@@ -63,9 +122,8 @@ class Form(NamedTuple):
     dtype: str
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Measure and print a table."""
-    config = parse(Encode, "Measure how fast a codec encodes and decodes.", argv)
+def measure_codec(config: Encode) -> tuple[dict[str, int], list[Row]]:
+    """Return the floating-point operations of one image, and the rows of encoding and decoding."""
     device, side = config.torch_device, config.resolution
     on_gpu = device.type == "cuda"
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = config.tf32
@@ -75,8 +133,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         blank = torch.zeros(LARGEST_BATCH, 3, side, side, dtype=torch.uint8, device=device)
         count = largest_batch(lambda n: codec.encode(blank[:n]), LARGEST_BATCH) if on_gpu else 1
         config = replace(config, batch_size=count)
-
-    # Inputs and rows
     images = torch.randint(0, 256, (config.batch_size, 3, side, side), dtype=torch.uint8)
     shape = (codec.format.channels, side // codec.format.factor, side // codec.format.factor)
     latents = torch.randn(config.batch_size, *shape, device=device)
@@ -84,21 +140,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         "encode": timing.count_flops(lambda: codec.encode(images[:1].to(device))),
         "decode": timing.count_flops(lambda: codec.decode(latents[:1])),
     }
+    print(f"one image: encode {flops['encode'] / 1e9:.1f} GFLOP, decode {flops['decode'] / 1e9:.1f} GFLOP")
     forms = build_forms(codec, config)
     peaks = {dtype: timing.matrix_rate(device, 1, NETWORK_DTYPES[dtype]) for dtype in {form.dtype for form in forms}}
-    limits = {work: {dtype: peak / count for dtype, peak in peaks.items()} for work, count in flops.items()}
-    rows = measure(encode, images.pin_memory() if on_gpu else images, forms, limits["encode"], config)
-    rows += measure(decode, latents, forms, limits["decode"], config)
-
-    # Report
-    counts = ", ".join(f"{work} {count / 1e9:.1f} GFLOP" for work, count in flops.items())
-    print(f"{config.vae or 'SD-VAE, random weights'}, {side} px, one image: {counts}")
-    print(f"{timing.hardware(device)}, torch {torch.__version__}, TF32 {'on' if config.tf32 else 'off'}\n")
-    headings = "work | setting | batch | images/s | ratio | utilisation | peak memory, GB | deviation | rms"
-    line = "{work} | {setting} | {batch} | {images_per_s:.2f} | {ratio:.2f} | {utilisation:.0%} | {memory_gb:.2f} "
-    line += "| {max_deviation:.1e} | {rms_deviation:.1e}"
-    print(timing.markdown_table(headings, [line.format(**row) for row in rows]))
-    timing.write_result(config.json, {"flops": flops, "rows": rows}, device)
+    rows = []
+    for work, inputs in ((encode, images.pin_memory() if on_gpu else images), (decode, latents)):
+        runs = {form.name: partial(work, form.codec, inputs, device, form.batch_size) for form in forms}
+        for form, row in zip(forms, timing.compare(runs, device, config.rounds), strict=True):
+            rate = config.batch_size / row["seconds"]
+            utilisation = rate * flops[work.__name__] / peaks[form.dtype]
+            about = {"work": work.__name__, "batch": form.batch_size, "images_per_s": rate}
+            rows.append({**row, **about, "utilisation": utilisation})
+    return flops, rows
 
 
 def sd_architecture() -> Codec:
@@ -144,33 +197,77 @@ def decode(codec: Codec, latents: Tensor, device: torch.device, count: int) -> T
     return torch.cat([codec.decode(part) for part in latents.split(count)]).cpu()
 
 
-def measure(
-    work: Callable[..., Tensor], inputs: Tensor, forms: list[Form], limits: dict[str, float], config: Encode
-) -> list[dict[str, Any]]:
-    """Return one row for each form of encoding or decoding `inputs`. `limits`: highest possible images/s, by dtype."""
-    device = config.torch_device
-    runs, results, memory = {}, {}, {}
-    for form in tqdm(forms, desc="first runs", unit="form"):
-        runs[form.name] = partial(work, form.codec, inputs, device, form.batch_size)
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        results[form.name] = runs[form.name]().float()
-        memory[form.name] = timing.peak_memory(device)
-    times = timing.in_turns(runs, device, config.rounds)
-    rates = {name: len(inputs) / statistics.median(found) for name, found in times.items()}
-    return [
-        {
-            "work": work.__name__,
-            "setting": form.name,
-            "batch": form.batch_size,
-            "images_per_s": rates[form.name],
-            "ratio": rates[form.name] / rates[forms[0].name],
-            "utilisation": rates[form.name] / limits[form.dtype],
-            "memory_gb": memory[form.name],
-            **timing.deviation(results[form.name], results[forms[0].name]),
-        }
-        for form in forms
-    ]
+def measure_programs(config: Encode) -> list[Row]:
+    """Return the rows of convert.py and encode.py on photographs."""
+    source, rows = FileSource(config.source), []
+    names = list_images(source).names
+    names = names[:: max(1, len(names) // (config.images or len(names)))][: config.images]  # at equal distances
+    with tempfile.TemporaryDirectory() as scratch:
+        work = Path(scratch)
+        photographs = copy_files(source, names, work / "photographs.zip")
+        for workers in config.workers:
+            images = work / f"images{workers}"
+            flags = ["--source", photographs, "--dest", images, "--resolution", config.resolution, "--workers", workers]
+            rows.append(measure_program("convert.py", f"{workers} workers", flags, len(names), 1))
+        for threads, size in itertools.product(config.workers, dict.fromkeys((1, config.batch_size))):
+            dest = work / f"latents-{threads}-{size}"
+            flags = ["--source", images, "--dest", dest, "--vae", config.vae, "--batch-size", size]
+            rows.append(measure_program("encode.py", f"batch {size}, {threads} threads", flags, len(names), threads))
+    return rows
+
+
+def copy_files(source: FileSource, names: list[str], path: Path) -> Path:
+    """Write some of a source's files to an uncompressed zip and return its path."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for name in tqdm(names, desc=f"writing {path.name}", unit="file"):
+            archive.writestr(name, source.read(name))
+    return path
+
+
+def run_program(program: str, flags: list[object], threads: int) -> tuple[float, float]:
+    """Return the seconds that a program takes, and the memory of its largest process in GB."""
+    command = [sys.executable, ROOT / "preprocessing" / program, *flags]
+    return timing.run_measured(command, {"OMP_NUM_THREADS": str(threads)})
+
+
+def measure_program(program: str, label: str, flags: list[object], images: int, threads: int) -> Row:
+    """Run a program twice; return its images per second without the start-up, and its memory.
+
+    The rate is None if the program takes no longer than its start-up: there are too few images.
+    """
+    seconds, memory = run_program(program, flags, threads)
+    startup, _ = run_program(program, flags, threads)
+    rate = images / (seconds - startup) if seconds > startup else None
+    about = {"work": program, "setting": label, "images": images}
+    return {**about, "images_per_s": rate, "startup_s": startup, "memory_gb": memory}
+
+
+def measure_loader(config: Encode) -> list[Row]:
+    """Return the rows of the training loader, from --data and from zips."""
+    torch.set_num_threads(1)
+    datasets, rows = [LatentDataset(config.data)], []
+    with tempfile.TemporaryDirectory(dir=config.data.parent) as scratch:
+        if config.pack:
+            for source in (datasets[0].images, datasets[0].latents):
+                copy_files(source, source.names, Path(scratch) / f"{source.path.stem}.zip")
+            datasets.append(LatentDataset(Path(scratch)))
+        for dataset in datasets:
+            for workers in config.workers:
+                rate = loader_rate(dataset, workers, config.batches)
+                label = f"{'zip' if dataset.images.is_zip else 'folder'}, {workers} workers"
+                row = {"work": "loader", "setting": label, "batch": LOADER_BATCH, "images_per_s": rate}
+                rows.append({**row, "ratio": rate / rows[0]["images_per_s"] if rows else 1.0})
+    return rows
+
+
+def loader_rate(dataset: LatentDataset, workers: int, batches: int) -> float:
+    """Return the images per second in the shuffled order of training, after the first batch."""
+    sampler = GlobalBatchSampler(len(dataset), LOADER_BATCH, seed=0, steps=range(batches + 1))
+    loader = iter(DataLoader(dataset, batch_sampler=sampler, num_workers=workers))
+    next(loader)
+    start = time.perf_counter()
+    count = sum(len(labels) for _, _, labels in loader)
+    return count / (time.perf_counter() - start)
 
 
 if __name__ == "__main__":

@@ -4,16 +4,16 @@
     python benchmarks/evaluate.py --device cuda --evaluate 50000
 
 The straightforward network has the same layers and weights. Each convolution is followed by its own batch norm, in
-PyTorch's default memory layout. Each measurement runs in its own process, so that peak memory is measured separately.
+PyTorch's default memory layout. Both are in memory at the same time.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,18 +37,20 @@ from evaluations.inception.weights import load_weights
 from evaluations.npz import write_npz
 
 RESOLUTION = 256
+COLUMNS = {
+    "network": "{setting}", "s an image": "{seconds_per_image:.4f}", "ratio": "{ratio:.2f}",
+    "utilisation": "{utilisation:.0%}", "memory, GB": "{memory_gb:.2f}", "features, rms": "{rms_deviation:.1e}",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate(timing.DeviceBenchmark):
+class Evaluate(timing.Benchmark):
     """Settings of the benchmark."""
 
     device: str = setting("cpu", "where to measure; auto: CUDA if available", choices=("auto", "cpu", "cuda"))
     images: int = setting(64, f"images of {RESOLUTION} px for each timing", check=POSITIVE)
-    batch_size: int | str = setting(
-        32, "images at a time; auto: the largest that fits into memory", check=BATCH_SIZE, parse=batch_size
-    )
-    repeats: int = setting(3, "timings, of which the best is reported", check=POSITIVE)
+    batch_size: int | str = setting(32, "images at a time; auto: the most that fit", check=BATCH_SIZE, parse=batch_size)
+    repeats: int = setting(3, "timings of each network", check=POSITIVE)
     threads: int = setting(torch.get_num_threads(), "CPU threads", check=POSITIVE)
     inception: str | None = setting(None, "Inception weights; default: random ones, which are equally fast")
     evaluate: int = setting(0, "also run the evaluator on this many samples", check=NON_NEGATIVE)
@@ -80,54 +82,42 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print a table."""
     config = parse(Evaluate, "Measure time and memory of the evaluation.", argv)
     torch.set_num_threads(config.threads)
-    device = config.torch_device
-    machine = {"device": timing.hardware(device), "torch": torch.__version__}
-    machine |= {"batch_size": config.batch_size, "images": config.images}
-    result: dict[str, Any] = {"machine": machine, "networks": {}}
+    device, result = config.torch_device, {}
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(config.inception) if config.inception else write_random_weights(Path(folder) / "random.pth")
-        context = multiprocessing.get_context("spawn")
-        for name in ("plain", "ours"):
-            with context.Pool(1) as process:
-                result["networks"][name] = process.apply(measure, (name, weights, config))
-        plain, ours = (result["networks"][name].pop("pool") for name in ("plain", "ours"))
-        result["relative_difference"] = float(np.linalg.norm(plain - ours) / np.linalg.norm(plain))
+        rows = measure(weights, config)
+        print(f"{timing.hardware(device)}, torch {torch.__version__}, images of {RESOLUTION} px\n")
+        print(timing.markdown_table(COLUMNS, rows))
         if config.evaluate:
-            result["evaluation"] = run_evaluator(Path(folder), weights, config)
-    show(result)
-    timing.write_result(config.json, result, device)
+            result = {"evaluation": run_evaluator(Path(folder), weights, config)}
+            print("evaluator: " + ", ".join(f"{name} {value:g}" for name, value in result["evaluation"].items()))
+    timing.write_result(config.json, {"rows": rows, **result}, device)
 
 
-def measure(name: str, weights: Path, config: Evaluate) -> dict[str, Any]:
-    """Return time per image, utilisation, peak memory beyond that before the measurement, and the pool features."""
-    device = config.torch_device
-    torch.set_num_threads(config.threads)
-    network: Inception | PlainInception
-    network = load_inception(weights, device) if name == "ours" else PlainInception(weights, device)
-    pixels = np.random.default_rng(0).integers(0, 256, (config.images, RESOLUTION, RESOLUTION, 3), dtype=np.uint8)
-    images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
-    before = timing.peak_memory(device)
-    flops = timing.count_flops(lambda: network(images[:1].to(device)))
-    size = config.batch_size
+def measure(weights: Path, config: Evaluate) -> list[dict[str, Any]]:
+    """Return the rows of both networks; deviations are those of the pool features."""
+    device, size = config.torch_device, config.batch_size
+    networks = {"plain": PlainInception(weights, device), "ours": load_inception(weights, device)}
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (config.images, 3, RESOLUTION, RESOLUTION), dtype=torch.uint8, generator=generator)
+    flops = {name: timing.count_flops(partial(network, images[:1].to(device))) for name, network in networks.items()}
     if size == AUTO:
-        on_gpu = device.type == "cuda"
-        size = largest_batch(lambda count: network(images[:count].to(device)), len(images)) if on_gpu else CPU_BATCH
-
-    def run() -> Tensor:
-        return torch.cat([network(batch.to(device)).pool for batch in images.split(size)]).cpu()
-
-    pool = run()  # warm-up
-    best = min(timing.timed(run, device) for _ in range(config.repeats)) / config.images
-    peak = timing.peak_memory(device)
+        attempt = partial(pool_features, networks["plain"], images, device)
+        size = largest_batch(attempt, len(images)) if device.type == "cuda" else CPU_BATCH
+    runs = {name: partial(pool_features, network, images, device, size) for name, network in networks.items()}
+    rows = timing.compare(runs, device, config.repeats)
     with full_precision(device):
         ceiling = timing.matrix_rate(device, 1)
-    return {
-        "seconds_per_image": best,
-        "batch_size": size,
-        "utilisation": flops / best / ceiling,
-        "peak_gb": peak - before,
-        "pool": pool.numpy(),
-    }
+    for row in rows:
+        row |= {"batch": size, "seconds_per_image": row["seconds"] / config.images}
+        row["utilisation"] = flops[row["setting"]] / row["seconds_per_image"] / ceiling
+    return rows
+
+
+@torch.no_grad()
+def pool_features(network: Inception | PlainInception, images: Tensor, device: torch.device, size: int) -> Tensor:
+    """Return the pool features (N, 2048) of images in host memory, `size` at a time."""
+    return torch.cat([network(batch.to(device)).pool for batch in images.split(size)]).cpu()
 
 
 def run_evaluator(folder: Path, weights: Path, config: Evaluate) -> dict[str, Any]:
@@ -151,36 +141,15 @@ def write_noise(path: Path, count: int) -> Path:
 
 def write_random_weights(path: Path) -> Path:
     """Write random weights in the layout of the PyTorch port, with activations of a usual magnitude."""
-    generator = torch.Generator().manual_seed(0)
-    state = {}
-    values = {"weight": 1.0, "bias": 0.1, "running_mean": 0.0, "running_var": 1.0}
-    for name, like in inception_layers().state_dict().items():
-        if like.ndim == 4:
-            deviation = (2 / like[0].numel()) ** 0.5
-            state[name] = torch.randn(like.shape, generator=generator) * deviation
-        elif like.ndim == 1:
-            state[name] = torch.full(like.shape, values[name.rpartition(".")[2]])
-    state["fc.weight"] = torch.randn(NUM_CLASSES, NUM_FEATURES, generator=generator) * 0.02
-    torch.save(state, path)
+    torch.manual_seed(0)
+    layers = inception_layers().to_empty(device="cpu")
+    for layer in layers.modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(layer.weight)
+        elif isinstance(layer, torch.nn.BatchNorm2d):
+            layer.reset_parameters()
+    torch.save({**layers.state_dict(), "fc.weight": torch.randn(NUM_CLASSES, NUM_FEATURES) * 0.02}, path)
     return path
-
-
-def show(result: dict[str, Any]) -> None:
-    """Print the table."""
-    print(f"{result['machine']['device']}, torch {result['machine']['torch']}, images of {RESOLUTION} px")
-    print(f"relative difference of the features of plain and ours: {result['relative_difference']:.1e}\n")
-    plain = result["networks"]["plain"]["seconds_per_image"]
-    rows = [
-        f"{name} | {1000 * row['seconds_per_image']:.2f} | {plain / row['seconds_per_image']:.2f} "
-        f"| {row['utilisation']:.0%} | {row['peak_gb']:.2f}"
-        for name, row in result["networks"].items()
-    ]
-    print(timing.markdown_table("network | ms an image | ratio | utilisation | peak memory, GB", rows))
-    if row := result.get("evaluation"):
-        print(
-            f"evaluator: {row['samples']:,} samples, {row['references']:,} references: {row['seconds']:.1f} s, "
-            f"{row['host_memory_gb']:.2f} GB on the host"
-        )
 
 
 if __name__ == "__main__":

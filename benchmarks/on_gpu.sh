@@ -31,7 +31,7 @@ measure() {
 
 xl2() {
     measure tests -m pytest tests/test_sync.py tests/test_inference.py
-    measure xl2 $STEP --forms plain switches ours compile --model SiT-XL/2 --batch-size 256 --json "$OUT/xl2.json" \
+    measure xl2 $STEP --forms plain ours compile --model SiT-XL/2 --batch-size 256 --json "$OUT/xl2.json" \
         --profile "$OUT/xl2.trace.json.gz"
 }
 
@@ -65,8 +65,8 @@ codec() {
 }
 
 losses() {
-    measure losses benchmarks/losses.py --model SiT-B/2 --depth 12 --batch-size 32 --resolution 256 \
-        --encoder dinov2-vit-b --precision bf16 fp16 --json "$OUT/losses.json" --picture "$OUT/losses.png"
+    measure losses benchmarks/train_step.py --losses 200 --batches 8 --model SiT-B/2 --batch-size 32 \
+        --precision bf16 fp16 --json "$OUT/losses.json"
 }
 
 growth() {

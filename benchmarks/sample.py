@@ -1,7 +1,7 @@
 """Measures how fast sampling is: the published setting, then with one optimisation after the other, in one run.
 
     python benchmarks/sample.py --device cuda --model SiT-XL/2 --batch-size auto --dtype fp16 --json sample.json
-    python benchmarks/sample.py --device cpu --model SiT-B/2 --batch-size 8 --dtype bf16 --no-decode
+    python benchmarks/sample.py --device cpu --model SiT-B/2 --batch-size 8 --dtype bf16
 
 The published setting is float32 (TF32 on GPUs), attention without the fused kernel, projectors computed in every step,
 and the time embedded once for each image. The forms take turns, and medians are compared, so that other load affects
@@ -12,7 +12,6 @@ all of them. The last table is the price of REG's class slot: the same network w
 from __future__ import annotations
 
 import copy
-import importlib.util
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -27,7 +26,6 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import timing
-from benchmarks.encode import sd_architecture
 from common.cli import AUTO, BATCH_SIZE, NON_NEGATIVE, POSITIVE, UNIT_INTERVAL, Check, batch_size, parse, setting
 from common.distributed import largest_batch
 from common.io import run_cli
@@ -40,26 +38,22 @@ from samplers import Guidance, image_seeds, sample_images, sde_times
 CLASS_WIDTH = 768  # of DINOv2-B's class token
 LATENT_FACTOR = 8  # pixels of the image for one of the latents, Stable Diffusion's codec
 LARGEST_BATCH = 256
-DECODED_ON_CPU = 1  # images, as one takes seconds
 MULTIPLE = Check(f"a multiple of {LATENT_FACTOR}", lambda value: value > 0 and value % LATENT_FACTOR == 0)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sample(timing.DeviceBenchmark):
+class Sample(timing.Benchmark):
     """Settings of the benchmark."""
 
     model: str = setting("SiT-XL/2", "preset", choices=tuple(SiT_models))
     ckpt: str | None = setting(None, "checkpoint of a trained network; default: random weights")
     resolution: int = setting(256, "side of the images, px", check=MULTIPLE)
-    batch_size: int | str = setting(
-        64, "images of a batch; auto: the largest that fits into memory", check=BATCH_SIZE, parse=batch_size
-    )
+    batch_size: int | str = setting(64, "images at a time; auto: the most that fit", check=BATCH_SIZE, parse=batch_size)
     steps: int = setting(250, "steps of the complete run that images/s refers to", check=POSITIVE)
     cfg_scale: float = setting(2.3, "guidance of image and class token")
     guidance_high: float = setting(0.85, "end of the guidance interval [0, t]", check=UNIT_INTERVAL)
     dtype: str = setting("bf16", "half precision to measure; float32: none", choices=tuple(NETWORK_DTYPES))
     compile: bool = setting(True, "also measure the compiled network")
-    decode: bool = setting(True, "include decoding in images/s, if diffusers is installed")
     timed_steps: int = setting(4, "steps of each timing", check=POSITIVE)
     rounds: int = setting(5, "timings of each form", check=POSITIVE)
     deviation_steps: int = setting(10, "steps before latents are compared", check=POSITIVE)
@@ -73,11 +67,12 @@ class Sample(timing.DeviceBenchmark):
 
 
 class Form(NamedTuple):
-    """One row: the network, and the function that is called in its place."""
+    """One row: the network, the function that is called in its place, and the precision of its matrix products."""
 
     name: str
     model: SiT
     network: Callable[..., tuple]
+    dtype: str = "float32"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -99,16 +94,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             first, guided = Form("", plain, as_published(plain)), Guidance(2.0)
             count = largest_batch(lambda n: sample(replace(config, batch_size=n), first, guided, 1), LARGEST_BATCH)
         config = replace(config, batch_size=count)
-    rows = measure(config, build_forms(plain, config))
-    decode = decoding_seconds(config)
-    add_rates(rows, config, flops, decode)
     result = {
-        "hardware": timing.hardware(device),
-        "torch": torch.__version__,
         "settings": {name: value for name, value in asdict(config).items() if name != "json"},
         "gflop": flops / 1e9,
-        "decode_seconds": decode,
-        "rows": rows,
+        "rows": measure(config, build_forms(plain, config), flops),
         "class_slot": class_slot_price(config) if config.pairs else None,
         "peak_memory_gb": timing.peak_memory(device),
     }
@@ -118,12 +107,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def sample(config: Sample, form: Form, guidance: Guidance, num_steps: int) -> torch.Tensor:
     """Return the latents of a batch after `num_steps` steps."""
-    numbers = range(config.batch_size)
-    labels = [number % form.model.num_classes for number in numbers]
-    seeds = image_seeds(0, numbers)
-    return sample_images(form.model, labels, seeds, Interpolant(), guidance, num_steps=num_steps, network=form.network)[
-        0
-    ]
+    model, numbers = form.model, range(config.batch_size)
+    labels, seeds = [number % model.num_classes for number in numbers], image_seeds(0, numbers)
+    return sample_images(model, labels, seeds, Interpolant(), guidance, num_steps=num_steps, network=form.network)[0]
 
 
 def random_network(name: str, resolution: int, fused_attn: bool = True, cls_token_dim: int | None = CLASS_WIDTH) -> SiT:
@@ -161,13 +147,13 @@ def build_forms(plain: SiT, config: Sample) -> list[Form]:
     ]
     if config.dtype != "float32":
         half = convert(copy.deepcopy(fused), NETWORK_DTYPES[config.dtype])
-        forms.append(Form(f"+ network in {config.dtype}", half, half))
+        forms.append(Form(f"+ network in {config.dtype}", half, half, config.dtype))
     if config.compile:
         compiled = copy.deepcopy(forms[-1].model)
         compile_blocks(compiled)
-        forms.append(Form("+ compiled", compiled, compiled))
+        forms.append(Form("+ compiled", compiled, compiled, config.dtype))
     if plain.pos_embed.device.type == "cuda":
-        forms.append(Form("+ CUDA graphs", forms[-1].model, CudaGraphs(forms[-1].model)))
+        forms.append(Form("+ CUDA graphs", forms[-1].model, CudaGraphs(forms[-1].model), config.dtype))
     return forms
 
 
@@ -180,8 +166,12 @@ def network_flops(model: SiT) -> int:
     return timing.count_flops(lambda: model(x, t, y, cls_token=cls_token, project=False))
 
 
-def measure(config: Sample, forms: list[Form]) -> list[dict[str, Any]]:
-    """Return one row for each form: seconds of a step outside and inside the guidance interval, memory, deviation."""
+def measure(config: Sample, forms: list[Form], flops: int) -> list[dict[str, Any]]:
+    """Return one row for each form: seconds of a step outside and inside the guidance interval, memory, deviation, and
+    for the complete run images per second, their ratio to the first row, and the utilisation.
+
+    flops: floating-point operations of a call of the network for one image.
+    """
     device = config.torch_device
     kinds = {"step_plain": Guidance(), "step_guided": Guidance(max(config.cfg_scale, 1.1))}
     memory, latents, runs = {}, {}, {}
@@ -196,45 +186,27 @@ def measure(config: Sample, forms: list[Form]) -> list[dict[str, Any]]:
             runs[form.name, kind]()
         weights = sum(tensor.nbytes for tensor in form.model.state_dict().values()) / 1e9
         memory[form.name] = timing.peak_memory(device) - before + weights if before is not None else None
-    times = timing.in_turns(runs, device, config.rounds)
-    return [
-        {
-            "setting": form.name,
-            **{kind: statistics.median(times[form.name, kind]) / config.timed_steps for kind in kinds},
-            "memory_gb": memory[form.name],
-            **timing.deviation(latents[form.name], latents[forms[0].name]),
-        }
-        for form in forms
-    ]
+    turns = timing.in_turns(runs, device, config.rounds)
 
-
-def add_rates(rows: list[dict[str, Any]], config: Sample, flops: int, decode: float | None) -> None:
-    """Add to each row: images per second of the complete run, its ratio to the first row, and the utilisation."""
+    # Rates of the complete run
     times = sde_times(config.steps)[:-1].tolist()
     inside = sum(config.guidance.active(t) for t in times)
-    ceilings = {
-        dtype: timing.matrix_rate(config.torch_device, config.seconds, NETWORK_DTYPES[dtype])
-        for dtype in dict.fromkeys(("float32", config.dtype))
-    }
-    last_in_float32 = [row["setting"] for row in rows].index("+ no projectors, time once")
-    for number, row in enumerate(rows):
-        network = (inside * row["step_guided"] + (len(times) - inside) * row["step_plain"]) / config.batch_size
-        ceiling = ceilings["float32" if number <= last_in_float32 else config.dtype]
-        row["images_per_s"] = 1 / (network + (decode or 0))
-        row["ratio"] = row["images_per_s"] / rows[0]["images_per_s"]
-        row["utilisation"] = flops * (len(times) + inside) / network / ceiling
-
-
-def decoding_seconds(config: Sample) -> float | None:
-    """Return the time of decoding one image by Stable Diffusion's architecture; None without diffusers."""
-    if not config.decode or importlib.util.find_spec("diffusers") is None:
-        return None
-    device = config.torch_device
-    codec = sd_architecture().to(device, memory_format=torch.channels_last)
-    count = config.batch_size if device.type == "cuda" else DECODED_ON_CPU
-    side = config.resolution // LATENT_FACTOR
-    latents = torch.randn(count, codec.format.channels, side, side, device=device)
-    return timing.seconds(lambda: codec.decode(latents), device, config.seconds) / count
+    dtypes = {form.dtype for form in forms}
+    ceilings = {dtype: timing.matrix_rate(device, config.seconds, NETWORK_DTYPES[dtype]) for dtype in dtypes}
+    rows: list[dict[str, Any]] = []
+    for form in forms:
+        step = {kind: statistics.median(turns[form.name, kind]) / config.timed_steps for kind in kinds}
+        network = (inside * step["step_guided"] + (len(times) - inside) * step["step_plain"]) / config.batch_size
+        rows.append({
+            "setting": form.name,
+            **step,
+            "images_per_s": 1 / network,
+            "ratio": 1 / network / rows[0]["images_per_s"] if rows else 1.0,
+            "utilisation": flops * (len(times) + inside) / network / ceilings[form.dtype],
+            "memory_gb": memory[form.name],
+            **timing.deviation(latents[form.name], latents[forms[0].name]),
+        })  # fmt: skip
+    return rows
 
 
 def class_slot_price(config: Sample) -> dict[str, Any]:
@@ -257,35 +229,20 @@ def class_slot_price(config: Sample) -> dict[str, Any]:
 
 
 def show(result: dict[str, Any]) -> None:
-    """Print the tables."""
-    settings = result["settings"]
-    print(
-        f"{settings['ckpt'] or settings['model']}, {settings['resolution']} px, batch {settings['batch_size']}, "
-        f"{result['gflop']:.1f} GFLOP for a call and image; {result['hardware']}, torch {result['torch']}"
-    )
-    decode = (
-        "not included" if result["decode_seconds"] is None else f"{1000 * result['decode_seconds']:.1f} ms an image"
-    )
-    print(
-        f"{settings['steps']} SDE steps, guidance {settings['cfg_scale']} in [0, {settings['guidance_high']}]; "
-        f"decoding {decode}"
-    )
-    print(f"deviation (largest, root mean square): of the latents after {settings['deviation_steps']} steps\n")
-    line = "{setting} | {plain:.1f} | {guided:.1f} | {images_per_s:.4g} | {ratio:.2f} | {utilisation:.0%} | {memory} "
-    line += "| {max_deviation:.1e} | {rms_deviation:.1e}"
-    lines = []
-    for row in result["rows"]:
-        memory = "" if row["memory_gb"] is None else f"{row['memory_gb']:.2f}"
-        milliseconds = {"plain": 1000 * row["step_plain"], "guided": 1000 * row["step_guided"]}
-        lines.append(line.format(**row, **milliseconds, memory=memory))
-    headings = "setting | ms a step | guided | images/s | ratio | utilisation | memory, GB | deviation | rms"
-    print(timing.markdown_table(headings, lines))
+    """Print the settings, the table, and the price of the class slot."""
+    print(", ".join(f"{name} {value}" for name, value in result["settings"].items()))
+    print(f"one image: {result['gflop']:.1f} GFLOP for a call; without decoding, which encode.py measures")
+    print("deviation (largest, root mean square): of the latents after --deviation-steps steps\n")
+    columns = {
+        "setting": "{setting}", "s a step": "{step_plain:.4f}", "guided": "{step_guided:.4f}",
+        "images/s": "{images_per_s:.4g}", "ratio": "{ratio:.2f}", "utilisation": "{utilisation:.0%}",
+        "memory, GB": "{memory_gb:.2f}", "deviation": "{max_deviation:.1e}", "rms": "{rms_deviation:.1e}",
+    }  # fmt: skip
+    print(timing.markdown_table(columns, result["rows"]))
     if price := result["class_slot"]:
         low, high = price["latency_quartiles"]
-        print(
-            f"\nclass slot: {price['flops']:+.2%} FLOPs (paper: +0.38 %), {price['latency']:+.2%} latency "
-            f"(paper: +0.49 %; quartiles of {settings['pairs']} pairs: {low:+.2%}, {high:+.2%})"
-        )
+        print(f"\nclass slot: {price['flops']:+.2%} FLOPs, {price['latency']:+.2%} latency; paper: +0.38 %, +0.49 %")
+        print(f"quartiles of the latency over --pairs pairs: {low:+.2%}, {high:+.2%}")
     print(f"peak memory of all forms together: {result['peak_memory_gb']:.2f} GB")
 
 

@@ -6,6 +6,7 @@ import os
 import re
 import resource
 import shlex
+import statistics
 import subprocess
 import sys
 import time
@@ -38,20 +39,10 @@ MATRIX = {"cpu": 2048, "cuda": 8192}  # large enough for the device's best rate
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark(Config):
-    """Results."""
-
-    json: Path | None = setting(None, "also write the results to this file")
-
-    def check_combination(self) -> None:
-        if self.json:
-            check_writable(self.json, "--json")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DeviceBenchmark(Benchmark):
     """Device and results."""
 
     device: str = setting("auto", "where to measure; auto: CUDA if available", choices=("auto", "cpu", "cuda"))
+    json: Path | None = setting(None, "also write the results to this file")
 
     @property
     def torch_device(self) -> torch.device:
@@ -59,8 +50,9 @@ class DeviceBenchmark(Benchmark):
         return torch.device("cuda" if uses_cuda(self.device) else "cpu")
 
     def check_combination(self) -> None:
-        super().check_combination()
         uses_cuda(self.device)
+        if self.json:
+            check_writable(self.json, "--json")
 
 
 def timed(run: Callable[[], object], device: torch.device) -> float:
@@ -88,6 +80,21 @@ def in_turns(runs: dict[Name, Callable[[], object]], device: torch.device, round
         for name in list(runs)[:: 1 if number % 2 else -1]:
             times[name].append(timed(runs[name], device))
     return times
+
+
+def compare(runs: dict[str, Callable[[], Tensor]], device: torch.device, rounds: int) -> list[dict[str, Any]]:
+    """Return a row for each run: setting, seconds (median), ratio and deviation relative to the first, memory_gb."""
+    results, memory = {}, {}
+    for name, run in tqdm(runs.items(), desc="first runs", unit="form"):
+        reset_peak_memory(device)
+        results[name] = run().float()
+        memory[name] = peak_memory(device)
+    medians = {name: statistics.median(times) for name, times in in_turns(runs, device, rounds).items()}
+    first, rows = next(iter(runs)), []
+    for name, median in medians.items():
+        row = {"setting": name, "seconds": median, "ratio": medians[first] / median, "memory_gb": memory[name]}
+        rows.append({**row, **deviation(results[name], results[first])})
+    return rows
 
 
 def synchronise(device: torch.device) -> None:
@@ -156,10 +163,20 @@ def hardware(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
 
 
-def markdown_table(headings: str, rows: Iterable[str]) -> str:
-    """Return a Markdown table. The cells of a row are separated by " | "."""
-    columns = headings.count(" | ") + 1
-    return "\n".join(f"| {row} |" for row in (headings, " | ".join(["---"] * columns), *rows))
+def markdown_table(columns: dict[str, str], rows: Iterable[dict[str, Any]]) -> str:
+    """Return a Markdown table. `columns`: the format of a cell, such as "{ratio:.2f}", by its heading.
+
+    A cell whose value is missing or None is shown as "-".
+    """
+
+    def cell(layout: str, row: dict[str, Any]) -> str:
+        try:
+            return layout.format(**row)
+        except (LookupError, TypeError):  # None has no number format
+            return "-"
+
+    lines = [columns, ["---"] * len(columns), *([cell(layout, row) for layout in columns.values()] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def write_result(path: Path | None, result: dict[str, Any], device: torch.device) -> None:

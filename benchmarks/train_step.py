@@ -1,6 +1,7 @@
-"""Measures a training step: plain, with one optimisation after the other, and as train.py has it.
+"""Measures a training step: a plain one, and train.py's own with its options.
 
     python benchmarks/train_step.py --model SiT-XL/2 --batch-size 256 --precision bf16 --json train_step.json
+    python benchmarks/train_step.py --losses 200 --precision bf16 --depth 4 --json losses.json
 
 Images and latents are synthetic and of real size. Encoders have random weights unless --enc-weights names a file; their
 speed is the same. The forms take turns, and the median over the rounds is reported, so that other load affects all of
@@ -8,6 +9,11 @@ them. Several models, batch sizes, resolutions and precisions are all combined. 
 network (forward and backward) and the encoders (forward), without the recomputation of activation checkpointing;
 utilisation is relative to a large matrix product in the same precision in the same run. Memory on a CPU is that of the
 complete process: measure one form and size at a time to learn what it takes.
+
+With --losses the forms are not timed. Their losses from the same start, with the same batches and noise, are compared
+with those of the plain step in float32. One more run distinguishes rounding from errors: the plain step in float32 with
+initial weights changed by one unit in the last place (ulp). Any change in the order of a sum may cause a deviation as
+large as that of this run.
 """
 
 from __future__ import annotations
@@ -16,30 +22,38 @@ import gc
 import itertools
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import train
 from benchmarks import timing
-from benchmarks.training_steps import OPTIMISATIONS, Form, OurForm, PlainForm, TrainingBenchmark, Workload
+from benchmarks.training_steps import Form, OurForm, PlainForm, Workload
 from common import distributed
 from common.cli import NON_NEGATIVE, POSITIVE, parse, setting
 from common.io import InputError, check_writable, run_cli
+from training.checkpoint_writer import CheckpointWriter
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-FORMS = ("plain", "switches", "ours", "compile", "checkpointing")
+FORMS = ("plain", "ours", "compile", "checkpointing")
 LOSSES_COMPARED = 2  # steps from the same weights, before any form is timed
 LARGEST_FACTOR = 8  # --largest-batch tries up to this multiple of --batch-size
+SAVES = 3  # checkpoints that are timed
+ONE_ULP = 1 + 2**-23  # changes a float32 to a neighbouring one
+SEPARATED = 1e-3  # relative difference from which on two losses count as separated
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainStep(TrainingBenchmark):
+class TrainStep(timing.Benchmark):
     """Settings of the benchmark."""
 
     model: tuple[str, ...] = setting(("SiT-B/2",), "presets")
@@ -47,26 +61,36 @@ class TrainStep(TrainingBenchmark):
     resolution: tuple[int, ...] = setting((256,), "of the images, px", check=POSITIVE)
     precision: tuple[str, ...] = setting(("no",), "autocast, the same for all forms", choices=tuple(DTYPES))
     forms: tuple[str, ...] = setting(FORMS[:-1], "forms to measure", choices=FORMS)
+    backend: str = setting("inductor", "backend of torch.compile")
     encoder: str = setting("dinov2-vit-b", "--enc-type of train.py; none: train SiT without an encoder")
+    enc_weights: str | None = setting(None, "weights of the encoder; default: random weights")
     cls_token: bool = setting(True, "with the class slot (REG) or without (REPA)")
     slot_price: bool = setting(False, "measure both, with and without the class slot")
     depth: int | None = setting(None, "number of blocks, instead of the preset's", check=POSITIVE)
+    batches: int = setting(1, "number of different batches, repeated in a cycle", check=POSITIVE)
+    learning_rate: float = setting(1e-4, "constant learning rate", check=POSITIVE)
     rounds: int = setting(5, "number of turns of each form", check=POSITIVE)
     steps: int = setting(2, "training steps of a turn", check=POSITIVE)
     matrix_seconds: float = setting(3, "time of the matrix product", check=NON_NEGATIVE)
     largest_batch: bool = setting(
         False, f"use the largest batch that fits into memory: {LARGEST_FACTOR} times --batch-size, a half of it, ..."
     )
+    saves: Path | None = setting(None, "also measure how train.py's forms save checkpoints, on the disk of this folder")
     profile: Path | None = setting(None, "write a trace of the last form's steps to this file; print its operations")
+    losses: int = setting(0, "compare the losses of this many steps instead of times", check=NON_NEGATIVE)
 
     def check_combination(self) -> None:
         super().check_combination()
         if self.profile:
             check_writable(self.profile, "--profile")
+        if self.saves and not self.saves.is_dir():
+            raise InputError(f"--saves {self.saves}: no such folder")
         if self.encoder == "none" and (self.cls_token or self.slot_price):
             raise InputError("--encoder none: the class slot needs an encoder; add --no-cls-token")
         if self.largest_batch and self.torch_device.type == "cpu":
             raise InputError("--largest-batch: needs a CUDA device, whose memory limit can be found by trying")
+        if self.losses and max(map(len, (self.model, self.batch_size, self.resolution))) > 1:
+            raise InputError("--losses: compares forms of one --model, --batch-size and --resolution")
 
 
 @dataclass
@@ -95,12 +119,18 @@ class Row(Case):
     losses: list[float] = field(default_factory=list)
     flops_per_image: dict[str, int] = field(default_factory=dict)
     gradient_bytes: int = 0
+    saves: dict[str, float] = field(default_factory=dict)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure the forms of a training step and print a table."""
     config = parse(TrainStep, "Measure the forms of a training step.", argv)
     device = config.torch_device
+    if config.losses:
+        losses = train_all(config)
+        timing.write_result(config.json, {"losses": losses}, device)
+        print(loss_table(losses))
+        return
     torch.backends.cuda.matmul.allow_tf32 = True  # train.py's default
     rates: dict[str, float] = {}
     rows: list[Row] = []
@@ -115,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     products = ", ".join(f"{name} {rate / 1e12:.2f} TFLOP/s" for name, rate in rates.items())
     print(f"\n{timing.hardware(device)}, torch {torch.__version__}, encoder {config.encoder}")
     print(f"matrix products: {products}\n")
-    print(table(rows))
+    show([asdict(row) for row in rows])
     timing.write_result(config.json, {"matrix_flops": rates, "rows": [asdict(row) for row in rows]}, device)
 
 
@@ -126,57 +156,55 @@ def measure(config: TrainStep, case: Case) -> list[Row]:
         case = largest_batch(config, case, slots[0])
     release_workloads()
     pairs = [pair for slot in slots for pair in build_rows(config, case, slot)]
-    bar = tqdm(total=len(pairs) * (config.rounds + 1), desc=f"{case.model}, batch {case.batch_size}", unit="turn")
 
     # First steps of each form, then turns of those that fit into memory
-    fitting = []
-    for form, row in pairs:
-        fitting += [(form, row)] if fits(form, warm_up, row) else []
-        bar.update()
+    name = f"{case.model}, batch {case.batch_size}"
+    fitting = [(form, row) for form, row in tqdm(pairs, desc=f"{name}, first steps") if fits(form, warm_up, row)]
     turns: dict[int, list[tuple[float, float]]] = {id(row): [] for _, row in fitting}
-    for _ in range(config.rounds):
+    for _ in tqdm(range(config.rounds), desc=name, unit="round"):
         fitting = [(form, row) for form, row in fitting if fits(form, turn, row, config.steps, turns[id(row)])]
-        bar.update(len(fitting))
-    bar.close()
 
-    for _, row in fitting:
+    for form, row in fitting:
         row.seconds, row.data_wait = map(statistics.median, zip(*turns[id(row)], strict=True))
         row.images_per_second = case.batch_size / row.seconds
         row.ratio = fitting[0][1].seconds / row.seconds
         row.memory_gb = row.memory_gb if len(slots) == 1 else None
+        if config.saves and isinstance(form, OurForm):
+            row.saves = measure_saves(form, config.saves)
     if config.profile and fitting:
         profile(fitting[-1][0], config.profile)
     return [row for _, row in pairs]
 
 
+def build_workload(config: TrainStep, case: Case, class_slot: bool, *more: str) -> Workload:
+    """Return the workload of a case. `more`: further flags of train.py."""
+    flags = ["--model", case.model, "--batch-size", str(case.batch_size), "--mixed-precision", case.precision]
+    flags += ["--device", config.device, "--learning-rate", str(config.learning_rate), *more]
+    flags += [] if class_slot else ["--no-cls-token"]
+    return Workload(flags, config.encoder, case.resolution, config.batches, config.enc_weights, config.depth)
+
+
 def build_rows(config: TrainStep, case: Case, class_slot: bool) -> list[tuple[Form, Row]]:
     """Return the requested forms, each with the row for its results. The forms share one workload."""
-    flags = ["--model", case.model, "--batch-size", str(case.batch_size), "--mixed-precision", case.precision]
-    flags += ["--device", config.device, *([] if class_slot else ["--no-cls-token"])]
-    work = Workload(flags, config.encoder, case.resolution, encoder_weights=config.enc_weights, depth=config.depth)
+    work = build_workload(config, case, class_slot)
     parameters = sum(parameter.numel() for parameter in work.network.parameters() if parameter.requires_grad)
     about = {"flops_per_image": work.flops(), "gradient_bytes": 4 * parameters}
     forms = build_forms(config, work)
+    if "plain" in config.forms and work.device.type == "cpu" and case.precision != "no":
+        forms.insert(0, PlainForm(work, precision="no"))
     return [(form, Row(**asdict(case), class_slot=class_slot, form=form.name, **about)) for form in forms]
 
 
 def build_forms(config: TrainStep, work: Workload) -> list[Form]:
     """Return the requested forms. The others are compared with the first."""
-    forms: list[Form] = []
-    if "plain" in config.forms:
-        if work.device.type == "cpu" and work.run.config.precision != "no":
-            forms.append(PlainForm(work, precision="no"))
-        forms.append(PlainForm(work))
-    if "switches" in config.forms:
-        names = tuple(OPTIMISATIONS)
-        forms += [PlainForm(work, names[:count]) for count in range(1, len(names) + 1)]
-    if "ours" in config.forms:
-        forms.append(OurForm(work))
-    if "compile" in config.forms:
-        forms.append(OurForm(work, compiled=True, backend=config.backend))
-    if "checkpointing" in config.forms:
-        forms.append(OurForm(work, "compile" in config.forms, checkpointing=True, backend=config.backend))
-    return forms
+    compiled = "compile" in config.forms
+    forms: dict[str, Callable[[], Form]] = {
+        "plain": partial(PlainForm, work),
+        "ours": partial(OurForm, work),
+        "compile": partial(OurForm, work, compiled=True, backend=config.backend),
+        "checkpointing": partial(OurForm, work, compiled, checkpointing=True, backend=config.backend),
+    }
+    return [make() for name, make in forms.items() if name in config.forms]
 
 
 def fits(form: Form, action: Callable[..., None], *given: Any) -> bool:
@@ -193,7 +221,7 @@ def fits(form: Form, action: Callable[..., None], *given: Any) -> bool:
 def warm_up(form: Form, row: Row) -> None:
     """Take a form's first steps from the common start and store their losses."""
     form.work.reset()
-    form.restart()
+    form.run.step = 0
     start = time.perf_counter()
     for _ in range(LOSSES_COMPARED):
         form.step()
@@ -205,16 +233,33 @@ def turn(form: Form, row: Row, steps: int, turns: list[tuple[float, float]]) -> 
     """Take `steps` steps; append the seconds of one step, and the share of time spent waiting for data, to `turns`."""
     work, log = form.work, form.run.log
     timing.reset_peak_memory(work.device)
-    timing.synchronise(work.device)
-    log.waited, start = 0.0, time.perf_counter()
-    for _ in range(steps):
-        form.step()
-    timing.synchronise(work.device)
-    elapsed = time.perf_counter() - start
+    log.waited = 0.0
+    elapsed = timing.timed(lambda: [form.step() for _ in range(steps)], work.device)
     # Without the state of the other optimizer, which only other forms use
     row.memory_gb = timing.peak_memory(work.device) - work.optimizer_bytes(not form.fused) / 1e9
     form.finish()
     turns.append((elapsed / steps, log.waited / elapsed))
+
+
+def measure_saves(form: OurForm, folder: Path) -> dict[str, float]:
+    """Return medians in seconds: of the stall of a save, of writing in the background, and of a step meanwhile."""
+    device, stalls, writes, during = form.work.device, [], [], []
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        writer = CheckpointWriter(place, keep_last=1)
+        form.run = replace(form.run, writer=writer)
+        train.save(form.run)  # allocates memory, not timed
+        for _ in range(SAVES):
+            writer.finish()
+            form.step()
+            start = time.perf_counter()
+            stalls.append(timing.timed(partial(train.save, form.run), device))
+            while writer.busy:
+                during.append(timing.timed(form.step, device))
+            writes.append(time.perf_counter() - start)
+        writer.finish()
+        gigabytes = next(Path(place).glob("*.pt")).stat().st_size / 1e9
+    step = statistics.median(during) if during else float("nan")
+    return {"stall": statistics.median(stalls), "write": statistics.median(writes), "step": step, "gb": gigabytes}
 
 
 def largest_batch(config: TrainStep, case: Case, class_slot: bool) -> Case:
@@ -230,8 +275,7 @@ def largest_batch(config: TrainStep, case: Case, class_slot: bool) -> Case:
 def free_memory() -> None:
     """Release the memory of forms that are no longer in use."""
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()  # without a GPU this does nothing
 
 
 def release_workloads() -> None:
@@ -242,33 +286,72 @@ def release_workloads() -> None:
 
 def profile(form: Form, path: Path) -> None:
     """Write a trace of three steps of a form and print the operations that take longest."""
-    work = form.work
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    activities += [torch.profiler.ProfilerActivity.CUDA] if work.device.type == "cuda" else []
-    with torch.profiler.profile(activities=activities) as profiler:
+    with torch.profiler.profile() as profiler:  # of the CPU and of a GPU
         for _ in range(3):
             form.step()
-        timing.synchronise(work.device)
+        timing.synchronise(form.work.device)
     profiler.export_chrome_trace(str(path))
-    longest = "self_device_time_total" if work.device.type == "cuda" else "self_cpu_time_total"
+    longest = f"self_{'device' if form.work.device.type == 'cuda' else 'cpu'}_time_total"
     print(f"\n{form.name}:\n{profiler.key_averages().table(sort_by=longest, row_limit=25, max_name_column_width=60)}")
 
 
-def table(rows: list[Row]) -> str:
-    """Return the rows as Markdown."""
-    headings = "model | batch | px | precision | class slot | form | s/step | images/s | ratio | utilisation "
-    headings += "| memory, GB | waiting for data | loss, step 2"
-    lines = []
-    for row in rows:
-        line = [row.model, row.batch_size, row.resolution, row.precision, "yes" if row.class_slot else "no", row.form]
-        if row.seconds is None:
-            line += ["does not fit", *["-"] * 6]
-        else:
-            line += [f"{row.seconds:.3f}", f"{row.images_per_second:.2f}", f"{row.ratio:.2f}", f"{row.utilisation:.1%}"]
-            line += ["-" if row.memory_gb is None else f"{row.memory_gb:.1f}"]
-            line += [f"{row.data_wait:.1%}", f"{row.losses[-1]:.5f}"]
-        lines.append(" | ".join(map(str, line)))
-    return timing.markdown_table(headings, lines)
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print the table of times, and that of saves if they were measured."""
+    columns = {
+        "model": "{model}", "batch": "{batch_size}", "px": "{resolution}", "precision": "{precision}",
+        "class slot": "{class_slot}", "form": "{form}", "s/step": "{seconds:.3f}",
+        "images/s": "{images_per_second:.2f}", "ratio": "{ratio:.2f}", "utilisation": "{utilisation:.1%}",
+        "memory, GB": "{memory_gb:.1f}", "waiting for data": "{data_wait:.1%}", "loss, step 2": "{losses[1]:.5f}",
+    }  # fmt: skip
+    print(timing.markdown_table(columns, rows))
+    if any(row["seconds"] is None for row in rows):
+        print("\nForms without a time do not fit into memory.")
+    columns = {
+        "form": "{form}", "checkpoint, GB": "{saves[gb]:.2f}", "stall of a save, s": "{saves[stall]:.3f}",
+        "time of a save in the background, s": "{saves[write]:.2f}", "s/step during a save": "{saves[step]:.3f}",
+        "s/step": "{seconds:.3f}",
+    }  # fmt: skip
+    if saving := [row for row in rows if row["saves"]]:
+        print("\n" + timing.markdown_table(columns, saving))
+
+
+def train_all(config: TrainStep) -> dict[str, list[float]]:
+    """Return the losses of --losses steps of each form, by the form's name. The first is the reference."""
+    losses: dict[str, list[float]] = {}
+    for precision in dict.fromkeys(("no", *config.precision)):
+        release_workloads()
+        case = Case(config.model[0], config.batch_size[0], config.resolution[0], precision)
+        work = build_workload(config, case, config.cls_token, "--no-allow-tf32")
+        forms = [(form, 1.0) for form in build_forms(config, work)]
+        if precision == "no" and "plain" in config.forms:
+            forms.insert(1, (PlainForm(work), ONE_ULP))
+        for form, factor in forms:
+            work.reset()
+            with torch.no_grad():
+                for parameter in work.network.parameters():
+                    parameter.mul_(factor)
+            start_moved = ", start moved by one ulp" if factor != 1 else ""
+            name = f"{form.name}{start_moved}, {'float32' if precision == 'no' else precision}"
+            for _ in tqdm(range(config.losses), desc=name):
+                form.step()
+            losses[name] = form.finish()
+    return losses
+
+
+def loss_table(losses: dict[str, list[float]]) -> str:
+    """Return the difference between each form and the first, the reference, as Markdown."""
+    reference, rows = np.array(next(iter(losses.values()))), []
+    tenth = max(1, len(reference) // 10)
+    for name, values in losses.items():
+        found = np.abs(np.array(values) - reference)
+        separated = np.flatnonzero(found > SEPARATED * np.abs(reference))
+        row = {"form": name, "loss": np.mean(values[-tenth:]), "largest": found[:tenth].max()}
+        rows.append({**row, "mean": found[-tenth:].mean(), "separated": next(iter(separated), "never")})
+    columns = {
+        "form": "{form}", "loss, last tenth": "{loss:.4f}", "largest difference, first tenth": "{largest:.1e}",
+        "mean difference, last tenth": "{mean:.1e}", f"separated by {SEPARATED} after step": "{separated}",
+    }  # fmt: skip
+    return timing.markdown_table(columns, rows)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The forms of a training step that benchmarks compare: a plain one, the same with optimisations, and train.py's own.
+"""The forms of a training step that train_step.py compares: a plain one and train.py's own.
 
 All forms of a workload share network, averaged network, encoders, batches and the random numbers of each step. From the
 same weights their losses are therefore equal, up to rounding.
@@ -6,13 +6,11 @@ same weights their losses are therefore equal, up to rounding.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import itertools
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,13 +21,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 import train
-from benchmarks.timing import DeviceBenchmark, count_flops
-from common.cli import setting
+from benchmarks.timing import count_flops
 from common.images import save_png
 from common.io import unlock_folder, write_json
 from common.sources import image_name, latents_name
-from loss import Draws, REGLoss, Targets
-from models import ema
+from loss import Draws, REGLoss, Targets, alignment
 from models.autoencoder import SD_FORMAT
 from models.encoders import untrained_encoder
 from training.config import parse_args
@@ -39,22 +35,7 @@ from training.state import Run, new_network
 from training.throughput import training_flops
 
 NUM_CLASSES = 1000
-OPTIMISATIONS = {  # of the plain form, in the order in which they are added
-    "loss": "batched loss",
-    "adamw": "fused AdamW",
-    "ema": "foreach EMA",
-    "log": "no waiting for the log",
-    "copies": "pinned memory, side stream",
-}
 Batch = tuple[Tensor, Tensor, Tensor]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingBenchmark(DeviceBenchmark):
-    """Device, encoder weights and results."""
-
-    enc_weights: str | None = setting(None, "weights of the encoder; default: random weights")
-    backend: str = setting("inductor", "backend of torch.compile")
 
 
 class Workload:
@@ -67,7 +48,6 @@ class Workload:
         batches: number of different batches. They are repeated in a cycle.
         encoder_weights: value of --enc-weights; None: random weights.
         depth: number of blocks; None: the preset's.
-        folder: where the run's folder is made. Default: a temporary folder, which is removed after the set-up.
     """
 
     def __init__(
@@ -78,17 +58,16 @@ class Workload:
         batches: int = 1,
         encoder_weights: str | None = None,
         depth: int | None = None,
-        folder: Path | None = None,
     ):
         AcceleratorState._reset_state(reset_partial_state=True)  # an earlier workload had its own precision
         GradientState._reset_state()
-        with contextlib.nullcontext(folder) if folder else tempfile.TemporaryDirectory() as place:
-            data = write_data_set(Path(place) / "data", resolution)
+        with tempfile.TemporaryDirectory() as folder:
+            data = write_data_set(Path(folder) / "data", resolution)
             weights = encoder_weights
             if encoder != "none" and not weights:
-                weights = write_random_weights(Path(place), encoder, resolution)
-            settings = ["--exp-name", "benchmark", "--output-dir", str(place), "--data-dir", str(data)]
-            settings += f"--num-classes {NUM_CLASSES} --sampling-steps 0 --no-check-data --keep-last 1".split()
+                weights = write_random_weights(Path(folder), encoder, resolution)
+            settings = ["--exp-name", "benchmark", "--output-dir", folder, "--data-dir", str(data)]
+            settings += f"--num-classes {NUM_CLASSES} --sampling-steps 0 --no-check-data".split()
             settings += ["--enc-type", encoder, *(["--enc-weights", weights] if weights else [])]
             settings += ["--depth", str(depth), "--encoder-depth", "1"] if depth else []
             self.run = set_up(parse_args([*settings, *flags]))
@@ -104,12 +83,6 @@ class Workload:
         self.scaler = self.run.accelerator.scaler
         self.scaler_start = self.scaler and self.scaler.state_dict()
         self.pool = [synthetic_batch(config.batch_size, resolution, number) for number in range(batches)]
-
-    def batches(self, pinned: bool) -> Iterator[Batch]:
-        """Return an endless iterator over the batches, in host memory."""
-        pin = pinned and self.device.type == "cuda"
-        pool = [tuple(tensor.pin_memory() for tensor in batch) for batch in self.pool] if pin else self.pool
-        return itertools.cycle(pool)
 
     def twin(self, module: nn.Module) -> nn.Module:
         """Return a copy of a module that shares its parameters, and can be compiled or wrapped separately."""
@@ -134,10 +107,8 @@ class Workload:
             network = new_network(self.run.config, self.run.facts)
         images = self.pool[0][0][:1].to("meta")
         encoders = [copy.deepcopy(encoder).to("meta") for encoder in self.run.encoders]
-        return {
-            "network": training_flops(network),
-            "encoders": count_flops(lambda: [encoder(images) for encoder in encoders]),
-        }
+        encoder_flops = count_flops(lambda: [encoder(images) for encoder in encoders])
+        return {"network": training_flops(network), "encoders": encoder_flops}
 
     def optimizer_bytes(self, fused: bool) -> int:
         """Return the memory of one optimizer's state."""
@@ -149,29 +120,26 @@ class Form:
     """One way to take training steps on a workload.
 
     Attributes:
-        run: the run with the form's own step number.
         fused: which of the workload's optimizers the form uses.
+        run: the run with the form's own step number.
     """
 
-    def __init__(self, name: str, work: Workload, run: Run, fused: bool, copies: bool):
-        self.name, self.work, self.run, self.fused = name, work, run, fused
-        self.batches = work.batches(pinned=copies)
-        if copies:
-            self.batches = to_device(self.batches, work.device)
-        self.losses: list[float | Tensor] = []
+    fused: bool
 
-    def restart(self) -> None:
-        """Start again at step 0."""
-        self.run.step = 0
+    def __init__(self, name: str, work: Workload, run: Run):
+        self.name, self.work, self.run = name, work, run
+        self.losses: list[float] = []
 
     def finish(self) -> list[float]:
         """Return the losses since the last call. Waits for the device."""
         losses, self.losses = self.losses, []
-        return [float(loss) for loss in losses]
+        return losses
 
 
 class OurForm(Form):
     """train.py's own step."""
+
+    fused = True
 
     def __init__(self, work: Workload, compiled: bool = False, checkpointing: bool = False, backend: str = "inductor"):
         network, encoders = work.twin(work.network), [work.twin(encoder) for encoder in work.run.encoders]
@@ -182,7 +150,10 @@ class OurForm(Form):
         model = work.run.accelerator.prepare(network)
         run = replace(work.run, model=model, encoders=encoders, criterion=criterion, reports=reports)
         name = "train.py" + " --compile" * compiled + " --activation-checkpointing" * checkpointing
-        super().__init__(name, work, run, fused=True, copies=True)
+        super().__init__(name, work, run)
+        pin = work.device.type == "cuda"
+        pool = [tuple(tensor.pin_memory() for tensor in batch) for batch in work.pool] if pin else work.pool
+        self.batches: Iterator[Batch] = to_device(itertools.cycle(pool), work.device)
 
     def step(self) -> None:
         """Take one step."""
@@ -191,7 +162,6 @@ class OurForm(Form):
         self._read(wait_for_all=False)
 
     def finish(self) -> list[float]:
-        """Return the losses since the last call. Waits for the device."""
         self._read(wait_for_all=True)
         return super().finish()
 
@@ -200,20 +170,20 @@ class OurForm(Form):
 
 
 class PlainForm(Form):
-    """A straightforward step with those of `OPTIMISATIONS` that are given: the same method at another speed.
+    """A straightforward step of the same method, with autocast and fused attention.
 
-    It uses autocast and fused attention. Without optimisations it computes the alignment in a loop over samples and
-    encoders, uses torch's default AdamW, averages tensor by tensor, copies each batch when it is needed, and reads the
-    loss terms in every step.
+    It computes the alignment in a loop over samples and encoders, uses torch's default AdamW, averages the weights
+    tensor by tensor, copies each batch when it is needed, and reads the loss terms in every step.
     """
 
-    def __init__(self, work: Workload, optimisations: Sequence[str] = (), precision: str | None = None):
-        name = f"+ {OPTIMISATIONS[optimisations[-1]]}" if optimisations else "plain"
-        precision = precision or work.run.config.precision
-        if precision != work.run.config.precision:
-            name += f", precision {precision}"
-        super().__init__(name, work, replace(work.run), "adamw" in optimisations, "copies" in optimisations)
-        self.optimisations = optimisations
+    fused = False
+
+    def __init__(self, work: Workload, precision: str | None = None):
+        """Make the form. `precision`: as --mixed-precision, instead of the run's."""
+        configured = work.run.config.precision
+        precision = precision or configured
+        super().__init__("plain" + f", precision {precision}" * (precision != configured), work, replace(work.run))
+        self.batches = itertools.cycle(work.pool)
         self.dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
         self.optimizer = work.optimizers[self.fused]
         self.scaler = torch.amp.GradScaler(work.device.type, enabled=precision == "fp16")
@@ -227,9 +197,9 @@ class PlainForm(Form):
         x = run.facts.latent_format.sample(moments, draws.latent_noise)
 
         # Forward and backward pass
-        criterion = run.criterion if "loss" in self.optimisations else partial(looped_loss, run.criterion)
         with torch.autocast(device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None):
-            terms = criterion(network, x, y, train.encode_tokens(run, images, x), draws)
+            targets = train.encode_tokens(run, images, x)
+            terms = looped_loss(run.criterion, network, x, y, targets, draws)
         self.scaler.scale(terms["loss"].mean()).backward()
 
         # Update of weights and averaged weights
@@ -238,12 +208,11 @@ class PlainForm(Form):
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        update_average = ema.update if "ema" in self.optimisations else looped_ema
-        update_average(run.ema, network, run.config.ema_decay)
+        looped_ema(run.ema, network, run.config.ema_decay)
 
         # Log
-        values = [*(term.mean().detach() for term in terms.values()), grad_norm]
-        self.losses.append((torch.stack(values) if "log" in self.optimisations else [v.item() for v in values])[0])
+        values = [value.item() for value in (*(term.mean() for term in terms.values()), grad_norm)]
+        self.losses.append(values[0])
         run.step += 1
 
 
@@ -251,22 +220,16 @@ def looped_loss(
     criterion: REGLoss, network: nn.Module, x: Tensor, y: Tensor, targets: Targets, draws: Draws
 ) -> dict[str, Tensor]:
     """Return what `criterion` returns, with the alignment computed sample by sample."""
-    path, cls_token, encoder_tokens = criterion.path, *targets
-    x_t = path.interpolate(x, draws.noise, draws.t)
-    cls_t = None if cls_token is None else path.interpolate(cls_token, draws.cls_noise, draws.t)
-    v, projected, v_cls = network(x_t, draws.t, y, cls_t, draws.label_drop, project=bool(encoder_tokens))
-    terms = {"denoise": ((v - path.velocity_target(x, draws.noise, draws.t)) ** 2).flatten(1).mean(dim=1)}
-    if encoder_tokens:
-        proj = torch.zeros((), device=x.device)
-        for ours, theirs in zip(projected, encoder_tokens, strict=True):
-            for our, their in zip(ours, theirs, strict=True):
-                our, their = F.normalize(our.float(), dim=-1), F.normalize(their, dim=-1)
-                proj = proj - (our * their).sum(dim=-1).mean()
-        terms["proj"] = (proj / (len(encoder_tokens) * len(x))).expand(len(x))
-    if cls_token is not None:
-        terms["cls"] = ((v_cls - path.velocity_target(cls_token, draws.cls_noise, draws.t)) ** 2).mean(dim=1)
-    weights = {"denoise": 1.0, **criterion.weights}
-    return {"loss": sum(weights[name] * value for name, value in terms.items()), **terms}
+    x_t, cls_t = criterion.mix(x, targets, draws)
+    tokens = targets.encoder_tokens
+    output = network(x_t, draws.t, y, cls_token=cls_t, label_drop=draws.label_drop, project=bool(tokens))
+    terms = criterion.compare(*output, x, targets._replace(encoder_tokens=()), draws)
+    if tokens:
+        pairs = zip(zip(*output.projected, strict=True), zip(*tokens, strict=True), strict=True)  # one per sample
+        aligned = [alignment([a[None] for a in ours], [b[None] for b in theirs]) for ours, theirs in pairs]
+        terms["proj"] = torch.cat(aligned)
+        terms["loss"] = terms["loss"] + criterion.weights["proj"] * terms["proj"]
+    return terms
 
 
 @torch.no_grad()

@@ -37,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from tqdm import tqdm
 
+from common import cli
 from common.cli import POSITIVE, Config, parse, setting, uses_cuda
 from common.io import InputError, check_writable, read_json, read_metrics, run_cli, write_json
 from experiments import imagenet, report
@@ -47,6 +48,7 @@ from models.checkpoint import list_checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMING_ROUNDS = 2  # the rows take turns, so that other load affects all of them
+cached_scorer = functools.cache(Scorer)  # one for each process
 
 
 def whole_numbers(text: str) -> tuple[int, ...]:
@@ -121,21 +123,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if config.preset == "imagenet":
         compare_on_a_cluster(config)
         return
-    start = time.perf_counter()
     study = Study(config)
     jobs = {(row, seed): study.job(row, seed) for seed in study.preset.seeds for row in study.rows}
-    try:
-        study.measure_steps()
-        run_jobs(list(jobs.values()), config.parallel)
-    finally:
-        spent = add_time(config.out / f"elapsed-{config.ablation}.json", time.perf_counter() - start)
+    study.measure_steps()
+    run_jobs(list(jobs.values()), config.parallel)
     name = f"{config.preset}-{config.ablation}" + ("-unlabelled" if config.unlabelled else "")
-    report.write(
-        config.report or config.out,
-        name,
-        {**study.collect(jobs), **spent},
-        {key: job.folder for key, job in jobs.items()},
-    )
+    folders = {key: job.folder for key, job in jobs.items()}
+    report.write(config.report or config.out, name, study.collect(folders), folders)
 
 
 def compare_on_a_cluster(config: Convergence) -> None:
@@ -147,16 +141,6 @@ def compare_on_a_cluster(config: Convergence) -> None:
     result, runs = imagenet.collect(config)
     if result is not None:
         report.write(config.report or config.out, f"imagenet-{config.ablation}", result, runs)
-
-
-def add_time(path: Path, seconds: float) -> dict[str, float]:
-    """Return the wall time and processor time of all calls so far, and store them in a file."""
-    used = os.times()  # includes child processes that have ended
-    spent = {"seconds": seconds, "cpu_seconds": used.user + used.system + used.children_user + used.children_system}
-    if path.exists():
-        spent = {name: value + read_json(path)[name] for name, value in spent.items()}
-    write_json(path, spent)
-    return spent
 
 
 class Study:
@@ -172,30 +156,23 @@ class Study:
             self.rows = {**self.files.other_encoders, REG: METHODS[REG]}
         self.threads = max(1, (os.cpu_count() or 1) // config.parallel)
 
-    def flags(self, row: str) -> list[str]:
-        """Return train.py's flags of a row without folder, name, seed and length. The row's own flags are last."""
+    def flags(self, row: str, folder: Path, **length: int) -> list[str]:
+        """Return train.py's flags of a row. `length`: flags with numbers. The row's own flags are last."""
         judges = self.files.judges
-        encoder = ["--enc-type", judges.encoder]
-        encoder += ["--enc-weights", judges.encoder_weights] if judges.encoder_weights else []
-        common = [
-            "--data-dir",
-            str(self.files.data),
-            "--sampling-steps",
-            "0",
-            "--device",
-            judges.device,
-            "--no-check-data",
-        ]
-        return [*common, *encoder, *self.preset.flags.split(), *self.rows[row].split()]
+        values = {
+            "--output-dir": folder.parent, "--exp-name": folder.name, "--resume": "latest", "--sampling-steps": 0,
+            "--data-dir": self.files.data, "--device": judges.device, "--enc-type": judges.encoder,
+            **({"--enc-weights": judges.encoder_weights} if judges.encoder_weights else {}),
+            **{cli.flag(name): number for name, number in length.items()},
+        }  # fmt: skip
+        common = [str(part) for pair in values.items() for part in pair]
+        return [*common, "--no-check-data", *self.preset.flags.split(), *self.rows[row].split()]
 
     def job(self, row: str, seed: int) -> Job:
         """Return the run of a row and a seed."""
-        name, steps = imagenet.run_name(row, seed), self.preset.steps
-        folder = (self.config.out / "runs" / name).resolve()
-        where = ["--output-dir", str(folder.parent), "--exp-name", name, "--seed", str(seed), "--resume", "latest"]
-        length = ["--max-train-steps", str(steps[-1]), "--checkpointing-steps", str(math.gcd(*steps))]
-        length += ["--epochs", str(10**9), "--log-steps", "20"]
-        flags = [*self.flags(row), *where, *length]
+        folder, steps = (self.config.out / "runs" / imagenet.run_name(row, seed)).resolve(), self.preset.steps
+        length = {"max_train_steps": steps[-1], "checkpointing_steps": math.gcd(*steps), "epochs": 10**9}
+        flags = self.flags(row, folder, seed=seed, log_steps=20, **length)
         return Job(folder, flags, steps, self.files.judges, self.preset.sampling, self.threads)
 
     def measure_steps(self) -> None:
@@ -206,16 +183,15 @@ class Study:
         for turn in range(TIMING_ROUNDS):
             for row in tqdm(found, desc=f"timing, round {turn + 1}", unit="row"):
                 folder = (self.config.out / "timing" / f"{row.lower().replace(' ', '-')}-{turn}").resolve()
-                where = ["--output-dir", str(folder.parent), "--exp-name", folder.name, "--resume", "latest"]
-                length = ["--max-train-steps", str(steps), "--log-steps", str(max(1, steps // 4))]
-                run(["train.py", *self.flags(row), *where, *length], log_file(folder), self.threads)
+                flags = self.flags(row, folder, max_train_steps=steps, log_steps=max(1, steps // 4))
+                run(["train.py", *flags], folder, self.threads)
                 batch_size = read_json(folder / "args.json")["batch_size"]
                 speeds = [logged["images_per_second"] for logged in read_metrics(folder / "metrics.jsonl")]
                 found[row] += [batch_size / speed for speed in speeds[1:]]  # the first steps are slower
         write_json(path, {**known, **{row: min(times) for row, times in found.items()}})
 
-    def collect(self, jobs: dict[tuple[str, int], Job]) -> dict[str, Any]:
-        """Return all results, the content of the JSON."""
+    def collect(self, runs: dict[tuple[str, int], Path]) -> dict[str, Any]:
+        """Return all results, the content of the JSON. `runs`: folder of each row and seed."""
         config, judges, seeds = self.config, self.files.judges, self.preset.seeds
         seconds = read_json(config.out / "seconds_per_step.json")
         return {
@@ -233,7 +209,7 @@ class Study:
             "device": torch.cuda.get_device_name() if judges.device == "cuda" else f"CPU, {os.cpu_count()} cores",
             "threads": self.threads,
             "parallel": config.parallel,
-            "scores": {row: {str(seed): read_scores(jobs[row, seed].folder) for seed in seeds} for row in self.rows},
+            "scores": {row: {str(seed): read_scores(runs[row, seed]) for seed in seeds} for row in self.rows},
         }
 
 
@@ -268,11 +244,6 @@ def check_same_comparison(config: Convergence, preset: Preset) -> None:
     write_json(path, settings)
 
 
-def log_file(folder: Path) -> Path:
-    """Return the file for the output of a run, next to its folder."""
-    return folder.with_name(f"{folder.name}.log")
-
-
 def run_jobs(jobs: list[Job], parallel: int) -> None:
     """Train and score what is missing, `parallel` runs at a time, each in its own process."""
     context = multiprocessing.get_context("spawn")
@@ -303,7 +274,7 @@ def run_job(job: Job) -> None:
     checkpoints = job.folder / "checkpoints"
     paths = {step: checkpoints / f"{step:07d}.pt" for step in job.steps}
     if not all(paths[step].exists() for step in missing_steps(job)):
-        run(["train.py", *job.flags], log_file(job.folder), job.threads)
+        run(["train.py", *job.flags], job.folder, job.threads)
     scorer = cached_scorer(job.judges)
     for step in missing_steps(job):
         start = time.perf_counter()
@@ -313,12 +284,6 @@ def run_job(job: Job) -> None:
     for path in list_checkpoints(checkpoints)[:-1]:
         path.unlink()
         path.with_name(path.name + ".sha256").unlink(missing_ok=True)
-
-
-@functools.cache
-def cached_scorer(judges: Judges) -> Scorer:
-    """Return this process's scorer."""
-    return Scorer(judges)
 
 
 if __name__ == "__main__":

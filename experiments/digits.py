@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.cli import POSITIVE, Config, parse, require, setting
 from common.images import save_png
 from common.io import InputError, atomic_write, check_writable, run_cli, write_json
-from evaluations.metrics import FeatureSums, GaussianStatistics, frechet_distance
+from evaluations.metrics import FeatureSums, frechet_distance
 from experiments.judge import load_images, train_classifier
 from models.encoders import load_encoder
 
@@ -40,57 +40,40 @@ ENCODER_SPEC = f"timm/vit_tiny_patch16_224:input={RESOLUTION}:mean=0.5:std=0.5:"
 Half = tuple[np.ndarray, np.ndarray]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Images(Config):
-    """Settings of the command images."""
-
-    dest: Path = setting(MISSING, "folder to write to")
+REQUIRED_FLAGS = {"images": ["dest"], "encoder": ["dest"], "encoder-spec": [], "score": ["samples", "encoder", "dest"]}
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainEncoder(Config):
-    """Settings of the command encoder."""
+class Digits(Config):
+    """Settings of all commands."""
 
-    dest: Path = setting(MISSING, "file to write, .safetensors")
-    steps: int = setting(400, "training steps", check=POSITIVE)
+    command: str = setting("", "images, encoder, encoder-spec or score", flag="command")
+    dest: Path | None = setting(None, "folder (images) or file (encoder: .safetensors, score: .json) to write")
+    steps: int = setting(400, "encoder: training steps", check=POSITIVE)
+    samples: Path | None = setting(None, "score: folder of a set of samples, made by generate.py")
+    encoder: Path | None = setting(None, "score: weights of the encoder")
 
     def check_combination(self) -> None:
-        check_writable(self.dest, "--dest")
-
-
-@dataclass(frozen=True, kw_only=True)
-class EncoderSpec(Config):
-    """Settings of the command encoder-spec: none."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Score(Config):
-    """Settings of the command score."""
-
-    samples: Path = setting(MISSING, "folder of a set of samples, made by generate.py")
-    encoder: Path = setting(MISSING, "weights of the encoder")
-    dest: Path = setting(MISSING, "file of the result, .json")
-
-    def check_combination(self) -> None:
-        check_writable(self.dest, "--dest")
+        if self.command not in REQUIRED_FLAGS:
+            raise InputError(f"command {self.command!r}: allowed: {', '.join(REQUIRED_FLAGS)}")
+        for name in REQUIRED_FLAGS[self.command]:
+            if getattr(self, name) is None:
+                raise InputError(f"the command {self.command} requires --{name}")
+        if self.command in ("encoder", "score"):
+            check_writable(self.dest, "--dest")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one of the commands images, encoder, encoder-spec and score."""
-    commands = {
-        "images": (Images, lambda config: write_images(config.dest)),
-        "encoder": (TrainEncoder, lambda config: train_encoder(config.dest, config.steps)),
-        "encoder-spec": (EncoderSpec, lambda config: print(ENCODER_SPEC)),
-        "score": (Score, lambda config: write_score(config.samples, config.encoder, config.dest)),
-    }
-    command, *flags = [*(sys.argv[1:] if argv is None else argv), ""]
-    if command in ("-h", "--help"):
-        print(__doc__)
-        return
-    if command not in commands:
-        raise InputError(f"command {command!r}: allowed: {', '.join(commands)}")
-    config_class, run = commands[command]
-    run(parse(config_class, f"digits.py {command}", flags[:-1]))
+    config = parse(Digits, "Make the data and the encoder of the demo, or score its samples.", argv)
+    if config.command == "images":
+        write_images(config.dest)
+    elif config.command == "encoder":
+        train_encoder(config.dest, config.steps)
+    elif config.command == "encoder-spec":
+        print(ENCODER_SPEC)
+    else:
+        write_score(config.samples, config.encoder, config.dest)
 
 
 def load_halves() -> tuple[Half, Half]:
@@ -155,10 +138,11 @@ def score(samples: Path, encoder_weights: Path) -> dict[str, float | int | None]
     real_tokens = encoder(real).cls_token
     generator = torch.Generator().manual_seed(0)
     noise = torch.randint(0, 256, real.shape, generator=generator, dtype=torch.uint8)
-    statistics = {
-        name: class_token_statistics(encoder(pixels).cls_token)
-        for name, pixels in (("held out", real), ("generated", images), ("real", enlarge(train)), ("noise", noise))
-    }
+    statistics = {}
+    for name, pixels in (("held out", real), ("generated", images), ("real", enlarge(train)), ("noise", noise)):
+        sums = FeatureSums(encoder.width)
+        sums.update(encoder(pixels).cls_token)
+        statistics[name] = sums.statistics()
     tokens_right = None
     if (samples / "cls_tokens.npy").exists():
         tokens = torch.from_numpy(np.load(samples / "cls_tokens.npy", allow_pickle=False))
@@ -178,13 +162,6 @@ def score(samples: Path, encoder_weights: Path) -> dict[str, float | int | None]
 def flat(images: Tensor) -> np.ndarray:
     """Return the grey values 0-1 of images (N, 3, R, R) as (N, R R), the input of the classifier."""
     return (images.float().mean(1) / 255).flatten(1).numpy()
-
-
-def class_token_statistics(tokens: Tensor) -> GaussianStatistics:
-    """Return mean and covariance of class tokens (N, D)."""
-    sums = FeatureSums(tokens.shape[1])
-    sums.update(tokens)
-    return sums.statistics()
 
 
 def write_score(samples: Path, encoder_weights: Path, dest: Path) -> None:

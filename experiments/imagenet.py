@@ -56,13 +56,6 @@ def collect(config: Convergence) -> tuple[dict[str, Any] | None, dict[tuple[str,
         row: {seed: [line for line in run if line["step"] <= reached] for seed, run in seeds.items()}
         for row, seeds in scores.items()
     }
-    return {
-        "preset": "imagenet",
-        "ablation": config.ablation,
-        "metric": "FID",
-        "rows": ROWS[config.ablation],
-        "seeds": list(config.seeds or (0,)),
-        "real": None,
-        "seconds_per_step": seconds,
-        "scores": scores,
-    }, runs
+    about = {"preset": "imagenet", "ablation": config.ablation, "metric": "FID", "rows": ROWS[config.ablation]}
+    about |= {"seeds": list(config.seeds or (0,)), "real": None}
+    return {**about, "seconds_per_step": seconds, "scores": scores}, runs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import subprocess
 import sys
@@ -90,11 +91,7 @@ class Preset:
 
 def prepare_digits(folder: Path, config: Convergence) -> Files:
     """Make the digits: one half to train on, with an encoder trained on it; the other with a judge trained on it."""
-    for half, name in enumerate(("train", "held_out")):
-        if not (folder / name / "images" / "dataset.json").exists():
-            digits.write_images(folder / "raw" / name, half)
-            _convert(folder / "raw" / name, folder / name / "images", digits.RESOLUTION)
-    _encode(folder / "train", "pixel")
+    _make_data(folder, digits.write_images, digits.RESOLUTION, "pixel")
     good, bad = (folder / f"encoder-{steps}.safetensors" for steps in DIGITS_ENCODER_STEPS)
     for weights, steps in zip((good, bad), DIGITS_ENCODER_STEPS, strict=True):
         if not weights.exists():
@@ -108,15 +105,25 @@ def prepare_photographs(folder: Path, config: Convergence) -> Files:
     """Split photographs, class folders in a folder or zip, into halves; convert both, and make latents and judge."""
     if not config.source:
         raise InputError("--source is missing: photographs, class folders in a folder or zip")
-    for half, name in enumerate(("train", "held_out")):
-        if not (folder / name / "images" / "dataset.json").exists():
-            _extract_half(Path(config.source), folder / "raw" / name, half, config.images)
-            _convert(folder / "raw" / name, folder / name / "images", 256)
-    _encode(folder / "train", config.vae)
+    write_half = functools.partial(_extract_half, Path(config.source), limit=config.images)
+    _make_data(folder, write_half, 256, config.vae)
     device = "cuda" if uses_cuda(config.device) else "cpu"
     judge = _make_judge(folder, 96, [32, 64, 128, 256], config.judge_steps, device)
     judges = Judges(folder / "held_out" / "images", judge, config.enc_type, config.enc_weights, config.vae, device)
     return Files(folder / "train", judges, {})
+
+
+def _make_data(folder: Path, write_half: Callable[[Path, int], None], resolution: int, vae: str) -> None:
+    """Make the images of both halves, and the latents of the first, on which networks are trained."""
+    for half, name in enumerate(("train", "held_out")):
+        raw, images = folder / "raw" / name, folder / name / "images"
+        if not (images / "dataset.json").exists():
+            write_half(raw, half)
+            size = ["--resolution", str(resolution)]
+            run(["preprocessing/convert.py", "--source", str(raw), "--dest", str(images), *size])
+    images, latents = folder / "train" / "images", folder / "train" / "vae-sd"
+    if not (latents / "dataset.json").exists():
+        run(["preprocessing/encode.py", "--source", str(images), "--dest", str(latents), "--vae", vae])
 
 
 def _extract_half(source: Path, dest: Path, half: int, limit: int | None) -> None:
@@ -133,28 +140,23 @@ def _extract_half(source: Path, dest: Path, half: int, limit: int | None) -> Non
                 save_png(path, open_image(files.read(name)).convert("RGB"))
 
 
-def _convert(source: Path, dest: Path, resolution: int) -> None:
-    run(["preprocessing/convert.py", "--source", str(source), "--dest", str(dest), "--resolution", str(resolution)])
-
-
-def _encode(data: Path, vae: str) -> None:
-    if not (data / "vae-sd" / "dataset.json").exists():
-        run(["preprocessing/encode.py", "--source", str(data / "images"), "--dest", str(data / "vae-sd"), "--vae", vae])
-
-
 def _make_judge(folder: Path, size: int, widths: list[int], steps: int, device: str = "cpu") -> Path:
     if not (folder / "judge.pt").exists():
         train_judge(folder / "judge.pt", *load_images(folder / "held_out" / "images"), size, widths, steps, device)
     return folder / "judge.pt"
 
 
-def run(command: list[str], log: Path | None = None, threads: int | None = None) -> None:
-    """Run a program of this repository; append its output to `log`. Raises InputError if it fails."""
+def run(command: list[str], folder: Path | None = None, threads: int | None = None) -> None:
+    """Run a program of this repository. Raises InputError if it fails.
+
+    folder: of the program's results; its output is appended to a file next to it instead of being shown.
+    """
     environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
     program = [sys.executable, str(ROOT / command[0]), *command[1:]]
-    if log is not None:
+    log = folder and folder.with_name(f"{folder.name}.log")
+    if log:
         log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "ab") if log is not None else contextlib.nullcontext() as output:
+    with open(log, "ab") if log else contextlib.nullcontext() as output:
         done = subprocess.run(program, env=environment, stdout=output, stderr=output)
     if done.returncode:
         raise InputError(f"{' '.join(command)} failed with status {done.returncode}" + (f"; see {log}" if log else ""))

@@ -9,9 +9,8 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from PIL import Image
 
-from common.images import open_image, save_png
+from common.images import open_image
 from common.io import atomic_write, write_json
 
 matplotlib.use("Agg")  # works without a screen
@@ -20,7 +19,11 @@ from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 Curve = list[tuple[int, float]]  # steps and distance, by step
 COLOURS = ("tab:gray", "tab:blue", "tab:red", "tab:green", "tab:purple", "tab:orange")
-MIN_FACTOR_DRAWN = 1.1  # smaller factors are within the spread of seeds
+COHERENCE = (  # metric, label and line of the token of what image it is compared with
+    ("coherence", "own image", "-"),
+    ("coherence_class_mean", "mean of its class", "--"),
+    ("coherence_shuffled", "another image", ":"),
+)
 GRIDS_SHOWN = 3  # steps shown in the picture of samples
 
 
@@ -84,8 +87,7 @@ def speed_ups(result: dict[str, Any]) -> list[dict[str, Any]]:
     by_end = sorted(rows, key=lambda row: mean_curve(curves(result, row))[-1][1], reverse=True)
     for number, slower in enumerate(by_end):
         for faster in by_end[number + 1 :]:
-            pairs = list(zip(curves(result, slower), curves(result, faster), strict=True))
-            each = [speed_up(a, b) for a, b in pairs]
+            pairs = zip(curves(result, slower), curves(result, faster), strict=True)
             slow, fast = mean_curve(curves(result, slower)), mean_curve(curves(result, faster))
             steps = speed_up(slow, fast)
             time_ratio = result["seconds_per_step"][slower] / result["seconds_per_step"][faster]
@@ -96,7 +98,7 @@ def speed_ups(result: dict[str, Any]) -> list[dict[str, Any]]:
                     "level": slow[-1][1],
                     "steps": steps,
                     "time": None if steps is None else steps * time_ratio,
-                    "steps_of_each_seed": each,
+                    "steps_of_each_seed": [speed_up(a, b) for a, b in pairs],
                     "steps_by_length": {slow[i][0]: speed_up(slow[: i + 1], fast) for i in range(len(slow))},
                 }
             )
@@ -127,12 +129,14 @@ def table(result: dict[str, Any]) -> str:
     lines += ["", "| to reach the last distance of | it needs times fewer steps | each seed | times less time |"]
     lines.append("|---|---|---|---|")
     for pair in result["speed_ups"]:
-        each = ", ".join("not reached" if one is None else f"{one:.2f}" for one in pair["steps_of_each_seed"])
-        factors = ["not reached" if pair[key] is None else f"{pair[key]:.2f}" for key in ("steps", "time")]
-        lines.append(
-            f"| {pair['slower']} ({pair['level']:.2f}): {pair['faster']} | {factors[0]} | {each} | {factors[1]} |"
-        )
+        steps, time, *each = map(_factor, (pair["steps"], pair["time"], *pair["steps_of_each_seed"]))
+        pair_of_rows = f"{pair['slower']} ({pair['level']:.2f}): {pair['faster']}"
+        lines.append(f"| {pair_of_rows} | {steps} | {', '.join(each)} | {time} |")
     return "\n".join(lines) + "\n"
+
+
+def _factor(value: float | None) -> str:
+    return "not reached" if value is None else f"{value:.2f}"
 
 
 def _mean_and_spread(values: list[float]) -> str:
@@ -149,11 +153,9 @@ def draw(result: dict[str, Any], path: Path) -> None:
         seconds = result["seconds_per_step"][row]
         _band(by_steps, curves(result, row), 1, colour, row)
         _band(by_time, curves(result, row), seconds, colour, f"{row}, {1000 * seconds:.0f} ms a step")
-        for metric, style in (("coherence", "-"), ("coherence_class_mean", "--"), ("coherence_shuffled", ":")):
+        for metric, label, style in COHERENCE:
             if found := curves(result, row, metric):
-                label = {"-": "own image", "--": "mean of its class", ":": "another image"}[style]
                 _band(coherence, found, 1, colour, f"{row}: {label}", style)
-    _draw_factors(result, by_steps)
     for axes, label in ((by_steps, "training steps"), (by_time, "seconds of training")):
         if result["real"]:
             axes.plot([], [], " ", label=f"(real images: {result['real']['distance']:.2f})")
@@ -166,6 +168,10 @@ def draw(result: dict[str, Any], path: Path) -> None:
         axes.grid(which="both", alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize="small")
+    _save(figure, path)
+
+
+def _save(figure: plt.Figure, path: Path) -> None:
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=120)
     plt.close(figure)
@@ -179,34 +185,17 @@ def _band(axes: plt.Axes, seeds: list[Curve], scale: float, colour: str, label: 
     axes.fill_between(x, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.2, linewidth=0)
 
 
-def _draw_factors(result: dict[str, Any], axes: plt.Axes) -> None:
-    """Draw an arrow for each factor of the best row, at the slower row's last distance, from one curve to the other."""
-    best = [pair for pair in result["speed_ups"] if (pair["steps"] or 0) >= MIN_FACTOR_DRAWN]
-    best = [pair for pair in best if pair["faster"] == result["speed_ups"][-1]["faster"]]
-    for pair in best:
-        slow = steps_to_reach(mean_curve(curves(result, pair["slower"])), pair["level"])
-        ends = (slow / pair["steps"], pair["level"]), (slow, pair["level"])
-        axes.annotate("", *ends, arrowprops={"arrowstyle": "->", "color": "black"})
-        axes.annotate(
-            f"{pair['steps']:.2f} x {pair['slower']}", ends[0], xytext=(-3, 0), textcoords="offset points",
-            fontsize="small", ha="right", va="center",
-        )  # fmt: skip
-
-
 def draw_samples(result: dict[str, Any], runs: dict[tuple[str, int], Path], path: Path) -> None:
     """Draw the grids of the first seed: one column for each row of the table, one line for each step."""
     seed, grids = result["seeds"][0], "samples" if result["preset"] == "imagenet" else "grids"
     steps = [scores["step"] for scores in next(iter(result["scores"].values()))[str(seed)]]
     shown = [steps[i] for i in sorted({round(k) for k in np.linspace(0, len(steps) - 1, GRIDS_SHOWN)})]
-    figure, axes = plt.subplots(
-        len(shown), len(result["rows"]), squeeze=False, figsize=(5 * len(result["rows"]), 2.3 * len(shown)),
-        layout="constrained",
-    )  # fmt: skip
+    lines, columns = len(shown), len(result["rows"])
+    size = (5 * columns, 2.3 * lines)
+    figure, axes = plt.subplots(lines, columns, squeeze=False, figsize=size, layout="constrained")
     for line, step in zip(axes, shown, strict=True):
         for cell, row in zip(line, result["rows"], strict=True):
             cell.imshow(open_image((runs[row, seed] / grids / f"{step:07d}.png").read_bytes()), interpolation="nearest")
             cell.set_title(f"{row}, {step} steps", fontsize="small")
             cell.axis("off")
-    figure.canvas.draw()
-    save_png(path, Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB"))
-    plt.close(figure)
+    _save(figure, path)

@@ -9,7 +9,7 @@ from common.io import InputError
 from tests.test_autoencoder import save_kl
 
 TINY = "--device cpu --model SiT-S/8 --resolution 64 --batch-size 2 --steps 20 --timed-steps 1 --rounds 1"
-TINY += " --deviation-steps 3 --pairs 2 --seconds 0.01 --no-decode --no-compile"
+TINY += " --deviation-steps 3 --pairs 2 --seconds 0.01 --no-compile"
 
 
 def run(*flags):

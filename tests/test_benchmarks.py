@@ -10,9 +10,9 @@ import sys
 import pytest
 import torch
 
-from benchmarks import checkpoint, data, encode, evaluate, losses, preprocess, sample, timing, train_step
+from benchmarks import encode, evaluate, sample, timing, train_step
 from benchmarks.timing import peak_memory, reset_peak_memory, run_measured
-from benchmarks.training_steps import OPTIMISATIONS, OurForm, PlainForm, Workload, write_random_weights
+from benchmarks.training_steps import OurForm, PlainForm, Workload, write_random_weights
 from common.cli import parse
 from common.io import InputError
 from experiments import digits
@@ -31,7 +31,7 @@ def small_matrix_product(monkeypatch):
 def test_forms_of_a_training_step_have_the_same_losses(tmp_path, capsys):
     torch._dynamo.reset()
     flags = "--resolution 64 --rounds 1 --steps 1 --matrix-seconds 0 --backend eager --precision no bf16"
-    forms = "--forms plain switches ours compile checkpointing"
+    forms = "--forms plain ours compile checkpointing"
     path = tmp_path / "steps.json"
     train_step.main([*TINY, *flags.split(), *forms.split(), "--encoder", ENCODER, "--json", str(path)])
     written = json.loads(path.read_text())
@@ -40,7 +40,6 @@ def test_forms_of_a_training_step_have_the_same_losses(tmp_path, capsys):
     }
     assert [row["form"] for row in rows["no"]] == [
         "plain",
-        *(f"+ {name}" for name in OPTIMISATIONS.values()),
         "train.py",
         "train.py --compile",
         "train.py --compile --activation-checkpointing",
@@ -69,16 +68,15 @@ def test_the_price_of_the_class_slot_is_measured(tmp_path):
 
 def test_losses_of_all_forms_stay_together(tmp_path, capsys):
     torch._dynamo.reset()
-    path, picture = tmp_path / "losses.json", tmp_path / "losses.png"
-    flags = f"--resolution 64 --batches 2 --steps 6 --backend eager --json {path} --picture {picture}"
-    losses.main([*TINY, *flags.split(), "--encoder", ENCODER])
+    path = tmp_path / "losses.json"
+    flags = f"--resolution 64 --batches 4 --losses 6 --precision bf16 --backend eager --json {path}"
+    train_step.main([*TINY, *flags.split(), "--encoder", ENCODER])
     found = json.loads(path.read_text())["losses"]
     reference = found["plain, float32"]
     assert len(found) == 7 and all(len(values) == 6 for values in found.values())
     for name, values in found.items():
         assert values == pytest.approx(reference, rel=2e-2 if name.endswith("bf16") else 1e-4), name
     assert found["plain, bf16"] != reference
-    assert picture.read_bytes().startswith(b"\x89PNG")
     assert capsys.readouterr().out.count("\n|") >= len(found)
 
 
@@ -132,11 +130,19 @@ def test_peak_memory_is_reset():
         (train_step, ["--batch-size", "8", "0"], "--batch-size 0: must be greater than 0"),
         (train_step, ["--forms", "plain", "other"], "invalid choice: 'other'"),
         (train_step, ["--device", "cpu", "--largest-batch"], "--largest-batch: needs a CUDA device"),
-        (losses, ["--steps", "0"], "--steps 0: must be greater than 0"),
-        (losses, ["--picture", "{here}"], "--picture .*: is a folder; allowed: the name of a file"),
+        (train_step, ["--steps", "0"], "--steps 0: must be greater than 0"),
+        (train_step, ["--losses", "2", "--resolution", "64", "128"], "--losses: compares forms of one --model"),
         (train_step, ["--profile", "{here}"], "--profile .*: is a folder; allowed: the name of a file"),
-        (checkpoint, ["--folder", "{here}/none"], "--folder .*none: no such folder"),
-        (preprocess, ["--source", "x", "--vae", "pixel", "--images", "0"], "--images 0: must be greater than 0"),
+        (train_step, ["--saves", "{here}/none"], "--saves .*none: no such folder"),
+        (encode, ["--images", "0"], "--images 0: must be greater than 0"),
+        (encode, ["--vae", "pixel"], "--vae pixel: it computes nothing"),
+        (encode, ["--work", "loader"], "--work loader: needs --data"),
+        (encode, ["--work", "programs", "--vae", "pixel"], "--work programs: needs --source"),
+        (
+            encode,
+            ["--work", "programs", "--vae", "x", "--source", "x", "--workers", "0"],
+            "--workers 0: must be greater",
+        ),
         (evaluate, ["--images", "0"], "--images 0: must be greater than 0"),
         (digits, ["encoder", "--dest", "{here}"], "--dest .*: is a folder; allowed: the name of a file"),
         (digits, ["encoder", "--dest", "x", "--steps", "0"], "--steps 0: must be greater than 0"),
@@ -148,13 +154,10 @@ def test_bad_settings_are_named(tmp_path, program, flags, text):
         program.main([flag.format(here=tmp_path) for flag in flags])
 
 
-NEEDED = {data: ["x"], preprocess: ["--source", "x", "--vae", "pixel"]}
-
-
-@pytest.mark.parametrize("program", [checkpoint, data, encode, evaluate, losses, preprocess, sample, train_step])
+@pytest.mark.parametrize("program", [encode, evaluate, sample, train_step])
 def test_the_file_of_results_is_checked_before_measuring(tmp_path, program):
     with pytest.raises(InputError, match=r"--json .*: is a folder; allowed: the name of a file"):
-        program.main([*NEEDED.get(program, []), "--json", str(tmp_path)])
+        program.main(["--json", str(tmp_path)])
 
 
 @pytest.mark.parametrize(
@@ -173,24 +176,51 @@ def test_a_missing_package_is_named(monkeypatch, tmp_path, module, program, flag
         program.main(flags)
 
 
-def test_no_rate_if_the_images_take_no_longer_than_the_start(monkeypatch, capsys):
+def test_preprocessing_and_the_loader_are_measured(monkeypatch, tmp_path, data, capsys):
+    monkeypatch.setattr(encode, "LOADER_BATCH", 8)
+    path = tmp_path / "encode.json"
+    flags = f"--work programs loader --source {data / 'images'} --vae pixel --resolution 16 --images 6"
+    encode.main([*flags.split(), *f"--workers 1 --batch-size 2 --data {data} --batches 2 --pack --json {path}".split()])
+    rows = json.loads(path.read_text())["rows"]
+    assert [(row["work"], row["setting"], row.get("images")) for row in rows] == [
+        ("convert.py", "1 workers", 6),
+        ("encode.py", "batch 1, 1 threads", 6),
+        ("encode.py", "batch 2, 1 threads", 6),
+        ("loader", "folder, 1 workers", None),
+        ("loader", "zip, 1 workers", None),
+    ]
+    assert all(row["startup_s"] > 0 and row["memory_gb"] > 0 for row in rows[:3])
+    assert all(row["images_per_s"] > 0 for row in rows[3:]) and rows[3]["ratio"] == 1
+    assert "| loader | zip, 1 workers | 8 |" in capsys.readouterr().out
+
+
+def test_no_rate_if_the_images_take_no_longer_than_the_start(monkeypatch):
     seconds = iter([3.0, 1.0, 1.0, 1.1])
-    monkeypatch.setattr(preprocess, "run_once", lambda *given: (next(seconds), 0.5))
-    rates = [preprocess.measure("convert", "convert.py", [], 4, 1)["images_per_s"] for _ in range(2)]
-    assert rates == [2.0, None] and "| 4 | too few images | 1.1 |" in capsys.readouterr().out
+    monkeypatch.setattr(encode, "run_program", lambda *given: (next(seconds), 0.5))
+    rows = [encode.measure_program("convert.py", "1 workers", [], 4, 1) for _ in range(2)]
+    assert [row["images_per_s"] for row in rows] == [2.0, None]
+    assert (
+        timing.markdown_table(encode.COLUMNS, rows[1:])
+        .splitlines()[-1]
+        .startswith("| convert.py | 1 workers | - | - | - | 0.50 | 1.1 |")
+    )
 
 
 def test_the_cost_of_saving_is_measured(tmp_path, capsys):
-    path = tmp_path / "checkpoint.json"
-    checkpoint.main(f"--model SiT-S/8 --depth 1 --rounds 1 --device cpu --folder {tmp_path} --json {path}".split())
-    figures = json.loads(path.read_text())
-    assert figures["step"] > 0 and figures["checkpoint_gb"] > 0 and figures["command"].startswith("python")
-    assert "| stall over step |" in capsys.readouterr().out
+    path = tmp_path / "saves.json"
+    flags = (
+        f"--resolution 64 --rounds 1 --steps 1 --matrix-seconds 0 --forms plain ours --saves {tmp_path} --json {path}"
+    )
+    train_step.main([*TINY, *flags.split(), "--encoder", ENCODER])
+    plain, ours = json.loads(path.read_text())["rows"]
+    saves = ours["saves"]
+    assert not plain["saves"] and 0 < saves["stall"] <= saves["write"] and saves["gb"] > 0
+    assert json.loads(path.read_text())["command"].startswith("python")
+    assert "| stall of a save, s |" in capsys.readouterr().out and list(tmp_path.iterdir()) == [path]
 
 
 CONFIGS = {
     "benchmarks/train_step.py": train_step.TrainStep,
-    "benchmarks/losses.py": losses.Losses,
     "benchmarks/sample.py": sample.Sample,
     "benchmarks/encode.py": encode.Encode,
     "benchmarks/evaluate.py": evaluate.Evaluate,
