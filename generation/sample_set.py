@@ -135,12 +135,6 @@ class SampleSet:
                 numbers = range(first, min(first + READ_AHEAD, self.total))
                 yield from pool.map(self._read_image, map(self.image_path, numbers))
 
-    def check_images(self) -> None:
-        """Raise InputError with the file's name if an image is damaged. Skipped if samples.npz is up to date."""
-        if not self._has_current_npz():
-            for _ in self.read_images():
-                pass
-
     def _read_image(self, path: Path) -> np.ndarray:
         try:
             return decode_rgb(path.read_bytes(), self.resolution)

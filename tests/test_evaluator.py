@@ -248,9 +248,9 @@ def test_reference_of_another_shape_is_refused(tmp_path: Path) -> None:
         (["--enc-weights", "file"], "--enc-weights file: needs --encoder"),
         (["--inception", "nowhere.pb"], "nowhere.pb: no such file"),
         (["--sample_batch", "nowhere.npz"], "nowhere.npz: no such file"),
-        (["--save_path", __file__], f"--save_path {__file__}/batch.metrics.json: .* is no folder"),
-        (["--save_path", f"{__file__}/result.json"], "--save_path .*result.json: .* is no folder"),
-        (["--cache", __file__], f"--cache {__file__}.*: .* is no folder"),
+        (["--save_path", __file__], f"--save_path {__file__}/batch.metrics.json: .* is not a writable folder"),
+        (["--save_path", f"{__file__}/result.json"], "--save_path .*result.json: .* is not a writable folder"),
+        (["--cache", __file__], f"--cache {__file__}.*: .* is not a writable folder"),
     ],
 )
 def test_bad_flags_are_named(tmp_path: Path, flags: list[str], message: str) -> None:
@@ -266,7 +266,7 @@ def test_bad_flags_are_named(tmp_path: Path, flags: list[str], message: str) -> 
         (["--seed", "-1"], "--seed -1"),
         (["--dest", "reference"], "must end in .npz"),
         (["--enc-weights", "file"], "needs --encoder"),
-        (["--dest", f"{__file__}/ref.npz"], "--dest .*ref.npz: .* is no folder"),
+        (["--dest", f"{__file__}/ref.npz"], "--dest .*ref.npz: .* is not a writable folder"),
     ],
 )
 def test_bad_flags_of_reference_are_named(tmp_path: Path, flags: list[str], message: str) -> None:
