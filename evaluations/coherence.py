@@ -129,16 +129,14 @@ class CoherenceReport:
     """Computes the coherence of a checkpoint's samples with the encoder of its training.
 
     Args:
-        checkpoint: returned by `load_checkpoint`.
+        checkpoint, source: the checkpoint as `load_checkpoint` returns it, and its name in errors.
         data_dir: the training data, for the class means.
         enc_weights: the encoder's file; None: the file of the training run.
         device: of the encoder.
-        source: the checkpoint's name in errors.
         num_images: number of samples, if known.
 
-    Raises:
-        InputError: the class token of the checkpoint is not an encoder's; data or encoder are missing or do not match
-            the checkpoint; there are too few samples.
+    Raises InputError if the class token of the checkpoint is not an encoder's, if data or encoder are missing or do not
+    match the checkpoint, or if there are too few samples.
     """
 
     def __init__(

@@ -90,10 +90,9 @@ def weights_notes(inception: Inception) -> list[str]:
 def count_notes(count: int) -> list[str]:
     """Return notes on FID and sFID of this number of samples."""
     notes = []
+    published = f"published numbers are from {PUBLISHED_COUNT:,}"
     if count != PUBLISHED_COUNT:
-        notes.append(
-            f"{count:,} samples; published numbers are from {PUBLISHED_COUNT:,}; fewer samples give higher FID and sFID"
-        )
+        notes.append(f"{count:,} samples; {published}; fewer samples give higher FID and sFID")
     if count <= NUM_FEATURES:
         notes.append("FID, sFID: fewer samples than features, so the covariance is singular; not a meaningful score")
     return notes

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -34,10 +35,7 @@ class ExtractionConfig(Config):
     encoder: str | None = setting(None, "add the Frechet distance of this encoder's class tokens, e.g. dinov2-vit-l")
     enc_weights: str | None = setting(None, "weights file of --encoder; default: the encoder's own download")
     batch_size: int | str = setting(
-        32,
-        "images per batch and process; auto: as many as fit into GPU memory",
-        check=BATCH_SIZE,
-        parse=batch_size,
+        32, "images per batch and process; auto: as many as fit into GPU memory", check=BATCH_SIZE, parse=batch_size
     )
     cpu: bool = setting(False, "use the CPU even if there is a GPU")
 
@@ -67,7 +65,7 @@ class Extractor:
             if config.encoder:
                 self.encoder = load_encoder(config.encoder, resolution, config.enc_weights, self.device)
                 self.encoder_name = encoder_name(config.encoder, config.enc_weights)
-        self._cache = FeatureCache(cache) if cache else None
+        self._cache = FeatureCache(Path(cache)) if cache else None
         self._background = ThreadPoolExecutor(1)
         self._digests: dict[ImageBatch, Future[str]] = {}
 
@@ -78,17 +76,8 @@ class Extractor:
         self._background.shutdown(cancel_futures=True)
 
     def digest(self, images: ImageBatch) -> str:
-        """Return the SHA-256 of the images' file or folder."""
-        return self._start_hashing(images).result()
-
-    def _start_hashing(self, images: ImageBatch) -> Future[str]:
-        if images not in self._digests:
-            self._digests[images] = self._background.submit(images.digest)
-        return self._digests[images]
-
-    def describe_encoder(self) -> dict[str, Any] | None:
-        """Return the encoder's name and input size in px."""
-        return self.encoder and {"name": self.encoder_name, "input_size": self.encoder.input_size}
+        """Return the SHA-256 of the images' file or folder, after their features were extracted by the main process."""
+        return self._digests[images].result()
 
     def inception_features(self, images: ImageBatch, keep: bool) -> InceptionExtraction:
         """Return the Inception features of all images; with `keep`, also the pool features of each image."""
@@ -102,29 +91,33 @@ class Extractor:
 
     def _extract(self, network: nn.Module, name: str, images: ImageBatch, extraction: Kind) -> Kind:
         is_main = self.accelerator.is_main_process
-        if is_main:
-            self._start_hashing(images)
+        if is_main and images not in self._digests:
+            self._digests[images] = self._background.submit(images.digest)
         if self._cache is not None and broadcast_from_main(
             self.accelerator, lambda: self._cache.load(self.digest(images), name, extraction, images.count)
         ):
             return extraction
         self._run(network, images, extraction)
-        self._combine(images, extraction)
+        if not all(tensor.isfinite().all() for tensor in extraction.state().values()):
+            raise InputError(f"{images.path}: the network gives features that are not finite (NaN or infinity)")
         if self._cache is not None and is_main:
             self._cache.save(self.digest(images), name, extraction)
         return extraction
 
     def _run(self, network: nn.Module, images: ImageBatch, extraction: Extraction) -> None:
-        """Add this process's images, which are consecutive, so that the features of all processes are in order."""
+        """Add the features of all images: each process runs the network on consecutive images, so they are in order."""
         process, processes = self.accelerator.process_index, self.accelerator.num_processes
         start, stop = images.count * process // processes, images.count * (process + 1) // processes
         size = self._find_batch_size(network, images) if self.batch_size == AUTO else self.batch_size
-        disable = not self.accelerator.is_main_process
-        bar = tqdm(total=stop - start, desc=images.path.name, unit="image", disable=disable)
+        bar = tqdm(total=stop - start, desc=images.path.name, unit="image", disable=process > 0)
         with bar, full_precision(self.device):
             for first, batch in images.batches(start, stop, size):
                 extraction.update(network(batch.to(self.device)), first)
                 bar.update(len(batch))
+        if processes > 1:
+            extraction.load(self.accelerator.reduce(extraction.state(), reduction="sum"))
+            if extraction.keep:
+                extraction.kept = gather_object(extraction.kept)
 
     def _find_batch_size(self, network: nn.Module, images: ImageBatch) -> int:
         if self.device.type != "cuda":
@@ -135,12 +128,3 @@ class Extractor:
 
         with full_precision(self.device):
             return largest_batch(attempt, min(LARGEST_BATCH, images.count))
-
-    def _combine(self, images: ImageBatch, extraction: Extraction) -> None:
-        """Sum the sums of all processes, and gather the kept features."""
-        if self.accelerator.num_processes > 1:
-            extraction.load(self.accelerator.reduce(extraction.state(), reduction="sum"))
-            if extraction.keep:
-                extraction.kept = gather_object(extraction.kept)
-        if not all(tensor.isfinite().all() for tensor in extraction.state().values()):
-            raise InputError(f"{images.path}: the network gives features that are not finite (NaN or infinity)")

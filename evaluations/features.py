@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -47,9 +48,8 @@ class InceptionExtraction(Extraction):
     """Parts `pool`, `spatial` and `score` of `total` images; pool features can be kept for precision and recall."""
 
     def __init__(self, total: int, keep: bool, device: torch.device):
-        pool, spatial = FeatureSums(NUM_FEATURES, device), FeatureSums(SPATIAL_FEATURES, device)
-        score = InceptionScoreSums(total, NUM_CLASSES, device)
-        super().__init__({"pool": pool, "spatial": spatial, "score": score}, keep)
+        parts = {"pool": FeatureSums(NUM_FEATURES, device), "spatial": FeatureSums(SPATIAL_FEATURES, device)}
+        super().__init__({**parts, "score": InceptionScoreSums(total, NUM_CLASSES, device)}, keep)
 
     def update(self, output: InceptionOutput, first: int) -> None:
         """Add the network's output for the images number `first`, `first` + 1, ..."""
@@ -71,23 +71,19 @@ class EncoderExtraction(Extraction):
         self.parts["cls"].update(output.cls_token)
 
 
+@dataclass(frozen=True)
 class FeatureCache:
     """Extractions on the disk, identified by the digest of the images and the name of the network."""
 
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
+    folder: Path
 
     def load(self, digest: str, network: str, extraction: Extraction, count: int) -> bool:
         """Fill an empty extraction of `count` images from the cache; return whether it was there."""
         path = self._path(digest, network)
-        if not path.exists():
+        if not path.exists() or (extraction.keep and "kept" not in NpzFile(path)):
             return False
-        npz = NpzFile(path)
-        if extraction.keep and "kept" not in npz:
-            return False
-        empty = extraction.state()
-        state = {name: finite_tensor(npz, name, tuple(like.shape)).to(like.device) for name, like in empty.items()}
-        extraction.load(state)
+        npz, empty = NpzFile(path), extraction.state()
+        extraction.load({name: finite_tensor(npz, name, tuple(t.shape)).to(t.device) for name, t in empty.items()})
         if extraction.keep:
             extraction.kept = [finite_tensor(npz, "kept", (count, NUM_FEATURES), np.float32)]
         return True
