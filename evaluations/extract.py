@@ -98,7 +98,7 @@ class Extractor:
         ):
             return extraction
         self._run(network, images, extraction)
-        if not all(tensor.isfinite().all() for tensor in extraction.state().values()):
+        if not all(tensor.isfinite().all() for tensor in extraction.parts.state_dict().values()):
             raise InputError(f"{images.path}: the network gives features that are not finite (NaN or infinity)")
         if self._cache is not None and is_main:
             self._cache.save(self.digest(images), name, extraction)
@@ -115,7 +115,7 @@ class Extractor:
                 extraction.update(network(batch.to(self.device)), first)
                 bar.update(len(batch))
         if processes > 1:
-            extraction.load(self.accelerator.reduce(extraction.state(), reduction="sum"))
+            extraction.parts.load_state_dict(self.accelerator.reduce(extraction.parts.state_dict(), "sum"))
             if extraction.keep:
                 extraction.kept = gather_object(extraction.kept)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.io import InputError, atomic_write
 from evaluations.inception.layers import NUM_CLASSES, NUM_FEATURES
@@ -27,21 +27,12 @@ class Extraction:
     """
 
     def __init__(self, parts: dict[str, Sums], keep: bool = False):
-        self.parts, self.keep = parts, keep
+        self.parts, self.keep = nn.ModuleDict(parts), keep
         self.kept: list[Tensor] = []
 
     def features(self) -> Tensor:
         """Return the kept features (N, D), float32, on the CPU."""
         return torch.cat(self.kept)
-
-    def state(self) -> dict[str, Tensor]:
-        """Return all sums as `part.name`."""
-        return {f"{part}.{name}": tensor for part, sums in self.parts.items() for name, tensor in sums.state().items()}
-
-    def load(self, state: dict[str, Tensor]) -> None:
-        """Replace the sums by those of `state`, which are named as in `state()`."""
-        for part, sums in self.parts.items():
-            sums.load({name: state[f"{part}.{name}"] for name in sums.state()})
 
 
 class InceptionExtraction(Extraction):
@@ -82,15 +73,15 @@ class FeatureCache:
         path = self._path(digest, network)
         if not path.exists() or (extraction.keep and "kept" not in NpzFile(path)):
             return False
-        npz, empty = NpzFile(path), extraction.state()
-        extraction.load({name: finite_tensor(npz, name, tuple(t.shape)).to(t.device) for name, t in empty.items()})
+        npz, empty = NpzFile(path), extraction.parts.state_dict()
+        extraction.parts.load_state_dict({name: finite_tensor(npz, name, tuple(t.shape)) for name, t in empty.items()})
         if extraction.keep:
             extraction.kept = [finite_tensor(npz, "kept", (count, NUM_FEATURES), np.float32)]
         return True
 
     def save(self, digest: str, network: str, extraction: Extraction) -> None:
         """Write an extraction."""
-        arrays = {name: tensor.cpu().numpy() for name, tensor in extraction.state().items()}
+        arrays = {name: tensor.cpu().numpy() for name, tensor in extraction.parts.state_dict().items()}
         if extraction.keep:
             arrays["kept"] = extraction.features().numpy()
         with atomic_write(self._path(digest, network)) as file:

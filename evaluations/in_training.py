@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from common.distributed import broadcast_from_main
@@ -75,7 +75,7 @@ class TrainingEvaluation:
         """
         accelerator, device = self.accelerator, self.accelerator.device
         widths = {"fid": NUM_FEATURES, "sfid": SPATIAL_FEATURES, "encoder_fd": self.encoder and self.encoder.width}
-        sums = {name: FeatureSums(widths[name], device) for name in self.expected}
+        sums = nn.ModuleDict({name: FeatureSums(widths[name], device) for name in self.expected})
         batches = [range(i, min(i + self.batch_size, self.count)) for i in range(0, self.count, self.batch_size)]
         mine = batches[accelerator.process_index :: accelerator.num_processes]
         for numbers in tqdm(mine, desc="evaluating", unit="batch", disable=not accelerator.is_main_process):
@@ -87,8 +87,7 @@ class TrainingEvaluation:
                     features["encoder_fd"] = self.encoder(images).cls_token
             for name in sums:
                 sums[name].update(features[name])
-        for part in sums.values():
-            part.load(accelerator.reduce(part.state(), "sum"))
+        sums.load_state_dict(accelerator.reduce(sums.state_dict(), "sum"))
         distances = broadcast_from_main(
             accelerator, lambda: {name: frechet_distance(self.expected[name], sums[name].statistics()) for name in sums}
         )

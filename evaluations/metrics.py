@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.io import InputError
 
@@ -18,20 +18,13 @@ INCEPTION_SCORE_SPLIT = 5000  # images, as in ADM; a shorter last split has the 
 NEAREST_NEIGHBOURS = 3
 
 
-class Sums:
-    """Sums over images, which can be added over batches and processes: float64 tensors of these shapes, at first 0."""
+class Sums(nn.Module):
+    """Sums over images, which can be added over batches and processes: float64 buffers of these shapes, at first 0."""
 
     def __init__(self, device: str | torch.device, **shapes: tuple[int, ...]):
+        super().__init__()
         for name, shape in shapes.items():
-            setattr(self, name, torch.zeros(shape, dtype=torch.float64, device=device))
-
-    def state(self) -> dict[str, Tensor]:
-        """Return the tensors by name."""
-        return dict(vars(self))
-
-    def load(self, state: dict[str, Tensor]) -> None:
-        """Replace the tensors by those of `state`: a stored state, or the sum over processes."""
-        vars(self).update(state)
+            self.register_buffer(name, torch.zeros(shape, dtype=torch.float64, device=device))
 
 
 class FeatureSums(Sums):
