@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.io import InputError, sha256_of
-from evaluations.features import finite_tensor
 from evaluations.inception.layers import NUM_FEATURES
 from evaluations.inception.network import SPATIAL_FEATURES, Inception
 from evaluations.inception.weights import PUBLISHED_NAME
@@ -62,7 +61,7 @@ def _statistics(
     if mean not in npz:
         return None
     width = width or math.prod(npz.header(mean).shape)
-    return GaussianStatistics(finite_tensor(npz, mean, (width,)), finite_tensor(npz, covariance, (width, width)), count)
+    return GaussianStatistics(npz.tensor(mean, (width,)), npz.tensor(covariance, (width, width)), count)
 
 
 def check_reference(reference: Reference, network: Inception) -> None:

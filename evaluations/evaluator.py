@@ -27,8 +27,7 @@ from common.distributed import long_collective_timeout
 from common.io import InputError, check_writable, read_json, run_cli, write_json
 from evaluations.batches import ImageBatch, open_images
 from evaluations.comparison import Reference, check_reference, count_notes, load_reference, weights_notes
-from evaluations.extract import ExtractionConfig, Extractor
-from evaluations.features import InceptionExtraction
+from evaluations.features import Extraction, ExtractionConfig, Extractor
 from evaluations.inception.network import Inception, full_precision
 from evaluations.metrics import (
     INCEPTION_SCORE_SPLIT,
@@ -175,7 +174,7 @@ def distance(
 
 
 def precision_and_recall(
-    found: InceptionExtraction, expected: InceptionExtraction | None, device: torch.device, notes: list[str]
+    found: Extraction, expected: Extraction | None, device: torch.device, notes: list[str]
 ) -> tuple[float | None, float | None]:
     """Return precision and recall, or twice None after adding the reason to `notes`."""
     if expected is None:
