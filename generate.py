@@ -202,8 +202,7 @@ def finish(plan: SamplePlan, samples: SampleSet) -> None:
     config = plan.config
     samples.finish(plan.labels, config.label_sampling == "balanced", config.with_cls_tokens, config.npz)
     if plan.coherence is not None:
-        samples.check_images()
-        scores = plan.coherence(samples.image_paths, samples.read_cls_tokens(), plan.labels)
+        scores = plan.coherence(samples.read_images(), samples.read_cls_tokens(), plan.labels)
         write_json(samples.folder / "coherence.json", scores)
     samples.release()
     print(samples.folder / ("samples.npz" if config.npz else "images"))

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from models.interpolant import Interpolant
 
-Velocity = Callable[[Tensor, "Tensor | None", Tensor], "tuple[Tensor, Tensor | None]"]
-NoiseSource = Callable[[], "tuple[Tensor, Tensor | None]"]
+State = tuple[Tensor, "Tensor | None"]  # of the latents (N, C, H, W) and the class token (N, D)
+Velocity = Callable[[Tensor, "Tensor | None", Tensor], State]
+NoiseSource = Callable[[], State]
 Steps = Iterable["tuple[Tensor, Tensor]"]  # times at the start and the end of each step
 
 MODES = ("sde", "ode")
@@ -74,14 +75,14 @@ class GuidedVelocity:
     guidance: Guidance = Guidance()
     dtype: torch.dtype = torch.float32
 
-    def __call__(self, x: Tensor, cls: Tensor | None, t: Tensor) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, x: Tensor, cls: Tensor | None, t: Tensor) -> State:
         """Return the velocities of x (N, C, H, W) and cls (N, D), float64, at time `t`, a float64 scalar on the CPU."""
         guided = self.guidance.active(t.item())
         t = torch.full((1,), t.item(), dtype=torch.float32, device=x.device)
-        x, cls = x.to(self.dtype), None if cls is None else cls.to(self.dtype)
+        x, cls = _each(lambda part: part.to(self.dtype), (x, cls))
         if not guided:
             return self._call(x, cls, t, self.y)
-        v, v_cls = self._call(torch.cat([x, x]), None if cls is None else torch.cat([cls, cls]), t, self._both_labels)
+        v, v_cls = self._call(*_each(lambda part: torch.cat([part, part]), (x, cls)), t, self._both_labels)
         v = _guide(v, self.guidance.scale)
         if v_cls is not None:
             v_cls = _guide(v_cls, self.guidance.cls_scale) if self.guidance.cls_scale > 0 else v_cls.chunk(2)[0]
@@ -92,9 +93,20 @@ class GuidedVelocity:
         """The labels, then N times the null class, (2 N,)."""
         return torch.cat([self.y, torch.full_like(self.y, self.null_class)])
 
-    def _call(self, x: Tensor, cls: Tensor | None, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _call(self, x: Tensor, cls: Tensor | None, t: Tensor, y: Tensor) -> State:
         v, _, v_cls = self.model(x, t, y, cls_token=cls, project=False)
-        return v.double(), None if v_cls is None else v_cls.double()
+        return _each(Tensor.double, (v, v_cls))
+
+
+def _each(function: Callable[..., Tensor], *states: State) -> State:
+    """Return `function` of the states' latents, and of their class tokens, which are None without a class token."""
+    x, cls = zip(*states, strict=True)
+    return function(*x), None if cls[0] is None else function(*cls)
+
+
+def _step(state: State, direction: State, size: Tensor) -> State:
+    """Return state + direction * size."""
+    return _each(lambda x, v: x + v * size, state, direction)
 
 
 def _guide(v: Tensor, scale: float) -> Tensor:
@@ -126,75 +138,60 @@ def diffusion(t: Tensor) -> Tensor:
     return 2 * t
 
 
-def _axpy(x: Tensor | None, v: Tensor | None, dt: Tensor) -> Tensor | None:
-    """Return x + v dt, or None if there is no class token."""
-    return None if x is None else x + v * dt
-
-
 def euler_maruyama(
     velocity: Velocity, x: Tensor, cls: Tensor | None, noise: NoiseSource, interpolant: Interpolant, steps: Steps
-) -> tuple[Tensor, Tensor | None]:
+) -> State:
     """Return x and cls at t = 0 by Euler-Maruyama on the reverse SDE (SiT, section 2). One network call per step.
 
-    Args:
-        velocity: the vector field.
-        x, cls: noise (N, C, H, W) and (N, D) or None, float64.
-        noise: called at each step except the last; returns standard normals with the shapes of x and cls.
-        interpolant: the path; it converts velocity to score.
-        steps: the pairs of neighbouring times of `sde_times`.
+    x (N, C, H, W) and cls (N, D) or None are the state at t = 1, float64. `noise` is called at each step except the
+    last and returns standard normals of these shapes. `steps` are the pairs of neighbouring times of `sde_times`.
     """
 
-    def drift(x: Tensor | None, v: Tensor | None, t: Tensor) -> Tensor | None:
-        return None if x is None else v - diffusion(t) / 2 * interpolant.score_from_velocity(v, x, t)
+    def drift(x: Tensor, v: Tensor, t: Tensor) -> Tensor:
+        return v - diffusion(t) / 2 * interpolant.score_from_velocity(v, x, t)
 
+    state = (x, cls)
     for t, t_next in steps:
         dt = t_next - t
-        v, v_cls = velocity(x, cls, t)
-        x, cls = _axpy(x, drift(x, v, t), dt), _axpy(cls, drift(cls, v_cls, t), dt)
+        state = _step(state, _each(partial(drift, t=t), state, velocity(*state, t)), dt)
         if t_next > 0:  # the last step adds no noise
-            strength = (diffusion(t) * dt.abs()).sqrt()
-            noise_x, noise_cls = noise()
-            x, cls = _axpy(x, noise_x, strength), _axpy(cls, noise_cls, strength)
-    return x, cls
+            state = _step(state, noise(), (diffusion(t) * dt.abs()).sqrt())
+    return state
 
 
 def fixed_step_ode(
     velocity: Velocity, x: Tensor, cls: Tensor | None, steps: Steps, second_order: bool = False
-) -> tuple[Tensor, Tensor | None]:
+) -> State:
     """Return x and cls at t = 0 on the probability-flow ODE by Euler's or, if `second_order`, by Heun's method.
 
     Euler calls the network once per step, Heun twice, except in the last step (EDM, arXiv 2206.00364, algorithm 1). The
     second call is guided if the time at the end of the step is inside the guidance interval. `x` and `cls` are as in
     `euler_maruyama`; `steps` are the pairs of neighbouring times of `ode_times`.
     """
+    state = (x, cls)
     for t, t_next in steps:
-        dt = t_next - t
-        v, v_cls = velocity(x, cls, t)
+        v = velocity(*state, t)
         if second_order and t_next > 0:
-            w, w_cls = velocity(_axpy(x, v, dt), _axpy(cls, v_cls, dt), t_next)
-            v, v_cls = (v + w) / 2, None if cls is None else (v_cls + w_cls) / 2
-        x, cls = _axpy(x, v, dt), _axpy(cls, v_cls, dt)
-    return x, cls
+            v = _each(lambda v, w: (v + w) / 2, v, velocity(*_step(state, v, t_next - t), t_next))
+        state = _step(state, v, t_next - t)
+    return state
 
 
-def dopri5(
-    velocity: Velocity, x: Tensor, cls: Tensor | None, tolerance: float = ODE_TOLERANCE
-) -> tuple[Tensor, Tensor | None]:
+def dopri5(velocity: Velocity, x: Tensor, cls: Tensor | None, tolerance: float = ODE_TOLERANCE) -> State:
     """Return x and cls at t = 0 by the adaptive Dormand-Prince method on the probability-flow ODE.
 
     The step size is chosen for the full batch, so a sample depends on the rest of its batch, within the tolerance.
     """
     from torchdiffeq import odeint
 
+    state, no_cls = ((x,), (None,)) if cls is None else ((x, cls), ())  # odeint does not accept None
     times = torch.tensor([1.0, 0.0], dtype=torch.float64, device=x.device)
-    state = (x,) if cls is None else (x, cls)
 
     def field(t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        v, v_cls = velocity(state[0], state[1] if len(state) > 1 else None, t.cpu())
-        return (v,) if v_cls is None else (v, v_cls)
+        return velocity(*state, *no_cls, t.cpu())[: len(state)]
 
     path = odeint(field, state, times, rtol=tolerance, atol=tolerance, method="dopri5")
-    return path[0][-1], None if cls is None else path[1][-1]
+    return (*(values[-1] for values in path), *no_cls)
 
 
 class ImageNoise:
@@ -227,25 +224,24 @@ class ImageNoise:
         self._pool = ThreadPoolExecutor(self.threads) if self.threads else None
         self._pending = self._start()
 
-    def __call__(self) -> tuple[Tensor, Tensor | None]:
+    def __call__(self) -> State:
         """Return standard normals (N, C, H, W) and (N, D) or None, float64."""
-        x, cls, drawing = self._pending
+        state, drawing = self._pending
         for part in drawing:
             part()
         self._pending = self._start()
-        x = x.to(self.device, non_blocking=True)
-        return x, None if cls is None else cls.to(self.device, non_blocking=True)
+        return _each(lambda part: part.to(self.device, non_blocking=True), state)
 
-    def _start(self) -> tuple[Tensor, Tensor | None, list[Callable[[], None]]]:
+    def _start(self) -> tuple[State, list[Callable[[], None]]]:
         """Return tensors on the CPU, and functions to call; after the calls, the tensors contain noise."""
         pinned = self.device.type == "cuda"  # so that the copy to the GPU does not wait for the network
         count = len(self.generators)
         empty = partial(torch.empty, dtype=torch.float64, pin_memory=pinned)
-        x, cls = empty(count, *self.shape), empty(count, self.cls_token_dim) if self.cls_token_dim else None
+        state = empty(count, *self.shape), empty(count, self.cls_token_dim) if self.cls_token_dim else None
         if self._pool is None:
-            return x, cls, [partial(self._fill, x, cls, range(count))]
+            return state, [partial(self._fill, *state, range(count))]
         parts = [range(first, count, self.threads) for first in range(self.threads)]
-        return x, cls, [self._pool.submit(self._fill, x, cls, rows).result for rows in parts]
+        return state, [self._pool.submit(self._fill, *state, rows).result for rows in parts]
 
     @torch.inference_mode()  # the mode is set for each thread separately
     def _fill(self, x: Tensor, cls: Tensor | None, rows: range) -> None:
@@ -256,7 +252,7 @@ class ImageNoise:
 
 
 def derive_seed(*key: int) -> int:
-    """Return a 64-bit generator seed for `key`, whole numbers from 0. Seeds of different keys are independent.
+    """Return a 64-bit generator seed for `key`, integers from 0. Seeds of different keys are independent.
 
     The key's length is part of the entropy, because NumPy pads keys with zeros: (0, 1) and (0, 1, 0) would be equal.
     """
@@ -281,7 +277,7 @@ def sample(
     solver: str = "euler",
     num_steps: int = 250,
     progress: Callable[[list], Iterable] = iter,
-) -> tuple[Tensor, Tensor | None]:
+) -> State:
     """Return generated latents (N, C, H, W) and class tokens (N, D) or None, float64.
 
     Args:
@@ -296,14 +292,12 @@ def sample(
     Raises:
         ValueError: unknown mode or solver, or `num_steps` below 1.
     """
-    if mode not in MODES:
-        raise ValueError(f"mode {mode!r} is unknown; allowed: {', '.join(MODES)}")
-    if solver not in SOLVERS:
-        raise ValueError(f"solver {solver!r} is unknown; allowed: {', '.join(SOLVERS)}")
+    for name, value, allowed in (("mode", mode, MODES), ("solver", solver, SOLVERS)):
+        if value not in allowed:
+            raise ValueError(f"{name} {value!r} is unknown; allowed: {', '.join(allowed)}")
     if num_steps < 1:
         raise ValueError(f"num_steps is {num_steps}; allowed: 1 or more")
-    x, cls = noise()
-    x, cls = x.double(), None if cls is None else cls.double()
+    x, cls = _each(Tensor.double, noise())
     if mode == "ode" and solver == "dopri5":
         return dopri5(velocity, x, cls)
     times = sde_times(num_steps) if mode == "sde" else ode_times(num_steps)
@@ -324,7 +318,7 @@ def sample_images(
     num_steps: int = 250,
     progress: Callable[[list], Iterable] = iter,
     network: Callable[..., tuple] | None = None,
-) -> tuple[Tensor, Tensor | None]:
+) -> State:
     """Return latents (N, C, H, W) and class tokens (N, D) or None, float64, for images given by label and seed.
 
     Args:

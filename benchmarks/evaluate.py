@@ -29,7 +29,7 @@ from benchmarks import timing
 from common.cli import AUTO, BATCH_SIZE, NON_NEGATIVE, POSITIVE, batch_size, parse, setting
 from common.distributed import largest_batch
 from common.io import run_cli
-from evaluations.extract import CPU_BATCH
+from evaluations.features import CPU_BATCH
 from evaluations.inception.layers import NUM_CLASSES, NUM_FEATURES, SPATIAL_LAYER, inception_layers
 from evaluations.inception.network import SPATIAL_CHANNELS, Inception, InceptionOutput, full_precision, load_inception
 from evaluations.inception.network import resize_bilinear_tf1 as resize

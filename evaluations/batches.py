@@ -9,7 +9,8 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -45,18 +46,13 @@ class ImageBatch(ABC):
 
     def batches(self, start: int, stop: int, size: int) -> Iterator[tuple[int, Tensor]]:
         """Yield (number of the first image, images (n, 3, H, W) uint8) for start ... stop - 1, reading ahead."""
-        pending: deque = deque()
+        firsts, pending = range(start, stop, size), deque()
+        unread = iter(firsts)
         with ThreadPoolExecutor(self.readers) as threads:
-            for first in range(start, stop, size):
-                pending.append((first, threads.submit(self.read, first, min(first + size, stop))))
-                if len(pending) > self.readers:
-                    yield _arrived(*pending.popleft())
-            while pending:
-                yield _arrived(*pending.popleft())
-
-
-def _arrived(first: int, future: Future) -> tuple[int, Tensor]:
-    return first, torch.from_numpy(future.result()).permute(0, 3, 1, 2)
+            for first in firsts:
+                for ahead in islice(unread, self.readers + 1 - len(pending)):
+                    pending.append(threads.submit(self.read, ahead, min(ahead + size, stop)))
+                yield first, torch.from_numpy(pending.popleft().result()).permute(0, 3, 1, 2)
 
 
 def open_images(path: str | Path) -> ImageBatch:
@@ -77,7 +73,7 @@ class NpzImages(ImageBatch):
         self.path = npz.path
         self.count, self.height, self.width, _ = shape
         if not self.count:
-            raise InputError(f"{path}: arr_0 holds no images")
+            raise InputError(f"{path}: arr_0 contains no images")
         if max(self.width, self.height) > MAX_SIDE or not self.width * self.height:
             raise InputError(f"{path}: {self.width} x {self.height} pixels; allowed: 1 to {MAX_SIDE} per side")
         self._read_rows = npz.rows("arr_0")

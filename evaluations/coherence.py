@@ -11,7 +11,9 @@ The scores are made from sums over images, which can be added over batches and p
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from common.images import decode_rgb
 from common.io import InputError
 from dataset import LatentDataset
 from evaluations.batches import DECODERS
@@ -44,8 +45,7 @@ class CentreSums(Sums):
     """Sum and count of the encoder's tokens (N, D) of real images, per class."""
 
     def __init__(self, classes: int, width: int, device: str | torch.device = "cpu"):
-        self.totals = torch.zeros(classes, width, dtype=torch.float64, device=device)
-        self.counts = torch.zeros(classes, dtype=torch.float64, device=device)
+        super().__init__(device, totals=(classes, width), counts=(classes,))
 
     def update(self, tokens: Tensor, labels: Tensor) -> None:
         """Add tokens (N, D) of images with labels (N,) int64."""
@@ -61,12 +61,8 @@ class CoherenceSums(Sums):
     """Sums over pairs of a generated token and the encoder's token of the decoded image, both (N, D)."""
 
     def __init__(self, width: int, device: str | torch.device = "cpu"):
-        self.count = torch.zeros((), dtype=torch.float64, device=device)
-        self.pairs = torch.zeros((), dtype=torch.float64, device=device)
-        self.to_class_mean = torch.zeros((), dtype=torch.float64, device=device)
-        self.right = torch.zeros((), dtype=torch.float64, device=device)
-        self.generated = torch.zeros(width, dtype=torch.float64, device=device)  # sums of unit vectors
-        self.encoded = torch.zeros(width, dtype=torch.float64, device=device)
+        # generated, encoded: sums of unit vectors
+        super().__init__(device, count=(), pairs=(), to_class_mean=(), right=(), generated=(width,), encoded=(width,))
 
     def update(self, generated: Tensor, encoded: Tensor, labels: Tensor, centres: Tensor) -> None:
         """Add the tokens of images with `labels` (N,) int64; `centres` (K, D) are those of `CentreSums.centres`.
@@ -133,16 +129,14 @@ class CoherenceReport:
     """Computes the coherence of a checkpoint's samples with the encoder of its training.
 
     Args:
-        checkpoint: returned by `load_checkpoint`.
+        checkpoint, source: the checkpoint as `load_checkpoint` returns it, and its name in errors.
         data_dir: the training data, for the class means.
         enc_weights: the encoder's file; None: the file of the training run.
         device: of the encoder.
-        source: the checkpoint's name in errors.
         num_images: number of samples, if known.
 
-    Raises:
-        InputError: the class token of the checkpoint is not an encoder's; data or encoder are missing or do not match
-            the checkpoint; there are too few samples.
+    Raises InputError if the class token of the checkpoint is not an encoder's, if data or encoder are missing or do not
+    match the checkpoint, or if there are too few samples.
     """
 
     def __init__(
@@ -168,20 +162,13 @@ class CoherenceReport:
         weights = enc_weights or (settings.get("enc_weights") or "").split(",")[0] or None
         self.encoder = load_encoder(settings["enc_type"].split(",")[0], self.data.resolution, weights, device)
 
-    def __call__(self, images: list[Path], cls_tokens: np.ndarray, labels: list[int]) -> dict[str, float]:
-        """Return the scores of image files with their generated tokens (N, D) and labels."""
+    def __call__(self, images: Iterable[np.ndarray], cls_tokens: np.ndarray, labels: list[int]) -> dict[str, float]:
+        """Return the scores of N images (R, R, 3) uint8 with their generated tokens (N, D) and labels."""
         centres = class_mean_sums(self.encoder, self.kind, self.data, BATCH_SIZE, self.device).centres().cpu()
-        sums = CoherenceSums(self.encoder.width)
-        for first in tqdm(range(0, len(images), BATCH_SIZE), desc="coherence"):
+        sums, images = CoherenceSums(self.encoder.width), iter(images)
+        for first in tqdm(range(0, len(labels), BATCH_SIZE), desc="coherence"):
             rows = slice(first, first + BATCH_SIZE)
-            pixels = torch.from_numpy(np.stack([_read_image(path) for path in images[rows]]))
-            encoded = entangled_token(self.kind, self.encoder(pixels.permute(0, 3, 1, 2).to(self.device)), None).cpu()
+            pixels = torch.from_numpy(np.stack(list(islice(images, BATCH_SIZE)))).permute(0, 3, 1, 2)
+            encoded = entangled_token(self.kind, self.encoder(pixels.to(self.device)), None).cpu()
             sums.update(torch.from_numpy(cls_tokens[rows]), encoded, torch.tensor(labels[rows]), centres)
         return sums.scores()
-
-
-def _read_image(path: Path) -> np.ndarray:
-    try:
-        return decode_rgb(path.read_bytes())
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.io import InputError, sha256_of
-from evaluations.features import finite_tensor
 from evaluations.inception.layers import NUM_FEATURES
 from evaluations.inception.network import SPATIAL_FEATURES, Inception
 from evaluations.inception.weights import PUBLISHED_NAME
@@ -62,7 +61,7 @@ def _statistics(
     if mean not in npz:
         return None
     width = width or math.prod(npz.header(mean).shape)
-    return GaussianStatistics(finite_tensor(npz, mean, (width,)), finite_tensor(npz, covariance, (width, width)), count)
+    return GaussianStatistics(npz.tensor(mean, (width,)), npz.tensor(covariance, (width, width)), count)
 
 
 def check_reference(reference: Reference, network: Inception) -> None:
@@ -90,10 +89,9 @@ def weights_notes(inception: Inception) -> list[str]:
 def count_notes(count: int) -> list[str]:
     """Return notes on FID and sFID of this number of samples."""
     notes = []
+    published = f"published numbers are from {PUBLISHED_COUNT:,}"
     if count != PUBLISHED_COUNT:
-        notes.append(
-            f"{count:,} samples; published numbers are from {PUBLISHED_COUNT:,}; fewer samples give higher FID and sFID"
-        )
+        notes.append(f"{count:,} samples; {published}; fewer samples give higher FID and sFID")
     if count <= NUM_FEATURES:
         notes.append("FID, sFID: fewer samples than features, so the covariance is singular; not a meaningful score")
     return notes

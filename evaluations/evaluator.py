@@ -27,12 +27,12 @@ from common.distributed import long_collective_timeout
 from common.io import InputError, check_writable, read_json, run_cli, write_json
 from evaluations.batches import ImageBatch, open_images
 from evaluations.comparison import Reference, check_reference, count_notes, load_reference, weights_notes
-from evaluations.extract import ExtractionConfig, Extractor
-from evaluations.features import Extraction, InceptionExtraction
+from evaluations.features import Extraction, ExtractionConfig, Extractor
 from evaluations.inception.network import Inception, full_precision
 from evaluations.metrics import (
     INCEPTION_SCORE_SPLIT,
     NEAREST_NEIGHBOURS,
+    FeatureSums,
     GaussianStatistics,
     frechet_distance,
     precision_recall,
@@ -93,18 +93,19 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     with Extractor(accelerator, config, samples.height, config.cache) as extractor:
         # Extract features, with all processes
+        encoder = extractor.encoder
         check_reference(statistics, extractor.inception)
         found = extractor.inception_features(samples, keep=True)
         expected = None if reference is None else extractor.inception_features(reference, keep=True)
         comparisons = {
-            "fid": (statistics.pool, found, expected, "pool"),
-            "sfid": (statistics.spatial, found, expected, "spatial"),
+            "fid": (statistics.pool, found.parts["pool"], expected and expected.parts["pool"]),
+            "sfid": (statistics.spatial, found.parts["spatial"], expected and expected.parts["spatial"]),
         }
-        if extractor.encoder is not None:
+        if encoder is not None:
             ready = statistics.of_encoder(extractor.encoder_name)
-            tokens = None if ready is None and reference is None else extractor.encoder_features(samples)
-            expected_tokens = None if ready or reference is None else extractor.encoder_features(reference)
-            comparisons["encoder_fd"] = (ready, tokens, expected_tokens, "cls")
+            tokens = extractor.encoder_features(samples).parts["cls"] if ready or reference else None
+            expected_tokens = extractor.encoder_features(reference).parts["cls"] if reference and not ready else None
+            comparisons["encoder_fd"] = (ready, tokens, expected_tokens)
         if not accelerator.is_main_process:
             return
 
@@ -126,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "samples": {**describe(extractor, samples), "sampling": sampling},
             "reference": {"path": str(statistics.path), **describe(extractor, reference)},
             "inception": {name: getattr(extractor.inception, name) for name in ("name", "path", "sha256")},
-            "encoder": extractor.describe_encoder(),
+            "encoder": encoder and {"name": extractor.encoder_name, "input_size": encoder.input_size},
             "machine": machine(accelerator),
             "seconds": round(time.perf_counter() - started, 2),
         }
@@ -135,9 +136,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def open_reference_images(statistics: Reference) -> ImageBatch | None:
     """Return the reference's images; None for an .npz of statistics only."""
-    if statistics.pool is not None and "arr_0" not in NpzFile(statistics.path):
-        return None
-    return open_images(statistics.path)
+    without_images = statistics.pool is not None and "arr_0" not in NpzFile(statistics.path)
+    return None if without_images else open_images(statistics.path)
 
 
 def read_sampling(samples: Path) -> dict[str, Any] | None:
@@ -154,29 +154,27 @@ def read_sampling(samples: Path) -> dict[str, Any] | None:
 def distance(
     name: str,
     ready: GaussianStatistics | None,
-    found: Extraction | None,
-    expected: Extraction | None,
-    part: str,
+    found: FeatureSums | None,
+    expected: FeatureSums | None,
     notes: list[str],
 ) -> float | None:
-    """Return the Frechet distance of a part of the features, or None after adding the reason to `notes`.
+    """Return the Frechet distance of features, or None after adding the reason to `notes`.
 
-    ready: the reference's statistics; without them, those of `expected`, the features of its images, are used.
+    ready: the reference's statistics; without them, those of `expected`, the sums over its images, are used.
     """
     if ready is None and expected is None:
         notes.append(f"{name}: not computed, the reference has neither statistics for it nor images")
         return None
-    if found.parts[part].count < 2 or (ready is None and expected.parts[part].count < 2):
+    if found.count < 2 or (ready is None and expected.count < 2):
         notes.append(f"{name}: not computed, a covariance needs at least 2 images on both sides")
         return None
     if name == "FD" and ready is None:
-        count = int(expected.parts[part].count)
-        notes.append(f"FD: reference statistics from its {count:,} images, not from a full data set")
-    return frechet_distance(ready or expected.parts[part].statistics(), found.parts[part].statistics())
+        notes.append(f"FD: reference statistics from its {int(expected.count):,} images, not from a full data set")
+    return frechet_distance(ready or expected.statistics(), found.statistics())
 
 
 def precision_and_recall(
-    found: InceptionExtraction, expected: InceptionExtraction | None, device: torch.device, notes: list[str]
+    found: Extraction, expected: Extraction | None, device: torch.device, notes: list[str]
 ) -> tuple[float | None, float | None]:
     """Return precision and recall, or twice None after adding the reason to `notes`."""
     if expected is None:
@@ -193,16 +191,14 @@ def precision_and_recall(
 def general_notes(inception: Inception, samples: ImageBatch, reference: ImageBatch | None) -> list[str]:
     """Return notes on how far the numbers are comparable with published ones."""
     notes = weights_notes(inception)
-    if reference is not None and (samples.height, samples.width) != (reference.height, reference.width):
-        sizes = [f"{side.width} x {side.height}" for side in (samples, reference)]
-        notes.append(
-            f"samples have {sizes[0]} pixels, the reference {sizes[1]}; both are resized to 299 x 299, as in ADM"
-        )
+    sizes = [f"{side.width} x {side.height}" for side in (samples, reference or samples)]
+    if sizes[0] != sizes[1]:
+        notes += [f"samples have {sizes[0]} pixels, the reference {sizes[1]}; both are resized to 299 x 299, as in ADM"]
     notes += count_notes(samples.count)
     if samples.count < INCEPTION_SCORE_SPLIT:
-        notes.append(
+        notes += [
             f"Inception Score: from a single split shorter than {INCEPTION_SCORE_SPLIT:,}; not a meaningful score"
-        )
+        ]
     return notes
 
 
@@ -236,12 +232,10 @@ def result_path(save_path: str | None, samples: Path) -> Path:
 
 def report(result: dict[str, Any], path: Path) -> None:
     """Print ADM's five lines, the encoder's distance and the notes; write the full result as JSON."""
-    metrics = result["metrics"]
-    names = dict(LINES)
-    if result["encoder"]:
-        names["encoder_fd"] = f"FD ({result['encoder']['name']})"
+    names = LINES | ({"encoder_fd": f"FD ({result['encoder']['name']})"} if result["encoder"] else {})
     for key, name in names.items():
-        print(f"{name}: {'not computed' if metrics[key] is None else metrics[key]}")
+        value = result["metrics"][key]
+        print(f"{name}: {'not computed' if value is None else value}")
     for note in result["notes"]:
         print(f"note: {note}")
     write_json(path, result)

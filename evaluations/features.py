@@ -1,100 +1,82 @@
-"""Sums over the features of a set of images, from which the metrics are computed, and their cache on the disk."""
+"""Features of a set of images: sums over them, from which the metrics are computed, and their cache on the disk.
+
+All processes of a program run the feature networks over the images.
+"""
 
 from __future__ import annotations
 
 import hashlib
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from tqdm import tqdm
 
+from common.cli import AUTO, BATCH_SIZE, Config, batch_size, setting
+from common.distributed import broadcast_from_main, largest_batch
 from common.io import InputError, atomic_write
+from evaluations.batches import ImageBatch
+from evaluations.comparison import encoder_name
 from evaluations.inception.layers import NUM_CLASSES, NUM_FEATURES
-from evaluations.inception.network import SPATIAL_FEATURES, InceptionOutput
+from evaluations.inception.network import SPATIAL_FEATURES, InceptionOutput, full_precision, load_inception
 from evaluations.metrics import FeatureSums, InceptionScoreSums, Sums
 from evaluations.npz import NpzFile
-from models.encoders import EncoderOutput
+from models.encoders import EncoderOutput, load_encoder
 
 CACHE_VERSION = 1  # increase it when the same images give other features
+CPU_BATCH = 32
+LARGEST_BATCH = 512  # of --batch-size auto; more does not make any GPU faster
+FEATURES = {"pool": "pool", "spatial": "spatial", "score": "logits", "cls": "cls_token"}  # field of a network's output
 
 
 class Extraction:
-    """Named sums over the features of a set of images and, if `keep`, features of each image.
+    """Sums over the features of a set of images: `pool`, `spatial` and `score` of Inception, or `cls` of an encoder.
 
-    `kept` lists the kept features (n, D) of the batches, float32 on the CPU.
+    With `keep`, `kept` lists the pool features (n, 2048) of the batches, float32 on the CPU.
     """
 
     def __init__(self, parts: dict[str, Sums], keep: bool = False):
-        self.parts, self.keep = parts, keep
+        self.parts, self.keep = nn.ModuleDict(parts), keep
         self.kept: list[Tensor] = []
+
+    def update(self, output: InceptionOutput | EncoderOutput, first: int) -> None:
+        """Add the network's output for the images number `first`, `first` + 1, ..."""
+        for name, sums in self.parts.items():
+            numbers = (first,) if name == "score" else ()  # the Inception Score needs the numbers for its splits
+            sums.update(getattr(output, FEATURES[name]), *numbers)
+        if self.keep:
+            self.kept.append(output.pool.cpu())
 
     def features(self) -> Tensor:
         """Return the kept features (N, D), float32, on the CPU."""
         return torch.cat(self.kept)
 
-    def state(self) -> dict[str, Tensor]:
-        """Return all sums as `part.name`."""
-        return {f"{part}.{name}": tensor for part, sums in self.parts.items() for name, tensor in sums.state().items()}
 
-    def load(self, state: dict[str, Tensor]) -> None:
-        """Replace the sums by those of `state`, which are named as in `state()`."""
-        for part, sums in self.parts.items():
-            sums.load({name: state[f"{part}.{name}"] for name in sums.state()})
-
-
-class InceptionExtraction(Extraction):
-    """Parts `pool`, `spatial` and `score` of `total` images; pool features can be kept for precision and recall."""
-
-    def __init__(self, total: int, keep: bool, device: torch.device):
-        pool, spatial = FeatureSums(NUM_FEATURES, device), FeatureSums(SPATIAL_FEATURES, device)
-        score = InceptionScoreSums(total, NUM_CLASSES, device)
-        super().__init__({"pool": pool, "spatial": spatial, "score": score}, keep)
-
-    def update(self, output: InceptionOutput, first: int) -> None:
-        """Add the network's output for the images number `first`, `first` + 1, ..."""
-        self.parts["pool"].update(output.pool)
-        self.parts["spatial"].update(output.spatial)
-        self.parts["score"].update(output.logits, first)
-        if self.keep:
-            self.kept.append(output.pool.cpu())
-
-
-class EncoderExtraction(Extraction):
-    """Part `cls`: the class tokens of a vision encoder."""
-
-    def __init__(self, width: int, device: torch.device):
-        super().__init__({"cls": FeatureSums(width, device)})
-
-    def update(self, output: EncoderOutput, first: int) -> None:
-        """Add the encoder's output for a batch of images."""
-        self.parts["cls"].update(output.cls_token)
-
-
+@dataclass(frozen=True)
 class FeatureCache:
     """Extractions on the disk, identified by the digest of the images and the name of the network."""
 
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
+    folder: Path
 
     def load(self, digest: str, network: str, extraction: Extraction, count: int) -> bool:
         """Fill an empty extraction of `count` images from the cache; return whether it was there."""
         path = self._path(digest, network)
-        if not path.exists():
+        if not path.exists() or (extraction.keep and "kept" not in NpzFile(path)):
             return False
-        npz = NpzFile(path)
-        if extraction.keep and "kept" not in npz:
-            return False
-        empty = extraction.state()
-        state = {name: finite_tensor(npz, name, tuple(like.shape)).to(like.device) for name, like in empty.items()}
-        extraction.load(state)
+        npz, empty = NpzFile(path), extraction.parts.state_dict()
+        extraction.parts.load_state_dict({name: npz.tensor(name, tuple(like.shape)) for name, like in empty.items()})
         if extraction.keep:
-            extraction.kept = [finite_tensor(npz, "kept", (count, NUM_FEATURES), np.float32)]
+            extraction.kept = [npz.tensor("kept", (count, NUM_FEATURES), np.float32)]
         return True
 
     def save(self, digest: str, network: str, extraction: Extraction) -> None:
         """Write an extraction."""
-        arrays = {name: tensor.cpu().numpy() for name, tensor in extraction.state().items()}
+        arrays = {name: tensor.cpu().numpy() for name, tensor in extraction.parts.state_dict().items()}
         if extraction.keep:
             arrays["kept"] = extraction.features().numpy()
         with atomic_write(self._path(digest, network)) as file:
@@ -105,9 +87,105 @@ class FeatureCache:
         return self.folder / f"features-{key[:32]}.npz"
 
 
-def finite_tensor(npz: NpzFile, name: str, shape: tuple[int, ...], dtype: type = np.float64) -> Tensor:
-    """Return a float array of an .npz as `dtype`. Raises InputError if a number is not finite."""
-    array = npz.array(name, shape, "f")
-    if not np.isfinite(array).all():
-        raise InputError(f"{npz.path}: {name!r} holds numbers that are not finite (NaN or infinity)")
-    return torch.from_numpy(array.astype(dtype))
+@dataclass(frozen=True, kw_only=True)
+class ExtractionConfig(Config):
+    """Feature extraction."""
+
+    inception: str | None = setting(None, "Inception weights, .pb or PyTorch port; default: downloaded once")
+    encoder: str | None = setting(None, "add the Frechet distance of this encoder's class tokens, e.g. dinov2-vit-l")
+    enc_weights: str | None = setting(None, "weights file of --encoder; default: the encoder's own download")
+    batch_size: int | str = setting(
+        32, "images per batch and process; auto: as many as fit into GPU memory", check=BATCH_SIZE, parse=batch_size
+    )
+    cpu: bool = setting(False, "use the CPU even if there is a GPU")
+
+    def check_combination(self) -> None:
+        if self.enc_weights and not self.encoder:
+            raise InputError(f"--enc-weights {self.enc_weights}: needs --encoder, the encoder that has these weights")
+
+
+class Extractor:
+    """Extracts features with all processes; only the main process gets the complete result.
+
+    The main process hashes the images in the background.
+
+    Args:
+        accelerator: of the program.
+        config: networks and batch size.
+        resolution: of the images, in px; the encoder is built for it.
+        cache: folder of the feature cache, or None.
+    """
+
+    def __init__(self, accelerator: Accelerator, config: ExtractionConfig, resolution: int, cache: str | None = None):
+        self.accelerator, self.batch_size = accelerator, config.batch_size
+        self.device = accelerator.device
+        self.encoder = self.encoder_name = None
+        with accelerator.local_main_process_first():  # one process per machine downloads, the others find the file
+            self.inception = load_inception(config.inception, self.device)
+            if config.encoder:
+                self.encoder = load_encoder(config.encoder, resolution, config.enc_weights, self.device)
+                self.encoder_name = encoder_name(config.encoder, config.enc_weights)
+        self._cache = FeatureCache(Path(cache)) if cache else None
+        self._background = ThreadPoolExecutor(1)
+        self._digests: dict[ImageBatch, Future[str]] = {}
+
+    def __enter__(self) -> Extractor:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._background.shutdown(cancel_futures=True)
+
+    def digest(self, images: ImageBatch) -> str:
+        """Return the SHA-256 of the images' file or folder, after their features were extracted by the main process."""
+        return self._digests[images].result()
+
+    def inception_features(self, images: ImageBatch, keep: bool) -> Extraction:
+        """Return the Inception features of all images; with `keep`, also the pool features of each image."""
+        parts = {"pool": FeatureSums(NUM_FEATURES, self.device), "spatial": FeatureSums(SPATIAL_FEATURES, self.device)}
+        parts["score"] = InceptionScoreSums(images.count, NUM_CLASSES, self.device)
+        return self._extract(self.inception, self.inception.name, images, Extraction(parts, keep))
+
+    def encoder_features(self, images: ImageBatch) -> Extraction:
+        """Return the sums over the class tokens of all images."""
+        extraction = Extraction({"cls": FeatureSums(self.encoder.width, self.device)})
+        return self._extract(self.encoder, self.encoder_name, images, extraction)
+
+    def _extract(self, network: nn.Module, name: str, images: ImageBatch, extraction: Extraction) -> Extraction:
+        is_main = self.accelerator.is_main_process
+        if is_main and images not in self._digests:
+            self._digests[images] = self._background.submit(images.digest)
+        if self._cache is not None and broadcast_from_main(
+            self.accelerator, lambda: self._cache.load(self.digest(images), name, extraction, images.count)
+        ):
+            return extraction
+        self._run(network, images, extraction)
+        if not all(tensor.isfinite().all() for tensor in extraction.parts.state_dict().values()):
+            raise InputError(f"{images.path}: the network gives features that are not finite (NaN or infinity)")
+        if self._cache is not None and is_main:
+            self._cache.save(self.digest(images), name, extraction)
+        return extraction
+
+    def _run(self, network: nn.Module, images: ImageBatch, extraction: Extraction) -> None:
+        """Add the features of all images: each process runs the network on consecutive images, so they are in order."""
+        process, processes = self.accelerator.process_index, self.accelerator.num_processes
+        start, stop = images.count * process // processes, images.count * (process + 1) // processes
+        size = self._find_batch_size(network, images) if self.batch_size == AUTO else self.batch_size
+        bar = tqdm(total=stop - start, desc=images.path.name, unit="image", disable=process > 0)
+        with bar, full_precision(self.device):
+            for first, batch in images.batches(start, stop, size):
+                extraction.update(network(batch.to(self.device)), first)
+                bar.update(len(batch))
+        if processes > 1:
+            extraction.parts.load_state_dict(self.accelerator.reduce(extraction.parts.state_dict(), "sum"))
+            if extraction.keep:
+                extraction.kept = gather_object(extraction.kept)
+
+    def _find_batch_size(self, network: nn.Module, images: ImageBatch) -> int:
+        if self.device.type != "cuda":
+            return CPU_BATCH
+
+        def attempt(count: int) -> None:
+            network(torch.zeros(count, 3, images.height, images.width, dtype=torch.uint8, device=self.device))
+
+        with full_precision(self.device):
+            return largest_batch(attempt, min(LARGEST_BATCH, images.count))

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from common.distributed import broadcast_from_main
@@ -26,6 +26,9 @@ from models.encoders import Encoder
 class TrainingEvaluation:
     """Scores images against a reference .npz.
 
+    `notes` says how far the scores are comparable, as in the evaluator; the constructor prints it. Raises InputError if
+    the reference has no statistics, or those of another network.
+
     Args:
         accelerator: the run's.
         reference: .npz with mu and sigma (from ADM or reference.py); for the encoder's distance also mu_enc.
@@ -34,12 +37,6 @@ class TrainingEvaluation:
         inception: Inception weights; None: the published ones, downloaded once.
         encoder: adds its Frechet distance, if the reference has its statistics.
         encoder_weights: the encoder's file, the same as given to reference.py.
-
-    Attributes:
-        notes: how far the scores are comparable, in the evaluator's words; printed by the constructor.
-
-    Raises:
-        InputError: the reference has no statistics, or those of another network.
     """
 
     def __init__(
@@ -63,6 +60,7 @@ class TrainingEvaluation:
         self.encoder = encoder
         if encoder is not None:
             self.expected["encoder_fd"] = statistics.of_encoder(encoder_name(encoder.name, encoder_weights))
+        self.expected = {name: part for name, part in self.expected.items() if part is not None}
         self.notes = weights_notes(self.inception) + count_notes(count)
         for note in self.notes if accelerator.is_main_process else []:
             print(f"note: evaluation while training: {note}")
@@ -77,9 +75,7 @@ class TrainingEvaluation:
         """
         accelerator, device = self.accelerator, self.accelerator.device
         widths = {"fid": NUM_FEATURES, "sfid": SPATIAL_FEATURES, "encoder_fd": self.encoder and self.encoder.width}
-        sums = {
-            name: FeatureSums(widths[name], device) for name, expected in self.expected.items() if expected is not None
-        }
+        sums = nn.ModuleDict({name: FeatureSums(widths[name], device) for name in self.expected})
         batches = [range(i, min(i + self.batch_size, self.count)) for i in range(0, self.count, self.batch_size)]
         mine = batches[accelerator.process_index :: accelerator.num_processes]
         for numbers in tqdm(mine, desc="evaluating", unit="batch", disable=not accelerator.is_main_process):
@@ -91,10 +87,8 @@ class TrainingEvaluation:
                     features["encoder_fd"] = self.encoder(images).cls_token
             for name in sums:
                 sums[name].update(features[name])
-        for part in sums.values():
-            part.load(accelerator.reduce(part.state(), "sum"))
-
-        def distances() -> dict[str, float]:
-            return {name: frechet_distance(self.expected[name], sums[name].statistics()) for name in sums}
-
-        return {**broadcast_from_main(accelerator, distances), "num_samples": self.count, "notes": self.notes}
+        sums.load_state_dict(accelerator.reduce(sums.state_dict(), "sum"))
+        distances = broadcast_from_main(
+            accelerator, lambda: {name: frechet_distance(self.expected[name], sums[name].statistics()) for name in sums}
+        )
+        return {**distances, "num_samples": self.count, "notes": self.notes}

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.io import InputError
 
@@ -18,25 +18,20 @@ INCEPTION_SCORE_SPLIT = 5000  # images, as in ADM; a shorter last split has the 
 NEAREST_NEIGHBOURS = 3
 
 
-class Sums:
-    """Sums over images, which can be added over batches and processes. All attributes are such tensors."""
+class Sums(nn.Module):
+    """Sums over images, which can be added over batches and processes: float64 buffers of these shapes, at first 0."""
 
-    def state(self) -> dict[str, Tensor]:
-        """Return the tensors by name."""
-        return dict(vars(self))
-
-    def load(self, state: dict[str, Tensor]) -> None:
-        """Replace the tensors by those of `state`: a stored state, or the sum over processes."""
-        vars(self).update(state)
+    def __init__(self, device: str | torch.device, **shapes: tuple[int, ...]):
+        super().__init__()
+        for name, shape in shapes.items():
+            self.register_buffer(name, torch.zeros(shape, dtype=torch.float64, device=device))
 
 
 class FeatureSums(Sums):
     """Count, sum and sum of outer products of features (N, D), from which mean and covariance are computed."""
 
     def __init__(self, width: int, device: str | torch.device = "cpu"):
-        self.count = torch.zeros((), dtype=torch.float64, device=device)
-        self.total = torch.zeros(width, dtype=torch.float64, device=device)
-        self.products = torch.zeros(width, width, dtype=torch.float64, device=device)
+        super().__init__(device, count=(), total=(width,), products=(width, width))
 
     def update(self, features: Tensor) -> None:
         """Add the features (N, D) of N images."""
@@ -94,9 +89,8 @@ class InceptionScoreSums(Sums):
 
     def __init__(self, total: int, classes: int, device: str | torch.device = "cpu"):
         splits = -(-total // INCEPTION_SCORE_SPLIT)
-        self.counts = torch.zeros(splits, dtype=torch.float64, device=device)
-        self.negentropies = torch.zeros(splits, dtype=torch.float64, device=device)  # sums of p log p
-        self.probabilities = torch.zeros(splits, classes, dtype=torch.float64, device=device)
+        # negentropies: sums of p log p
+        super().__init__(device, counts=(splits,), negentropies=(splits,), probabilities=(splits, classes))
 
     def update(self, logits: Tensor, first: int) -> None:
         """Add the logits (N, K) of the images number `first`, `first` + 1, ..."""

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from common.io import InputError
@@ -58,9 +60,8 @@ class NpzFile:
     def header(self, name: str) -> ArrayHeader:
         """Return an array's header. Raises InputError if it holds pickles, is cut short, or is a zip bomb."""
         if name not in self._members:
-            raise InputError(
-                f"{self.path}: no array {name!r}; it holds {', '.join(sorted(self._members)) or 'nothing'}"
-            )
+            names = ", ".join(sorted(self._members)) or "nothing"
+            raise InputError(f"{self.path}: no array {name!r}; it holds {names}")
         info = self._members[name]
         if info.file_size > max(SMALL, MAX_RATIO * info.compress_size):
             raise InputError(
@@ -92,6 +93,13 @@ class NpzFile:
         except _READ_ERRORS as error:
             raise InputError(f"{self.path}: {name!r} is damaged ({error})") from error
         return np.frombuffer(data, header.dtype, offset=header.offset).reshape(shape)
+
+    def tensor(self, name: str, shape: tuple[int, ...], dtype: type = np.float64) -> Tensor:
+        """Return a float array of this shape as a tensor of `dtype`. Raises InputError if a number is not finite."""
+        array = self.array(name, shape, "f")
+        if not np.isfinite(array).all():
+            raise InputError(f"{self.path}: {name!r} contains numbers that are not finite (NaN or infinity)")
+        return torch.from_numpy(array.astype(dtype))
 
     def rows(self, name: str) -> Callable[[int, int], np.ndarray]:
         """Return a function (start, stop) that reads the rows start ... stop - 1 of an array.

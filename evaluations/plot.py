@@ -60,12 +60,17 @@ class PlotConfig(Config):
     metric: str = setting("fid", "the number to plot")
     published: str | None = setting(None, "add the published curves of this model", choices=sorted(PUBLISHED))
 
+    @property
+    def picture_format(self) -> str:
+        """The ending of --out, which is matplotlib's name of the format."""
+        return Path(self.out).suffix.lstrip(".").lower()
+
     def check_combination(self) -> None:
         if self.names and len(self.names) != len(self.runs):
             raise InputError(f"--names: {len(self.names)} names for {len(self.runs)} runs")
         if self.published and self.metric != "fid":
             raise InputError(f"--published {self.published}: there are published curves of fid only, not {self.metric}")
-        if picture_format(self.out) not in FigureCanvasAgg.get_supported_filetypes():
+        if self.picture_format not in FigureCanvasAgg.get_supported_filetypes():
             raise InputError(f"--out {self.out}: the name must end in .png, .pdf or .svg")
 
 
@@ -73,20 +78,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Plot as the command line says."""
     config = parse(PlotConfig, "Plot FID against training steps, together with the published curves.", argv)
     check_writable(config.out, "--out")
-    metric = config.metric
     names = config.names or [str(Path(run).parent) if Path(run).name == "metrics.jsonl" else run for run in config.runs]
     curves = {}
     for name, run in zip(names, config.runs, strict=True):
-        rows = read_evaluations(run, metric)
-        curves[name + remark(rows, metric)] = [(row["step"], float(row[metric])) for row in rows]
-    published = PUBLISHED[config.published] if config.published else {}
+        rows = read_evaluations(run, config.metric)
+        curves[name + remark(rows, config.metric)] = [(row["step"], float(row[config.metric])) for row in rows]
+    published = PUBLISHED.get(config.published, {})
     plot(curves, {f"{name} {config.published}, published": curve for name, curve in published.items()}, config)
     print(f"written to {config.out}")
-
-
-def picture_format(path: str | Path) -> str:
-    """Return the ending of a file's name, which is matplotlib's name of the format."""
-    return Path(path).suffix.lstrip(".").lower()
 
 
 def read_evaluations(path: str | Path, metric: str) -> list[dict[str, Any]]:
@@ -132,7 +131,7 @@ def plot(curves: dict[str, Curve], published: dict[str, Curve], config: PlotConf
     axes.grid(which="both", alpha=0.3)
     axes.legend()
     with atomic_write(config.out) as file:
-        figure.savefig(file, format=picture_format(config.out), dpi=150)
+        figure.savefig(file, format=config.picture_format, dpi=150)
 
 
 def set_scales(axes: Axes, points: Curve) -> None:

@@ -23,7 +23,7 @@ from common.cli import NON_NEGATIVE, POSITIVE, Config, parse, setting
 from common.distributed import long_collective_timeout
 from common.io import InputError, atomic_write, check_writable, run_cli
 from evaluations.batches import open_images
-from evaluations.extract import ExtractionConfig, Extractor
+from evaluations.features import ExtractionConfig, Extractor
 from evaluations.npz import write_npz
 
 

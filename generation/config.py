@@ -8,16 +8,14 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from common import cli
-from common.cli import Config, setting
+from common.cli import BATCH_SIZE, NON_NEGATIVE, POSITIVE, UNIT_INTERVAL, Config, adjustable, batch_size, setting
 from common.io import InputError
 from models.autoencoder import LatentFormat
 from models.checkpoint import is_legacy, saved_settings, steps_done
 from models.inference import NETWORK_DTYPES
 from models.interpolant import PATHS
-from models.sit import PATCH_SIZES, PRESETS, SiT
+from models.sit import PRESETS, SiT
 from samplers import MODES, SOLVERS, Guidance, derive_seed
 
 LABEL_STREAM = 2  # first part of the key of a label's seed: no other draw from the global seed uses it
@@ -28,26 +26,26 @@ GUIDANCE_SCALE = cli.Check("1 (no guidance) or greater", lambda value: value >= 
 class FileSettings(Config):
     """files"""
 
-    ckpt: str = setting(MISSING, "checkpoint of this or of the published code, or an exported network", changeable=True)
+    ckpt: str = adjustable(MISSING, "checkpoint of this or of the published code, or an exported network")
     weights: str = setting("ema", "which weights of the checkpoint", choices=("ema", "model"))
-    sample_dir: str = setting("samples", "folder that contains the folders of all sample sets", changeable=True)
-    name: str | None = setting(None, "folder of this set in --sample-dir; default: from the settings", changeable=True)
-    npz: bool = setting(True, "also write samples.npz", changeable=True)
+    sample_dir: str = adjustable("samples", "folder that contains the folders of all sample sets")
+    name: str | None = adjustable(None, "folder of this set in --sample-dir; default: from the settings")
+    npz: bool = adjustable(True, "also write samples.npz")
     save_cls: bool = setting(False, "also write the generated class tokens, cls_tokens.npy (N, D)")
-    coherence: str | None = setting(
-        None, "training data; also write how well the class tokens match their images, coherence.json", changeable=True
+    coherence: str | None = adjustable(
+        None, "training data; also write how well the class tokens match their images, coherence.json"
     )
-    enc_weights: str | None = setting(None, "encoder weights for --coherence; default: the run's", changeable=True)
+    enc_weights: str | None = adjustable(None, "encoder weights for --coherence; default: the run's")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ContentSettings(Config):
     """what to generate"""
 
-    num_fid_samples: int = setting(50_000, "number of images", check=cli.POSITIVE, changeable=True)
+    num_fid_samples: int = adjustable(50_000, "number of images", check=POSITIVE)
     label_sampling: str = setting("random", "how labels are chosen", choices=("random", "balanced"))
     classes: str | None = setting(None, "only these classes, comma-separated; default: all classes")
-    global_seed: int = setting(0, "seed of noise and labels", check=cli.NON_NEGATIVE)
+    global_seed: int = setting(0, "seed of noise and labels", check=NON_NEGATIVE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,13 +53,13 @@ class SamplerSettings(Config):
     """sampler"""
 
     mode: str = setting("sde", "SDE (Euler-Maruyama) or probability-flow ODE", choices=MODES)
-    num_steps: int = setting(250, "number of solver steps", check=cli.POSITIVE)
+    num_steps: int = setting(250, "number of solver steps", check=POSITIVE)
     solver: str = setting("euler", "solver of the ODE; dopri5 chooses its step sizes itself", choices=SOLVERS)
     heun: bool = setting(False, "same as --solver heun")
     cfg_scale: float = setting(1.0, "guidance scale of the image; above 1, guidance is on", check=GUIDANCE_SCALE)
     cls_cfg_scale: float | None = setting(None, "guidance scale of the class token; 0: none; default: --cfg-scale")
-    guidance_low: float = setting(0.0, "lowest time with guidance; time 0 is data", check=cli.UNIT_INTERVAL)
-    guidance_high: float = setting(1.0, "highest time with guidance; time 1 is noise", check=cli.UNIT_INTERVAL)
+    guidance_low: float = setting(0.0, "lowest time with guidance; time 0 is data", check=UNIT_INTERVAL)
+    guidance_high: float = setting(1.0, "highest time with guidance; time 1 is noise", check=UNIT_INTERVAL)
 
     @property
     def guidance(self) -> Guidance:
@@ -78,23 +76,22 @@ class SamplerSettings(Config):
 class MachineSettings(Config):
     """machine"""
 
-    per_proc_batch_size: int | str = setting(
+    per_proc_batch_size: int | str = adjustable(
         32,
         "images per batch on each process; auto: as many as fit into the GPU's memory",
-        check=cli.BATCH_SIZE,
-        parse=cli.batch_size,
-        changeable=True,
+        check=BATCH_SIZE,
+        parse=batch_size,
     )
     mixed_precision: str = setting("no", "autocast of the network", choices=("no", "fp16", "bf16"))
     network_dtype: str = setting(
-        "float32", "dtype of the network; the sampler uses float64", choices=(*NETWORK_DTYPES,)
+        "float32", "dtype of the network; the sampler uses float64", choices=tuple(NETWORK_DTYPES)
     )
     compile: bool = setting(False, "compile the network's blocks; the first batch takes about a minute longer")
     cuda_graphs: bool = setting(False, "replay network calls as CUDA graphs; useful for small batches")
     tf32: bool = setting(True, "TF32 in CUDA matrix products and convolutions")
-    fused_attn: bool = setting(True, "attention by scaled_dot_product_attention", changeable=True)
-    device: str = setting("auto", "auto: CUDA if it is available", choices=("auto", "cpu", "cuda"), changeable=True)
-    local_rank: int | None = setting(None, "GPU of this process; passed by old launchers", changeable=True)
+    fused_attn: bool = adjustable(True, "attention by scaled_dot_product_attention")
+    device: str = adjustable("auto", "auto: CUDA if it is available", choices=("auto", "cpu", "cuda"))
+    local_rank: int | None = adjustable(None, "GPU of this process; passed by old launchers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,19 +178,17 @@ def check_against_checkpoint(
     config: GenerateConfig, checkpoint: dict[str, Any], model: SiT, latent_format: LatentFormat
 ) -> None:
     """Raise InputError, with both values in its text, for a setting that contradicts the checkpoint."""
-    saved = saved_settings(checkpoint, config.ckpt)
-    shape = (len(model.blocks), model.pos_embed.shape[-1])
-    presets = {f"SiT-{size}/{patch}": (*PRESETS[size][:2], patch) for size in PRESETS for patch in PATCH_SIZES}
-    if config.model is not None and presets.get(config.model) != (*shape, model.patch_size):
-        name = saved.get("model", f"depth {shape[0]}, width {shape[1]}, patch {model.patch_size}")
-        raise InputError(f"--model is {config.model}, but {config.ckpt} has {name}")
+    saved, network = saved_settings(checkpoint, config.ckpt), model.config
+    size = (network.depth, network.hidden_size)
+    preset = next((f"SiT-{name}/{network.patch_size}" for name in PRESETS if PRESETS[name][:2] == size), None)
     found = {
-        "num_classes": model.num_classes,
-        "encoder_depth": model.encoder_depth if len(model.projectors) else None,
-        "resolution": model.input_size * latent_format.factor,
-        "qk_norm": isinstance(model.blocks[0].attn.q_norm, torch.nn.LayerNorm),
-        "projector_embed_dims": ",".join(str(projector[-1].out_features) for projector in model.projectors),
-        "cls": model.cls_token_dim or 0,
+        "model": preset or saved.get("model", f"depth {size[0]}, width {size[1]}, patch {network.patch_size}"),
+        "num_classes": network.num_classes,
+        "encoder_depth": network.encoder_depth if network.z_dims else None,
+        "resolution": network.input_size * latent_format.factor,
+        "qk_norm": network.qk_norm,
+        "projector_embed_dims": ",".join(map(str, network.z_dims)),
+        "cls": network.cls_token_dim or 0,
         "path_type": saved.get("path_type"),
         "legacy": is_legacy(checkpoint),
     }
@@ -201,7 +196,7 @@ def check_against_checkpoint(
         given = getattr(config, name)
         if given is not None and value is not None and given != value:
             raise InputError(f"{cli.flag(name)} is {given}, but {config.ckpt} has {value}")
-    if config.with_cls_tokens and model.cls_token_dim is None:
+    if config.with_cls_tokens and network.cls_token_dim is None:
         raise InputError(f"--save-cls: {config.ckpt} has no class token")
 
 

@@ -55,12 +55,8 @@ class SampleSet:
     def claim(self, made_with: dict[str, Any]) -> None:
         """Lock the folder for this process and write the settings to samples.json.
 
-        Args:
-            made_with: everything that determines the images; under `DIGEST` the checkpoint's SHA-256.
-
-        Raises:
-            InputError: the folder is not writable, another process is generating there, or it contains images made
-                with other settings.
+        `made_with` is everything that determines the images; under `DIGEST` the checkpoint's SHA-256. Raises InputError
+        if the folder is not writable, another process is generating there, or its images were made with other settings.
         """
         check_writable(self.folder / "samples.json", "--sample-dir")
         lock_folder(self.folder, "generating")
@@ -87,20 +83,21 @@ class SampleSet:
         changeable = settings(GenerateConfig).keys() - fixed_settings(GenerateConfig)
         for name, value in saved.items():
             if name not in changeable and made_with.get(name) != value:
-                raise InputError(
-                    f"{self.folder} contains images made with {name} {value}, not {made_with.get(name)}; choose "
-                    f"another --name"
-                )
+                other = f"{name} {value}, not {made_with.get(name)}"
+                raise InputError(f"{self.folder} contains images made with {other}; choose another --name")
 
     def missing_batches(self, size: int, with_cls: bool) -> list[range]:
         """Return the batches, as image numbers, that lack an image or, if `with_cls`, a class token."""
         cls_tokens = self._known_cls_tokens() if with_cls else {}
 
         def complete(number: int) -> bool:
-            return (not with_cls or number in cls_tokens) and _has_content(self.image_path(number))
+            path = self.image_path(number)
+            return (not with_cls or number in cls_tokens) and path.exists() and path.stat().st_size > 0
 
-        batches = [range(first, min(first + size, self.total)) for first in range(0, self.total, size)]
-        return [numbers for numbers in batches if not all(map(complete, numbers))]
+        return [numbers for numbers in self._batches(size) if not all(map(complete, numbers))]
+
+    def _batches(self, size: int) -> list[range]:
+        return [range(first, min(first + size, self.total)) for first in range(0, self.total, size)]
 
     def write_image(self, number: int, pixels: np.ndarray) -> None:
         """Write image `number`, pixels (R, R, 3) uint8."""
@@ -131,15 +128,8 @@ class SampleSet:
     def read_images(self) -> Iterator[np.ndarray]:
         """Yield the images in order, (R, R, 3) uint8. Raises InputError with the file's name if one is damaged."""
         with ThreadPoolExecutor(THREADS) as pool:
-            for first in range(0, self.total, READ_AHEAD):
-                numbers = range(first, min(first + READ_AHEAD, self.total))
+            for numbers in self._batches(READ_AHEAD):
                 yield from pool.map(self._read_image, map(self.image_path, numbers))
-
-    def check_images(self) -> None:
-        """Raise InputError with the file's name if an image is damaged. Skipped if samples.npz is up to date."""
-        if not self._has_current_npz():
-            for _ in self.read_images():
-                pass
 
     def _read_image(self, path: Path) -> np.ndarray:
         try:
@@ -167,9 +157,8 @@ class SampleSet:
 
     def _known_cls_tokens(self) -> dict[int, np.ndarray]:
         """Return all class tokens that have been written, by image number."""
-        known: dict[int, np.ndarray] = {}
-        if (self.folder / "cls_tokens.npy").exists():
-            known.update(enumerate(_read_cls_tokens(self.folder / "cls_tokens.npy")))
+        joined = self.folder / "cls_tokens.npy"
+        known = dict(enumerate(_read_cls_tokens(joined))) if joined.exists() else {}
         for part, numbers in self._cls_parts():
             known.update(zip(numbers, _read_cls_tokens(part, len(numbers)), strict=True))
         return known
@@ -204,10 +193,3 @@ def _read_cls_tokens(path: Path, rows: int | None = None) -> np.ndarray:
     except (OSError, ValueError, EOFError) as error:
         raise InputError(f"{path}: broken class tokens ({error}); {REMEDY}") from error
     return cls_tokens
-
-
-def _has_content(path: Path) -> bool:
-    try:
-        return path.stat().st_size > 0
-    except FileNotFoundError:
-        return False

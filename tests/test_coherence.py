@@ -61,7 +61,9 @@ def test_batches_and_processes_add_up():
     for sums, rows in zip(processes, torch.arange(N).split(N // 2), strict=True):
         sums.update(generated[rows], encoded[rows], labels[rows], centres)
     together = CoherenceSums(D)
-    together.load({name: value + processes[1].state()[name] for name, value in processes[0].state().items()})
+    together.load_state_dict(
+        {name: value + processes[1].state_dict()[name] for name, value in processes[0].state_dict().items()}
+    )
     assert together.scores() == pytest.approx(complete)
 
 
@@ -107,8 +109,8 @@ def test_class_means_need_images_only_and_processes_share_them(data, encoder_wei
         path.unlink()
     complete = class_mean_sums(encoder, kind, dataset, 5, "cpu")
     torch.testing.assert_close(complete.centres(), expected, rtol=1e-5, atol=1e-6)
-    shares = [class_mean_sums(encoder, kind, dataset, 5, "cpu", process, 3).state() for process in range(3)]
-    complete.load({name: sum(share[name] for share in shares) for name in shares[0]})
+    shares = [class_mean_sums(encoder, kind, dataset, 5, "cpu", process, 3).state_dict() for process in range(3)]
+    complete.load_state_dict({name: sum(share[name] for share in shares) for name in shares[0]})
     torch.testing.assert_close(complete.centres(), expected, rtol=1e-5, atol=1e-6)
 
 

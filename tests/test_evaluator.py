@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from common.io import InputError
-from evaluations import evaluator, extract, metrics, reference
+from evaluations import evaluator, features, metrics, reference
 from evaluations.batches import open_images
 from evaluations.comparison import load_reference
 from evaluations.inception.network import Inception, load_inception
@@ -56,7 +56,7 @@ def shared_work(network: Inception) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(metrics, "_factor", factor)
-        patch.setattr(extract, "load_inception", load)
+        patch.setattr(features, "load_inception", load)
         yield
 
 
@@ -237,7 +237,7 @@ def test_reference_of_another_shape_is_refused(tmp_path: Path) -> None:
         load_reference(write_batch(tmp_path / "ref.npz", 4, mu=np.zeros(7), sigma=np.eye(7)))
     with pytest.raises(InputError, match="no array 'sigma'"):
         load_reference(write_batch(tmp_path / "ref.npz", 4, mu=np.zeros(2048)))
-    with pytest.raises(InputError, match=r"ref\.npz: 'mu' holds numbers that are not finite"):
+    with pytest.raises(InputError, match=r"ref\.npz: 'mu' contains numbers that are not finite"):
         load_reference(write_batch(tmp_path / "ref.npz", 4, mu=np.full(2048, np.nan), sigma=np.eye(2048)))
 
 
@@ -248,9 +248,9 @@ def test_reference_of_another_shape_is_refused(tmp_path: Path) -> None:
         (["--enc-weights", "file"], "--enc-weights file: needs --encoder"),
         (["--inception", "nowhere.pb"], "nowhere.pb: no such file"),
         (["--sample_batch", "nowhere.npz"], "nowhere.npz: no such file"),
-        (["--save_path", __file__], f"--save_path {__file__}/batch.metrics.json: .* is no folder"),
-        (["--save_path", f"{__file__}/result.json"], "--save_path .*result.json: .* is no folder"),
-        (["--cache", __file__], f"--cache {__file__}.*: .* is no folder"),
+        (["--save_path", __file__], f"--save_path {__file__}/batch.metrics.json: .* is not a writable folder"),
+        (["--save_path", f"{__file__}/result.json"], "--save_path .*result.json: .* is not a writable folder"),
+        (["--cache", __file__], f"--cache {__file__}.*: .* is not a writable folder"),
     ],
 )
 def test_bad_flags_are_named(tmp_path: Path, flags: list[str], message: str) -> None:
@@ -266,7 +266,7 @@ def test_bad_flags_are_named(tmp_path: Path, flags: list[str], message: str) -> 
         (["--seed", "-1"], "--seed -1"),
         (["--dest", "reference"], "must end in .npz"),
         (["--enc-weights", "file"], "needs --encoder"),
-        (["--dest", f"{__file__}/ref.npz"], "--dest .*ref.npz: .* is no folder"),
+        (["--dest", f"{__file__}/ref.npz"], "--dest .*ref.npz: .* is not a writable folder"),
     ],
 )
 def test_bad_flags_of_reference_are_named(tmp_path: Path, flags: list[str], message: str) -> None:

@@ -52,7 +52,7 @@ def test_sums_of_two_processes_add_up() -> None:
     first.update(features[:20])
     second.update(features[20:])
     complete.update(features)
-    first.load({name: tensor + second.state()[name] for name, tensor in first.state().items()})
+    first.load_state_dict({name: tensor + second.state_dict()[name] for name, tensor in first.state_dict().items()})
     torch.testing.assert_close(first.statistics().covariance, complete.statistics().covariance)
     assert first.statistics().count == 50
 

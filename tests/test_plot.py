@@ -83,7 +83,7 @@ def test_numbers_at_the_axis_are_plain_and_have_room(
         ('{"step": "abc", "fid": 2}\nnot json\n[1]\n', [], "no line with an integer `step`"),
         (f'{{"step": {10**400}, "fid": 2}}\n', [], "no line with an integer `step`"),
         ('{"step": 1, "fid": 2}\n', ["--out", "fid.txt"], "--out fid.txt"),
-        ('{"step": 1, "fid": 2}\n', ["--out", f"{__file__}/fid.png"], "--out .*fid.png: .* is no folder"),
+        ('{"step": 1, "fid": 2}\n', ["--out", f"{__file__}/fid.png"], "--out .*fid.png: .* is not a writable folder"),
         ('{"step": 1, "fid": 2}\n', ["--names", "a", "b"], "2 names for 1 runs"),
         ('{"step": 1, "sfid": 2}\n', ["--metric", "sfid", "--published", "B/2"], "published curves of fid only"),
     ],

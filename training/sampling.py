@@ -47,7 +47,7 @@ def score_samples(run: Run) -> dict[str, float]:
 
     scores = run.evaluation(draw)
     if sums is not None:
-        sums.load(run.accelerator.reduce(sums.state(), "sum"))
+        sums.load_state_dict(run.accelerator.reduce(sums.state_dict(), "sum"))
         scores |= sums.scores()
     return scores
 
@@ -74,7 +74,7 @@ def class_centres(run: Run) -> Tensor:
         accelerator.process_index,
         accelerator.num_processes,
     )
-    sums.load(accelerator.reduce(sums.state(), "sum"))
+    sums.load_state_dict(accelerator.reduce(sums.state_dict(), "sum"))
     return sums.centres()
 
 

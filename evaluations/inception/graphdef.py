@@ -16,7 +16,7 @@ import torch
 
 from common.io import InputError
 
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types
+_VARINT, _BYTES, _FIXED_SIZES = 0, 2, {1: 8, 5: 4}  # wire types; those of fixed size with their number of bytes
 _DT_FLOAT = 1
 _DAMAGE = (ValueError, TypeError, KeyError, struct.error)  # raised by the functions below for a damaged file
 
@@ -66,18 +66,13 @@ class Graph:
 
 def _parse_node(message: memoryview) -> tuple[str, dict[str, memoryview]]:
     """Return name and attributes of a NodeDef: 1 name, 5 attr (a map entry: 1 key, 2 value)."""
-    name, attributes = "", {}
-    for field, value in _fields(message):
-        if field == 1:
-            name = str(value, "utf-8")
-        elif field == 5:
-            entry = dict(_fields(value))
-            attributes[str(entry[1], "utf-8")] = entry.get(2, b"")
-    return name, attributes
+    fields = list(_fields(message))
+    entries = [dict(_fields(value)) for field, value in fields if field == 5]
+    return str(dict(fields).get(1, b""), "utf-8"), {str(entry[1], "utf-8"): entry.get(2, b"") for entry in entries}
 
 
 def _fields(message: memoryview | bytes) -> Iterator[tuple[int, int | memoryview]]:
-    """Yield (field number, value) of a protobuf message. Raises ValueError if it ends early or is not a message."""
+    """Yield (field number, value) of a protobuf message. Raises one of _DAMAGE if it ends early or is not a message."""
     at = 0
     while at < len(message):
         key, at = _varint(message, at)
@@ -85,12 +80,7 @@ def _fields(message: memoryview | bytes) -> Iterator[tuple[int, int | memoryview
         if wire_type == _VARINT:
             value, at = _varint(message, at)
         else:
-            if wire_type == _BYTES:
-                size, at = _varint(message, at)
-            elif wire_type in (_FIXED32, _FIXED64):
-                size = 4 if wire_type == _FIXED32 else 8
-            else:
-                raise ValueError(f"wire type {wire_type}")
+            size, at = _varint(message, at) if wire_type == _BYTES else (_FIXED_SIZES[wire_type], at)
             if at + size > len(message):
                 raise ValueError("it ends early")
             value = message[at : at + size]

@@ -79,11 +79,8 @@ def load_inception(path: str | Path | None = None, device: str | torch.device = 
     Without a path, the published graph is used; it is downloaded once. Raises InputError if the file is missing,
     damaged, or holds other tensors, and if the download fails.
     """
-    network = Inception(load_weights(path if path is not None else fetch_graph()))
-    network = network.to(device)
-    if torch.device(device).type == "cpu":
-        network = network.to(memory_format=torch.channels_last)
-    return network
+    network = Inception(load_weights(path if path is not None else fetch_graph())).to(device)
+    return network.to(memory_format=torch.channels_last) if torch.device(device).type == "cpu" else network
 
 
 def resize_bilinear_tf1(images: Tensor, size: int) -> Tensor:

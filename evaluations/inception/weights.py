@@ -67,18 +67,13 @@ class InceptionWeights:
         return f"inception-{digest.hexdigest()[:16]}"
 
 
-def default_path() -> Path:
-    """Return where the graph is expected and downloaded to: the folder of torch's own downloads (TORCH_HOME)."""
-    return Path(torch.hub.get_dir()) / "checkpoints" / GRAPH_NAME
-
-
 def fetch_graph(path: Path | None = None, url: str = GRAPH_URL, sha256: str = GRAPH_SHA256) -> Path:
-    """Return the path of the published graph. Downloads it if it is missing.
+    """Return the path of the published graph, which is downloaded if it is missing.
 
-    The file appears only once it is complete and has the expected hash. Raises InputError, which says where to download
-    the file and where to put it, if that fails.
+    A file appears only when it is complete and has the expected hash. Raises InputError, which says where to download
+    the file from and where to put it, if that fails.
     """
-    path = path or default_path()
+    path = path or Path(torch.hub.get_dir()) / "checkpoints" / GRAPH_NAME  # where torch stores downloads (TORCH_HOME)
     if path.exists():
         if (found := sha256_of(path)) != sha256:
             raise InputError(f"{path}: damaged, its sha256 is {found}, not {sha256}; delete it to download it again")
@@ -102,10 +97,9 @@ def load_weights(path: str | Path) -> InceptionWeights:
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected {GRAPH_NAME} or the PyTorch port pt_inception-2015-12-05")
     sha256, is_graph = sha256_of(path), path.suffix == ".pb"
-    layers = inception_layers()
+    layers, tensors = inception_layers(), {}
     shapes = {name: tuple(like.shape) for name, like in layers.state_dict().items() if like.ndim}
     shapes["fc.weight"] = (NUM_CLASSES, NUM_FEATURES)
-    tensors = {}
     state = _read_graph(path, convolutions(layers), shapes) if is_graph else _read_port(path)
     for name, shape in shapes.items():
         tensor = state.get(name)
