@@ -141,7 +141,6 @@ CODECS = {
     "sd3-vae": CodecSpec("stabilityai/stable-diffusion-3-medium-diffusers/vae"),  # 16 channels
     "flux-vae": CodecSpec("black-forest-labs/FLUX.1-schnell/vae"),  # 16 channels
 }
-SHORT_NAMES = {"ema": "sd-vae-ft-ema", "mse": "sd-vae-ft-mse"}
 
 
 class Codec(nn.Module):
