@@ -14,6 +14,7 @@ import io
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,17 +114,7 @@ class LatentDataset(Dataset):
 
     def image(self, i: int) -> Tensor:
         """Return image i, (3, R, R) uint8, without reading its latents. Raises InputError if it is broken."""
-        name = self.image_file(i)
-        data = self.images.read(name)
-        try:
-            pixels = np.asarray(open_image(data).convert("RGB"))
-        except ValueError as error:  # of open_image or convert
-            raise InputError(f"{self.images.describe(name)}: {error}") from error
-        height, width, _ = pixels.shape
-        side = self.resolution or height
-        if (height, width) != (side, side):
-            raise InputError(f"{self.images.describe(name)}: {width} x {height} pixels; expected {side} x {side}")
-        return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
+        return self.images.load(self.image_file(i), partial(_decode_image, side=self.resolution))
 
     def check(self, progress: Callable[[int], object] = lambda count: None, part: int = 0, parts: int = 1) -> None:
         """Check every file without decoding it: PNGs must be complete, latents must have the size of the first ones.
@@ -156,19 +147,8 @@ class LatentDataset(Dataset):
 
     def _moments(self, i: int, mirrored: bool = False) -> np.ndarray:
         """Return the moments of image i, or of its mirror image, (2 C, h, w) float32."""
-        name = self.latents_file(i, mirrored)
-        path, data = self.latents.describe(name), self.latents.read(name)
-        try:
-            moments = decode_moments(data)
-        except InputError as error:
-            raise InputError(f"{path}: {error}") from error
-        if moments.dtype not in (np.float32, np.float16):
-            raise InputError(f"{path}: dtype {moments.dtype}; allowed: float32, float16")
-        if moments.ndim != 3 or moments.shape[0] % 2 or moments.shape[1] != moments.shape[2]:
-            raise InputError(f"{path}: shape {moments.shape}; allowed: (2 C, h, h), mean, then standard deviation")
-        if self.moments_shape not in (None, moments.shape):
-            raise InputError(f"{path}: shape {moments.shape}; expected {self.moments_shape}, the shape of the first")
-        return moments.astype(np.float32, copy=False)
+        decode = partial(decode_moments, shape=self.moments_shape)
+        return self.latents.load(self.latents_file(i, mirrored), decode).astype(np.float32, copy=False)
 
     def _file_error(self, i: int, latents_bytes: int) -> str | None:
         """Return why a file of image i is broken, None if none is. Its latents must have `latents_bytes`."""
@@ -273,12 +253,32 @@ class GlobalBatchSampler(Sampler):
         return int(self._epoch[1][offset])
 
 
-def decode_moments(data: bytes) -> np.ndarray:
-    """Return the array in the bytes of an .npy file. Raises InputError for any other bytes."""
+def decode_moments(data: bytes, shape: tuple[int, ...] | None = None) -> np.ndarray:
+    """Return the moments in the bytes of an .npy file, (2 C, h, h) float32 or float16.
+
+    Raises InputError for other bytes, another dtype, or a shape other than `shape` (None: any of this form).
+    """
     try:
-        return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+        moments = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
     except Exception as error:  # numpy's reader raises many types of errors
         raise InputError(f"broken latents ({error})") from error
+    if moments.dtype not in (np.float32, np.float16):
+        raise InputError(f"dtype {moments.dtype}; allowed: float32, float16")
+    if moments.ndim != 3 or moments.shape[0] % 2 or moments.shape[1] != moments.shape[2]:
+        raise InputError(f"shape {moments.shape}; allowed: (2 C, h, h), mean, then standard deviation")
+    if shape not in (None, moments.shape):
+        raise InputError(f"shape {moments.shape}; expected {shape}, the shape of the first")
+    return moments
+
+
+def _decode_image(data: bytes, side: int | None) -> Tensor:
+    """Return the image in a file's bytes, (3, R, R) uint8. Raises ValueError if it is not `side` (None: any) wide."""
+    pixels = np.asarray(open_image(data).convert("RGB"))
+    height, width, _ = pixels.shape
+    side = side or height
+    if (height, width) != (side, side):
+        raise InputError(f"{width} x {height} pixels; expected {side} x {side}")
+    return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
 
 
 def _find(data_dir: Path, names: tuple[str, ...], what: str) -> FileSource:

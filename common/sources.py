@@ -55,13 +55,16 @@ def read_dataset_json(source: FileSource) -> dict[str, Any]:
     """Return the content of a data set's dataset.json, {} if there is none. Raises InputError if it is no object."""
     if "dataset.json" not in source:
         return {}
-    where = source.describe("dataset.json")
+    return source.load("dataset.json", _json_object)
+
+
+def _json_object(data: bytes) -> dict[str, Any]:
     try:
-        content = json.loads(source.read("dataset.json"))
+        content = json.loads(data)
     except ValueError as error:
-        raise InputError(f"{where}: not valid JSON ({error})") from error
+        raise InputError(f"not valid JSON ({error})") from error
     if not isinstance(content, dict):
-        raise InputError(f'{where}: must be a JSON object, {{"labels": [[name, label], ...]}}')
+        raise InputError('must be a JSON object, {"labels": [[name, label], ...]}')
     return content
 
 
@@ -110,7 +113,7 @@ class FileSource:
             if self.is_zip:
                 members = _zip_members(self.path)
                 names = sorted(members)
-                self._members = np.array([_member_row(members[name]) for name in names], dtype=ZIP_MEMBER)
+                self._members = np.array([members[name] for name in names], dtype=ZIP_MEMBER)
             elif self.path.is_dir():
                 names = sorted(_walk(self.path))
             else:
@@ -148,6 +151,14 @@ class FileSource:
             return self._read_member(name) if self.is_zip else (self.path / name).read_bytes()
         except (OSError, zlib.error) as error:
             raise InputError(f"{self.describe(name)}: cannot be read ({error})") from error
+
+    def load(self, name: str, decode: Callable[[bytes], Any]) -> Any:
+        """Return `decode(bytes of a file)`. Its ValueErrors are raised as InputError, with the file's path in front."""
+        data = self.read(name)
+        try:
+            return decode(data)
+        except ValueError as error:
+            raise InputError(f"{self.describe(name)}: {error}") from error
 
     def _index(self, name: str) -> int | None:
         key = _encode_name(name)
@@ -199,20 +210,19 @@ def _encode_name(name: str) -> bytes:
     return name.encode("utf-8", "surrogateescape")
 
 
-def _zip_members(path: Path) -> dict[str, zipfile.ZipInfo]:
-    """Return the files of a zip by name. Raises InputError if two have the same name."""
-    members: dict[str, zipfile.ZipInfo] = {}
+def _zip_members(path: Path) -> dict[str, tuple[int, ...]]:
+    """Return the files of a zip by name, as elements of ZIP_MEMBER. Raises InputError if a name repeats."""
+    members: dict[str, tuple[int, ...]] = {}
     with zipfile.ZipFile(path) as archive:
         for info in archive.infolist():
-            if _is_visible_file(info.filename) and members.setdefault(info.filename, info) is not info:
-                raise InputError(f"{path}: contains {info.filename!r} more than once; create the zip again")
+            name = info.filename
+            if not _is_visible_file(name):
+                continue
+            if name in members:
+                raise InputError(f"{path}: contains {name!r} more than once; create the zip again")
+            place = info.header_offset, info.compress_size, info.file_size
+            members[name] = (*place, info.CRC, info.compress_type, info.flag_bits & 1)
     return members
-
-
-def _member_row(info: zipfile.ZipInfo) -> tuple[int, ...]:
-    """Return an element of dtype ZIP_MEMBER."""
-    encrypted = info.flag_bits & 1
-    return info.header_offset, info.compress_size, info.file_size, info.CRC, info.compress_type, encrypted
 
 
 def _is_visible_file(name: str) -> bool:

@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -93,11 +94,10 @@ class ImageBatches(Dataset):
 
 def read_rgb(source: FileSource, name: str, resolution: int | None = None) -> np.ndarray:
     """Return an image of a converted data set, (R, R, 3) uint8. Raises InputError, naming it, if it is not that."""
-    data = source.read(name)
     try:
-        return decode_rgb(data, resolution)
+        return source.load(name, partial(decode_rgb, resolution=resolution))
     except InputError as error:
-        raise InputError(f"{source.describe(name)}: {error}; run preprocessing/convert.py first") from error
+        raise InputError(f"{error}; run preprocessing/convert.py first") from error
 
 
 def plan(names: Sequence[str], batch_size: int, flip: bool) -> list[Batch]:

@@ -27,7 +27,7 @@ from common.cli import NON_NEGATIVE, POSITIVE, Config, parse, setting
 from common.images import decode_rgb, image_grid, save_png
 from common.io import InputError, atomic_write, check_writable, run_cli, sha256_of
 from dataset import LatentDataset, decode_moments
-from models.autoencoder import Codec, LatentFormat, load_codec
+from models.autoencoder import Codec, LatentFormat, load_decoder
 from preprocessing.parallel import available_cores, chunks, in_workers
 
 CHUNK = 200  # items per task of a worker
@@ -93,8 +93,12 @@ class Findings:
         self.sums = self.sums + other.sums
 
     def add_moments(self, moments: np.ndarray) -> None:
-        """Add the sums of moments (2 C, h, w)."""
+        """Add the sums of moments (2 C, h, w). Raises InputError for values that are not finite or not possible."""
+        if not np.isfinite(moments).all():
+            raise InputError("has values that are not finite")
         mean, std = np.split(moments.astype(np.float64), 2)
+        if (smallest := std.min()) < 0:
+            raise InputError(f"has a negative standard deviation ({smallest:.3g}); its second half may be log-variance")
         self.count += mean[0].size
         self.sums = self.sums + np.stack([mean.sum(axis=(1, 2)), (mean**2 + std**2).sum(axis=(1, 2))])
 
@@ -104,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Check counts, pairs, labels and shapes: LatentDataset raises an error at the first that is wrong.
     config = parse(VerifyConfig, __doc__.splitlines()[0], argv)
     dataset = LatentDataset(config.data)
-    codec = load_decoding_codec(config, dataset.latent_format) if config.reconstruct else None
+    codec = decoding_codec(config, dataset.latent_format) if config.reconstruct else None
     checksum_file = config.data / CHECKSUM_FILE
     has_checksums = checksum_file.exists() and not config.update_checksums
     if not has_checksums:
@@ -159,12 +163,10 @@ def check_files(dataset: LatentDataset, workers: int) -> Findings:
 def check_chunk(dataset: LatentDataset, chunk: range) -> Findings:
     """Return the results of reading, decoding and hashing the files of some items."""
     found = Findings()
+    mirrors = (False, True) if dataset.has_mirrored else (False,)
     for i in chunk:
-        files = [(dataset.images, dataset.image_file(i))]
-        files += [
-            (dataset.latents, dataset.latents_file(i, flip)) for flip in (False, True)[: 1 + dataset.has_mirrored]
-        ]
-        for source, name in files:
+        latents = [(dataset.latents, dataset.latents_file(i, mirrored)) for mirrored in mirrors]
+        for source, name in [(dataset.images, dataset.image_file(i)), *latents]:
             try:
                 data = source.read(name)
                 if not source.is_zip:  # a zip is hashed as one file
@@ -172,22 +174,10 @@ def check_chunk(dataset: LatentDataset, chunk: range) -> Findings:
                 if source is dataset.images:
                     decode_rgb(data, dataset.resolution)
                 else:
-                    found.add_moments(checked_moments(data, dataset.moments_shape))
+                    found.add_moments(decode_moments(data, dataset.moments_shape))
             except InputError as error:
                 found.errors.append(f"{source.describe(name)}: {error}")
     return found
-
-
-def checked_moments(data: bytes, shape: tuple[int, ...]) -> np.ndarray:
-    """Return the moments in the bytes of an .npy file. Raises InputError for another shape, dtype or invalid values."""
-    moments = decode_moments(data)
-    if moments.shape != shape or moments.dtype not in (np.float32, np.float16):
-        raise InputError(f"{moments.dtype} of shape {moments.shape}, not {shape} as the first")
-    if not np.isfinite(moments).all():
-        raise InputError("has values that are not finite")
-    if (smallest := np.split(moments, 2)[1].min()) < 0:
-        raise InputError(f"has a negative standard deviation ({smallest:.3g}); its second half may be log-variance")
-    return moments
 
 
 def compare_checksums(path: Path, now: dict[str, str]) -> list[str]:
@@ -213,18 +203,12 @@ def latent_statistics(found: Findings, latent_format: LatentFormat) -> tuple[np.
     return (mean - shift) * scale, deviation * scale
 
 
-def load_decoding_codec(config: VerifyConfig, latent_format: LatentFormat) -> Codec:
+def decoding_codec(config: VerifyConfig, latent_format: LatentFormat) -> Codec:
     """Return the codec of --vae, or the latents' own. Raises InputError if it cannot be loaded or has other shapes."""
     try:
-        codec = load_codec(config.vae or latent_format.codec, config.torch_device)
+        return load_decoder(latent_format, config.vae or latent_format.codec, config.torch_device)
     except InputError as error:
         raise InputError(f"{error}; choose another with --vae, or decode nothing with --reconstruct 0") from error
-    if (codec.format.channels, codec.format.factor) != (latent_format.channels, latent_format.factor):
-        raise InputError(
-            f"--vae {config.vae}: has {codec.format.channels} channels and factor {codec.format.factor}, the latents "
-            f"{latent_format.channels} and {latent_format.factor}"
-        )
-    return codec
 
 
 def report_reconstruction(config: VerifyConfig, dataset: LatentDataset, codec: Codec) -> list[str]:
