@@ -41,6 +41,11 @@ def report_status(status: int) -> bool:
     return bool(path)
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the name of its type if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def run_cli(main: Callable[[], None]) -> None:
     """Run a program's `main` and exit without a traceback if the cause is outside the program.
 

@@ -11,7 +11,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from common.io import InputError
+from common.io import InputError, first_line
 
 REACH_TIMEOUT = 10  # seconds; a slower server is not usable for gigabytes
 
@@ -36,7 +36,7 @@ def hub_file(repo: str, filename: str, instead: str) -> Path:
     try:
         return Path(hf_hub_download(repo, filename))
     except Exception as error:  # the exceptions depend on the client's HTTP library, which has changed
-        raise InputError(f"{address}: cannot be downloaded ({_first_line(error)}). {instead}") from error
+        raise InputError(f"{address}: cannot be downloaded ({first_line(error)}). {instead}") from error
 
 
 def url_file(address: str, instead: str) -> Path:
@@ -55,7 +55,7 @@ def url_file(address: str, instead: str) -> Path:
     try:
         torch.hub.download_url_to_file(address, str(path))
     except OSError as error:
-        raise InputError(f"{address}: cannot be downloaded ({_first_line(error)}). {instead}") from error
+        raise InputError(f"{address}: cannot be downloaded ({first_line(error)}). {instead}") from error
     return path
 
 
@@ -71,7 +71,3 @@ def _is_reachable(address: str) -> bool:
     except OSError:
         return False
     return True
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
