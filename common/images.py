@@ -24,8 +24,7 @@ MIN_TILE = 64  # px; a grid shows smaller images enlarged
 def open_image(data: bytes, formats: Sequence[str] = IMAGE_FORMATS, max_side: int | None = None) -> Image.Image:
     """Return the image in a file's bytes, decoded, in its own mode.
 
-    Raises:
-        InputError: the bytes are not a complete image of one of `formats`, or a side is longer than `max_side` px.
+    Raises InputError if the bytes are not a complete image of one of `formats`, or a side is longer than `max_side` px.
     """
     try:
         image = Image.open(io.BytesIO(data), formats=formats)
@@ -42,8 +41,7 @@ def open_image(data: bytes, formats: Sequence[str] = IMAGE_FORMATS, max_side: in
 def decode_rgb(data: bytes, resolution: int | None = None) -> np.ndarray:
     """Return the pixels of a square RGB PNG, (R, R, 3) uint8.
 
-    Raises:
-        InputError: the image is broken, not RGB, or not `resolution` x `resolution` (None: any square).
+    Raises InputError if the image is broken, not RGB, or not `resolution` x `resolution` (None: any square).
     """
     image = open_image(data, ("PNG",))
     pixels = np.array(image)

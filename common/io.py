@@ -86,12 +86,8 @@ def lock_folder(folder: str | Path, doing: str) -> None:
     Forked processes do not hold the lock. Without an error, the folder may still be unlocked: some file systems have no
     locks, and on a full disk the lock file cannot be created.
 
-    Args:
-        folder: the folder.
-        doing: what this process does there, for the message of another process ("training").
-
-    Raises:
-        InputError: another process holds the lock; the message names it.
+    `doing` is what this process does there, for the message of another process ("training").
+    Raises InputError, naming the process, if another one holds the lock.
     """
     path = (Path(folder) / LOCK_NAME).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)

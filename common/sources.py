@@ -28,6 +28,8 @@ MAX_CLASSES = 10_000_000  # the network has an embedding per class: a larger lab
 
 THREADS, THREAD_CHUNK = 16, 250  # of `map_files`
 
+# Absolute paths, drives of Windows, and paths with the part "..".
+UNSAFE_PATH = re.compile(r"[/\\]|[A-Za-z]:|(?:.*[/\\])?\.\.(?:[/\\]|$)", re.DOTALL)
 ZIP_HEADER_BYTES = 30  # of a member, without its name and extra field
 ZIP_NAME_BYTES = 512  # read in advance for name and extra field; longer ones need a second read
 ZIP_MEMBER = np.dtype(
@@ -100,9 +102,8 @@ class FileSource:
     It is made for millions of files and many worker processes. File names and the zip's directory are numpy arrays,
     because forked processes share an array's memory but copy Python objects when they access them. Files in a zip are
     read with `os.pread`, so threads and processes do not share a file position.
-
-    Raises:
-        InputError: `path` is not a readable folder or zip, or the zip contains two files of the same name.
+    Raises InputError if `path` is not a readable folder or zip, or if a zip contains two files of the same name or a
+    path that leads outside of a folder.
     """
 
     def __init__(self, path: str | Path):
@@ -211,22 +212,20 @@ def _encode_name(name: str) -> bytes:
 
 
 def _zip_members(path: Path) -> dict[str, tuple[int, ...]]:
-    """Return the files of a zip by name, as elements of ZIP_MEMBER. Raises InputError if a name repeats."""
+    """Return the files of a zip by name, as elements of ZIP_MEMBER."""
     members: dict[str, tuple[int, ...]] = {}
     with zipfile.ZipFile(path) as archive:
         for info in archive.infolist():
             name = info.filename
-            if not _is_visible_file(name):
-                continue
+            if UNSAFE_PATH.match(name):
+                raise InputError(f"{path}: member {name!r} is an absolute or parent path; create the zip again")
+            if name.endswith("/") or any(part.startswith(".") for part in name.split("/")):
+                continue  # a folder, or hidden
             if name in members:
                 raise InputError(f"{path}: contains {name!r} more than once; create the zip again")
             place = info.header_offset, info.compress_size, info.file_size
             members[name] = (*place, info.CRC, info.compress_type, info.flag_bits & 1)
     return members
-
-
-def _is_visible_file(name: str) -> bool:
-    return not name.endswith("/") and not any(part.startswith(".") for part in name.split("/"))
 
 
 def _walk(folder: Path | str, prefix: str = "", parents: frozenset[tuple[int, int]] = frozenset()) -> Iterator[str]:

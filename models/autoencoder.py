@@ -47,13 +47,14 @@ class LatentFormat:
         codec, channels = f"codec {self.codec}", self.channels
         if not all(isinstance(value, int) and value > 0 for value in (channels, self.factor)):
             raise InputError(f"{codec}: channels {channels!r}, factor {self.factor!r}; allowed: whole numbers from 1")
-        for name, zero, allowed in (("scale", False, "finite numbers other than 0"), ("shift", True, "finite numbers")):
+        for name, allowed in (("scale", "finite numbers other than 0"), ("shift", "finite numbers")):
             value = getattr(self, name)
             if isinstance(value, tuple) and len(value) != channels:
                 count = f"{name} has {len(value)} values for {channels} channels"
                 raise InputError(f"{codec}: {count}; allowed: one number, or one for each channel")
             for number in value if isinstance(value, tuple) else (value,):
-                if type(number) not in (int, float) or not abs(number) <= sys.float_info.max or not (zero or number):
+                is_number = isinstance(number, int | float) and not isinstance(number, bool)
+                if not is_number or not abs(number) <= sys.float_info.max or (name == "scale" and number == 0):
                     raise InputError(f"{codec}: {name} has the value {number!r}; allowed: {allowed}")
 
     def sample(self, moments: Tensor, noise: Tensor | None) -> Tensor:

@@ -30,11 +30,8 @@ class Coefficients(NamedTuple):
 class Interpolant:
     """One path between data and noise.
 
-    Args:
-        path_type: "linear" (alpha = 1 - t, sigma = t) or "cosine" (alpha = cos(pi t/2), sigma = sin(pi t/2)).
-
-    Raises:
-        ValueError: `path_type` is unknown.
+    `path_type` is "linear" (alpha = 1 - t, sigma = t) or "cosine" (alpha = cos(pi t/2), sigma = sin(pi t/2)).
+    Raises ValueError if it is unknown.
     """
 
     def __init__(self, path_type: str = "linear"):

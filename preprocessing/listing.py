@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import zipfile
 from collections import defaultdict
 from dataclasses import dataclass
 from itertools import pairwise, takewhile
@@ -41,14 +40,9 @@ class Listing:
 def list_images(source: FileSource, labels: str = "auto") -> Listing:
     """Return the images of a source, sorted by name, with labels from its class folders or its dataset.json.
 
-    Args:
-        source: folder or zip of images.
-        labels: "folders", "json", or "auto": dataset.json if there is one; existing class folders must match it.
-
-    Raises:
-        InputError: there are no images, a zip contains unsafe paths, or labels are missing or contradict each other.
+    `labels` is "folders", "json", or "auto": dataset.json if there is one; existing class folders must match it.
+    Raises InputError if there are no images, or if labels are missing or contradict each other.
     """
-    _check_members(source)
     names = [name for name in source.names if name.lower().endswith(SUFFIXES)]
     if not names:
         raise InputError(f"{source.path}: contains no images ({', '.join(SUFFIXES)})")
@@ -154,15 +148,3 @@ def _check_folders(source: FileSource, listing: Listing) -> Listing:
                 f"{expected} in sorted order; choose one with --labels json or --labels folders"
             )
     return by_folder
-
-
-def _check_members(source: FileSource) -> None:
-    """Raise InputError if a zip contains paths that lead outside of a folder."""
-    if not source.is_zip:
-        return
-    with zipfile.ZipFile(source.path) as archive:
-        members = archive.namelist()
-    for name in members:
-        parts = name.replace("\\", "/").split("/")
-        if name.startswith(("/", "\\")) or ".." in parts or ":" in parts[0]:
-            raise InputError(f"{source.path}: member {name!r} is an absolute or parent path; create the zip again")
