@@ -60,8 +60,7 @@ class LatentDataset(Dataset):
         latent_format: channels, scale and codec of the latents.
         has_mirrored: whether the latents of the mirrored images exist.
 
-    Raises:
-        InputError: files or labels are missing or inconsistent; the message names them.
+    Raises InputError, naming them, if files or labels are missing or inconsistent.
     """
 
     def __init__(self, data_dir: str | Path, flip: bool = False):
@@ -93,9 +92,8 @@ class LatentDataset(Dataset):
         self.has_mirrored = bool(described[self.latents].get("flip"))
         self.flip = flip
         if flip and not self.has_mirrored:
-            raise InputError(
-                f"--flip: {self.latents.path} has no mirrored latents; preprocessing/encode.py --flip creates them"
-            )
+            advice = "preprocessing/encode.py --flip creates them"
+            raise InputError(f"--flip: {self.latents.path} has no mirrored latents; {advice}")
 
         # The first image and its latents define the shapes.
         self.resolution = self.moments_shape = None
@@ -166,10 +164,8 @@ class LatentDataset(Dataset):
         if channels != form.channels:
             raise InputError(f"{self.latent_path(0)}: {channels} channels, but codec {form.codec} has {form.channels}")
         if self.resolution != self.latent_size * form.factor:
-            raise InputError(
-                f"{self.data_dir}: images of {self.resolution} px and latents of {self.latent_size}, "
-                f"but codec {form.codec} reduces by {form.factor}"
-            )
+            sizes = f"images of {self.resolution} px and latents of {self.latent_size}"
+            raise InputError(f"{self.data_dir}: {sizes}, but codec {form.codec} reduces by {form.factor}")
 
 
 class ErrorsAsItems(Dataset):
@@ -225,10 +221,8 @@ class GlobalBatchSampler(Sampler):
 
     def __post_init__(self) -> None:
         if self.batch_size % (self.world_size * self.micro_batches):
-            raise InputError(
-                f"--batch-size {self.batch_size} (global) is not divisible by {self.world_size} processes "
-                f"x {self.micro_batches} gradient accumulation steps"
-            )
+            parts = f"{self.world_size} processes x {self.micro_batches} gradient accumulation steps"
+            raise InputError(f"--batch-size {self.batch_size} (global) is not divisible by {parts}")
         self._epoch: tuple[int, np.ndarray] | None = None
 
     def __len__(self) -> int:
@@ -318,8 +312,7 @@ def _labels(described: dict[FileSource, dict[str, Any]], indices: list[int]) -> 
                 other, place = found.setdefault(index, (label, where))
                 if other != label:
                     raise InputError(f"index {index} has label {other} in {place} and {label} in {where}")
-    missing = [index for index in indices if index not in found]
-    if missing:
+    if missing := [index for index in indices if index not in found]:
         places = " or ".join(source.describe("dataset.json") for source in described)
         raise InputError(f"{len(missing)} of {len(indices)} files have no label in {places}; first: index {missing[0]}")
     return np.array([found[index][0] for index in indices], dtype=np.int64)

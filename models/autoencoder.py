@@ -262,10 +262,9 @@ def _codec_folder(name: str, source: str) -> Path:
     if Path(source).is_dir():
         return Path(source)
     if source.count("/") not in (1, 2) or source.startswith((".", "/", "~")):
-        raise InputError(
-            f"codec {name}: no such folder; allowed: pixel, {', '.join(CODECS)}, a local folder with {CONFIG_FILE} "
-            f"and {WEIGHTS_FILE}, or a repository of the hub (owner/name or owner/name/subfolder)"
-        )
+        folder = f"a local folder with {CONFIG_FILE} and {WEIGHTS_FILE}"
+        allowed = f"{', '.join(CODECS)}, {folder}, or a repository of the hub (owner/name or owner/name/subfolder)"
+        raise InputError(f"codec {name}: no such folder; allowed: pixel, {allowed}")
     owner, repo, *subfolder = source.split("/")
     instead = (
         f"Put {CONFIG_FILE} and {WEIGHTS_FILE} of https://huggingface.co/{owner}/{repo} into a folder and give "

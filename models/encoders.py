@@ -173,10 +173,9 @@ def load_encoders(
         if num_tokens not in (None, encoder.num_tokens):
             fitting = encoder.input_size * math.sqrt(num_tokens / encoder.num_tokens)
             hint = f"append :input={fitting:.0f} to its name" if fitting.is_integer() else "choose another encoder"
-            raise InputError(
-                f"encoder {encoder.name}: {encoder.num_tokens} tokens from an input of {encoder.input_size} px, but "
-                f"there are {num_tokens} latent tokens, and the numbers must be equal: {hint}, or change the latents"
-            )
+            tokens = f"{encoder.num_tokens} tokens from an input of {encoder.input_size} px"
+            rule = f"there are {num_tokens} latent tokens, and the numbers must be equal"
+            raise InputError(f"encoder {encoder.name}: {tokens}, but {rule}: {hint}, or change the latents")
     return encoders
 
 
@@ -226,10 +225,9 @@ def _resolve(spec: str, resolution: int) -> tuple[EncoderSpec, int]:
         return line, fixed_input
     input_size = line.input_size or _pretrained_cfg(line.model).input_size[-1]
     if input_size * resolution % BASE_RESOLUTION:
-        raise InputError(
-            f"encoder {spec}: an input of {input_size} px for images of {BASE_RESOLUTION} px is no whole number of px "
-            f"at resolution {resolution}; set it with :input="
-        )
+        size = f"an input of {input_size} px for images of {BASE_RESOLUTION} px"
+        problem = f"is no whole number of px at resolution {resolution}; set it with :input="
+        raise InputError(f"encoder {spec}: {size} {problem}")
     return line, input_size * resolution // BASE_RESOLUTION
 
 

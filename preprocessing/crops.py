@@ -44,10 +44,8 @@ def decode(data: bytes, upright: bool = True) -> Photograph:
 
     16-bit grey is scaled to 8 bits. Transparent images get a white background. Pillow converts CMYK and palettes, as in
     ADM. With `upright` the EXIF orientation is applied, otherwise it is only reported.
-
-    Raises:
-        InputError: the image is broken, animated, or has 32-bit pixels, whose range is not defined.
-        Exception: Pillow raises many other types for broken files.
+    Raises InputError if the image is broken, animated, or has 32-bit pixels, whose range is not defined. Pillow raises
+    many other types of errors for broken files.
     """
     image = open_image(data)
     frames = getattr(image, "n_frames", 1)
@@ -65,9 +63,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         grey = np.asarray(image).astype(np.float64) / 257  # 65535 -> 255
         return Image.fromarray(np.rint(grey).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
-        raise InputError(
-            f"has 32-bit pixels (mode {image.mode}), whose range is not defined; convert it to 8 or 16 bits"
-        )
+        raise InputError(f"has 32-bit pixels (mode {image.mode}) of unknown range; convert it to 8 or 16 bits")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         if image.getextrema()[3][0] < 255:

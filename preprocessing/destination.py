@@ -59,9 +59,8 @@ class Destination:
     def claim(self, settings: Mapping[str, Any]) -> bool:
         """Lock the destination for these settings. Return whether it is a complete zip.
 
-        Raises:
-            InputError: the destination contains other files or was created with other settings, or another process
-                writes to it.
+        Raises InputError if the destination contains other files or was created with other settings, or if another
+        process writes to it.
         """
         if self.is_zip and self.path.exists():
             self._check(self._settings_in_zip(), settings)
@@ -76,10 +75,8 @@ class Destination:
         if is_started:
             self._check(read_json(made_with), settings)
         elif self.folder.exists() and _other_files(self.folder):
-            raise InputError(
-                f"{self.folder}: contains files that this program did not create; --dest must be a new or empty "
-                "folder, or one where the same command was interrupted"
-            )
+            allowed = "--dest must be a new or empty folder, or one where the same command was interrupted"
+            raise InputError(f"{self.folder}: contains files that this program did not create; {allowed}")
         lock_folder(self.folder, "writing")  # after the checks, because the lock file would change a foreign folder
         self._remove_leftovers()
         if not is_started:
@@ -124,9 +121,8 @@ class Destination:
             with zipfile.ZipFile(self.path) as archive:
                 return json.loads(archive.read(self._settings_name))
         except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
-            raise InputError(
-                f"{self.path}: exists and was not created by this program; remove it, or use another --dest"
-            ) from error
+            advice = "remove it, or use another --dest"
+            raise InputError(f"{self.path}: exists and was not created by this program; {advice}") from error
 
     def _check(self, found: Any, wanted: Mapping[str, Any]) -> None:
         """Raise InputError if the settings found in the destination are not the wanted ones."""
@@ -136,10 +132,8 @@ class Destination:
         changed = [key for key in sorted({*found, *wanted}) if found.get(key) != wanted.get(key)]
         if changed:
             differences = "; ".join(f"{key} was {found.get(key)!r}, is now {wanted.get(key)!r}" for key in changed)
-            raise InputError(
-                f"{self.path}: was created with other settings ({differences}); use another --dest, or remove it "
-                "to start from scratch"
-            )
+            advice = "use another --dest, or remove it to start from scratch"
+            raise InputError(f"{self.path}: was created with other settings ({differences}); {advice}")
 
 
 def write_dataset_json(path: Path, dataset: Mapping[str, Any]) -> None:
@@ -156,10 +150,8 @@ def explain_write_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise InputError(
-            f"{path}: cannot be written ({error.strerror or error}); all files there are complete, and the same "
-            "command continues when the cause is removed"
-        ) from error
+        state = "all files there are complete, and the same command continues when the cause is removed"
+        raise InputError(f"{path}: cannot be written ({error.strerror or error}); {state}") from error
 
 
 def _other_files(folder: Path) -> list[str]:

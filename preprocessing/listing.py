@@ -51,12 +51,9 @@ def list_images(source: FileSource, labels: str = "auto") -> Listing:
         if labels == "json":
             raise InputError(f"{source.path}: contains no dataset.json with labels, which --labels json requires")
         return _from_folders(source, names)
-    unlisted = [name for name in names if name not in by_name]
-    if unlisted:
-        raise InputError(
-            f"{source.describe(unlisted[0])} and {len(unlisted) - 1:,} other images are not in dataset.json; "
-            "list or remove them, or ignore dataset.json with --labels folders"
-        )
+    if unlisted := [name for name in names if name not in by_name]:
+        which = f"{source.describe(unlisted[0])} and {len(unlisted) - 1:,} other images are not in dataset.json"
+        raise InputError(f"{which}; list or remove them, or ignore dataset.json with --labels folders")
     listing = Listing(sorted(by_name), [label for _, label in sorted(by_name.items())], classes)
     return _check_folders(source, listing) if labels == "auto" else listing
 
@@ -122,11 +119,10 @@ def _from_folders(source: FileSource, names: list[str]) -> Listing:
             subfolders[folder[depth + 1]].add(folder[depth])
     repeated = sorted(name for name, parents in subfolders.items() if len(parents) > 1)
     if len(repeated) > 1:  # one is normal, as in Tiny ImageNet's n01443537/images
-        parents = sorted(subfolders[repeated[0]])
-        raise InputError(
-            f"{source.path}: {parents[0]} and {parents[1]} both contain folders {repeated[0]} and {repeated[1]}; if "
-            f"these are the classes, use {parents[0]} as --source, otherwise list the labels in a dataset.json"
-        )
+        one, other = sorted(subfolders[repeated[0]])[:2]
+        where = f"{source.path}: {one} and {other} both contain folders {repeated[0]} and {repeated[1]}"
+        advice = f"if these are the classes, use {one} as --source, otherwise list the labels in a dataset.json"
+        raise InputError(f"{where}; {advice}")
     classes = sorted({folder[depth] for folder in folders})
     number = {name: index for index, name in enumerate(classes)}
     return Listing(names, [number[folder[depth]] for folder in folders], classes)
@@ -143,8 +139,7 @@ def _check_folders(source: FileSource, listing: Listing) -> Listing:
     by_folder = _from_folders(source, listing.names)
     for name, label, expected in zip(listing.names, listing.labels, by_folder.labels, strict=True):
         if label != expected:
-            raise InputError(
-                f"{source.describe(name)}: has label {label} in dataset.json, but its class folder has number "
-                f"{expected} in sorted order; choose one with --labels json or --labels folders"
-            )
+            numbers = f"has label {label} in dataset.json, but its class folder has number {expected} in sorted order"
+            advice = "choose one with --labels json or --labels folders"
+            raise InputError(f"{source.describe(name)}: {numbers}; {advice}")
     return by_folder

@@ -25,7 +25,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.cli import NON_NEGATIVE, POSITIVE, Config, parse, setting
 from common.images import decode_rgb, image_grid, save_png
-from common.io import InputError, atomic_write, check_writable, run_cli, sha256_of
+from common.io import InputError, atomic_write, check_writable, first_line, run_cli, sha256_of
 from dataset import LatentDataset, decode_moments
 from models.autoencoder import Codec, LatentFormat, load_decoder
 from preprocessing.parallel import available_cores, chunks, in_workers
@@ -53,10 +53,8 @@ class VerifyConfig(Config):
         try:
             torch.empty(0, device=self.torch_device)
         except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch was built without CUDA
-            reason = str(error).splitlines()[0]
-            raise InputError(
-                f"--device {self.device}: not available ({reason}); allowed: auto, cpu, cuda, cuda:1, ..."
-            ) from error
+            why = f"not available ({first_line(error)})"
+            raise InputError(f"--device {self.device}: {why}; allowed: auto, cpu, cuda, cuda:1, ...") from error
         if self.reconstruct:
             check_writable(self.picture, "--sheet")
 
@@ -147,11 +145,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def check_files(dataset: LatentDataset, workers: int) -> Findings:
     """Return the results of reading, decoding and hashing every file."""
-    found = Findings()
-    with tqdm(total=len(dataset), desc="checking", unit="item") as progress:
-        for part in in_workers(functools.partial(check_chunk, dataset), chunks(len(dataset), CHUNK), workers):
-            found.add(part)
-            progress.update(min(CHUNK, progress.total - progress.n))
+    found, total = Findings(), len(dataset)
+    job, bar = functools.partial(check_chunk, dataset), {"total": total, "desc": "checking", "unit": "item"}
+    for part in in_workers(job, chunks(total, CHUNK), workers, **bar):
+        found.add(part)
     for source in (dataset.images, dataset.latents):
         if source.is_zip:
             found.checksums[source.path.name] = sha256_of(source.path)
@@ -217,15 +214,12 @@ def report_reconstruction(config: VerifyConfig, dataset: LatentDataset, codec: C
     squared_error = (images.double() - decoded.double()).square().mean(dim=(1, 2, 3))
     psnr = 10 * torch.log10(255**2 / squared_error)  # infinite if the images are equal
     contact_sheet(config.picture, images, decoded)
-    print(
-        f"PSNR of {len(images)} decoded images: mean {psnr.mean():.2f} dB, minimum {psnr.min():.2f} dB; "
-        f"{config.picture}"
-    )
+    values = f"mean {psnr.mean():.2f} dB, minimum {psnr.min():.2f} dB"
+    print(f"PSNR of {len(images)} decoded images: {values}; {config.picture}")
     if psnr.mean() >= MIN_PSNR:
         return []
-    return [
-        f"{dataset.latents.path}: decoded latents do not show the images (see {config.picture}); is the codec right?"
-    ]
+    problem = f"decoded latents do not show the images (see {config.picture}); is the codec right?"
+    return [f"{dataset.latents.path}: {problem}"]
 
 
 def reconstruct(dataset: LatentDataset, codec: Codec, count: int, device: str) -> tuple[Tensor, Tensor]:
