@@ -11,6 +11,7 @@ describe their codec; the default is Stable Diffusion's. The folder may also con
 from __future__ import annotations
 
 import io
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -29,7 +30,6 @@ from common.sources import (
     IMAGE_NAME,
     LATENT_NAME,
     FileSource,
-    decode_name,
     encode_names,
     label_entries,
     map_files,
@@ -49,9 +49,7 @@ class LatentDataset(Dataset):
 
     Item i is (image (3, R, R) uint8, moments (2 C, h, w) float32, label int64 scalar), item len + i its mirror image.
 
-    Args:
-        data_dir: folder that contains images and latents.
-        flip: whether the latents of the mirrored images are required.
+    `data_dir` contains images and latents. With `flip`, the latents of the mirrored images are required.
 
     Attributes:
         num_classes: the largest label plus one, or the number of class names in dataset.json if that is larger.
@@ -131,11 +129,11 @@ class LatentDataset(Dataset):
 
     def image_file(self, i: int) -> str:
         """Return the name of image i in `images`."""
-        return decode_name(self.image_names[i])
+        return os.fsdecode(self.image_names[i])
 
     def latents_file(self, i: int, mirrored: bool = False) -> str:
         """Return the name of image i's latents in `latents`."""
-        name = decode_name(self.latent_names[i])
+        name = os.fsdecode(self.latent_names[i])
         return mirrored_name(name) if mirrored else name
 
     def latent_path(self, i: int) -> str:
@@ -290,9 +288,8 @@ def _by_index(source: FileSource, pattern: re.Pattern[str]) -> dict[int, str]:
     for name in source.names:
         if match := pattern.fullmatch(name):
             index = int(match.group(1))
-            if index in names:
-                raise InputError(f"{source.path}: {names[index]} and {name} have the same index {index}")
-            names[index] = name
+            if (other := names.setdefault(index, name)) != name:
+                raise InputError(f"{source.path}: {other} and {name} have the same index {index}")
     if not names:
         raise InputError(f"{source.path}: no file named like {pattern.pattern}")
     return names

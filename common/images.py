@@ -28,14 +28,12 @@ def open_image(data: bytes, formats: Sequence[str] = IMAGE_FORMATS, max_side: in
     """
     try:
         image = Image.open(io.BytesIO(data), formats=formats)
-        if max_side is not None and max(image.size) > max_side:
-            raise InputError(f"{image.width} x {image.height} pixels; allowed: 1 to {max_side} per side")
-        image.load()
-    except InputError:
-        raise
+        if max_side is None or max(image.size) <= max_side:
+            image.load()
+            return image
     except DECODING_ERRORS as error:
         raise InputError(f"broken image ({error})") from error
-    return image
+    raise InputError(f"{image.width} x {image.height} pixels; allowed: 1 to {max_side} per side")
 
 
 def decode_rgb(data: bytes, resolution: int | None = None) -> np.ndarray:

@@ -49,8 +49,7 @@ def latents_name(index: int) -> str:
 
 def mirrored_name(name: str) -> str:
     """Return the name of the mirrored image's latents, which are in the same folder."""
-    folder, slash, base = name.rpartition("/")
-    return folder + slash + base.replace("img-mean-std-", "img-mean-std-flip-")
+    return re.sub(r"img-mean-std-(?=[^/]*$)", "img-mean-std-flip-", name)
 
 
 def read_dataset_json(source: FileSource) -> dict[str, Any]:
@@ -128,7 +127,7 @@ class FileSource:
     @property
     def names(self) -> list[str]:
         """All names, sorted; a new list each time."""
-        return [decode_name(name) for name in self._names]
+        return [os.fsdecode(name) for name in self._names]
 
     def __contains__(self, name: str) -> bool:
         return self._index(name) is not None
@@ -162,7 +161,7 @@ class FileSource:
             raise InputError(f"{self.describe(name)}: {error}") from error
 
     def _index(self, name: str) -> int | None:
-        key = _encode_name(name)
+        key = os.fsencode(name)
         index = bisect.bisect_left(self._names, key)
         return index if index < len(self._names) and self._names[index] == key else None
 
@@ -197,18 +196,11 @@ class FileSource:
 
 
 def encode_names(names: list[str]) -> np.ndarray:
-    """Return file names as an array of bytes, which forked processes share; `decode_name` converts one back."""
-    return np.array([_encode_name(name) for name in names], dtype=np.bytes_)
+    """Return file names as an array of bytes, which forked processes share; `os.fsdecode` converts one back.
 
-
-def decode_name(name: bytes) -> str:
-    """Return an element of `encode_names` as text."""
-    return name.decode("utf-8", "surrogateescape")
-
-
-def _encode_name(name: str) -> bytes:
-    """Return a file name as bytes. The order of sorted names does not change."""
-    return name.encode("utf-8", "surrogateescape")
+    The order of sorted names does not change.
+    """
+    return np.array([os.fsencode(name) for name in names], dtype=np.bytes_)
 
 
 def _zip_members(path: Path) -> dict[str, tuple[int, ...]]:

@@ -180,26 +180,20 @@ class Codec(nn.Module):
 
 
 class KLCodec(Codec):
-    """An `AutoencoderKL`, which gives a normal distribution for each latent value."""
+    """An `AutoencoderKL`, or an `AutoencoderTiny` (TAESD), whose latents have no variance."""
 
     def __init__(self, autoencoder: nn.Module, latent_format: LatentFormat):
         super().__init__(latent_format)
         self.autoencoder = autoencoder.eval().requires_grad_(False)
 
     def _moments(self, pixels: Tensor) -> Tensor:
-        distribution = self.autoencoder.encode(pixels).latent_dist
-        return torch.cat([distribution.mean, distribution.std], dim=1)
+        encoded = self.autoencoder.encode(pixels)
+        if hasattr(encoded, "latents"):  # of an AutoencoderTiny
+            return torch.cat([encoded.latents, torch.zeros_like(encoded.latents)], dim=1)
+        return torch.cat([encoded.latent_dist.mean, encoded.latent_dist.std], dim=1)
 
     def _image(self, unscaled: Tensor) -> Tensor:
         return self.autoencoder.decode(unscaled).sample
-
-
-class TinyCodec(KLCodec):
-    """An `AutoencoderTiny` (TAESD), whose latents have no variance."""
-
-    def _moments(self, pixels: Tensor) -> Tensor:
-        mean = self.autoencoder.encode(pixels).latents
-        return torch.cat([mean, torch.zeros_like(mean)], dim=1)
 
 
 class PixelCodec(Codec):
@@ -250,11 +244,10 @@ def load_codec(name: str, device: str | torch.device = "cpu") -> Codec:
     folder = _codec_folder(name, spec.source)
     config = read_json(folder / CONFIG_FILE)
     class_name = config.get("_class_name") if isinstance(config, dict) else None
-    codec_class = {"AutoencoderKL": KLCodec, "AutoencoderTiny": TinyCodec}.get(str(class_name))
-    if codec_class is None:
+    if class_name not in ("AutoencoderKL", "AutoencoderTiny"):
         allowed = "allowed: AutoencoderKL, AutoencoderTiny"
         raise InputError(f"{folder / CONFIG_FILE}: _class_name is {class_name!r}; {allowed}")
-    return codec_class(_load_autoencoder(folder, class_name), _latent_format(name, spec, folder, config)).to(device)
+    return KLCodec(_load_autoencoder(folder, class_name), _latent_format(name, spec, folder, config)).to(device)
 
 
 def _codec_folder(name: str, source: str) -> Path:

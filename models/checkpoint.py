@@ -103,8 +103,6 @@ def load_checkpoint(path: str | Path, verify: bool = True) -> dict[str, Any]:
     path = Path(path)
     if is_exported(path):
         return read_network(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such checkpoint file")
     if verify:
         verify_checkpoint(path)
     try:
@@ -157,11 +155,8 @@ def network_weights(
 ) -> dict[str, Tensor]:
     """Return the state dict of the network, with `blocks.N` in place of the older REPA names.
 
-    Args:
-        checkpoint: as `load_checkpoint` returns it, or a state dict.
-        weights: "ema", the averaged weights, or "model".
-        source: name of the file in errors.
-
+    `checkpoint` is what `load_checkpoint` returns, or a state dict; `weights` is "ema", the averaged weights, or
+    "model"; `source` is the name of the file in errors.
     Raises InputError if there are no such weights, or they are not those of a SiT.
     """
     state = _stored_weights(checkpoint, weights, source)

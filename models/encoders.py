@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.io import InputError
+from common.io import InputError, first_line
 from models.hub import hub_file, url_file
 
 Device = str | torch.device
@@ -288,10 +288,9 @@ def _read_weights(path: Path, line: EncoderSpec) -> dict[str, Any]:
     try:
         is_plain = path.suffix == ".safetensors"
         checkpoint = load_file(path) if is_plain else torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise InputError(f"--enc-weights {path}: no file of weights, or one with code, which is never run") from error
-    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        raise InputError(f"--enc-weights {path}: damaged, or no file of weights ({_brief(error)})") from error
+    except (pickle.UnpicklingError, SafetensorError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        problem = f"damaged, no file of weights, or one with code, which is never run ({first_line(error)})"
+        raise InputError(f"--enc-weights {path}: {problem}") from error
     for wrapper in ("state_dict", "model"):
         if isinstance(checkpoint, dict) and isinstance(checkpoint.get(wrapper), dict):
             checkpoint = checkpoint[wrapper]
@@ -306,30 +305,26 @@ def _read_weights(path: Path, line: EncoderSpec) -> dict[str, Any]:
     return state
 
 
-def _create(model: str, **options: Any) -> nn.Module:
-    """Return timm's network."""
-    import timm
-
-    variant, _, tag = model.partition(".")
-    generator = WIDTH_GENERATORS.get(variant.split("_")[0])
-    if "channel_multiplier" not in options or generator is None:
-        return timm.create_model(model, **options)
-    return getattr(timm.models.efficientnet, generator)(variant, pretrained_cfg=tag or None, **options)
-
-
 def _build(
     spec: str, line: EncoderSpec, input_size: int, state: dict[str, Any] | None = None, source: str | Path = ""
 ) -> Encoder:
     """Return the encoder with the parameters `state` of the file `source`; without `state`, with random parameters."""
+    import timm
+
     cfg = _pretrained_cfg(line.model)
     options: dict[str, Any] = {"num_classes": 0, **line.options}
     if cfg.fixed_input_size:
         options.setdefault("img_size", input_size)
     # timm converts the authors' layouts and resamples position tables if it gets the parameters in this way. Because
     # the number of classes in file and network is the same, it raises an error for missing and unexpected parameters.
-    overlay = {"state_dict": state, "num_classes": options["num_classes"]}
+    options["pretrained_cfg_overlay"] = {"state_dict": state, "num_classes": options["num_classes"]}
+    create, model = timm.create_model, line.model
+    if "channel_multiplier" in options and (generator := WIDTH_GENERATORS.get(model.split("_")[0])):
+        create = getattr(timm.models.efficientnet, generator)
+        model, _, tag = model.partition(".")
+        options["pretrained_cfg"] = tag or None
     try:
-        network = _create(line.model, pretrained=state is not None, pretrained_cfg_overlay=overlay, **options)
+        network = create(model, pretrained=state is not None, **options)
     except (TypeError, ValueError, RuntimeError, AssertionError, KeyError) as error:
         culprit = f"--enc-weights {source}: does not fit encoder {spec}" if state else f"encoder {spec}"
         raise InputError(f"{culprit}: {_brief(error)}") from error

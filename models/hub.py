@@ -63,11 +63,7 @@ def _is_reachable(address: str) -> bool:
     """Return whether a server responds, with any status; the proxy settings of the environment apply."""
     try:
         urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=REACH_TIMEOUT).close()
-    except urllib.error.HTTPError:
-        return True
-    except urllib.error.URLError as error:
-        # The hub's client may have the certificate that Python's own list lacks.
-        return isinstance(error.reason, ssl.SSLError)
-    except OSError:
-        return False
+    except OSError as error:
+        # HTTPError is a response. The hub's client may have the certificate that Python's own list lacks.
+        return isinstance(error, urllib.error.HTTPError) or isinstance(getattr(error, "reason", None), ssl.SSLError)
     return True

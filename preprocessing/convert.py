@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -61,11 +60,7 @@ class ConvertConfig(InputOutput):
     workers: int | None = setting(None, "number of processes (default: all available cores)", check=POSITIVE)
 
 
-class Failure(NamedTuple):
-    """An image that could not be converted: its position in the listing, and the reason."""
-
-    index: int
-    reason: str
+Failure = tuple[int, str]  # of an image that cannot be converted: its position in the listing, and the reason
 
 
 @dataclass(frozen=True)
@@ -91,7 +86,7 @@ class Conversion:
                 contents[image_name(index)] = to_png(square.pixels)
                 rotated += square.rotated
             except InputError as error:
-                failures.append(Failure(index, str(error)))
+                failures.append((index, str(error)))
         self.destination.write_batch(contents)
         return failures, rotated
 
@@ -151,9 +146,9 @@ def convert(job: Conversion, config: ConvertConfig) -> list[Failure]:
         failures += failed
         rotated += rotated_images
         if failures and config.on_error == "stop":
-            name = job.source.describe(job.names[failures[0].index])
+            index, reason = failures[0]
             advice = "correct it and start again, or skip such images with --on-error skip"
-            raise InputError(f"{name}: {failures[0].reason}; {advice}")
+            raise InputError(f"{job.source.describe(job.names[index])}: {reason}; {advice}")
     if rotated:
         print(f"{rotated:,} images have an EXIF orientation: {'rotated upright' if job.upright else 'not rotated'}")
     return sorted(failures)
@@ -161,7 +156,7 @@ def convert(job: Conversion, config: ConvertConfig) -> list[Failure]:
 
 def finish(job: Conversion, listing: Listing, failures: list[Failure]) -> None:
     """Write dataset.json and the list of skipped images."""
-    failed = {failure.index for failure in failures}
+    failed = {index for index, _ in failures}
     labels = [[image_name(i), label] for i, label in enumerate(listing.labels) if i not in failed]
     if not labels:
         raise InputError(f"{job.source.path}: none of its {len(failed):,} images can be read")

@@ -51,7 +51,10 @@ def decode(data: bytes, upright: bool = True) -> Photograph:
     frames = getattr(image, "n_frames", 1)
     if frames > 1 and image.format != "MPO":  # a phone's MPO contains the photograph first, then previews of it
         raise InputError(f"is an animation or has several pages ({frames} frames); allowed: one image per file")
-    orientation = _orientation(image)
+    try:
+        orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
+    except Exception:  # ImageNet contains valid photographs with broken EXIF data
+        orientation = 1
     pixels = _to_rgb(image)
     if upright and orientation in _UPRIGHT:
         pixels = pixels.transpose(_UPRIGHT[orientation])
@@ -69,13 +72,6 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         if image.getextrema()[3][0] < 255:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
-
-
-def _orientation(image: Image.Image) -> int:
-    try:
-        return image.getexif().get(_EXIF_ORIENTATION, 1)
-    except Exception:  # ImageNet contains valid photographs with broken EXIF data
-        return 1
 
 
 def center_crop_dhariwal(image: Image.Image, resolution: int) -> Image.Image:

@@ -69,19 +69,12 @@ class VerifyConfig(Config):
 
 @dataclass
 class Findings:
-    """Results of checking some items of the data set.
+    """Results of checking some items of the data set."""
 
-    Attributes:
-        errors: messages about broken files.
-        checksums: SHA-256 of each file that is not in a zip.
-        count: number of latent pixels.
-        sums: sums over all latent pixels of the mean and of mean^2 + std^2, (2, C).
-    """
-
-    errors: list[str] = field(default_factory=list)
-    checksums: dict[str, str] = field(default_factory=dict)
-    count: int = 0
-    sums: np.ndarray | float = 0.0
+    errors: list[str] = field(default_factory=list)  # messages about broken files
+    checksums: dict[str, str] = field(default_factory=dict)  # SHA-256 of each file that is not in a zip
+    count: int = 0  # number of latent pixels
+    sums: np.ndarray | float = 0.0  # over all latent pixels, of the mean and of mean^2 + std^2, (2, C)
 
     def add(self, other: Findings) -> None:
         """Add the results of other items."""
@@ -209,8 +202,18 @@ def decoding_codec(config: VerifyConfig, latent_format: LatentFormat) -> Codec:
 
 
 def report_reconstruction(config: VerifyConfig, dataset: LatentDataset, codec: Codec) -> list[str]:
-    """Decode some latents, print their PSNR, and save the picture. Return an error if they do not show the images."""
-    images, decoded = reconstruct(dataset, codec, config.reconstruct, config.torch_device)
+    """Decode latents at regular distances in the data set, print their PSNR, and save the picture.
+
+    Return an error if they do not show the images.
+    """
+    positions = np.linspace(0, len(dataset) - 1, min(config.reconstruct, len(dataset))).astype(int)
+    originals, reconstructions = [], []
+    for i in tqdm(positions, desc="decoding", unit="image"):
+        image, moments, _ = dataset[int(i)]
+        latents = dataset.latent_format.sample(moments[None].to(config.torch_device), noise=None)
+        originals.append(image)
+        reconstructions.append(codec.decode(latents)[0].cpu())
+    images, decoded = torch.stack(originals), torch.stack(reconstructions)  # both (N, 3, R, R) uint8
     squared_error = (images.double() - decoded.double()).square().mean(dim=(1, 2, 3))
     psnr = 10 * torch.log10(255**2 / squared_error)  # infinite if the images are equal
     contact_sheet(config.picture, images, decoded)
@@ -220,18 +223,6 @@ def report_reconstruction(config: VerifyConfig, dataset: LatentDataset, codec: C
         return []
     problem = f"decoded latents do not show the images (see {config.picture}); is the codec right?"
     return [f"{dataset.latents.path}: {problem}"]
-
-
-def reconstruct(dataset: LatentDataset, codec: Codec, count: int, device: str) -> tuple[Tensor, Tensor]:
-    """Return images at regular distances in the data set, and their decoded means: both (N, 3, R, R) uint8."""
-    positions = np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int)
-    images, decoded = [], []
-    for i in tqdm(positions, desc="decoding", unit="image"):
-        image, moments, _ = dataset[int(i)]
-        latents = dataset.latent_format.sample(moments[None].to(device), noise=None)
-        images.append(image)
-        decoded.append(codec.decode(latents)[0].cpu())
-    return torch.stack(images), torch.stack(decoded)
 
 
 def contact_sheet(path: Path, images: Tensor, decoded: Tensor) -> None:
