@@ -11,9 +11,11 @@ describe their codec; the default is Stable Diffusion's. The folder may also con
 from __future__ import annotations
 
 import io
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,6 @@ from common.sources import (
     IMAGE_NAME,
     LATENT_NAME,
     FileSource,
-    decode_name,
     encode_names,
     label_entries,
     map_files,
@@ -48,9 +49,7 @@ class LatentDataset(Dataset):
 
     Item i is (image (3, R, R) uint8, moments (2 C, h, w) float32, label int64 scalar), item len + i its mirror image.
 
-    Args:
-        data_dir: folder that contains images and latents.
-        flip: whether the latents of the mirrored images are required.
+    `data_dir` contains images and latents. With `flip`, the latents of the mirrored images are required.
 
     Attributes:
         num_classes: the largest label plus one, or the number of class names in dataset.json if that is larger.
@@ -59,8 +58,7 @@ class LatentDataset(Dataset):
         latent_format: channels, scale and codec of the latents.
         has_mirrored: whether the latents of the mirrored images exist.
 
-    Raises:
-        InputError: files or labels are missing or inconsistent; the message names them.
+    Raises InputError, naming them, if files or labels are missing or inconsistent.
     """
 
     def __init__(self, data_dir: str | Path, flip: bool = False):
@@ -92,9 +90,8 @@ class LatentDataset(Dataset):
         self.has_mirrored = bool(described[self.latents].get("flip"))
         self.flip = flip
         if flip and not self.has_mirrored:
-            raise InputError(
-                f"--flip: {self.latents.path} has no mirrored latents; preprocessing/encode.py --flip creates them"
-            )
+            advice = "preprocessing/encode.py --flip creates them"
+            raise InputError(f"--flip: {self.latents.path} has no mirrored latents; {advice}")
 
         # The first image and its latents define the shapes.
         self.resolution = self.moments_shape = None
@@ -113,17 +110,7 @@ class LatentDataset(Dataset):
 
     def image(self, i: int) -> Tensor:
         """Return image i, (3, R, R) uint8, without reading its latents. Raises InputError if it is broken."""
-        name = self.image_file(i)
-        data = self.images.read(name)
-        try:
-            pixels = np.asarray(open_image(data).convert("RGB"))
-        except ValueError as error:  # of open_image or convert
-            raise InputError(f"{self.images.describe(name)}: {error}") from error
-        height, width, _ = pixels.shape
-        side = self.resolution or height
-        if (height, width) != (side, side):
-            raise InputError(f"{self.images.describe(name)}: {width} x {height} pixels; expected {side} x {side}")
-        return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
+        return self.images.load(self.image_file(i), partial(_decode_image, side=self.resolution))
 
     def check(self, progress: Callable[[int], object] = lambda count: None, part: int = 0, parts: int = 1) -> None:
         """Check every file without decoding it: PNGs must be complete, latents must have the size of the first ones.
@@ -142,11 +129,11 @@ class LatentDataset(Dataset):
 
     def image_file(self, i: int) -> str:
         """Return the name of image i in `images`."""
-        return decode_name(self.image_names[i])
+        return os.fsdecode(self.image_names[i])
 
     def latents_file(self, i: int, mirrored: bool = False) -> str:
         """Return the name of image i's latents in `latents`."""
-        name = decode_name(self.latent_names[i])
+        name = os.fsdecode(self.latent_names[i])
         return mirrored_name(name) if mirrored else name
 
     def latent_path(self, i: int) -> str:
@@ -156,19 +143,8 @@ class LatentDataset(Dataset):
 
     def _moments(self, i: int, mirrored: bool = False) -> np.ndarray:
         """Return the moments of image i, or of its mirror image, (2 C, h, w) float32."""
-        name = self.latents_file(i, mirrored)
-        path, data = self.latents.describe(name), self.latents.read(name)
-        try:
-            moments = decode_moments(data)
-        except InputError as error:
-            raise InputError(f"{path}: {error}") from error
-        if moments.dtype not in (np.float32, np.float16):
-            raise InputError(f"{path}: dtype {moments.dtype}; allowed: float32, float16")
-        if moments.ndim != 3 or moments.shape[0] % 2 or moments.shape[1] != moments.shape[2]:
-            raise InputError(f"{path}: shape {moments.shape}; allowed: (2 C, h, h), mean, then standard deviation")
-        if self.moments_shape not in (None, moments.shape):
-            raise InputError(f"{path}: shape {moments.shape}; expected {self.moments_shape}, the shape of the first")
-        return moments.astype(np.float32, copy=False)
+        decode = partial(decode_moments, shape=self.moments_shape)
+        return self.latents.load(self.latents_file(i, mirrored), decode).astype(np.float32, copy=False)
 
     def _file_error(self, i: int, latents_bytes: int) -> str | None:
         """Return why a file of image i is broken, None if none is. Its latents must have `latents_bytes`."""
@@ -186,10 +162,8 @@ class LatentDataset(Dataset):
         if channels != form.channels:
             raise InputError(f"{self.latent_path(0)}: {channels} channels, but codec {form.codec} has {form.channels}")
         if self.resolution != self.latent_size * form.factor:
-            raise InputError(
-                f"{self.data_dir}: images of {self.resolution} px and latents of {self.latent_size}, "
-                f"but codec {form.codec} reduces by {form.factor}"
-            )
+            sizes = f"images of {self.resolution} px and latents of {self.latent_size}"
+            raise InputError(f"{self.data_dir}: {sizes}, but codec {form.codec} reduces by {form.factor}")
 
 
 class ErrorsAsItems(Dataset):
@@ -245,10 +219,8 @@ class GlobalBatchSampler(Sampler):
 
     def __post_init__(self) -> None:
         if self.batch_size % (self.world_size * self.micro_batches):
-            raise InputError(
-                f"--batch-size {self.batch_size} (global) is not divisible by {self.world_size} processes "
-                f"x {self.micro_batches} gradient accumulation steps"
-            )
+            parts = f"{self.world_size} processes x {self.micro_batches} gradient accumulation steps"
+            raise InputError(f"--batch-size {self.batch_size} (global) is not divisible by {parts}")
         self._epoch: tuple[int, np.ndarray] | None = None
 
     def __len__(self) -> int:
@@ -273,12 +245,32 @@ class GlobalBatchSampler(Sampler):
         return int(self._epoch[1][offset])
 
 
-def decode_moments(data: bytes) -> np.ndarray:
-    """Return the array in the bytes of an .npy file. Raises InputError for any other bytes."""
+def decode_moments(data: bytes, shape: tuple[int, ...] | None = None) -> np.ndarray:
+    """Return the moments in the bytes of an .npy file, (2 C, h, h) float32 or float16.
+
+    Raises InputError for other bytes, another dtype, or a shape other than `shape` (None: any of this form).
+    """
     try:
-        return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+        moments = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
     except Exception as error:  # numpy's reader raises many types of errors
         raise InputError(f"broken latents ({error})") from error
+    if moments.dtype not in (np.float32, np.float16):
+        raise InputError(f"dtype {moments.dtype}; allowed: float32, float16")
+    if moments.ndim != 3 or moments.shape[0] % 2 or moments.shape[1] != moments.shape[2]:
+        raise InputError(f"shape {moments.shape}; allowed: (2 C, h, h), mean, then standard deviation")
+    if shape not in (None, moments.shape):
+        raise InputError(f"shape {moments.shape}; expected {shape}, the shape of the first")
+    return moments
+
+
+def _decode_image(data: bytes, side: int | None) -> Tensor:
+    """Return the image in a file's bytes, (3, R, R) uint8. Raises ValueError if it is not `side` (None: any) wide."""
+    pixels = np.asarray(open_image(data).convert("RGB"))
+    height, width, _ = pixels.shape
+    side = side or height
+    if (height, width) != (side, side):
+        raise InputError(f"{width} x {height} pixels; expected {side} x {side}")
+    return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
 
 
 def _find(data_dir: Path, names: tuple[str, ...], what: str) -> FileSource:
@@ -296,9 +288,8 @@ def _by_index(source: FileSource, pattern: re.Pattern[str]) -> dict[int, str]:
     for name in source.names:
         if match := pattern.fullmatch(name):
             index = int(match.group(1))
-            if index in names:
-                raise InputError(f"{source.path}: {names[index]} and {name} have the same index {index}")
-            names[index] = name
+            if (other := names.setdefault(index, name)) != name:
+                raise InputError(f"{source.path}: {other} and {name} have the same index {index}")
     if not names:
         raise InputError(f"{source.path}: no file named like {pattern.pattern}")
     return names
@@ -318,8 +309,7 @@ def _labels(described: dict[FileSource, dict[str, Any]], indices: list[int]) -> 
                 other, place = found.setdefault(index, (label, where))
                 if other != label:
                     raise InputError(f"index {index} has label {other} in {place} and {label} in {where}")
-    missing = [index for index in indices if index not in found]
-    if missing:
+    if missing := [index for index in indices if index not in found]:
         places = " or ".join(source.describe("dataset.json") for source in described)
         raise InputError(f"{len(missing)} of {len(indices)} files have no label in {places}; first: index {missing[0]}")
     return np.array([found[index][0] for index in indices], dtype=np.int64)

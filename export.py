@@ -59,8 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def export(ckpt: str | Path, dest: str | Path, weights: str = "ema") -> None:
     """Write the network of a checkpoint to a .safetensors file or a folder.
 
-    Raises:
-        InputError: the checkpoint has no such network, or `dest` exists already or cannot be written.
+    Raises InputError if the checkpoint has no such network, or if `dest` exists already or cannot be written.
     """
     dest = Path(dest)
     if dest.exists() and not (dest.is_dir() and not any(dest.iterdir())):

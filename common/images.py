@@ -24,26 +24,22 @@ MIN_TILE = 64  # px; a grid shows smaller images enlarged
 def open_image(data: bytes, formats: Sequence[str] = IMAGE_FORMATS, max_side: int | None = None) -> Image.Image:
     """Return the image in a file's bytes, decoded, in its own mode.
 
-    Raises:
-        InputError: the bytes are not a complete image of one of `formats`, or a side is longer than `max_side` px.
+    Raises InputError if the bytes are not a complete image of one of `formats`, or a side is longer than `max_side` px.
     """
     try:
         image = Image.open(io.BytesIO(data), formats=formats)
-        if max_side is not None and max(image.size) > max_side:
-            raise InputError(f"{image.width} x {image.height} pixels; allowed: 1 to {max_side} per side")
-        image.load()
-    except InputError:
-        raise
+        if max_side is None or max(image.size) <= max_side:
+            image.load()
+            return image
     except DECODING_ERRORS as error:
         raise InputError(f"broken image ({error})") from error
-    return image
+    raise InputError(f"{image.width} x {image.height} pixels; allowed: 1 to {max_side} per side")
 
 
 def decode_rgb(data: bytes, resolution: int | None = None) -> np.ndarray:
     """Return the pixels of a square RGB PNG, (R, R, 3) uint8.
 
-    Raises:
-        InputError: the image is broken, not RGB, or not `resolution` x `resolution` (None: any square).
+    Raises InputError if the image is broken, not RGB, or not `resolution` x `resolution` (None: any square).
     """
     image = open_image(data, ("PNG",))
     pixels = np.array(image)

@@ -41,6 +41,11 @@ def report_status(status: int) -> bool:
     return bool(path)
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the name of its type if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def run_cli(main: Callable[[], None]) -> None:
     """Run a program's `main` and exit without a traceback if the cause is outside the program.
 
@@ -50,19 +55,17 @@ def run_cli(main: Callable[[], None]) -> None:
     program = Path(sys.argv[0]).name
     try:
         main()
-    except InputError as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
-        report_status(2)
-        sys.exit(2)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would interrupt the exit
         print(f"\n{program}: interrupted; every file that it wrote is complete", file=sys.stderr)
         sys.exit(130)
-    except OSError as error:
-        if error.filename is None and error.errno not in WRITE_ERRORS:
-            raise
-        where = "" if error.filename is None else f"{error.filename}: "
-        print(f"{program}: error: {where}{error.strerror}", file=sys.stderr)
+    except (InputError, OSError) as error:
+        message = str(error)
+        if isinstance(error, OSError):
+            if error.filename is None and error.errno not in WRITE_ERRORS:
+                raise
+            message = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+        print(f"{program}: error: {message}", file=sys.stderr)
         report_status(2)
         sys.exit(2)
 
@@ -83,14 +86,10 @@ def lock_folder(folder: str | Path, doing: str) -> None:
     Forked processes do not hold the lock. Without an error, the folder may still be unlocked: some file systems have no
     locks, and on a full disk the lock file cannot be created.
 
-    Args:
-        folder: the folder.
-        doing: what this process does there, for the message of another process ("training").
-
-    Raises:
-        InputError: another process holds the lock; the message names it.
+    `doing` is what this process does there, for the message of another process ("training").
+    Raises InputError, naming the process, if another one holds the lock.
     """
-    path = _lock_path(folder)
+    path = (Path(folder) / LOCK_NAME).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     held = _locks.get(path)  # opening and closing a locked file would release the lock
     if held and path.exists() and os.path.samestat(os.fstat(held.fileno()), path.stat()):
@@ -104,9 +103,9 @@ def lock_folder(folder: str | Path, doing: str) -> None:
     except (BlockingIOError, PermissionError) as error:
         file.seek(0)
         who = file.read().decode(errors="replace").strip() or "another process"
+        crashed = f"If that machine has crashed and the file server still holds the lock, remove {path}"
         raise InputError(
-            f"{folder}: {who} is {doing} there; wait for it, or choose another folder. If that machine has crashed and "
-            f"the file server still holds the lock, remove {path}"
+            f"{folder}: {who} is {doing} there; wait for it, or choose another folder. {crashed}"
         ) from error
     except OSError:  # a file system without locks
         return
@@ -118,15 +117,11 @@ def lock_folder(folder: str | Path, doing: str) -> None:
 
 def unlock_folder(folder: str | Path) -> None:
     """Release the lock of `lock_folder`, if this process holds it."""
-    path = _lock_path(folder)
+    path = (Path(folder) / LOCK_NAME).resolve()
     if file := _locks.pop(path, None):
         with contextlib.suppress(OSError):
             path.unlink()
         file.close()
-
-
-def _lock_path(folder: str | Path) -> Path:
-    return (Path(folder) / LOCK_NAME).resolve()
 
 
 def sha256_of(path: str | Path) -> str:
@@ -139,10 +134,11 @@ def sha256_of(path: str | Path) -> str:
 
 
 @contextlib.contextmanager
-def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
+def atomic_write(path: str | Path, mode: str = "wb", sync_name: bool = True) -> Iterator[IO[Any]]:
     """Open a temporary file that is renamed to `path` when it is complete and on the disk.
 
     An error inside the block leaves an existing file unchanged. `mode` is "wb" or "w". A missing folder is created.
+    Without `sync_name`, a crash of the machine may undo the rename, but the file under its name is always complete.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -153,7 +149,8 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        if sync_name:
+            _sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 

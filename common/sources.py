@@ -28,6 +28,8 @@ MAX_CLASSES = 10_000_000  # the network has an embedding per class: a larger lab
 
 THREADS, THREAD_CHUNK = 16, 250  # of `map_files`
 
+# Absolute paths, drives of Windows, and paths with the part "..".
+UNSAFE_PATH = re.compile(r"[/\\]|[A-Za-z]:|(?:.*[/\\])?\.\.(?:[/\\]|$)", re.DOTALL)
 ZIP_HEADER_BYTES = 30  # of a member, without its name and extra field
 ZIP_NAME_BYTES = 512  # read in advance for name and extra field; longer ones need a second read
 ZIP_MEMBER = np.dtype(
@@ -47,21 +49,23 @@ def latents_name(index: int) -> str:
 
 def mirrored_name(name: str) -> str:
     """Return the name of the mirrored image's latents, which are in the same folder."""
-    folder, slash, base = name.rpartition("/")
-    return folder + slash + base.replace("img-mean-std-", "img-mean-std-flip-")
+    return re.sub(r"img-mean-std-(?=[^/]*$)", "img-mean-std-flip-", name)
 
 
 def read_dataset_json(source: FileSource) -> dict[str, Any]:
     """Return the content of a data set's dataset.json, {} if there is none. Raises InputError if it is no object."""
     if "dataset.json" not in source:
         return {}
-    where = source.describe("dataset.json")
+    return source.load("dataset.json", _json_object)
+
+
+def _json_object(data: bytes) -> dict[str, Any]:
     try:
-        content = json.loads(source.read("dataset.json"))
+        content = json.loads(data)
     except ValueError as error:
-        raise InputError(f"{where}: not valid JSON ({error})") from error
+        raise InputError(f"not valid JSON ({error})") from error
     if not isinstance(content, dict):
-        raise InputError(f'{where}: must be a JSON object, {{"labels": [[name, label], ...]}}')
+        raise InputError('must be a JSON object, {"labels": [[name, label], ...]}')
     return content
 
 
@@ -97,9 +101,8 @@ class FileSource:
     It is made for millions of files and many worker processes. File names and the zip's directory are numpy arrays,
     because forked processes share an array's memory but copy Python objects when they access them. Files in a zip are
     read with `os.pread`, so threads and processes do not share a file position.
-
-    Raises:
-        InputError: `path` is not a readable folder or zip, or the zip contains two files of the same name.
+    Raises InputError if `path` is not a readable folder or zip, or if a zip contains two files of the same name or a
+    path that leads outside of a folder.
     """
 
     def __init__(self, path: str | Path):
@@ -110,7 +113,7 @@ class FileSource:
             if self.is_zip:
                 members = _zip_members(self.path)
                 names = sorted(members)
-                self._members = np.array([_member_row(members[name]) for name in names], dtype=ZIP_MEMBER)
+                self._members = np.array([members[name] for name in names], dtype=ZIP_MEMBER)
             elif self.path.is_dir():
                 names = sorted(_walk(self.path))
             else:
@@ -124,7 +127,7 @@ class FileSource:
     @property
     def names(self) -> list[str]:
         """All names, sorted; a new list each time."""
-        return [decode_name(name) for name in self._names]
+        return [os.fsdecode(name) for name in self._names]
 
     def __contains__(self, name: str) -> bool:
         return self._index(name) is not None
@@ -149,8 +152,16 @@ class FileSource:
         except (OSError, zlib.error) as error:
             raise InputError(f"{self.describe(name)}: cannot be read ({error})") from error
 
+    def load(self, name: str, decode: Callable[[bytes], Any]) -> Any:
+        """Return `decode(bytes of a file)`. Its ValueErrors are raised as InputError, with the file's path in front."""
+        data = self.read(name)
+        try:
+            return decode(data)
+        except ValueError as error:
+            raise InputError(f"{self.describe(name)}: {error}") from error
+
     def _index(self, name: str) -> int | None:
-        key = _encode_name(name)
+        key = os.fsencode(name)
         index = bisect.bisect_left(self._names, key)
         return index if index < len(self._names) and self._names[index] == key else None
 
@@ -185,38 +196,28 @@ class FileSource:
 
 
 def encode_names(names: list[str]) -> np.ndarray:
-    """Return file names as an array of bytes, which forked processes share; `decode_name` converts one back."""
-    return np.array([_encode_name(name) for name in names], dtype=np.bytes_)
+    """Return file names as an array of bytes, which forked processes share; `os.fsdecode` converts one back.
+
+    The order of sorted names does not change.
+    """
+    return np.array([os.fsencode(name) for name in names], dtype=np.bytes_)
 
 
-def decode_name(name: bytes) -> str:
-    """Return an element of `encode_names` as text."""
-    return name.decode("utf-8", "surrogateescape")
-
-
-def _encode_name(name: str) -> bytes:
-    """Return a file name as bytes. The order of sorted names does not change."""
-    return name.encode("utf-8", "surrogateescape")
-
-
-def _zip_members(path: Path) -> dict[str, zipfile.ZipInfo]:
-    """Return the files of a zip by name. Raises InputError if two have the same name."""
-    members: dict[str, zipfile.ZipInfo] = {}
+def _zip_members(path: Path) -> dict[str, tuple[int, ...]]:
+    """Return the files of a zip by name, as elements of ZIP_MEMBER."""
+    members: dict[str, tuple[int, ...]] = {}
     with zipfile.ZipFile(path) as archive:
         for info in archive.infolist():
-            if _is_visible_file(info.filename) and members.setdefault(info.filename, info) is not info:
-                raise InputError(f"{path}: contains {info.filename!r} more than once; create the zip again")
+            name = info.filename
+            if UNSAFE_PATH.match(name):
+                raise InputError(f"{path}: member {name!r} is an absolute or parent path; create the zip again")
+            if name.endswith("/") or any(part.startswith(".") for part in name.split("/")):
+                continue  # a folder, or hidden
+            if name in members:
+                raise InputError(f"{path}: contains {name!r} more than once; create the zip again")
+            place = info.header_offset, info.compress_size, info.file_size
+            members[name] = (*place, info.CRC, info.compress_type, info.flag_bits & 1)
     return members
-
-
-def _member_row(info: zipfile.ZipInfo) -> tuple[int, ...]:
-    """Return an element of dtype ZIP_MEMBER."""
-    encrypted = info.flag_bits & 1
-    return info.header_offset, info.compress_size, info.file_size, info.CRC, info.compress_type, encrypted
-
-
-def _is_visible_file(name: str) -> bool:
-    return not name.endswith("/") and not any(part.startswith(".") for part in name.split("/"))
 
 
 def _walk(folder: Path | str, prefix: str = "", parents: frozenset[tuple[int, int]] = frozenset()) -> Iterator[str]:

@@ -44,21 +44,18 @@ class LatentFormat:
     shift: float | tuple[float, ...] = 0.0
 
     def __post_init__(self) -> None:
-        if not all(isinstance(value, int) and value > 0 for value in (self.channels, self.factor)):
-            raise InputError(
-                f"codec {self.codec}: channels {self.channels!r}, factor {self.factor!r}; allowed: whole numbers from 1"
-            )
-        for name in ("scale", "shift"):
+        codec, channels = f"codec {self.codec}", self.channels
+        if not all(isinstance(value, int) and value > 0 for value in (channels, self.factor)):
+            raise InputError(f"{codec}: channels {channels!r}, factor {self.factor!r}; allowed: whole numbers from 1")
+        for name, allowed in (("scale", "finite numbers other than 0"), ("shift", "finite numbers")):
             value = getattr(self, name)
-            if isinstance(value, tuple) and len(value) != self.channels:
-                raise InputError(
-                    f"codec {self.codec}: {name} has {len(value)} values for {self.channels} channels; allowed: "
-                    f"one number, or one for each channel"
-                )
+            if isinstance(value, tuple) and len(value) != channels:
+                count = f"{name} has {len(value)} values for {channels} channels"
+                raise InputError(f"{codec}: {count}; allowed: one number, or one for each channel")
             for number in value if isinstance(value, tuple) else (value,):
-                if not _is_finite(number) or (name == "scale" and number == 0):
-                    allowed = "finite numbers" + (" other than 0" if name == "scale" else "")
-                    raise InputError(f"codec {self.codec}: {name} has the value {number!r}; allowed: {allowed}")
+                is_number = isinstance(number, int | float) and not isinstance(number, bool)
+                if not is_number or not abs(number) <= sys.float_info.max or (name == "scale" and number == 0):
+                    raise InputError(f"{codec}: {name} has the value {number!r}; allowed: {allowed}")
 
     def sample(self, moments: Tensor, noise: Tensor | None) -> Tensor:
         """Return latents (N, C, h, w) = (mean + std * noise - shift) * scale.
@@ -67,10 +64,8 @@ class LatentFormat:
         Raises InputError if the moments have a wrong number of channels.
         """
         if moments.shape[1] != 2 * self.channels:
-            raise InputError(
-                f"moments have {moments.shape[1]} channels, but codec {self.codec} has {2 * self.channels} "
-                f"(mean and standard deviation of {self.channels})"
-            )
+            needed = f"{2 * self.channels} (mean and standard deviation of {self.channels})"
+            raise InputError(f"moments have {moments.shape[1]} channels, but codec {self.codec} has {needed}")
         mean, std = moments.chunk(2, dim=1)
         latents = mean if noise is None else mean + std * noise
         return (latents - _per_channel(self.shift, latents)) * _per_channel(self.scale, latents)
@@ -81,9 +76,7 @@ class LatentFormat:
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON has them, for dataset.json and for the settings of a run."""
-        return {
-            name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(self).items()
-        }
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
 
     @classmethod
     def from_json(cls, fields: dict[str, Any] | None) -> LatentFormat:
@@ -98,11 +91,7 @@ class LatentFormat:
             raise InputError(f"latent format {fields!r}: must have exactly the fields {', '.join(sorted(expected))}")
         if not isinstance(fields["codec"], str):
             raise InputError(f"latent format {fields!r}: codec must be a name")
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
 
 
 def _per_channel(value: float | tuple[float, ...], like: Tensor) -> float | Tensor:
@@ -141,7 +130,6 @@ CODECS = {
     "sd3-vae": CodecSpec("stabilityai/stable-diffusion-3-medium-diffusers/vae"),  # 16 channels
     "flux-vae": CodecSpec("black-forest-labs/FLUX.1-schnell/vae"),  # 16 channels
 }
-SHORT_NAMES = {"ema": "sd-vae-ft-ema", "mse": "sd-vae-ft-mse"}
 
 
 class Codec(nn.Module):
@@ -170,20 +158,16 @@ class Codec(nn.Module):
         height, width = images.shape[-2:]
         factor = self.format.factor
         if height % factor or width % factor:
-            raise InputError(
-                f"images of {height} x {width} px: codec {self.format.codec} needs multiples of {factor} px"
-            )
+            needed = f"codec {self.format.codec} needs multiples of {factor} px"
+            raise InputError(f"images of {height} x {width} px: {needed}")
         return self._moments((images.float() / 127.5 - 1).to(self.dtype)).float()
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Return images (N, 3, H, W), uint8 = clamp(127.5 x + 127.5, 0, 255) of the decoded latents (N, C, h, w)."""
         at_once = max(1, DECODED_PIXELS // (latents.shape[-2] * latents.shape[-1] * self.format.factor**2))
-        return torch.cat([self._pixels(part) for part in latents.float().split(at_once)])
-
-    def _pixels(self, latents: Tensor) -> Tensor:
-        pixels = self._image(self.format.unscale(latents).to(self.dtype)).float()
-        return self._quantise((127.5 * pixels + 127.5).clamp(0, 255))
+        unscaled = (self.format.unscale(part).to(self.dtype) for part in latents.float().split(at_once))
+        return torch.cat([self._quantise((127.5 * self._image(x).float() + 127.5).clamp(0, 255)) for x in unscaled])
 
     def _moments(self, pixels: Tensor) -> Tensor:
         raise NotImplementedError
@@ -196,26 +180,20 @@ class Codec(nn.Module):
 
 
 class KLCodec(Codec):
-    """An `AutoencoderKL`, which gives a normal distribution for each latent value."""
+    """An `AutoencoderKL`, or an `AutoencoderTiny` (TAESD), whose latents have no variance."""
 
     def __init__(self, autoencoder: nn.Module, latent_format: LatentFormat):
         super().__init__(latent_format)
         self.autoencoder = autoencoder.eval().requires_grad_(False)
 
     def _moments(self, pixels: Tensor) -> Tensor:
-        distribution = self.autoencoder.encode(pixels).latent_dist
-        return torch.cat([distribution.mean, distribution.std], dim=1)
+        encoded = self.autoencoder.encode(pixels)
+        if hasattr(encoded, "latents"):  # of an AutoencoderTiny
+            return torch.cat([encoded.latents, torch.zeros_like(encoded.latents)], dim=1)
+        return torch.cat([encoded.latent_dist.mean, encoded.latent_dist.std], dim=1)
 
     def _image(self, unscaled: Tensor) -> Tensor:
         return self.autoencoder.decode(unscaled).sample
-
-
-class TinyCodec(KLCodec):
-    """An `AutoencoderTiny` (TAESD), whose latents have no variance."""
-
-    def _moments(self, pixels: Tensor) -> Tensor:
-        mean = self.autoencoder.encode(pixels).latents
-        return torch.cat([mean, torch.zeros_like(mean)], dim=1)
 
 
 class PixelCodec(Codec):
@@ -266,12 +244,10 @@ def load_codec(name: str, device: str | torch.device = "cpu") -> Codec:
     folder = _codec_folder(name, spec.source)
     config = read_json(folder / CONFIG_FILE)
     class_name = config.get("_class_name") if isinstance(config, dict) else None
-    codec_class = {"AutoencoderKL": KLCodec, "AutoencoderTiny": TinyCodec}.get(str(class_name))
-    if codec_class is None:
-        raise InputError(
-            f"{folder / CONFIG_FILE}: _class_name is {class_name!r}; allowed: AutoencoderKL, AutoencoderTiny"
-        )
-    return codec_class(_load_autoencoder(folder, class_name), _latent_format(name, spec, folder, config)).to(device)
+    if class_name not in ("AutoencoderKL", "AutoencoderTiny"):
+        allowed = "allowed: AutoencoderKL, AutoencoderTiny"
+        raise InputError(f"{folder / CONFIG_FILE}: _class_name is {class_name!r}; {allowed}")
+    return KLCodec(_load_autoencoder(folder, class_name), _latent_format(name, spec, folder, config)).to(device)
 
 
 def _codec_folder(name: str, source: str) -> Path:
@@ -279,10 +255,9 @@ def _codec_folder(name: str, source: str) -> Path:
     if Path(source).is_dir():
         return Path(source)
     if source.count("/") not in (1, 2) or source.startswith((".", "/", "~")):
-        raise InputError(
-            f"codec {name}: no such folder; allowed: pixel, {', '.join(CODECS)}, a local folder with {CONFIG_FILE} "
-            f"and {WEIGHTS_FILE}, or a repository of the hub (owner/name or owner/name/subfolder)"
-        )
+        folder = f"a local folder with {CONFIG_FILE} and {WEIGHTS_FILE}"
+        allowed = f"{', '.join(CODECS)}, {folder}, or a repository of the hub (owner/name or owner/name/subfolder)"
+        raise InputError(f"codec {name}: no such folder; allowed: pixel, {allowed}")
     owner, repo, *subfolder = source.split("/")
     instead = (
         f"Put {CONFIG_FILE} and {WEIGHTS_FILE} of https://huggingface.co/{owner}/{repo} into a folder and give "
@@ -308,8 +283,7 @@ def _load_autoencoder(folder: Path, class_name: str) -> nn.Module:
         )
     except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
         raise InputError(f"{weights}: cannot be loaded as {class_name} of its {CONFIG_FILE} ({error})") from error
-    problems = {kind: keys for kind, keys in report.items() if keys}
-    if problems:
+    if problems := {kind: keys for kind, keys in report.items() if keys}:
         raise InputError(f"{weights}: does not fit {class_name} of its {CONFIG_FILE}: {problems}")
     return autoencoder
 

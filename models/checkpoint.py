@@ -25,14 +25,15 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from common.io import InputError, atomic_write, sha256_of
+from common.io import InputError, atomic_write, first_line, sha256_of
 from models.interpolant import PATHS
 from models.safetensors_format import is_exported, read_network, weights_file
 from models.sit import ENCODER_DEPTHS, PRESETS, SiT, SiTConfig
 
 CHECKPOINT_NAME = re.compile(r"(\d{7,})\.pt")
 OLD_BLOCKS = "decoder_blocks."  # name of the blocks after the projectors in older REPA checkpoints
-BLOCK_WEIGHT = re.compile(r"(?:decoder_)?blocks\.(\d{1,6})\.(.+)")
+OLD_BLOCK = re.compile(r"^decoder_blocks\.(\d+)\.")
+BLOCK_WEIGHT = re.compile(r"(?:decoder_)?blocks\.\d{1,6}\..+")
 
 
 def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
@@ -94,30 +95,25 @@ def _recorded_sum(path: Path) -> str:
 def load_checkpoint(path: str | Path, verify: bool = True) -> dict[str, Any]:
     """Return the content of a checkpoint, with tensors on the CPU. Tensors in a zip are read when they are used.
 
-    Args:
-        path: a checkpoint of this or of the published code, or an export: a .safetensors file or a folder.
-        verify: whether to compare the file with its checksum first, see `verify_checkpoint`.
-
-    Raises:
-        InputError: the file does not exist, is damaged, truncated or of another kind, or contains anything but tensors,
-            plain Python values and `argparse.Namespace`.
+    `path` is a checkpoint of this or of the published code, or an export: a .safetensors file or a folder. With
+    `verify`, the file is first compared with its checksum, see `verify_checkpoint`.
+    Raises InputError if the file does not exist, is damaged, truncated or of another kind, or contains anything but
+    tensors, plain Python values and `argparse.Namespace`.
     """
     path = Path(path)
     if is_exported(path):
         return read_network(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such checkpoint file")
     if verify:
         verify_checkpoint(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{path}: refused, it contains more than weights or is no checkpoint ({reason})") from error
+        why = first_line(error)
+        raise InputError(f"{path}: refused, it contains more than weights or is no checkpoint ({why})") from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{path}: not a readable checkpoint; it is truncated or of another kind ({reason})") from error
+        why = first_line(error)
+        raise InputError(f"{path}: not a readable checkpoint; it is truncated or of another kind ({why})") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds a {type(content).__name__}; expected a dict with model, ema, opt, args, steps")
     return content
@@ -159,15 +155,13 @@ def network_weights(
 ) -> dict[str, Tensor]:
     """Return the state dict of the network, with `blocks.N` in place of the older REPA names.
 
-    Args:
-        checkpoint: as `load_checkpoint` returns it, or a state dict.
-        weights: "ema", the averaged weights, or "model".
-        source: name of the file in errors.
-
-    Raises:
-        InputError: there are no such weights, or they are not those of a SiT.
+    `checkpoint` is what `load_checkpoint` returns, or a state dict; `weights` is "ema", the averaged weights, or
+    "model"; `source` is the name of the file in errors.
+    Raises InputError if there are no such weights, or they are not those of a SiT.
     """
-    return _rename_old_blocks(_stored_weights(checkpoint, weights, source))
+    state = _stored_weights(checkpoint, weights, source)
+    first = _plain_blocks(state)
+    return {OLD_BLOCK.sub(lambda match: f"blocks.{int(match[1]) + first}.", name): state[name] for name in state}
 
 
 def is_legacy(checkpoint: dict[str, Any]) -> bool:
@@ -182,11 +176,13 @@ def network_config(checkpoint: dict[str, Any], weights: str = "ema", source: str
     Published files and older checkpoints lack the entry. Their network is inferred from the names and shapes of the
     weights; what these do not determine (num_heads, encoder_depth) comes from the settings of the run, or else from the
     preset with the same depth and width. The arguments are those of `network_weights`.
-
-    Raises:
-        InputError: the weights are not those of a SiT, the settings are invalid, or the entry contradicts the weights.
+    Raises InputError if the weights are not those of a SiT, the settings are invalid, or the entry contradicts the
+    weights.
     """
-    known = _fields_of_weights(_stored_weights(checkpoint, weights, source), source)
+    known = _fields_of_weights(network_weights(checkpoint, weights, source), source)
+    stored = _stored_weights(checkpoint, weights, source)
+    if is_legacy(stored) and (first_blocks := _plain_blocks(stored)):  # the projectors read after these
+        known["encoder_depth"] = first_blocks
     settings, entry = saved_settings(checkpoint, source), checkpoint.get("network")
     try:
         config = SiTConfig.from_json(_complete(known, settings) if entry is None else entry)
@@ -223,13 +219,8 @@ def build_model(
 def load_model(path: str | Path, weights: str = "ema", device: torch.device | str = "cpu") -> SiT:
     """Return the trained network of a checkpoint file, frozen and in eval mode.
 
-    Args:
-        path: a REG, REPA or SiT checkpoint of this or of the published code, or an export.
-        weights: "ema", the averaged weights, or "model".
-        device: device of the network.
-
-    Raises:
-        InputError: see `load_checkpoint` and `build_model`.
+    The arguments and errors are those of `load_checkpoint` and `build_model`: a REG, REPA or SiT checkpoint of this or
+    of the published code, or an export; "ema", the averaged weights, or "model"; device of the network.
     """
     return build_model(load_checkpoint(path), weights, device, source=path)
 
@@ -248,9 +239,8 @@ def _stored_weights(checkpoint: dict[str, Any], weights: str, source: str | Path
     return state
 
 
-def _fields_of_weights(stored: dict[str, Tensor], source: str | Path) -> dict[str, Any]:
-    """Return the fields of `SiTConfig` that the names and shapes of the weights determine."""
-    state = _rename_old_blocks(stored)
+def _fields_of_weights(state: dict[str, Tensor], source: str | Path) -> dict[str, Any]:
+    """Return the fields of `SiTConfig` that the names and shapes of `network_weights` determine."""
     try:
         hidden_size, in_channels, patch_size, _ = state["x_embedder.proj.weight"].shape
         cls_weight, slot_token = state.get("cls_projectors2.weight"), state.get("slot_token")
@@ -275,8 +265,6 @@ def _fields_of_weights(stored: dict[str, Tensor], source: str | Path) -> dict[st
             fields["projector_dim"] = projectors[0][1]
         if q_norm is not None:
             fields["num_heads"] = hidden_size // len(q_norm)
-        if is_legacy(stored) and (first_blocks := _plain_blocks(stored)):  # the projectors read after these
-            fields["encoder_depth"] = first_blocks
     except (KeyError, ValueError, IndexError, TypeError, ZeroDivisionError) as error:
         raise InputError(f"{source}: not a SiT's weights ({error} is missing or has a wrong shape)") from error
     return fields
@@ -294,18 +282,6 @@ def _complete(fields: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any
     if not (fields := {**others, **fields})["num_heads"]:
         raise InputError(f"depth {depth}, width {hidden_size} fit no preset, and args has no num_heads")
     return fields
-
-
-def _rename_old_blocks(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    first = _plain_blocks(state)
-
-    def rename(name: str) -> str:
-        if not name.startswith(OLD_BLOCKS):
-            return name
-        number, rest = BLOCK_WEIGHT.fullmatch(name).groups()
-        return f"blocks.{int(number) + first}.{rest}"
-
-    return {rename(name): value for name, value in state.items()}
 
 
 def _plain_blocks(state: dict[str, Tensor]) -> int:

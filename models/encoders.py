@@ -7,6 +7,7 @@ To add an encoder, add a line to `ENCODERS`, or name any timm model: `timm/<mode
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -20,9 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.io import InputError
+from common.io import InputError, first_line
 from models.hub import hub_file, url_file
 
+Device = str | torch.device
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 # Functions of timm.models.efficientnet that accept `channel_multiplier`, which the models with a name fix.
@@ -142,24 +144,19 @@ class Encoder(nn.Module):
     def _probe(self) -> Tensor:
         """Return the features of one blank image. Raises InputError if the network has no tokens."""
         blank = torch.zeros(1, len(self.mean), self.input_size, self.input_size, device=self.mean.device)
-        with torch.no_grad():
-            try:
+        try:
+            with torch.no_grad():
                 features = self.network.forward_features(blank)
-            except (RuntimeError, AssertionError, ValueError) as error:
-                raise InputError(
-                    f"encoder {self.name}: it does not accept an input of {self.input_size} px ({_brief(error)})"
-                ) from error
-            if not isinstance(features, Tensor) or features.ndim not in (3, 4):
-                raise InputError(f"encoder {self.name}: the network has neither tokens nor a feature map")
-            return features
+        except (RuntimeError, AssertionError, ValueError) as error:
+            refused = f"does not accept an input of {self.input_size} px ({_brief(error)})"
+            raise InputError(f"encoder {self.name}: it {refused}") from error
+        if not isinstance(features, Tensor) or features.ndim not in (3, 4):
+            raise InputError(f"encoder {self.name}: the network has neither tokens nor a feature map")
+        return features
 
 
 def load_encoders(
-    specs: str,
-    resolution: int,
-    weights: str | None = None,
-    num_tokens: int | None = None,
-    device: str | torch.device = "cpu",
+    specs: str, resolution: int, weights: str | None = None, num_tokens: int | None = None, device: Device = "cpu"
 ) -> list[Encoder]:
     """Return the encoders of a comma-separated list, each as `load_encoder` returns it.
 
@@ -169,26 +166,20 @@ def load_encoders(
     names = [name.strip() for name in specs.split(",")]
     files = [file.strip() for file in weights.split(",")] if weights else [""] * len(names)
     if len(files) != len(names):
-        raise InputError(
-            f"--enc-weights {weights}: {len(files)} files for {len(names)} encoders ({specs}); one for each"
-        )
-    encoders = []
-    for name, file in zip(names, files, strict=True):
-        encoder = load_encoder(name, resolution, file, device)
-        if num_tokens is not None and encoder.num_tokens != num_tokens:
+        counts = f"{len(files)} files for {len(names)} encoders"
+        raise InputError(f"--enc-weights {weights}: {counts} ({specs}); one for each")
+    encoders = [load_encoder(name, resolution, file, device) for name, file in zip(names, files, strict=True)]
+    for encoder in encoders:
+        if num_tokens not in (None, encoder.num_tokens):
             fitting = encoder.input_size * math.sqrt(num_tokens / encoder.num_tokens)
             hint = f"append :input={fitting:.0f} to its name" if fitting.is_integer() else "choose another encoder"
-            raise InputError(
-                f"encoder {encoder.name}: {encoder.num_tokens} tokens from an input of {encoder.input_size} px, but "
-                f"there are {num_tokens} latent tokens, and the numbers must be equal: {hint}, or change the latents"
-            )
-        encoders.append(encoder)
+            tokens = f"{encoder.num_tokens} tokens from an input of {encoder.input_size} px"
+            rule = f"there are {num_tokens} latent tokens, and the numbers must be equal"
+            raise InputError(f"encoder {encoder.name}: {tokens}, but {rule}: {hint}, or change the latents")
     return encoders
 
 
-def load_encoder(
-    spec: str, resolution: int, weights: str | Path | None = None, device: str | torch.device = "cpu"
-) -> Encoder:
+def load_encoder(spec: str, resolution: int, weights: str | Path | None = None, device: Device = "cpu") -> Encoder:
     """Return the frozen encoder for images of `resolution` px, with weights from a local file or from the hub.
 
     spec: a name of `ENCODERS` or `timm/<model name>`, optionally followed by options `:key=value`. `input` is the input
@@ -203,7 +194,7 @@ def load_encoder(
     return _build(spec, line, input_size, _read_weights(Path(weights), line), weights).to(device)
 
 
-def untrained_encoder(spec: str, resolution: int, device: str | torch.device = "cpu") -> Encoder:
+def untrained_encoder(spec: str, resolution: int, device: Device = "cpu") -> Encoder:
     """Return the encoder of `load_encoder` with random weights, for measurements of speed and memory."""
     return _build(spec, *_resolve(spec, resolution)).to(device)
 
@@ -219,13 +210,11 @@ def _resolve(spec: str, resolution: int) -> tuple[EncoderSpec, int]:
         line = EncoderSpec(name.removeprefix("timm/"))
         known = timm.list_models(pretrained=True) + timm.list_models()
         if line.model not in known:
-            raise InputError(
-                f"encoder {name!r}: timm {timm.__version__} has no such model{_suggestion(line.model, known)}"
-            )
+            hint = _suggestion(line.model, known)
+            raise InputError(f"encoder {name!r}: timm {timm.__version__} has no such model{hint}")
     else:
-        raise InputError(
-            f"encoder {name!r}: unknown{_suggestion(name, ENCODERS)}; allowed: {', '.join(ENCODERS)}, timm/<model name>"
-        )
+        allowed = ", ".join((*ENCODERS, "timm/<model name>"))
+        raise InputError(f"encoder {name!r}: unknown{_suggestion(name, ENCODERS)}; allowed: {allowed}")
     given = dict(_parse_option(spec, option) for option in options)
     fixed_input = given.pop("input", None)
     normalisation = {key: _three_numbers(spec, key, given.pop(key)) for key in ("mean", "std") if key in given}
@@ -236,10 +225,9 @@ def _resolve(spec: str, resolution: int) -> tuple[EncoderSpec, int]:
         return line, fixed_input
     input_size = line.input_size or _pretrained_cfg(line.model).input_size[-1]
     if input_size * resolution % BASE_RESOLUTION:
-        raise InputError(
-            f"encoder {spec}: an input of {input_size} px for images of {BASE_RESOLUTION} px is no whole number of px "
-            f"at resolution {resolution}; set it with :input="
-        )
+        size = f"an input of {input_size} px for images of {BASE_RESOLUTION} px"
+        problem = f"is no whole number of px at resolution {resolution}; set it with :input="
+        raise InputError(f"encoder {spec}: {size} {problem}")
     return line, input_size * resolution // BASE_RESOLUTION
 
 
@@ -257,10 +245,8 @@ def _parse_option(spec: str, option: str) -> tuple[str, Any]:
     if text.lower() in ("true", "false"):
         return key, text.lower() == "true"
     for number in (int, float):
-        try:
+        with contextlib.suppress(ValueError):
             return key, number(text)
-        except ValueError:
-            continue
     return key, text
 
 
@@ -300,52 +286,45 @@ def _read_weights(path: Path, line: EncoderSpec) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"--enc-weights {path}: no such file")
     try:
-        if path.suffix == ".safetensors":
-            checkpoint = load_file(path)
-        else:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise InputError(f"--enc-weights {path}: no file of weights, or one with code, which is never run") from error
-    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        raise InputError(f"--enc-weights {path}: damaged, or no file of weights ({_brief(error)})") from error
+        is_plain = path.suffix == ".safetensors"
+        checkpoint = load_file(path) if is_plain else torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, SafetensorError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        problem = f"damaged, no file of weights, or one with code, which is never run ({first_line(error)})"
+        raise InputError(f"--enc-weights {path}: {problem}") from error
     for wrapper in ("state_dict", "model"):
         if isinstance(checkpoint, dict) and isinstance(checkpoint.get(wrapper), dict):
             checkpoint = checkpoint[wrapper]
-    checkpoint = checkpoint if isinstance(checkpoint, dict) else {}
-    if line.prefix and any(str(key).startswith(line.prefix) for key in checkpoint):
-        checkpoint = {k.removeprefix(line.prefix): v for k, v in checkpoint.items() if str(k).startswith(line.prefix)}
+    checkpoint = {str(key): value for key, value in checkpoint.items()} if isinstance(checkpoint, dict) else {}
+    if any(key.startswith(line.prefix) for key in checkpoint):
+        checkpoint = {k.removeprefix(line.prefix): v for k, v in checkpoint.items() if k.startswith(line.prefix)}
     classifier = _pretrained_cfg(line.model).classifier or ()
     heads = tuple(f"{name}." for name in ((classifier,) if isinstance(classifier, str) else classifier))
-    state = {key: value for key, value in checkpoint.items() if not (heads and str(key).startswith(heads))}
+    state = {key: value for key, value in checkpoint.items() if not key.startswith(heads)}
     if not state:
         raise InputError(f"--enc-weights {path}: holds no parameters of a network without its classifier")
     return state
-
-
-def _create(model: str, **options: Any) -> nn.Module:
-    """Return timm's network."""
-    import timm
-
-    variant, _, tag = model.partition(".")
-    generator = WIDTH_GENERATORS.get(variant.split("_")[0])
-    if "channel_multiplier" not in options or generator is None:
-        return timm.create_model(model, **options)
-    return getattr(timm.models.efficientnet, generator)(variant, pretrained_cfg=tag or None, **options)
 
 
 def _build(
     spec: str, line: EncoderSpec, input_size: int, state: dict[str, Any] | None = None, source: str | Path = ""
 ) -> Encoder:
     """Return the encoder with the parameters `state` of the file `source`; without `state`, with random parameters."""
+    import timm
+
     cfg = _pretrained_cfg(line.model)
     options: dict[str, Any] = {"num_classes": 0, **line.options}
     if cfg.fixed_input_size:
         options.setdefault("img_size", input_size)
     # timm converts the authors' layouts and resamples position tables if it gets the parameters in this way. Because
     # the number of classes in file and network is the same, it raises an error for missing and unexpected parameters.
-    overlay = {"state_dict": state, "num_classes": options["num_classes"]}
+    options["pretrained_cfg_overlay"] = {"state_dict": state, "num_classes": options["num_classes"]}
+    create, model = timm.create_model, line.model
+    if "channel_multiplier" in options and (generator := WIDTH_GENERATORS.get(model.split("_")[0])):
+        create = getattr(timm.models.efficientnet, generator)
+        model, _, tag = model.partition(".")
+        options["pretrained_cfg"] = tag or None
     try:
-        network = _create(line.model, pretrained=state is not None, pretrained_cfg_overlay=overlay, **options)
+        network = create(model, pretrained=state is not None, **options)
     except (TypeError, ValueError, RuntimeError, AssertionError, KeyError) as error:
         culprit = f"--enc-weights {source}: does not fit encoder {spec}" if state else f"encoder {spec}"
         raise InputError(f"{culprit}: {_brief(error)}") from error

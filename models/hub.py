@@ -11,7 +11,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from common.io import InputError
+from common.io import InputError, first_line
 
 REACH_TIMEOUT = 10  # seconds; a slower server is not usable for gigabytes
 
@@ -36,7 +36,7 @@ def hub_file(repo: str, filename: str, instead: str) -> Path:
     try:
         return Path(hf_hub_download(repo, filename))
     except Exception as error:  # the exceptions depend on the client's HTTP library, which has changed
-        raise InputError(f"{address}: cannot be downloaded ({_first_line(error)}). {instead}") from error
+        raise InputError(f"{address}: cannot be downloaded ({first_line(error)}). {instead}") from error
 
 
 def url_file(address: str, instead: str) -> Path:
@@ -55,7 +55,7 @@ def url_file(address: str, instead: str) -> Path:
     try:
         torch.hub.download_url_to_file(address, str(path))
     except OSError as error:
-        raise InputError(f"{address}: cannot be downloaded ({_first_line(error)}). {instead}") from error
+        raise InputError(f"{address}: cannot be downloaded ({first_line(error)}). {instead}") from error
     return path
 
 
@@ -63,15 +63,7 @@ def _is_reachable(address: str) -> bool:
     """Return whether a server responds, with any status; the proxy settings of the environment apply."""
     try:
         urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=REACH_TIMEOUT).close()
-    except urllib.error.HTTPError:
-        return True
-    except urllib.error.URLError as error:
-        # The hub's client may have the certificate that Python's own list lacks.
-        return isinstance(error.reason, ssl.SSLError)
-    except OSError:
-        return False
+    except OSError as error:
+        # HTTPError is a response. The hub's client may have the certificate that Python's own list lacks.
+        return isinstance(error, urllib.error.HTTPError) or isinstance(getattr(error, "reason", None), ssl.SSLError)
     return True
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -5,7 +5,7 @@ Each of them changes images only by rounding; benchmarks/sample.py measures the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,8 +38,7 @@ def compile_blocks(model: SiT, backend: str = "inductor") -> None:
         part.compile(fullgraph=True, dynamic=False, backend=backend)
 
 
-@dataclass(frozen=True)
-class _Captured:
+class _Captured(NamedTuple):
     """A graph, its input tensors and its output tensors."""
 
     graph: torch.cuda.CUDAGraph
@@ -51,9 +50,7 @@ class CudaGraphs:
     """Calls a network through CUDA graphs: one kernel launch for each call instead of hundreds.
 
     The first call with each shape captures a graph. Each call overwrites the output of the previous call.
-
-    Args:
-        model: network on a CUDA device. Its weights may change their values, but not their addresses.
+    `model` is on a CUDA device. Its weights may change their values, but not their addresses.
     """
 
     def __init__(self, model: SiT):

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 PATHS = ("linear", "cosine")
-WEIGHTINGS = ("uniform", "lognormal")
 
 
 class Coefficients(NamedTuple):
@@ -31,11 +30,8 @@ class Coefficients(NamedTuple):
 class Interpolant:
     """One path between data and noise.
 
-    Args:
-        path_type: "linear" (alpha = 1 - t, sigma = t) or "cosine" (alpha = cos(pi t/2), sigma = sin(pi t/2)).
-
-    Raises:
-        ValueError: `path_type` is unknown.
+    `path_type` is "linear" (alpha = 1 - t, sigma = t) or "cosine" (alpha = cos(pi t/2), sigma = sin(pi t/2)).
+    Raises ValueError if it is unknown.
     """
 
     def __init__(self, path_type: str = "linear"):
@@ -76,28 +72,6 @@ class Interpolant:
         at = self.coefficients(_match(t, x_t))
         numerator = at.alpha_t * velocity - at.d_alpha_t * x_t
         return numerator / (at.sigma_t * (at.d_alpha_t * at.sigma_t - at.alpha_t * at.d_sigma_t))
-
-    def sample_time(
-        self,
-        num: int,
-        weighting: str = "uniform",
-        generator: torch.Generator | None = None,
-        device: torch.device | str | None = None,
-    ) -> Tensor:
-        """Return `num` training times (num,), float32 in [0, 1].
-
-        "uniform" is U(0, 1). "lognormal" draws the noise-to-signal ratio s = exp(N(0, 1)) (EDM, arXiv 2206.00364,
-        section 5) and returns the time at which the path has this ratio.
-
-        Raises:
-            ValueError: `weighting` is unknown.
-        """
-        if weighting == "uniform":
-            return torch.rand(num, generator=generator, device=device)
-        if weighting != "lognormal":
-            raise ValueError(f"weighting {weighting!r} is unknown; allowed: {', '.join(WEIGHTINGS)}")
-        ratio = torch.randn(num, generator=generator, device=device).exp()
-        return ratio / (1 + ratio) if self.path_type == "linear" else 2 / math.pi * torch.atan(ratio)
 
 
 def _match(t: Tensor, like: Tensor) -> Tensor:

@@ -14,10 +14,8 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.cli import POSITIVE, parse, setting
@@ -62,11 +60,7 @@ class ConvertConfig(InputOutput):
     workers: int | None = setting(None, "number of processes (default: all available cores)", check=POSITIVE)
 
 
-class Failure(NamedTuple):
-    """An image that could not be converted: its position in the listing, and the reason."""
-
-    index: int
-    reason: str
+Failure = tuple[int, str]  # of an image that cannot be converted: its position in the listing, and the reason
 
 
 @dataclass(frozen=True)
@@ -92,7 +86,7 @@ class Conversion:
                 contents[image_name(index)] = to_png(square.pixels)
                 rotated += square.rotated
             except InputError as error:
-                failures.append(Failure(index, str(error)))
+                failures.append((index, str(error)))
         self.destination.write_batch(contents)
         return failures, rotated
 
@@ -120,52 +114,41 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse(ConvertConfig, __doc__.splitlines()[0], argv)
     source = FileSource(config.source)
     listing = list_images(source, config.labels)
-    settings = {
-        "source": str(config.source.resolve()),
-        "listing": listing.digest(),
-        "resolution": config.resolution,
-        "transform": config.transform,
-        "exif": config.exif,
-    }
+    settings = {"source": str(config.source.resolve()), "listing": listing.digest()}
+    settings |= {name: getattr(config, name) for name in ("resolution", "transform", "exif")}
     destination = Destination(config.dest, "convert")
-    job = Conversion(
-        source, listing.names, destination, config.resolution, config.transform, upright=config.exif == "apply"
-    )
+    job = Conversion(source, listing.names, destination, config.resolution, config.transform, config.exif == "apply")
     with explain_write_errors(config.dest):
         is_complete = destination.claim(settings)
         check_unchanged(job)
         if is_complete:
             print(f"{config.dest}: already complete")
             return
-        failures = convert(job, config.workers or available_cores(), stop_on_error=config.on_error == "stop")
-        finish(job, listing, failures)
+        finish(job, listing, convert(job, config))
 
 
 def check_unchanged(job: Conversion) -> None:
     """Convert some existing images again. Raises InputError if one differs: the source may have changed."""
     for index in range(0, len(job.names), max(1, len(job.names) // SPOT_CHECKS)):
         if job.destination.has(image_name(index)) and not job.is_unchanged(index):
-            raise InputError(
-                f"{job.destination.path}: its {image_name(index)} differs from the result of "
-                f"{job.source.describe(job.names[index])}, one of the two has changed; use another --dest, or remove "
-                "it to start from scratch"
-            )
+            difference = f"its {image_name(index)} differs from the result of {job.source.describe(job.names[index])}"
+            advice = "use another --dest, or remove it to start from scratch"
+            raise InputError(f"{job.destination.path}: {difference}, one of the two has changed; {advice}")
 
 
-def convert(job: Conversion, workers: int, stop_on_error: bool) -> list[Failure]:
-    """Convert all images and return the failures in order. Raises InputError at the first one if `stop_on_error`."""
+def convert(job: Conversion, config: ConvertConfig) -> list[Failure]:
+    """Convert all images and return the failures in order. With `--on-error stop`, the first one is an InputError."""
     failures: list[Failure] = []
-    rotated = 0
-    with tqdm(total=len(job.names), desc=f"converting {job.source.path.name}", unit="image") as progress:
-        for failed, rotated_images in in_workers(job, chunks(len(job.names), CHUNK), workers):
-            failures += failed
-            rotated += rotated_images
-            progress.update(min(CHUNK, progress.total - progress.n))
-            if stop_on_error and failures:
-                raise InputError(
-                    f"{job.source.describe(job.names[failures[0].index])}: {failures[0].reason}; correct it and start "
-                    "again, or skip such images with --on-error skip"
-                )
+    rotated, workers = 0, config.workers or available_cores()
+    total = len(job.names)
+    bar = {"total": total, "desc": f"converting {job.source.path.name}", "unit": "image"}
+    for failed, rotated_images in in_workers(job, chunks(total, CHUNK), workers, **bar):
+        failures += failed
+        rotated += rotated_images
+        if failures and config.on_error == "stop":
+            index, reason = failures[0]
+            advice = "correct it and start again, or skip such images with --on-error skip"
+            raise InputError(f"{job.source.describe(job.names[index])}: {reason}; {advice}")
     if rotated:
         print(f"{rotated:,} images have an EXIF orientation: {'rotated upright' if job.upright else 'not rotated'}")
     return sorted(failures)
@@ -173,7 +156,7 @@ def convert(job: Conversion, workers: int, stop_on_error: bool) -> list[Failure]
 
 def finish(job: Conversion, listing: Listing, failures: list[Failure]) -> None:
     """Write dataset.json and the list of skipped images."""
-    failed = {failure.index for failure in failures}
+    failed = {index for index, _ in failures}
     labels = [[image_name(i), label] for i, label in enumerate(listing.labels) if i not in failed]
     if not labels:
         raise InputError(f"{job.source.path}: none of its {len(failed):,} images can be read")
@@ -185,11 +168,9 @@ def finish(job: Conversion, listing: Listing, failures: list[Failure]) -> None:
         print(f"{len(failures):,} broken images skipped; {job.destination.path}: skipped.txt lists them")
     names = {"classes": listing.classes} if listing.classes else {}
     job.destination.finish({"labels": labels, **names})
-    classes = len({label for _, label in labels})
-    print(
-        f"{job.destination.path}: {len(labels):,} image{'s' if len(labels) > 1 else ''}, "
-        f"{classes:,} class{'es' if classes > 1 else ''}"
-    )
+    images, classes = len(labels), len({label for _, label in labels})
+    found = f"{images:,} image{'s' if images > 1 else ''}, {classes:,} class{'es' if classes > 1 else ''}"
+    print(f"{job.destination.path}: {found}")
 
 
 if __name__ == "__main__":

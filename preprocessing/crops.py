@@ -44,16 +44,17 @@ def decode(data: bytes, upright: bool = True) -> Photograph:
 
     16-bit grey is scaled to 8 bits. Transparent images get a white background. Pillow converts CMYK and palettes, as in
     ADM. With `upright` the EXIF orientation is applied, otherwise it is only reported.
-
-    Raises:
-        InputError: the image is broken, animated, or has 32-bit pixels, whose range is not defined.
-        Exception: Pillow raises many other types for broken files.
+    Raises InputError if the image is broken, animated, or has 32-bit pixels, whose range is not defined. Pillow raises
+    many other types of errors for broken files.
     """
     image = open_image(data)
     frames = getattr(image, "n_frames", 1)
     if frames > 1 and image.format != "MPO":  # a phone's MPO contains the photograph first, then previews of it
         raise InputError(f"is an animation or has several pages ({frames} frames); allowed: one image per file")
-    orientation = _orientation(image)
+    try:
+        orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
+    except Exception:  # ImageNet contains valid photographs with broken EXIF data
+        orientation = 1
     pixels = _to_rgb(image)
     if upright and orientation in _UPRIGHT:
         pixels = pixels.transpose(_UPRIGHT[orientation])
@@ -65,21 +66,12 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         grey = np.asarray(image).astype(np.float64) / 257  # 65535 -> 255
         return Image.fromarray(np.rint(grey).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
-        raise InputError(
-            f"has 32-bit pixels (mode {image.mode}), whose range is not defined; convert it to 8 or 16 bits"
-        )
+        raise InputError(f"has 32-bit pixels (mode {image.mode}) of unknown range; convert it to 8 or 16 bits")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         if image.getextrema()[3][0] < 255:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
-
-
-def _orientation(image: Image.Image) -> int:
-    try:
-        return image.getexif().get(_EXIF_ORIENTATION, 1)
-    except Exception:  # ImageNet contains valid photographs with broken EXIF data
-        return 1
 
 
 def center_crop_dhariwal(image: Image.Image, resolution: int) -> Image.Image:

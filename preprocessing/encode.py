@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -93,11 +94,10 @@ class ImageBatches(Dataset):
 
 def read_rgb(source: FileSource, name: str, resolution: int | None = None) -> np.ndarray:
     """Return an image of a converted data set, (R, R, 3) uint8. Raises InputError, naming it, if it is not that."""
-    data = source.read(name)
     try:
-        return decode_rgb(data, resolution)
+        return source.load(name, partial(decode_rgb, resolution=resolution))
     except InputError as error:
-        raise InputError(f"{source.describe(name)}: {error}; run preprocessing/convert.py first") from error
+        raise InputError(f"{error}; run preprocessing/convert.py first") from error
 
 
 def plan(names: Sequence[str], batch_size: int, flip: bool) -> list[Batch]:
@@ -120,10 +120,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = config.tf32
     codec = load_codec(config.vae, accelerator.device).to(memory_format=torch.channels_last)
     if resolution % codec.format.factor:
-        raise InputError(
-            f"{config.source}: images of {resolution} px; codec {config.vae} needs a multiple of {codec.format.factor}"
-        )
-
+        needed = f"codec {config.vae} needs a multiple of {codec.format.factor}"
+        raise InputError(f"{config.source}: images of {resolution} px; {needed}")
     destination = Destination(config.dest, "encode")
 
     def claim() -> bool:
@@ -133,9 +131,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "resolution": resolution,
             "images": describe_files(source, listing.names),
             "codec": codec.format.to_json(),
-            "dtype": config.dtype,
-            "flip": config.flip,
-            "tf32": config.tf32,
+            **{name: getattr(config, name) for name in ("dtype", "flip", "tf32")},
         }
         with explain_write_errors(config.dest):
             return destination.claim(settings)
@@ -151,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         share = batches[accelerator.process_index :: accelerator.num_processes]
         missing = [batch for batch in share if not all(destination.has(name) for name in batch.outputs)]
         images = ImageBatches(source, missing, resolution)
-        encode(config, codec, images, destination, accelerator.device, show_progress=accelerator.is_main_process)
+        encode(config, codec, images, destination, accelerator)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             finish(destination, listing, codec, config.flip)
@@ -170,22 +166,17 @@ def find_batch_size(wanted: int | str | None, accelerator: Accelerator, codec: C
 
 
 def encode(
-    config: EncodeConfig,
-    codec: Codec,
-    images: ImageBatches,
-    destination: Destination,
-    device: torch.device,
-    show_progress: bool,
+    config: EncodeConfig, codec: Codec, images: ImageBatches, destination: Destination, accelerator: Accelerator
 ) -> None:
     """Encode batches and write their files. Processes read ahead, and a thread writes while the device computes.
 
     Raises InputError if an image is broken or of another size, or if latents are not finite.
     """
-    loader = DataLoader(
-        ErrorsAsItems(images), batch_size=None, num_workers=config.workers, pin_memory=device.type == "cuda"
-    )
+    device = accelerator.device
+    reading = {"num_workers": config.workers, "pin_memory": device.type == "cuda"}
+    loader = DataLoader(ErrorsAsItems(images), batch_size=None, **reading)
     total = sum(len(batch.outputs) for batch in images.batches)
-    progress = tqdm(total=total, desc="encoding", unit="image", disable=not show_progress)
+    progress = tqdm(total=total, desc="encoding", unit="image", disable=not accelerator.is_main_process)
     writing: deque[Future] = deque()
     with ThreadPoolExecutor(1) as writer, progress:
         for batch, pixels in zip(images.batches, raise_errors(loader), strict=True):
@@ -214,9 +205,8 @@ def save(destination: Destination, batch: Batch, moments: Tensor, dtype: str) ->
 
 def finish(destination: Destination, listing: Listing, codec: Codec, flip: bool) -> None:
     """Write dataset.json: labels, the codec's format, and whether the latents of the mirrored images exist."""
-    labels = [
-        [latents_name(image_index(name)), label] for name, label in zip(listing.names, listing.labels, strict=True)
-    ]
+    entries = zip(listing.names, listing.labels, strict=True)
+    labels = [[latents_name(image_index(name)), label] for name, label in entries]
     classes = {"classes": listing.classes} if listing.classes else {}
     destination.finish({"labels": labels, **classes, "codec": codec.format.to_json(), "flip": flip})
     print(f"{destination.path}: latents of {len(labels):,} images, codec {codec.format.codec}")

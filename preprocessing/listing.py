@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import zipfile
 from collections import defaultdict
 from dataclasses import dataclass
 from itertools import pairwise, takewhile
@@ -41,14 +40,9 @@ class Listing:
 def list_images(source: FileSource, labels: str = "auto") -> Listing:
     """Return the images of a source, sorted by name, with labels from its class folders or its dataset.json.
 
-    Args:
-        source: folder or zip of images.
-        labels: "folders", "json", or "auto": dataset.json if there is one; existing class folders must match it.
-
-    Raises:
-        InputError: there are no images, a zip contains unsafe paths, or labels are missing or contradict each other.
+    `labels` is "folders", "json", or "auto": dataset.json if there is one; existing class folders must match it.
+    Raises InputError if there are no images, or if labels are missing or contradict each other.
     """
-    _check_members(source)
     names = [name for name in source.names if name.lower().endswith(SUFFIXES)]
     if not names:
         raise InputError(f"{source.path}: contains no images ({', '.join(SUFFIXES)})")
@@ -57,12 +51,9 @@ def list_images(source: FileSource, labels: str = "auto") -> Listing:
         if labels == "json":
             raise InputError(f"{source.path}: contains no dataset.json with labels, which --labels json requires")
         return _from_folders(source, names)
-    unlisted = [name for name in names if name not in by_name]
-    if unlisted:
-        raise InputError(
-            f"{source.describe(unlisted[0])} and {len(unlisted) - 1:,} other images are not in dataset.json; "
-            "list or remove them, or ignore dataset.json with --labels folders"
-        )
+    if unlisted := [name for name in names if name not in by_name]:
+        which = f"{source.describe(unlisted[0])} and {len(unlisted) - 1:,} other images are not in dataset.json"
+        raise InputError(f"{which}; list or remove them, or ignore dataset.json with --labels folders")
     listing = Listing(sorted(by_name), [label for _, label in sorted(by_name.items())], classes)
     return _check_folders(source, listing) if labels == "auto" else listing
 
@@ -128,11 +119,10 @@ def _from_folders(source: FileSource, names: list[str]) -> Listing:
             subfolders[folder[depth + 1]].add(folder[depth])
     repeated = sorted(name for name, parents in subfolders.items() if len(parents) > 1)
     if len(repeated) > 1:  # one is normal, as in Tiny ImageNet's n01443537/images
-        parents = sorted(subfolders[repeated[0]])
-        raise InputError(
-            f"{source.path}: {parents[0]} and {parents[1]} both contain folders {repeated[0]} and {repeated[1]}; if "
-            f"these are the classes, use {parents[0]} as --source, otherwise list the labels in a dataset.json"
-        )
+        one, other = sorted(subfolders[repeated[0]])[:2]
+        where = f"{source.path}: {one} and {other} both contain folders {repeated[0]} and {repeated[1]}"
+        advice = f"if these are the classes, use {one} as --source, otherwise list the labels in a dataset.json"
+        raise InputError(f"{where}; {advice}")
     classes = sorted({folder[depth] for folder in folders})
     number = {name: index for index, name in enumerate(classes)}
     return Listing(names, [number[folder[depth]] for folder in folders], classes)
@@ -149,20 +139,7 @@ def _check_folders(source: FileSource, listing: Listing) -> Listing:
     by_folder = _from_folders(source, listing.names)
     for name, label, expected in zip(listing.names, listing.labels, by_folder.labels, strict=True):
         if label != expected:
-            raise InputError(
-                f"{source.describe(name)}: has label {label} in dataset.json, but its class folder has number "
-                f"{expected} in sorted order; choose one with --labels json or --labels folders"
-            )
+            numbers = f"has label {label} in dataset.json, but its class folder has number {expected} in sorted order"
+            advice = "choose one with --labels json or --labels folders"
+            raise InputError(f"{source.describe(name)}: {numbers}; {advice}")
     return by_folder
-
-
-def _check_members(source: FileSource) -> None:
-    """Raise InputError if a zip contains paths that lead outside of a folder."""
-    if not source.is_zip:
-        return
-    with zipfile.ZipFile(source.path) as archive:
-        members = archive.namelist()
-    for name in members:
-        parts = name.replace("\\", "/").split("/")
-        if name.startswith(("/", "\\")) or ".." in parts or ":" in parts[0]:
-            raise InputError(f"{source.path}: member {name!r} is an absolute or parent path; create the zip again")

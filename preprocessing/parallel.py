@@ -11,6 +11,8 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
+from tqdm import tqdm
+
 from common.io import InputError
 
 _job: Callable[[Any], Any]
@@ -26,23 +28,25 @@ def chunks(total: int, size: int) -> list[range]:
     return [range(start, min(start + size, total)) for start in range(0, total, size)]
 
 
-def in_workers(job: Callable[[Any], Any], pieces: Sequence[Any], workers: int) -> Iterator[Any]:
+def in_workers(job: Callable[[Any], Any], pieces: Sequence[Any], workers: int, **bar: Any) -> Iterator[Any]:
     """Yield `job(piece)` for every piece in the order of completion, computed by at most `workers` processes.
 
     Each process receives `job`, which must be picklable, once. On Ctrl-C, or if the caller stops iterating, the
-    processes are killed during their pieces. After an error of `job`, which is raised here, they finish them. Raises
-    InputError if the system killed a process.
+    processes are killed during their pieces. After an error of `job`, which is raised here, they finish them. With
+    arguments of tqdm, `bar`, a progress bar counts the items of the pieces.
+    Raises InputError if the system killed a process.
     """
     others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(min(workers, len(pieces)) or 1, initializer=_start_worker, initargs=(job,))
     try:
-        for done in as_completed([pool.submit(_run_job, piece) for piece in pieces]):
-            yield done.result()
+        running = {pool.submit(_run_job, piece): piece for piece in pieces}
+        with tqdm(disable=not bar, **bar) as progress:
+            for done in as_completed(running):
+                yield done.result()
+                progress.update(len(running[done]) if bar else 1)
     except BrokenProcessPool as error:
-        raise InputError(
-            "a worker process was killed, probably because memory was full: use a smaller --workers; the same command "
-            "continues where it stopped"
-        ) from error
+        cause = "a worker process was killed, probably because memory was full"
+        raise InputError(f"{cause}: use a smaller --workers; the same command continues where it stopped") from error
     except (KeyboardInterrupt, GeneratorExit):
         for process in set(multiprocessing.active_children()) - others:
             process.kill()

@@ -25,9 +25,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.cli import NON_NEGATIVE, POSITIVE, Config, parse, setting
 from common.images import decode_rgb, image_grid, save_png
-from common.io import InputError, atomic_write, check_writable, run_cli, sha256_of
+from common.io import InputError, atomic_write, check_writable, first_line, run_cli, sha256_of
 from dataset import LatentDataset, decode_moments
-from models.autoencoder import Codec, LatentFormat, load_codec
+from models.autoencoder import Codec, LatentFormat, load_decoder
 from preprocessing.parallel import available_cores, chunks, in_workers
 
 CHUNK = 200  # items per task of a worker
@@ -53,10 +53,8 @@ class VerifyConfig(Config):
         try:
             torch.empty(0, device=self.torch_device)
         except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch was built without CUDA
-            reason = str(error).splitlines()[0]
-            raise InputError(
-                f"--device {self.device}: not available ({reason}); allowed: auto, cpu, cuda, cuda:1, ..."
-            ) from error
+            why = f"not available ({first_line(error)})"
+            raise InputError(f"--device {self.device}: {why}; allowed: auto, cpu, cuda, cuda:1, ...") from error
         if self.reconstruct:
             check_writable(self.picture, "--sheet")
 
@@ -71,19 +69,12 @@ class VerifyConfig(Config):
 
 @dataclass
 class Findings:
-    """Results of checking some items of the data set.
+    """Results of checking some items of the data set."""
 
-    Attributes:
-        errors: messages about broken files.
-        checksums: SHA-256 of each file that is not in a zip.
-        count: number of latent pixels.
-        sums: sums over all latent pixels of the mean and of mean^2 + std^2, (2, C).
-    """
-
-    errors: list[str] = field(default_factory=list)
-    checksums: dict[str, str] = field(default_factory=dict)
-    count: int = 0
-    sums: np.ndarray | float = 0.0
+    errors: list[str] = field(default_factory=list)  # messages about broken files
+    checksums: dict[str, str] = field(default_factory=dict)  # SHA-256 of each file that is not in a zip
+    count: int = 0  # number of latent pixels
+    sums: np.ndarray | float = 0.0  # over all latent pixels, of the mean and of mean^2 + std^2, (2, C)
 
     def add(self, other: Findings) -> None:
         """Add the results of other items."""
@@ -93,8 +84,12 @@ class Findings:
         self.sums = self.sums + other.sums
 
     def add_moments(self, moments: np.ndarray) -> None:
-        """Add the sums of moments (2 C, h, w)."""
+        """Add the sums of moments (2 C, h, w). Raises InputError for values that are not finite or not possible."""
+        if not np.isfinite(moments).all():
+            raise InputError("has values that are not finite")
         mean, std = np.split(moments.astype(np.float64), 2)
+        if (smallest := std.min()) < 0:
+            raise InputError(f"has a negative standard deviation ({smallest:.3g}); its second half may be log-variance")
         self.count += mean[0].size
         self.sums = self.sums + np.stack([mean.sum(axis=(1, 2)), (mean**2 + std**2).sum(axis=(1, 2))])
 
@@ -104,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Check counts, pairs, labels and shapes: LatentDataset raises an error at the first that is wrong.
     config = parse(VerifyConfig, __doc__.splitlines()[0], argv)
     dataset = LatentDataset(config.data)
-    codec = load_decoding_codec(config, dataset.latent_format) if config.reconstruct else None
+    codec = decoding_codec(config, dataset.latent_format) if config.reconstruct else None
     checksum_file = config.data / CHECKSUM_FILE
     has_checksums = checksum_file.exists() and not config.update_checksums
     if not has_checksums:
@@ -143,11 +138,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def check_files(dataset: LatentDataset, workers: int) -> Findings:
     """Return the results of reading, decoding and hashing every file."""
-    found = Findings()
-    with tqdm(total=len(dataset), desc="checking", unit="item") as progress:
-        for part in in_workers(functools.partial(check_chunk, dataset), chunks(len(dataset), CHUNK), workers):
-            found.add(part)
-            progress.update(min(CHUNK, progress.total - progress.n))
+    found, total = Findings(), len(dataset)
+    job, bar = functools.partial(check_chunk, dataset), {"total": total, "desc": "checking", "unit": "item"}
+    for part in in_workers(job, chunks(total, CHUNK), workers, **bar):
+        found.add(part)
     for source in (dataset.images, dataset.latents):
         if source.is_zip:
             found.checksums[source.path.name] = sha256_of(source.path)
@@ -159,12 +153,10 @@ def check_files(dataset: LatentDataset, workers: int) -> Findings:
 def check_chunk(dataset: LatentDataset, chunk: range) -> Findings:
     """Return the results of reading, decoding and hashing the files of some items."""
     found = Findings()
+    mirrors = (False, True) if dataset.has_mirrored else (False,)
     for i in chunk:
-        files = [(dataset.images, dataset.image_file(i))]
-        files += [
-            (dataset.latents, dataset.latents_file(i, flip)) for flip in (False, True)[: 1 + dataset.has_mirrored]
-        ]
-        for source, name in files:
+        latents = [(dataset.latents, dataset.latents_file(i, mirrored)) for mirrored in mirrors]
+        for source, name in [(dataset.images, dataset.image_file(i)), *latents]:
             try:
                 data = source.read(name)
                 if not source.is_zip:  # a zip is hashed as one file
@@ -172,22 +164,10 @@ def check_chunk(dataset: LatentDataset, chunk: range) -> Findings:
                 if source is dataset.images:
                     decode_rgb(data, dataset.resolution)
                 else:
-                    found.add_moments(checked_moments(data, dataset.moments_shape))
+                    found.add_moments(decode_moments(data, dataset.moments_shape))
             except InputError as error:
                 found.errors.append(f"{source.describe(name)}: {error}")
     return found
-
-
-def checked_moments(data: bytes, shape: tuple[int, ...]) -> np.ndarray:
-    """Return the moments in the bytes of an .npy file. Raises InputError for another shape, dtype or invalid values."""
-    moments = decode_moments(data)
-    if moments.shape != shape or moments.dtype not in (np.float32, np.float16):
-        raise InputError(f"{moments.dtype} of shape {moments.shape}, not {shape} as the first")
-    if not np.isfinite(moments).all():
-        raise InputError("has values that are not finite")
-    if (smallest := np.split(moments, 2)[1].min()) < 0:
-        raise InputError(f"has a negative standard deviation ({smallest:.3g}); its second half may be log-variance")
-    return moments
 
 
 def compare_checksums(path: Path, now: dict[str, str]) -> list[str]:
@@ -213,47 +193,36 @@ def latent_statistics(found: Findings, latent_format: LatentFormat) -> tuple[np.
     return (mean - shift) * scale, deviation * scale
 
 
-def load_decoding_codec(config: VerifyConfig, latent_format: LatentFormat) -> Codec:
+def decoding_codec(config: VerifyConfig, latent_format: LatentFormat) -> Codec:
     """Return the codec of --vae, or the latents' own. Raises InputError if it cannot be loaded or has other shapes."""
     try:
-        codec = load_codec(config.vae or latent_format.codec, config.torch_device)
+        return load_decoder(latent_format, config.vae or latent_format.codec, config.torch_device)
     except InputError as error:
         raise InputError(f"{error}; choose another with --vae, or decode nothing with --reconstruct 0") from error
-    if (codec.format.channels, codec.format.factor) != (latent_format.channels, latent_format.factor):
-        raise InputError(
-            f"--vae {config.vae}: has {codec.format.channels} channels and factor {codec.format.factor}, the latents "
-            f"{latent_format.channels} and {latent_format.factor}"
-        )
-    return codec
 
 
 def report_reconstruction(config: VerifyConfig, dataset: LatentDataset, codec: Codec) -> list[str]:
-    """Decode some latents, print their PSNR, and save the picture. Return an error if they do not show the images."""
-    images, decoded = reconstruct(dataset, codec, config.reconstruct, config.torch_device)
+    """Decode latents at regular distances in the data set, print their PSNR, and save the picture.
+
+    Return an error if they do not show the images.
+    """
+    positions = np.linspace(0, len(dataset) - 1, min(config.reconstruct, len(dataset))).astype(int)
+    originals, reconstructions = [], []
+    for i in tqdm(positions, desc="decoding", unit="image"):
+        image, moments, _ = dataset[int(i)]
+        latents = dataset.latent_format.sample(moments[None].to(config.torch_device), noise=None)
+        originals.append(image)
+        reconstructions.append(codec.decode(latents)[0].cpu())
+    images, decoded = torch.stack(originals), torch.stack(reconstructions)  # both (N, 3, R, R) uint8
     squared_error = (images.double() - decoded.double()).square().mean(dim=(1, 2, 3))
     psnr = 10 * torch.log10(255**2 / squared_error)  # infinite if the images are equal
     contact_sheet(config.picture, images, decoded)
-    print(
-        f"PSNR of {len(images)} decoded images: mean {psnr.mean():.2f} dB, minimum {psnr.min():.2f} dB; "
-        f"{config.picture}"
-    )
+    values = f"mean {psnr.mean():.2f} dB, minimum {psnr.min():.2f} dB"
+    print(f"PSNR of {len(images)} decoded images: {values}; {config.picture}")
     if psnr.mean() >= MIN_PSNR:
         return []
-    return [
-        f"{dataset.latents.path}: decoded latents do not show the images (see {config.picture}); is the codec right?"
-    ]
-
-
-def reconstruct(dataset: LatentDataset, codec: Codec, count: int, device: str) -> tuple[Tensor, Tensor]:
-    """Return images at regular distances in the data set, and their decoded means: both (N, 3, R, R) uint8."""
-    positions = np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int)
-    images, decoded = [], []
-    for i in tqdm(positions, desc="decoding", unit="image"):
-        image, moments, _ = dataset[int(i)]
-        latents = dataset.latent_format.sample(moments[None].to(device), noise=None)
-        images.append(image)
-        decoded.append(codec.decode(latents)[0].cpu())
-    return torch.stack(images), torch.stack(decoded)
+    problem = f"decoded latents do not show the images (see {config.picture}); is the codec right?"
+    return [f"{dataset.latents.path}: {problem}"]
 
 
 def contact_sheet(path: Path, images: Tensor, decoded: Tensor) -> None:

@@ -113,8 +113,9 @@ def change_label(data):
         (lose_flip, r"flip-00000003.npy: cannot be read"),
         (spoil_moments(lambda m: set_value(m, (0, 0, 0), np.nan)), "00000003.npy: has values that are not finite"),
         (spoil_moments(lambda m: set_value(m, (4, 0, 0), -0.5)), "00000003.npy: has a negative standard deviation"),
-        (spoil_moments(lambda m: m[:, 1:]), r"00000003.npy: float32 of shape \(6, 15, 16\), not \(6, 16, 16\)"),
-        (spoil_moments(lambda m: m.astype(np.int32)), "00000003.npy: int32"),
+        (spoil_moments(lambda m: m[:, 1:]), r"00000003.npy: shape \(6, 15, 16\); allowed: \(2 C, h, h\)"),
+        (spoil_moments(lambda m: m[:, ::2, ::2]), r"00000003.npy: shape \(6, 8, 8\); expected \(6, 16, 16\)"),
+        (spoil_moments(lambda m: m.astype(np.int32)), "00000003.npy: dtype int32; allowed: float32, float16"),
     ],
 )
 def test_a_damaged_file_is_named(spoil, message, data, capsys):

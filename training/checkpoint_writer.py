@@ -1,64 +1,50 @@
-"""Writing checkpoints while training goes on: a copy at once, the file in a thread, old files cleared away.
+"""Writing checkpoints during training: an immediate copy, the file in a thread, removal of old files.
 
-A copy on the GPU's own stream into pinned memory costs training a fraction of a step; hashing, writing and syncing
-gigabytes takes seconds to minutes. A write that fails, on a full disk say, leaves every earlier checkpoint as it is.
+The copy into pinned memory on the current stream takes a fraction of a training step; hashing, writing and syncing
+gigabytes takes seconds to minutes. If a write fails, for example on a full disk, earlier checkpoints do not change.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from common.io import first_line
 from models.checkpoint import checksum_path, list_checkpoints, save_checkpoint
 
 
+@dataclass
 class CheckpointWriter:
-    """Writes the checkpoints of one run into a folder, one at a time.
+    """Writes the checkpoints of one run into a folder, one at a time."""
 
-    Args:
-        folder: of the `{step:07d}.pt` files.
-        keep_last: keep so many of the newest; 0 keeps all.
-        keep_every: besides, keep those whose step is a multiple of this; 0: none.
-        background: copy and write in a thread; otherwise `save` returns when the file is on the disk.
-        report: told of a write that failed, from the writing thread.
+    folder: Path  # of the `{step:07d}.pt` files
+    keep_last: int = 0  # number of newest checkpoints to keep; 0 keeps all
+    keep_every: int = 0  # checkpoints whose step is a multiple of this are kept in addition; 0: none
+    background: bool = True  # write in a thread; otherwise `save` returns when the file is on the disk
+    report: Callable[[str], None] = print  # called in the writing thread with the message of a failed write
+    failure: str | None = field(default=None, init=False)  # why the last write failed; None if it did not
 
-    Attributes:
-        failure: why the last write failed; None if it did not.
-    """
-
-    def __init__(
-        self,
-        folder: str | Path,
-        keep_last: int = 0,
-        keep_every: int = 0,
-        background: bool = True,
-        report: Callable[[str], None] = print,
-    ):
-        self.folder = Path(folder)
-        self.keep_last = keep_last
-        self.keep_every = keep_every
-        self.background = background
-        self.report = report
-        self.failure: str | None = None
+    def __post_init__(self) -> None:
         self._thread: threading.Thread | None = None
         self._copies = TensorCopies()
 
     def save(self, step: int, content: dict[str, Any], name: str | None = None) -> None:
-        """Write `content` as the checkpoint of `step`, or as NAME.pt beside those that are kept by their step.
+        """Write `content` as the checkpoint of `step`, or as NAME.pt, which later calls do not remove.
 
-        First waits for the one before, if it is still being written.
+        First waits until the previous checkpoint is written.
         """
         self.finish()
         copy = self._copies.take(content) if self.background else None
         if copy is None:
             self._write(step, content, name)
             return
-        # Not a daemon: an exception elsewhere ends the program only when the file is complete.
+        # Not a daemon thread: after an exception elsewhere, the program ends only when the file is complete.
         self._thread = threading.Thread(target=self._write, args=(step, copy, name), name="checkpoint writer")
         self._thread.start()
 
@@ -68,16 +54,15 @@ class CheckpointWriter:
         return self._thread is not None and self._thread.is_alive()
 
     def finish(self) -> None:
-        """Wait until nothing is being written."""
+        """Wait until the file is written, if one is being written."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
 
     def clear_leftovers(self) -> None:
-        """Remove what a process that was killed while writing left behind."""
-        for pattern in (".*.pt.*.tmp", ".*.pt.sha256.*.tmp"):
-            for path in self.folder.glob(pattern):
-                path.unlink(missing_ok=True)
+        """Remove the incomplete files of a process that was killed while it wrote."""
+        for path in self.folder.glob(".*.pt.*.tmp"):  # checkpoints and their checksums
+            path.unlink(missing_ok=True)
 
     def _write(self, step: int, content: dict[str, Any], name: str | None) -> None:
         path = self.folder / f"{name or f'{step:07d}'}.pt"
@@ -92,7 +77,7 @@ class CheckpointWriter:
             self.failure = None
 
     def _prune(self, step: int) -> None:
-        """Remove old checkpoints; not those of later steps, which a run that went back will meet again."""
+        """Remove old checkpoints, except those of later steps, which exist if the run resumed from an earlier one."""
         if not self.keep_last:
             return
         old = [path for path in list_checkpoints(self.folder) if int(path.stem) <= step][: -self.keep_last]
@@ -103,10 +88,10 @@ class CheckpointWriter:
 
 
 class TensorCopies:
-    """Copies the tensors in nested dicts and lists into memory of its own, which it uses again each time.
+    """Copies the tensors in nested dicts and lists into buffers, which it keeps for the next call.
 
-    Copies from a GPU go into pinned memory on the current stream: the call returns at once, work queued later sees
-    them done, and `wait` waits for them.
+    Copies from a GPU go into pinned memory on the current stream: the call returns at once, kernels queued later run
+    after the copies, and `wait` waits for them.
     """
 
     def __init__(self) -> None:
@@ -114,11 +99,11 @@ class TensorCopies:
         self._done: torch.cuda.Event | None = None
 
     def take(self, value: Any) -> Any | None:
-        """Return `value` with copies in the place of its tensors, valid until the next call; None if memory lacks."""
+        """Return `value` with copies of its tensors, valid until the next call; None if there is too little memory."""
         self.wait()
         try:
             copy = self._copy(value, ())
-        except (MemoryError, RuntimeError):  # torch reports both kinds of memory by a RuntimeError
+        except (MemoryError, RuntimeError):  # PyTorch reports missing host and pinned memory by it
             self._buffers = {}
             return None
         if any(buffer.is_pinned() for buffer in self._buffers.values()):
@@ -148,6 +133,7 @@ class TensorCopies:
 
 
 def _root_cause(error: BaseException) -> str:
+    """Return the message of the first error in a chain of errors."""
     while (before := error.__cause__ or error.__context__) is not None:
         error = before
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return first_line(error)
