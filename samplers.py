@@ -115,10 +115,7 @@ def _guide(v: Tensor, scale: float) -> Tensor:
 
 
 def sde_times(num_steps: int) -> Tensor:
-    """Return the times of the SDE sampler: `num_steps` times from 1 to 0.04, then 0; (num_steps + 1,) float64.
-
-    A time that is a decimal fraction equals its literal, see `ode_times`.
-    """
+    """Return the times of the SDE sampler: `num_steps` times from 1 to 0.04, then 0; (num_steps + 1,) float64."""
     intervals = max(num_steps - 1, 1)
     hundredths = 100 * intervals - (100 - 100 * SDE_LAST_TIME) * torch.arange(num_steps, dtype=torch.float64)
     return torch.cat([hundredths / (100 * intervals), torch.zeros(1).double()])
@@ -127,8 +124,8 @@ def sde_times(num_steps: int) -> Tensor:
 def ode_times(num_steps: int) -> Tensor:
     """Return the times of the ODE samplers: from 1 to 0 in `num_steps` equal steps; (num_steps + 1,) float64.
 
-    Each time is one division of whole numbers, so it equals the literal of its decimal fraction: 0.3, not
-    0.30000000000000004. A time equal to a bound of the guidance interval is therefore inside the interval.
+    Each time, here and in `sde_times`, is one division of integers, so it equals the literal of its decimal fraction:
+    0.3, not 0.30000000000000004. A time equal to a bound of the guidance interval is therefore inside the interval.
     """
     return torch.arange(num_steps, -1, -1, dtype=torch.float64) / num_steps
 
@@ -286,11 +283,10 @@ def sample(
         interpolant: the path.
         mode: "sde" (Euler-Maruyama) or "ode".
         solver: solver of the ODE: "euler", "heun" or "dopri5", which chooses its step sizes itself.
-        num_steps: number of steps; not used by dopri5.
+        num_steps: number of steps, at least 1; not used by dopri5.
         progress: wraps the list of steps, for example `tqdm.tqdm`.
 
-    Raises:
-        ValueError: unknown mode or solver, or `num_steps` below 1.
+    Raises ValueError for an unknown mode or solver, or `num_steps` below 1.
     """
     for name, value, allowed in (("mode", mode, MODES), ("solver", solver, SOLVERS)):
         if value not in allowed:
