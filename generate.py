@@ -21,11 +21,11 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from common.cli import AUTO
+from common.cli import AUTO, parse
 from common.distributed import broadcast_from_main, largest_batch, long_collective_timeout, to_host
 from common.io import InputError, run_cli, write_json
 from evaluations.coherence import CoherenceReport
-from generation.config import GenerateConfig, check_against_checkpoint, default_name, image_labels, parse_args
+from generation.config import GenerateConfig, check_against_checkpoint, default_name, image_labels
 from generation.sample_set import DIGEST, SampleSet
 from models.autoencoder import Codec, LatentFormat, load_decoder
 from models.checkpoint import build_model, checkpoint_digest, load_checkpoint, saved_settings, steps_done
@@ -71,7 +71,7 @@ class SamplePlan:
 
 def main() -> None:
     """Generate images as the command line describes."""
-    config = parse_args()
+    config = parse(GenerateConfig, "Generate images from a checkpoint.")
     accelerator = start_accelerator(config)
     plan = make_plan(config, accelerator)
     folder = Path(config.sample_dir) / (config.name or default_name(config, plan.checkpoint))

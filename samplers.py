@@ -29,7 +29,8 @@ Steps = Iterable["tuple[Tensor, Tensor]"]  # times at the start and the end of e
 MODES = ("sde", "ode")
 SOLVERS = ("euler", "heun", "dopri5")
 SDE_LAST_TIME = 0.04  # start of the SDE's last step, which adds no noise (SiT, appendix; REG uses this value)
-GPU_NOISE_THREADS = 4  # one thread takes 7 ms for 64 images of 256 px; small networks are faster than that
+# One thread takes 7 ms for 64 images of 256 px; small networks are faster. On the CPU, threads slow down the network.
+GPU_NOISE_THREADS = 4
 SEED_STEP = 0x9E3779B97F4A7C15  # 2^64 / golden ratio; odd, so the low 32 bits of its multiples differ as well
 ODE_TOLERANCE = 1e-6  # absolute and relative tolerance of the adaptive solver (SiT, section 4)
 
@@ -115,10 +116,7 @@ def _guide(v: Tensor, scale: float) -> Tensor:
 
 
 def sde_times(num_steps: int) -> Tensor:
-    """Return the times of the SDE sampler: `num_steps` times from 1 to 0.04, then 0; (num_steps + 1,) float64.
-
-    A time that is a decimal fraction equals its literal, see `ode_times`.
-    """
+    """Return the times of the SDE sampler: `num_steps` times from 1 to 0.04, then 0; (num_steps + 1,) float64."""
     intervals = max(num_steps - 1, 1)
     hundredths = 100 * intervals - (100 - 100 * SDE_LAST_TIME) * torch.arange(num_steps, dtype=torch.float64)
     return torch.cat([hundredths / (100 * intervals), torch.zeros(1).double()])
@@ -127,8 +125,8 @@ def sde_times(num_steps: int) -> Tensor:
 def ode_times(num_steps: int) -> Tensor:
     """Return the times of the ODE samplers: from 1 to 0 in `num_steps` equal steps; (num_steps + 1,) float64.
 
-    Each time is one division of whole numbers, so it equals the literal of its decimal fraction: 0.3, not
-    0.30000000000000004. A time equal to a bound of the guidance interval is therefore inside the interval.
+    Each time, here and in `sde_times`, is one division of integers, so it equals the literal of its decimal fraction:
+    0.3, not 0.30000000000000004. A time equal to a bound of the guidance interval is therefore inside the interval.
     """
     return torch.arange(num_steps, -1, -1, dtype=torch.float64) / num_steps
 
@@ -205,8 +203,7 @@ class ImageNoise:
         shape: shape of one image's latents (C, H, W).
         cls_token_dim: width of the class token, or None.
         device: device of the returned noise.
-        threads: number of threads that draw the next call's noise in the background. Default: 4 for a GPU; 0 on the
-            CPU, where they would slow down the network.
+        threads: number of threads that draw the next call's noise in the background; default: 4 for a GPU, else 0.
     """
 
     def __init__(
@@ -276,7 +273,6 @@ def sample(
     mode: str = "sde",
     solver: str = "euler",
     num_steps: int = 250,
-    progress: Callable[[list], Iterable] = iter,
 ) -> State:
     """Return generated latents (N, C, H, W) and class tokens (N, D) or None, float64.
 
@@ -286,11 +282,9 @@ def sample(
         interpolant: the path.
         mode: "sde" (Euler-Maruyama) or "ode".
         solver: solver of the ODE: "euler", "heun" or "dopri5", which chooses its step sizes itself.
-        num_steps: number of steps; not used by dopri5.
-        progress: wraps the list of steps, for example `tqdm.tqdm`.
+        num_steps: number of steps, at least 1; not used by dopri5.
 
-    Raises:
-        ValueError: unknown mode or solver, or `num_steps` below 1.
+    Raises ValueError for an unknown mode or solver, or `num_steps` below 1.
     """
     for name, value, allowed in (("mode", mode, MODES), ("solver", solver, SOLVERS)):
         if value not in allowed:
@@ -300,11 +294,9 @@ def sample(
     x, cls = _each(Tensor.double, noise())
     if mode == "ode" and solver == "dopri5":
         return dopri5(velocity, x, cls)
-    times = sde_times(num_steps) if mode == "sde" else ode_times(num_steps)
-    steps = progress(list(pairwise(times)))
     if mode == "sde":
-        return euler_maruyama(velocity, x, cls, noise, interpolant, steps)
-    return fixed_step_ode(velocity, x, cls, steps, second_order=solver == "heun")
+        return euler_maruyama(velocity, x, cls, noise, interpolant, pairwise(sde_times(num_steps)))
+    return fixed_step_ode(velocity, x, cls, pairwise(ode_times(num_steps)), second_order=solver == "heun")
 
 
 def sample_images(
@@ -316,7 +308,6 @@ def sample_images(
     mode: str = "sde",
     solver: str = "euler",
     num_steps: int = 250,
-    progress: Callable[[list], Iterable] = iter,
     network: Callable[..., tuple] | None = None,
 ) -> State:
     """Return latents (N, C, H, W) and class tokens (N, D) or None, float64, for images given by label and seed.
@@ -326,7 +317,7 @@ def sample_images(
         labels: one for each image, 0 .. num_classes.
         seeds: one for each image, see `image_seeds`. An image does not depend on the rest of the batch.
         interpolant: the path the model was trained on.
-        guidance, mode, solver, num_steps, progress: see `GuidedVelocity` and `sample`.
+        guidance, mode, solver, num_steps: see `GuidedVelocity` and `sample`.
         network: called instead of the model, for example `models.inference.CudaGraphs(model)`.
     """
     device = next(model.parameters()).device
@@ -336,4 +327,4 @@ def sample_images(
     noise = ImageNoise(seeds, shape, model.cls_token_dim, device)
     velocity = GuidedVelocity(network or model, y, model.null_class, guidance, model.dtype)
     with torch.inference_mode():
-        return sample(velocity, noise, interpolant, mode, solver, num_steps, progress)
+        return sample(velocity, noise, interpolant, mode, solver, num_steps)

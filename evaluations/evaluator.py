@@ -102,10 +102,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             "sfid": (statistics.spatial, found.parts["spatial"], expected and expected.parts["spatial"]),
         }
         if encoder is not None:
-            ready = statistics.of_encoder(extractor.encoder_name)
-            tokens = extractor.encoder_features(samples).parts["cls"] if ready or reference else None
-            expected_tokens = extractor.encoder_features(reference).parts["cls"] if reference and not ready else None
-            comparisons["encoder_fd"] = (ready, tokens, expected_tokens)
+            ref = statistics.of_encoder(extractor.encoder_name)
+            tokens = extractor.encoder_features(samples).parts["cls"] if ref or reference else None
+            expected_tokens = extractor.encoder_features(reference).parts["cls"] if reference and not ref else None
+            comparisons["encoder_fd"] = (ref, tokens, expected_tokens)
         if not accelerator.is_main_process:
             return
 
@@ -152,25 +152,21 @@ def read_sampling(samples: Path) -> dict[str, Any] | None:
 
 
 def distance(
-    name: str,
-    ready: GaussianStatistics | None,
-    found: FeatureSums | None,
-    expected: FeatureSums | None,
-    notes: list[str],
+    name: str, ref: GaussianStatistics | None, found: FeatureSums | None, expected: FeatureSums | None, notes: list[str]
 ) -> float | None:
     """Return the Frechet distance of features, or None after adding the reason to `notes`.
 
-    ready: the reference's statistics; without them, those of `expected`, the sums over its images, are used.
+    ref: the reference's statistics; without them, those of `expected`, the sums over its images, are used.
     """
-    if ready is None and expected is None:
+    if ref is None and expected is None:
         notes.append(f"{name}: not computed, the reference has neither statistics for it nor images")
         return None
-    if found.count < 2 or (ready is None and expected.count < 2):
+    if found.count < 2 or (ref is None and expected.count < 2):
         notes.append(f"{name}: not computed, a covariance needs at least 2 images on both sides")
         return None
-    if name == "FD" and ready is None:
+    if name == "FD" and ref is None:
         notes.append(f"FD: reference statistics from its {int(expected.count):,} images, not from a full data set")
-    return frechet_distance(ready or expected.statistics(), found.statistics())
+    return frechet_distance(ref or expected.statistics(), found.statistics())
 
 
 def precision_and_recall(
@@ -193,12 +189,12 @@ def general_notes(inception: Inception, samples: ImageBatch, reference: ImageBat
     notes = weights_notes(inception)
     sizes = [f"{side.width} x {side.height}" for side in (samples, reference or samples)]
     if sizes[0] != sizes[1]:
-        notes += [f"samples have {sizes[0]} pixels, the reference {sizes[1]}; both are resized to 299 x 299, as in ADM"]
+        note = f"samples have {sizes[0]} pixels, the reference {sizes[1]}"
+        notes.append(f"{note}; both are resized to 299 x 299, as in ADM")
     notes += count_notes(samples.count)
     if samples.count < INCEPTION_SCORE_SPLIT:
-        notes += [
-            f"Inception Score: from a single split shorter than {INCEPTION_SCORE_SPLIT:,}; not a meaningful score"
-        ]
+        split = f"a single split shorter than {INCEPTION_SCORE_SPLIT:,}"
+        notes.append(f"Inception Score: from {split}; not a meaningful score")
     return notes
 
 

@@ -56,35 +56,23 @@ class Extraction:
         """Return the kept features (N, D), float32, on the CPU."""
         return torch.cat(self.kept)
 
-
-@dataclass(frozen=True)
-class FeatureCache:
-    """Extractions on the disk, identified by the digest of the images and the name of the network."""
-
-    folder: Path
-
-    def load(self, digest: str, network: str, extraction: Extraction, count: int) -> bool:
-        """Fill an empty extraction of `count` images from the cache; return whether it was there."""
-        path = self._path(digest, network)
-        if not path.exists() or (extraction.keep and "kept" not in NpzFile(path)):
+    def load(self, path: Path, count: int) -> bool:
+        """Fill this empty extraction of `count` images from a file of `save`; return whether the file has all of it."""
+        if not path.exists() or (self.keep and "kept" not in NpzFile(path)):
             return False
-        npz, empty = NpzFile(path), extraction.parts.state_dict()
-        extraction.parts.load_state_dict({name: npz.tensor(name, tuple(like.shape)) for name, like in empty.items()})
-        if extraction.keep:
-            extraction.kept = [npz.tensor("kept", (count, NUM_FEATURES), np.float32)]
+        npz, empty = NpzFile(path), self.parts.state_dict()
+        self.parts.load_state_dict({name: npz.tensor(name, tuple(like.shape)) for name, like in empty.items()})
+        if self.keep:
+            self.kept = [npz.tensor("kept", (count, NUM_FEATURES), np.float32)]
         return True
 
-    def save(self, digest: str, network: str, extraction: Extraction) -> None:
-        """Write an extraction."""
-        arrays = {name: tensor.cpu().numpy() for name, tensor in extraction.parts.state_dict().items()}
-        if extraction.keep:
-            arrays["kept"] = extraction.features().numpy()
-        with atomic_write(self._path(digest, network)) as file:
+    def save(self, path: Path) -> None:
+        """Write the sums and the kept features."""
+        arrays = {name: tensor.cpu().numpy() for name, tensor in self.parts.state_dict().items()}
+        if self.keep:
+            arrays["kept"] = self.features().numpy()
+        with atomic_write(path) as file:
             np.savez(file, **arrays)
-
-    def _path(self, digest: str, network: str) -> Path:
-        key = hashlib.sha256(f"{CACHE_VERSION} {digest} {network}".encode()).hexdigest()
-        return self.folder / f"features-{key[:32]}.npz"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +113,7 @@ class Extractor:
             if config.encoder:
                 self.encoder = load_encoder(config.encoder, resolution, config.enc_weights, self.device)
                 self.encoder_name = encoder_name(config.encoder, config.enc_weights)
-        self._cache = FeatureCache(Path(cache)) if cache else None
+        self._cache = cache or None
         self._background = ThreadPoolExecutor(1)
         self._digests: dict[ImageBatch, Future[str]] = {}
 
@@ -155,15 +143,19 @@ class Extractor:
         if is_main and images not in self._digests:
             self._digests[images] = self._background.submit(images.digest)
         if self._cache is not None and broadcast_from_main(
-            self.accelerator, lambda: self._cache.load(self.digest(images), name, extraction, images.count)
+            self.accelerator, lambda: extraction.load(self._cache_path(images, name), images.count)
         ):
             return extraction
         self._run(network, images, extraction)
         if not all(tensor.isfinite().all() for tensor in extraction.parts.state_dict().values()):
             raise InputError(f"{images.path}: the network gives features that are not finite (NaN or infinity)")
         if self._cache is not None and is_main:
-            self._cache.save(self.digest(images), name, extraction)
+            extraction.save(self._cache_path(images, name))
         return extraction
+
+    def _cache_path(self, images: ImageBatch, network: str) -> Path:
+        key = hashlib.sha256(f"{CACHE_VERSION} {self.digest(images)} {network}".encode()).hexdigest()
+        return Path(self._cache, f"features-{key[:32]}.npz")
 
     def _run(self, network: nn.Module, images: ImageBatch, extraction: Extraction) -> None:
         """Add the features of all images: each process runs the network on consecutive images, so they are in order."""

@@ -19,7 +19,7 @@ NEAREST_NEIGHBOURS = 3
 
 
 class Sums(nn.Module):
-    """Sums over images, which can be added over batches and processes: float64 buffers of these shapes, at first 0."""
+    """Sums over images, which can be added over batches and processes: float64 buffers of `shapes`, initially 0."""
 
     def __init__(self, device: str | torch.device, **shapes: tuple[int, ...]):
         super().__init__()
@@ -117,10 +117,8 @@ def precision_recall(reference: Tensor, samples: Tensor, block: int = 4096) -> t
     """
     for name, features in (("reference", reference), ("samples", samples)):
         if len(features) <= NEAREST_NEIGHBOURS:
-            raise InputError(
-                f"precision and recall need at least {NEAREST_NEIGHBOURS + 1} images on both sides, "
-                f"the {name} have {len(features)}"
-            )
+            needed = f"at least {NEAREST_NEIGHBOURS + 1} images on both sides"
+            raise InputError(f"precision and recall need {needed}, the {name} have {len(features)}")
         if not features.isfinite().all():
             raise InputError(f"the features of the {name} are not finite (NaN or infinity)")
     precision = _inside(samples, reference, squared_radii(reference, block), block).double().mean()

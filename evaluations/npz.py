@@ -64,41 +64,38 @@ class NpzFile:
             raise InputError(f"{self.path}: no array {name!r}; it holds {names}")
         info = self._members[name]
         if info.file_size > max(SMALL, MAX_RATIO * info.compress_size):
-            raise InputError(
-                f"{self.path}: {name!r} unpacks {info.compress_size:,} bytes to {info.file_size:,}; "
-                f"more than {MAX_RATIO} times its size is refused"
-            )
+            sizes = f"{info.compress_size:,} bytes to {info.file_size:,}"
+            raise self._error(name, f"unpacks {sizes}; more than {MAX_RATIO} times its size is refused")
         try:
             with zipfile.ZipFile(self.path) as archive, archive.open(info) as member:
                 header = _parse_header(member)
         except (*_READ_ERRORS, *_HEADER_ERRORS) as error:
-            raise InputError(f"{self.path}: {name!r} is not a readable array ({error})") from error
+            raise self._error(name, f"is not a readable array ({error})") from error
         size = header.offset + math.prod(header.shape) * header.dtype.itemsize
         if size != info.file_size:
-            raise InputError(
-                f"{self.path}: {name!r} is cut short: its header needs {size:,} bytes, it has {info.file_size:,}"
-            )
+            raise self._error(name, f"is cut short: its header needs {size:,} bytes, it has {info.file_size:,}")
         return header
+
+    def _error(self, name: str, problem: str) -> InputError:
+        return InputError(f"{self.path}: {name!r} {problem}")
 
     def array(self, name: str, shape: tuple[int, ...], kind: str) -> np.ndarray:
         """Return an array, which must have this shape and dtype kind ("f" float, "i" integer, "U" text)."""
         header = self.header(name)
         if header.shape != shape or header.dtype.kind != kind:
-            raise InputError(
-                f"{self.path}: {name!r} is {header.dtype} {header.shape}, expected kind {kind!r} and shape {shape}"
-            )
+            raise self._error(name, f"is {header.dtype} {header.shape}, expected kind {kind!r} and shape {shape}")
         try:
             with zipfile.ZipFile(self.path) as archive:
                 data = archive.read(self._members[name])  # verifies the zip's checksum
         except _READ_ERRORS as error:
-            raise InputError(f"{self.path}: {name!r} is damaged ({error})") from error
+            raise self._error(name, f"is damaged ({error})") from error
         return np.frombuffer(data, header.dtype, offset=header.offset).reshape(shape)
 
     def tensor(self, name: str, shape: tuple[int, ...], dtype: type = np.float64) -> Tensor:
         """Return a float array of this shape as a tensor of `dtype`. Raises InputError if a number is not finite."""
         array = self.array(name, shape, "f")
         if not np.isfinite(array).all():
-            raise InputError(f"{self.path}: {name!r} contains numbers that are not finite (NaN or infinity)")
+            raise self._error(name, "contains numbers that are not finite (NaN or infinity)")
         return torch.from_numpy(array.astype(dtype))
 
     def rows(self, name: str) -> Callable[[int, int], np.ndarray]:
@@ -123,9 +120,9 @@ class NpzFile:
                 file.seek(first + start * row_bytes)
                 size = file.readinto(rows.data.cast("B"))
             except _READ_ERRORS as error:
-                raise InputError(f"{self.path}: {name!r} is damaged ({error})") from error
+                raise self._error(name, f"is damaged ({error})") from error
             if size != rows.nbytes:
-                raise InputError(f"{self.path}: {name!r} ends early, near row {start}")
+                raise self._error(name, f"ends early, near row {start}")
             return rows
 
         return read
@@ -152,14 +149,14 @@ def write_npz(
     """
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+
+        def new_member(name: str) -> IO[bytes]:  # ZipInfo's date is always 1980
+            return archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True)
+
         for name, array in (arrays or {}).items():
-            with _new_member(archive, name) as member:
+            with new_member(name) as member:
                 np.lib.format.write_array(member, np.asarray(array), allow_pickle=False)
-        with _new_member(archive, "arr_0") as member:
+        with new_member("arr_0") as member:
             np.lib.format.write_array_header_1_0(member, header)
             for image in tqdm(images, total=shape[0], desc="writing .npz", unit="image"):
                 member.write(np.ascontiguousarray(image, dtype=np.uint8).tobytes())
-
-
-def _new_member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
-    return archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True)  # ZipInfo's date is always 1980

@@ -91,13 +91,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 def read_evaluations(path: str | Path, metric: str) -> list[dict[str, Any]]:
     """Return the rows of a metrics.jsonl that have the metric, sorted by step. Of equal steps, the last row is used.
 
-    Raises InputError if the file is missing or has no such row.
+    Raises OSError if the file cannot be read, InputError if it has no such row.
     """
-    try:
-        rows = read_metrics(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    found = {row["step"]: row for row in rows if is_number(row["step"]) and is_number(row.get(metric))}
+    rows = [row for row in read_metrics(path) if is_number(row["step"]) and is_number(row.get(metric))]
+    found = {row["step"]: row for row in rows}
     if not found:
         raise InputError(f"{path}: no line with an integer `step` and a number `{metric}`")
     return [found[step] for step in sorted(found)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
@@ -149,16 +148,10 @@ class GenerateConfig(FileSettings, ContentSettings, SamplerSettings, MachineSett
             )
 
 
-def parse_args(argv: Sequence[str] | None = None) -> GenerateConfig:
-    """Return the settings of a command line. Raises InputError for a flag or a value that is not allowed."""
-    return cli.parse(GenerateConfig, "Generate images from a checkpoint.", argv)
-
-
 def image_labels(config: GenerateConfig, num_classes: int) -> list[int]:
     """Return the label of each image. It depends on the image's number only, not on how many images there are.
 
-    Raises:
-        InputError: --classes names a class that the network does not have.
+    Raises InputError if --classes names a class that the network does not have.
     """
     pool = list(range(num_classes))
     if config.classes is not None:
@@ -201,11 +194,8 @@ def check_against_checkpoint(
 
 
 def default_name(config: GenerateConfig, checkpoint: dict[str, Any]) -> str:
-    """Return a folder name that contains the settings in which sample sets usually differ.
-
-    The run's name comes from a file that may be untrusted: only its last path component is used, so that nothing is
-    written outside --sample-dir.
-    """
+    """Return a folder name that contains the settings in which sample sets usually differ."""
+    # The run's name comes from a file that may be untrusted: its folders are removed, to stay inside --sample-dir.
     run = saved_settings(checkpoint, config.ckpt).get("exp_name")
     run = Path(run if isinstance(run, str) and run.isprintable() else "").name or Path(config.ckpt).stem
     steps = "" if config.solver == "dopri5" else f"-{config.num_steps}"

@@ -77,9 +77,8 @@ class SampleSet:
         if not isinstance(saved, dict):
             raise InputError(f"{path}: is a {type(saved).__name__}; expected an object with the images' settings")
         if DIGEST not in saved:
-            raise InputError(
-                f"{self.folder} was started by an earlier version, whose seeds gave other noise; choose another --name"
-            )
+            reason = "was started by an earlier version, whose seeds gave other noise"
+            raise InputError(f"{self.folder} {reason}; choose another --name")
         changeable = settings(GenerateConfig).keys() - fixed_settings(GenerateConfig)
         for name, value in saved.items():
             if name not in changeable and made_with.get(name) != value:

@@ -87,13 +87,11 @@ class REGPipeline(DiffusionPipeline):
         """
         labels = [class_labels] if isinstance(class_labels, int) else list(class_labels)
         guidance = Guidance(guidance_scale, cls_guidance_scale, *guidance_interval)
-        interpolant, images = Interpolant(self.config.path_type), []
+        sampler, images = (Interpolant(self.config.path_type), guidance, mode, solver, num_inference_steps), []
         for first in self.progress_bar(range(0, len(labels), BATCH_SIZE)):
             part = labels[first : first + BATCH_SIZE]
             seeds = image_seeds(seed, range(first, first + len(part)))
-            latents, _ = sample_images(
-                self.transformer, part, seeds, interpolant, guidance, mode, solver, num_inference_steps
-            )
+            latents, _ = sample_images(self.transformer, part, seeds, *sampler)
             images.append(self.vae.decode(latents.float()).permute(0, 2, 3, 1).cpu())
         pixels = torch.cat(images).numpy()
         return ImagePipelineOutput([Image.fromarray(image) for image in pixels] if output_type == "pil" else pixels)

@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-import generate
+from common.cli import parse
 from common.io import InputError
-from generation.config import default_name
+from generation.config import GenerateConfig, default_name
 from models.autoencoder import PixelCodec
 from models.checkpoint import load_checkpoint, save_checkpoint
 from models.encoders import load_encoder
@@ -30,6 +30,10 @@ def checkpoint(train_flags):
 def flags(checkpoint, tmp_path, name, *more):
     line = ["--ckpt", str(checkpoint), "--sample-dir", str(tmp_path / "samples"), "--name", name, "--device", "cpu"]
     return [*line, "--num-fid-samples", "7", "--num-steps", "3", "--per-proc-batch-size", "2", *more]
+
+
+def settings_of(line):
+    return parse(GenerateConfig, "", line)
 
 
 def hashes(folder):
@@ -182,14 +186,14 @@ def test_contradictions_are_named(checkpoint, tmp_path, monkeypatch):
 @pytest.mark.parametrize("value", ["nan", "inf", "1e999", "much"])
 def test_numbers_that_are_not_finite_are_refused(name, value):
     with pytest.raises(InputError, match=f"{name}: '{value}' is no finite number"):
-        generate.parse_args(["--ckpt", "x.pt", name, value])
+        settings_of(["--ckpt", "x.pt", name, value])
 
 
 def test_a_scale_of_the_class_token_alone_is_warned_of(capsys):
     for flags in ([], ["--cfg-scale", "2"], ["--cfg-scale", "2", "--cls-cfg-scale", "3"], ["--cls-cfg-scale", "0"]):
-        generate.parse_args(["--ckpt", "x.pt", *flags]).warn_of_unused_scale()
+        settings_of(["--ckpt", "x.pt", *flags]).warn_of_unused_scale()
     assert capsys.readouterr().err == ""
-    generate.parse_args(["--ckpt", "x.pt", "--cls-cfg-scale", "2.3"]).warn_of_unused_scale()
+    settings_of(["--ckpt", "x.pt", "--cls-cfg-scale", "2.3"]).warn_of_unused_scale()
     assert "warning: --cls-cfg-scale 2.3 has no effect: only --cfg-scale above 1" in capsys.readouterr().err
 
 
@@ -205,7 +209,7 @@ def test_a_scale_of_the_class_token_alone_is_warned_of(capsys):
 )
 def test_a_checkpoint_does_not_choose_where_to_write(exp_name, begins):
     checkpoint = {"args": argparse.Namespace(exp_name=exp_name), "steps": 12}
-    name = default_name(generate.parse_args(["--ckpt", "a/0012.pt"]), checkpoint)
+    name = default_name(settings_of(["--ckpt", "a/0012.pt"]), checkpoint)
     assert name.startswith(begins) and "/" not in name
 
 

@@ -44,9 +44,8 @@ class Graph:
         except _DAMAGE as error:
             raise InputError(f"{self.path}: the node {name!r} holds no readable constant ({error})") from error
         if tensor.get(1) != _DT_FLOAT or found != shape:
-            raise InputError(
-                f"{self.path}: {name!r} has type {tensor.get(1)} and shape {found}, expected float {shape}"
-            )
+            kind = tensor.get(1)
+            raise InputError(f"{self.path}: {name!r} has type {kind} and shape {found}, expected float {shape}")
         if len(numbers) not in (1, math.prod(shape)):
             raise InputError(f"{self.path}: {name!r} holds {len(numbers)} numbers, expected {math.prod(shape)}")
         return torch.from_numpy(np.full(shape, numbers if len(numbers) == 1 else numbers.reshape(shape)))

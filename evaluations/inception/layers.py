@@ -78,10 +78,8 @@ def inception_layers() -> nn.Sequential:
     with torch.device("meta"):
         network = v3.Inception3(NUM_CLASSES, aux_logits=False, inception_blocks=blocks, init_weights=False)
     network.Mixed_7c.pool = max_pool
-    layers = OrderedDict(network.named_children())
-    for name in ("avgpool", "dropout", "fc"):
-        del layers[name]
-    return nn.Sequential(layers)
+    last = ("avgpool", "dropout", "fc")
+    return nn.Sequential(OrderedDict((name, layer) for name, layer in network.named_children() if name not in last))
 
 
 def convolutions(layers: nn.Sequential) -> list[str]:
