@@ -172,10 +172,7 @@ class LatentDataset(Dataset):
 
 @dataclass(frozen=True)
 class ErrorsAsItems(Dataset):
-    """A data set that returns an InputError instead of raising it.
-
-    An error raised in a DataLoader's worker process would reach the user with the worker's traceback.
-    """
+    """Returns an InputError instead of raising it, because a DataLoader's worker would add its traceback to it."""
 
     data: Dataset
 

@@ -35,10 +35,7 @@ class CheckpointWriter:
         self._copies = TensorCopies()
 
     def save(self, step: int, content: dict[str, Any], name: str | None = None) -> None:
-        """Write `content` as the checkpoint of `step`, or as NAME.pt, which later calls do not remove.
-
-        First waits until the previous checkpoint is written.
-        """
+        """Write `content` as the checkpoint of `step`, or as NAME.pt, which later calls do not remove."""
         self.finish()
         copy = self._copies.take(content) if self.background else None
         if copy is None:
