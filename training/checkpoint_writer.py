@@ -36,7 +36,7 @@ class CheckpointWriter:
 
     def save(self, step: int, content: dict[str, Any], name: str | None = None) -> None:
         """Write `content` as the checkpoint of `step`, or as NAME.pt, which later calls do not remove."""
-        self.finish()
+        self.finish()  # the previous checkpoint
         copy = self._copies.take(content) if self.background else None
         if copy is None:
             self._write(step, content, name)
