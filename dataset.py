@@ -97,8 +97,12 @@ class LatentDataset(Dataset):
         self.resolution = self.moments_shape = None
         self.resolution = self.image(0).shape[-1]
         self.moments_shape = self._moments(0).shape
-        self.latent_size = self.moments_shape[-1]
-        self._check_shapes()
+        channels, self.latent_size, form = self.moments_shape[0] // 2, self.moments_shape[-1], self.latent_format
+        if channels != form.channels:
+            raise InputError(f"{self.latent_path(0)}: {channels} channels, but codec {form.codec} has {form.channels}")
+        if self.resolution != self.latent_size * form.factor:
+            sizes = f"images of {self.resolution} px and latents of {self.latent_size}"
+            raise InputError(f"{self.data_dir}: {sizes}, but codec {form.codec} reduces by {form.factor}")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -148,32 +152,29 @@ class LatentDataset(Dataset):
 
     def _file_error(self, i: int, latents_bytes: int) -> str | None:
         """Return why a file of image i is broken, None if none is. Its latents must have `latents_bytes`."""
+        image = self.image_file(i)
+        path = self.images.describe(image)
         try:
             for mirrored in (False, True) if self.flip else (False,):
                 name = self.latents_file(i, mirrored)
                 if (size := self.latents.size(name)) != latents_bytes:
                     return f"{self.latents.describe(name)}: {size} bytes; the first latents have {latents_bytes}"
-            return _png_error(self.images, self.image_file(i))
+            if self.images.is_zip:  # its directory is at its end, so a zip that could be opened is complete
+                return None if self.images.size(image) else f"{path}: empty"
+            with open(path, "rb") as file:
+                file.seek(-min(len(PNG_END), file.seek(0, io.SEEK_END)), io.SEEK_END)
+                return None if file.read() == PNG_END else f"{path}: truncated, no end of a PNG"
         except InputError as error:
             return str(error)
-
-    def _check_shapes(self) -> None:
-        channels, form = self.moments_shape[0] // 2, self.latent_format
-        if channels != form.channels:
-            raise InputError(f"{self.latent_path(0)}: {channels} channels, but codec {form.codec} has {form.channels}")
-        if self.resolution != self.latent_size * form.factor:
-            sizes = f"images of {self.resolution} px and latents of {self.latent_size}"
-            raise InputError(f"{self.data_dir}: {sizes}, but codec {form.codec} reduces by {form.factor}")
+        except OSError as error:
+            return f"{path}: cannot be read ({error.strerror})"
 
 
+@dataclass(frozen=True)
 class ErrorsAsItems(Dataset):
-    """A data set that returns an InputError instead of raising it.
+    """Returns an InputError instead of raising it, because a DataLoader's worker would add its traceback to it."""
 
-    An error raised in a DataLoader's worker process would reach the user with the worker's traceback.
-    """
-
-    def __init__(self, data: Dataset):
-        self.data = data
+    data: Dataset
 
     def __len__(self) -> int:
         return len(self.data)
@@ -313,15 +314,3 @@ def _labels(described: dict[FileSource, dict[str, Any]], indices: list[int]) -> 
         places = " or ".join(source.describe("dataset.json") for source in described)
         raise InputError(f"{len(missing)} of {len(indices)} files have no label in {places}; first: index {missing[0]}")
     return np.array([found[index][0] for index in indices], dtype=np.int64)
-
-
-def _png_error(source: FileSource, name: str) -> str | None:
-    """Return why a PNG is incomplete, None if it is complete."""
-    if source.is_zip:  # its directory is at its end, so a zip that could be opened is complete
-        return None if source.size(name) else f"{source.describe(name)}: empty"
-    try:
-        with open(source.path / name, "rb") as file:
-            file.seek(-min(len(PNG_END), file.seek(0, io.SEEK_END)), io.SEEK_END)
-            return None if file.read() == PNG_END else f"{source.describe(name)}: truncated, no end of a PNG"
-    except OSError as error:
-        return f"{source.describe(name)}: cannot be read ({error.strerror})"

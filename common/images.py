@@ -37,10 +37,7 @@ def open_image(data: bytes, formats: Sequence[str] = IMAGE_FORMATS, max_side: in
 
 
 def decode_rgb(data: bytes, resolution: int | None = None) -> np.ndarray:
-    """Return the pixels of a square RGB PNG, (R, R, 3) uint8.
-
-    Raises InputError if the image is broken, not RGB, or not `resolution` x `resolution` (None: any square).
-    """
+    """Return the pixels (R, R, 3) uint8 of an RGB PNG, with R = `resolution` (None: any); InputError for others."""
     image = open_image(data, ("PNG",))
     pixels = np.array(image)
     side = resolution or pixels.shape[0]

@@ -104,9 +104,8 @@ def lock_folder(folder: str | Path, doing: str) -> None:
         file.seek(0)
         who = file.read().decode(errors="replace").strip() or "another process"
         crashed = f"If that machine has crashed and the file server still holds the lock, remove {path}"
-        raise InputError(
-            f"{folder}: {who} is {doing} there; wait for it, or choose another folder. {crashed}"
-        ) from error
+        where = f"{folder}: {who} is {doing} there"
+        raise InputError(f"{where}; wait for it, or choose another folder. {crashed}") from error
     except OSError:  # a file system without locks
         return
     with contextlib.suppress(OSError):

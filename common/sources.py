@@ -196,10 +196,7 @@ class FileSource:
 
 
 def encode_names(names: list[str]) -> np.ndarray:
-    """Return file names as an array of bytes, which forked processes share; `os.fsdecode` converts one back.
-
-    The order of sorted names does not change.
-    """
+    """Return file names as an array of bytes, which forked processes share. Sorted names stay sorted."""
     return np.array([os.fsencode(name) for name in names], dtype=np.bytes_)
 
 
@@ -215,8 +212,8 @@ def _zip_members(path: Path) -> dict[str, tuple[int, ...]]:
                 continue  # a folder, or hidden
             if name in members:
                 raise InputError(f"{path}: contains {name!r} more than once; create the zip again")
-            place = info.header_offset, info.compress_size, info.file_size
-            members[name] = (*place, info.CRC, info.compress_type, info.flag_bits & 1)
+            sizes, encrypted = (info.compress_size, info.file_size), info.flag_bits & 1
+            members[name] = (info.header_offset, *sizes, info.CRC, info.compress_type, encrypted)
     return members
 
 

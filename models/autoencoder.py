@@ -133,7 +133,10 @@ CODECS = {
 
 
 class Codec(nn.Module):
-    """A frozen image codec: uint8 images to moments, latents to uint8 images. `format` describes its latents."""
+    """A frozen image codec: uint8 images to moments, latents to uint8 images. `format` describes its latents.
+
+    Subclasses define `_moments(pixels)` and `_image(unscaled)`, with pixels from -1 to 1 and latents before scaling.
+    """
 
     def __init__(self, latent_format: LatentFormat):
         super().__init__()
@@ -168,12 +171,6 @@ class Codec(nn.Module):
         at_once = max(1, DECODED_PIXELS // (latents.shape[-2] * latents.shape[-1] * self.format.factor**2))
         unscaled = (self.format.unscale(part).to(self.dtype) for part in latents.float().split(at_once))
         return torch.cat([self._quantise((127.5 * self._image(x).float() + 127.5).clamp(0, 255)) for x in unscaled])
-
-    def _moments(self, pixels: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def _image(self, unscaled: Tensor) -> Tensor:
-        raise NotImplementedError
 
     def _quantise(self, pixels: Tensor) -> Tensor:
         return pixels.to(torch.uint8)  # truncated, not rounded, as for the published images and their FID

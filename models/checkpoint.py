@@ -130,9 +130,7 @@ def saved_settings(checkpoint: dict[str, Any], source: str | Path = "checkpoint"
 
     Raises InputError if `args` is of another type, or if its path between data and noise is unknown.
     """
-    settings = checkpoint.get("args")
-    if settings is None:
-        return {}
+    settings = checkpoint.get("args") or {}
     if not isinstance(settings, argparse.Namespace | dict):
         raise InputError(f"{source}: args is a {type(settings).__name__}; expected an argparse.Namespace")
     settings = settings if isinstance(settings, dict) else vars(settings)

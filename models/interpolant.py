@@ -54,10 +54,7 @@ class Interpolant:
         return at.alpha_t * x + at.sigma_t * noise
 
     def velocity_target(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Return d x_t / d t = d_alpha_t x + d_sigma_t noise for x and noise (N, ...), t (N,) or a scalar.
-
-        It is the target of the network (SiT, section 2).
-        """
+        """Return the network's target (SiT, section 2), d x_t / d t = d_alpha_t x + d_sigma_t noise, (N, ...)."""
         at = self.coefficients(_match(t, x))
         return at.d_alpha_t * x + at.d_sigma_t * noise
 

@@ -9,6 +9,7 @@ interruption, the same command continues and gives the same bytes as an uninterr
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import warnings
 from collections.abc import Sequence
@@ -48,14 +49,10 @@ class ConvertConfig(InputOutput):
         choices=("auto", "folders", "json"),
     )
     exif: str = setting(
-        "apply",
-        "apply rotates photographs upright according to their EXIF orientation, ignore does not (as ADM)",
-        choices=("apply", "ignore"),
+        "apply", "apply the EXIF orientation of photographs, or ignore it (as ADM)", choices=("apply", "ignore")
     )
     on_error: str = setting(
-        "stop",
-        "at a broken image, stop the run, or skip the image and list it in skipped.txt",
-        choices=("stop", "skip"),
+        "stop", "at a broken image, stop, or skip the image and list it in skipped.txt", choices=("stop", "skip")
     )
     workers: int | None = setting(None, "number of processes (default: all available cores)", check=POSITIVE)
 
@@ -100,14 +97,6 @@ class Conversion:
         except Exception as error:  # decoders raise many types of errors
             raise InputError(str(error) or type(error).__name__) from error
 
-    def is_unchanged(self, index: int) -> bool:
-        """Return whether converting an image again gives the existing one."""
-        try:
-            existing = decode_rgb(self.destination.read(image_name(index)))
-            return np.array_equal(existing, np.asarray(self.square(index).pixels))
-        except InputError:
-            return False
-
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the program."""
@@ -130,8 +119,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 def check_unchanged(job: Conversion) -> None:
     """Convert some existing images again. Raises InputError if one differs: the source may have changed."""
     for index in range(0, len(job.names), max(1, len(job.names) // SPOT_CHECKS)):
-        if job.destination.has(image_name(index)) and not job.is_unchanged(index):
-            difference = f"its {image_name(index)} differs from the result of {job.source.describe(job.names[index])}"
+        name, is_unchanged = image_name(index), False
+        if not job.destination.has(name):
+            continue
+        with contextlib.suppress(InputError):  # of a file that cannot be decoded any more
+            is_unchanged = np.array_equal(decode_rgb(job.destination.read(name)), job.square(index).pixels)
+        if not is_unchanged:
+            difference = f"its {name} differs from the result of {job.source.describe(job.names[index])}"
             advice = "use another --dest, or remove it to start from scratch"
             raise InputError(f"{job.destination.path}: {difference}, one of the two has changed; {advice}")
 

@@ -48,9 +48,7 @@ WRITES_IN_FLIGHT = 3  # batches: enough to hide the disk's latency
 class EncodeConfig(InputOutput):
     """Settings of encode.py."""
 
-    vae: str = setting(
-        "sd-vae-ft-mse", "codec: a name such as sd-vae-ft-mse or pixel, a repository of the hub, or a local folder"
-    )
+    vae: str = setting("sd-vae-ft-mse", "codec: a name such as taesd or pixel, a repository of the hub, or a folder")
     batch_size: int | str | None = setting(
         None,
         f"images per batch on each device (default: {GPU_BATCH} on a GPU, {CPU_BATCH} on a CPU); auto: the largest "
@@ -61,9 +59,7 @@ class EncodeConfig(InputOutput):
     dtype: str = setting("float32", "number format of the files", choices=("float32", "float16"))
     flip: bool = setting(False, "encode the mirrored images as well, for train.py --flip; this doubles the time")
     tf32: bool = setting(True, "use TF32 on GPUs, which is much faster and slightly less accurate")
-    workers: int = setting(
-        2, "processes that read images, for each device; 0 reads in the main process", check=NON_NEGATIVE
-    )
+    workers: int = setting(2, "processes that read images for each device; 0: the main process", check=NON_NEGATIVE)
 
 
 class Batch(NamedTuple):

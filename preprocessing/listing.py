@@ -106,8 +106,8 @@ def describe_files(source: FileSource, names: list[str]) -> str:
 def _from_folders(source: FileSource, names: list[str]) -> Listing:
     """Return class folders numbered in sorted order. Folders that contain all images (train/...) are not classes."""
     folders = [name.split("/")[:-1] for name in names]
-    shared = takewhile(lambda pair: pair[0] == pair[1], zip(min(folders), max(folders), strict=False))
-    depth = len(list(shared))
+    pairs = zip(min(folders), max(folders), strict=False)
+    depth = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
     if all(len(folder) == depth for folder in folders):  # a single folder of images
         only = folders[0][-1] if depth else source.path.stem
         return Listing(names, [0] * len(names), [only])
@@ -129,10 +129,7 @@ def _from_folders(source: FileSource, names: list[str]) -> Listing:
 
 
 def _check_folders(source: FileSource, listing: Listing) -> Listing:
-    """Return the listing of a dataset.json, with class names if the images are in class folders.
-
-    Raises InputError if a label is not the number of its class folder.
-    """
+    """Return the listing with names of its class folders. Raises InputError if a label is not its folder's number."""
     folders = sorted({name.split("/")[0] for name in listing.names if "/" in name})
     if len(folders) < 2 or all(_NUMBERED_FOLDER.fullmatch(folder) for folder in folders):
         return listing

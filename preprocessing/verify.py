@@ -202,10 +202,8 @@ def decoding_codec(config: VerifyConfig, latent_format: LatentFormat) -> Codec:
 
 
 def report_reconstruction(config: VerifyConfig, dataset: LatentDataset, codec: Codec) -> list[str]:
-    """Decode latents at regular distances in the data set, print their PSNR, and save the picture.
-
-    Return an error if they do not show the images.
-    """
+    """Print the PSNR of some decoded latents, and save the picture. Return an error if they do not show the images."""
+    # Decode latents at regular distances in the data set.
     positions = np.linspace(0, len(dataset) - 1, min(config.reconstruct, len(dataset))).astype(int)
     originals, reconstructions = [], []
     for i in tqdm(positions, desc="decoding", unit="image"):
@@ -214,6 +212,8 @@ def report_reconstruction(config: VerifyConfig, dataset: LatentDataset, codec: C
         originals.append(image)
         reconstructions.append(codec.decode(latents)[0].cpu())
     images, decoded = torch.stack(originals), torch.stack(reconstructions)  # both (N, 3, R, R) uint8
+
+    # Compare them with their images.
     squared_error = (images.double() - decoded.double()).square().mean(dim=(1, 2, 3))
     psnr = 10 * torch.log10(255**2 / squared_error)  # infinite if the images are equal
     contact_sheet(config.picture, images, decoded)

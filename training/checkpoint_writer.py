@@ -35,11 +35,8 @@ class CheckpointWriter:
         self._copies = TensorCopies()
 
     def save(self, step: int, content: dict[str, Any], name: str | None = None) -> None:
-        """Write `content` as the checkpoint of `step`, or as NAME.pt, which later calls do not remove.
-
-        First waits until the previous checkpoint is written.
-        """
-        self.finish()
+        """Write `content` as the checkpoint of `step`, or as NAME.pt, which later calls do not remove."""
+        self.finish()  # the previous checkpoint
         copy = self._copies.take(content) if self.background else None
         if copy is None:
             self._write(step, content, name)
