@@ -37,6 +37,8 @@ def train(run: Run) -> bool:
     """Run the training loop; return whether it reached its last step, and was not stopped by a signal before."""
     config, accelerator = run.config, run.accelerator
     last_step = last_step_of(run)
+    if run.step >= last_step:
+        accelerator.print(f"nothing to do: the run is at step {run.step}, its last step is {last_step}")
     batches = load_batches(run, range(run.step, last_step))
     if run.step == 0:
         write_reconstructions(run)
@@ -61,7 +63,7 @@ def train(run: Run) -> bool:
     bar.close()
     batches.close()
     finish(run, last_step)
-    return run.step == last_step
+    return run.step >= last_step
 
 
 def last_step_of(run: Run) -> int:

@@ -202,6 +202,16 @@ def test_without_a_complete_checkpoint_no_new_run_is_started(train_flags):
     assert (folder / "metrics.jsonl").read_bytes() == before
 
 
+def test_a_run_past_its_last_step_has_nothing_to_do(train_flags, tmp_path):
+    flags = flags_of(train_flags, "ended")
+    folder = finish(flags, tmp_path)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.suffix in (".pt", ".jsonl")}
+    training = Training([*flags, "--max-train-steps", "5"], tmp_path / "again.txt")
+    assert training.wait() == 0, training.text()
+    assert f"nothing to do: the run is at step {STEPS}, its last step is 5" in training.text()
+    assert all(path.read_bytes() == data for path, data in before.items() if path.name != "starts.jsonl")
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 24 MB; needs the right to mount one."""
