@@ -105,10 +105,9 @@ class FileImages(ImageBatch):
             image = self._decode(name)
             if image.shape != row.shape:
                 found, expected = f"{image.shape[1]} x {image.shape[0]}", f"{self.width} x {self.height}"
-                raise InputError(
-                    f"{self._source.describe(name)}: {found} pixels, but the first image has {expected}; "
-                    "resize them with preprocessing/convert.py"
-                )
+                problem = f"{found} pixels, but the first image has {expected}"
+                place = self._source.describe(name)
+                raise InputError(f"{place}: {problem}; resize them with preprocessing/convert.py")
             row[:] = image
         return images
 

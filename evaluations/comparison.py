@@ -47,17 +47,16 @@ def load_reference(path: str | Path) -> Reference:
     inception, encoder = (str(npz.array(key, (), "U")) if key in npz else None for key in ("inception", "encoder"))
     return Reference(
         path,
-        _statistics(npz, "mu", "sigma", count, NUM_FEATURES),
-        _statistics(npz, "mu_s", "sigma_s", count, SPATIAL_FEATURES),
+        _statistics(npz, "", count, NUM_FEATURES),
+        _statistics(npz, "_s", count, SPATIAL_FEATURES),
         inception,
-        _statistics(npz, "mu_enc", "sigma_enc", count),
+        _statistics(npz, "_enc", count),
         encoder,
     )
 
 
-def _statistics(
-    npz: NpzFile, mean: str, covariance: str, count: int | None, width: int | None = None
-) -> GaussianStatistics | None:
+def _statistics(npz: NpzFile, suffix: str, count: int | None, width: int | None = None) -> GaussianStatistics | None:
+    mean, covariance = f"mu{suffix}", f"sigma{suffix}"
     if mean not in npz:
         return None
     width = width or math.prod(npz.header(mean).shape)

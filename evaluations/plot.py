@@ -19,14 +19,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
+from matplotlib.ticker import AutoLocator, LogLocator
 
 from common.cli import Config, parse, setting
 from common.io import InputError, atomic_write, check_writable, read_metrics, run_cli
 from evaluations.comparison import STAND_IN
 
 FROM_INCEPTION = ("fid", "sfid")
-CROWDED = 8  # ratio of highest to lowest value; above it, not every tick has room for its number
+CROWDED = (
+    8  # ratio of highest to lowest value; above it, the ticks of a linear axis are too dense for a logarithmic one
+)
 Curve = list[tuple[int, float]]
 
 # FID at step, 50,000 images by SDE in 250 steps without guidance, global batch 256, ImageNet 256 x 256 (arXiv
@@ -139,12 +141,8 @@ def set_scales(axes: Axes, points: Curve) -> None:
     if min(values) > 0:
         axes.set_yscale("log")
         lowest, highest = axes.get_ylim()
-        if highest < CROWDED * lowest:
-            axes.yaxis.set_minor_formatter("{x:g}")
-        else:
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.yaxis.set_minor_formatter(lambda *tick: "")
-        axes.yaxis.set_major_formatter("{x:g}")
+        locator = AutoLocator() if highest < CROWDED * lowest else LogLocator(subs=(1, 2, 5))
+        axes.yaxis.set(major_locator=locator, major_formatter="{x:g}", minor_formatter="")
 
 
 if __name__ == "__main__":

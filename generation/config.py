@@ -141,11 +141,8 @@ class GenerateConfig(FileSettings, ContentSettings, SamplerSettings, MachineSett
     def warn_of_unused_scale(self) -> None:
         """Print a warning if --cls-cfg-scale has no effect. No error: published command lines may contain it."""
         if self.guidance.cls_scale > 1 >= self.cfg_scale:
-            print(
-                f"warning: --cls-cfg-scale {self.cls_cfg_scale:g} has no effect: only --cfg-scale above 1 turns "
-                f"guidance on, and it is {self.cfg_scale:g}",
-                file=sys.stderr,
-            )
+            reason = f"only --cfg-scale above 1 turns guidance on, and it is {self.cfg_scale:g}"
+            print(f"warning: --cls-cfg-scale {self.cls_cfg_scale:g} has no effect: {reason}", file=sys.stderr)
 
 
 def image_labels(config: GenerateConfig, num_classes: int) -> list[int]:

@@ -120,9 +120,10 @@ class SampleSet:
         save_png(self.folder / "grid.png", image_grid(np.stack(first), min(columns, len(first))))
         if with_cls:
             self._join_cls_tokens()
-        if npz and not self._has_current_npz():
+        shape = (self.total, self.resolution, self.resolution, 3)
+        if npz and not self._has_current_npz(shape):
             with atomic_write(self.folder / "samples.npz") as file:
-                write_npz(file, self.read_images(), self._npz_shape)
+                write_npz(file, self.read_images(), shape)
 
     def read_images(self) -> Iterator[np.ndarray]:
         """Yield the images in order, (R, R, 3) uint8. Raises InputError with the file's name if one is damaged."""
@@ -136,11 +137,7 @@ class SampleSet:
         except InputError as error:
             raise InputError(f"{path}: {error}; {REMEDY}") from error
 
-    @property
-    def _npz_shape(self) -> tuple[int, ...]:
-        return (self.total, self.resolution, self.resolution, 3)
-
-    def _has_current_npz(self) -> bool:
+    def _has_current_npz(self, shape: tuple[int, ...]) -> bool:
         """Return whether samples.npz has the expected shape and is newer than every image."""
         path = self.folder / "samples.npz"
         try:
@@ -148,7 +145,7 @@ class SampleSet:
         except InputError:
             return False
         newest = max(image.stat().st_mtime_ns for image in self.image_paths)
-        return (header.shape, header.dtype) == (self._npz_shape, np.uint8) and path.stat().st_mtime_ns > newest
+        return (header.shape, header.dtype) == (shape, np.uint8) and path.stat().st_mtime_ns > newest
 
     def read_cls_tokens(self) -> np.ndarray:
         """Return the class tokens of a finished set, (N, D) float32."""

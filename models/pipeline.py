@@ -42,14 +42,11 @@ class REGPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, vae: str | Codec | None = None) -> REGPipeline:
-        """Return the pipeline of an exported network or a checkpoint.
+        """Return the pipeline of an exported network or checkpoint. Raises InputError if a file is missing or damaged.
 
         Args:
             path: a local folder, .safetensors file or checkpoint, or a hub repository "owner/name".
             vae: the codec, its name or its folder; default: see `load_decoder`.
-
-        Raises:
-            InputError: the network or the codec is missing or damaged.
         """
         if not Path(path).exists():
             instead = f"Put its {CONFIG_FILE} and {WEIGHTS_FILE} into a folder and give that folder instead."
