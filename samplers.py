@@ -273,6 +273,7 @@ def sample(
     mode: str = "sde",
     solver: str = "euler",
     num_steps: int = 250,
+    progress: Callable[[list], Iterable] = iter,
 ) -> State:
     """Return generated latents (N, C, H, W) and class tokens (N, D) or None, float64.
 
@@ -283,6 +284,7 @@ def sample(
         mode: "sde" (Euler-Maruyama) or "ode".
         solver: solver of the ODE: "euler", "heun" or "dopri5", which chooses its step sizes itself.
         num_steps: number of steps, at least 1; not used by dopri5.
+        progress: wraps the list of steps, for example `tqdm.tqdm`; not used by dopri5.
 
     Raises ValueError for an unknown mode or solver, or `num_steps` below 1.
     """
@@ -294,9 +296,10 @@ def sample(
     x, cls = _each(Tensor.double, noise())
     if mode == "ode" and solver == "dopri5":
         return dopri5(velocity, x, cls)
+    steps = progress(list(pairwise(sde_times(num_steps) if mode == "sde" else ode_times(num_steps))))
     if mode == "sde":
-        return euler_maruyama(velocity, x, cls, noise, interpolant, pairwise(sde_times(num_steps)))
-    return fixed_step_ode(velocity, x, cls, pairwise(ode_times(num_steps)), second_order=solver == "heun")
+        return euler_maruyama(velocity, x, cls, noise, interpolant, steps)
+    return fixed_step_ode(velocity, x, cls, steps, second_order=solver == "heun")
 
 
 def sample_images(
@@ -309,6 +312,7 @@ def sample_images(
     solver: str = "euler",
     num_steps: int = 250,
     network: Callable[..., tuple] | None = None,
+    progress: Callable[[list], Iterable] = iter,
 ) -> State:
     """Return latents (N, C, H, W) and class tokens (N, D) or None, float64, for images given by label and seed.
 
@@ -317,7 +321,7 @@ def sample_images(
         labels: one for each image, 0 .. num_classes.
         seeds: one for each image, see `image_seeds`. An image does not depend on the rest of the batch.
         interpolant: the path the model was trained on.
-        guidance, mode, solver, num_steps: see `GuidedVelocity` and `sample`.
+        guidance, mode, solver, num_steps, progress: see `GuidedVelocity` and `sample`.
         network: called instead of the model, for example `models.inference.CudaGraphs(model)`.
     """
     device = next(model.parameters()).device
@@ -327,4 +331,4 @@ def sample_images(
     noise = ImageNoise(seeds, shape, model.cls_token_dim, device)
     velocity = GuidedVelocity(network or model, y, model.null_class, guidance, model.dtype)
     with torch.inference_mode():
-        return sample(velocity, noise, interpolant, mode, solver, num_steps)
+        return sample(velocity, noise, interpolant, mode, solver, num_steps, progress)

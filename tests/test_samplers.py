@@ -7,7 +7,7 @@ import torch
 import samplers
 from models.interpolant import PATHS, Interpolant
 from models.sit import SiT
-from samplers import Guidance, GuidedVelocity, ImageNoise, derive_seed, image_seeds, sample, sample_images
+from samplers import MODES, Guidance, GuidedVelocity, ImageNoise, derive_seed, image_seeds, sample, sample_images
 
 MEAN, STD = 1.5, 0.4
 
@@ -203,6 +203,16 @@ def test_an_image_does_not_depend_on_its_batch(mode, cls_token_dim):
     if cls_token_dim:
         cls = torch.cat([part[1] for part in parts])[[1, 3, 0, 2]]
         torch.testing.assert_close(whole_cls, cls, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_progress_wraps_the_steps(mode):
+    counts = []
+    sample_images(
+        trained_looking_network(), [0], [1], Interpolant(), mode=mode, num_steps=4,
+        progress=lambda steps: counts.append(len(steps)) or steps,
+    )  # fmt: skip
+    assert counts == [4]
 
 
 def test_guidance_of_one_equals_none():
