@@ -245,7 +245,7 @@ def measure_saves(form: OurForm, folder: Path) -> dict[str, float]:
     """Return medians in seconds: of the stall of a save, of writing in the background, and of a step meanwhile."""
     device, stalls, writes, during = form.work.device, [], [], []
     with tempfile.TemporaryDirectory(dir=folder) as place:
-        writer = CheckpointWriter(place, keep_last=1)
+        writer = CheckpointWriter(Path(place), keep_last=1)
         form.run = replace(form.run, writer=writer)
         train.save(form.run)  # allocates memory, not timed
         for _ in range(SAVES):

@@ -35,9 +35,9 @@ if [ -z "${HEAD_ADDRESS:-}" ] && ((NUM_MACHINES > 1)) && [ -n "${SLURM_JOB_NODEL
 fi
 HEAD_ADDRESS=${HEAD_ADDRESS:-127.0.0.1} # of the head machine
 
-if ((${SLURM_STEP_NUM_TASKS:-1} > ${SLURM_STEP_NUM_NODES:-1})); then
-    fail "$SLURM_STEP_NUM_TASKS SLURM tasks on $SLURM_STEP_NUM_NODES nodes: one task per node starts the processes" \
-        "of all its GPUs; submit the job with --ntasks-per-node 1"
+if ((${SLURM_STEP_NUM_TASKS:-1} > ${SLURM_STEP_NUM_NODES:-1} || ${SLURM_LOCALID:-0} > 0)); then
+    fail "more than one SLURM task on this node: one task per node starts the processes of all its GPUs; submit the job" \
+        "with --ntasks-per-node 1"
 fi
 if ((MACHINE_RANK < 0 || MACHINE_RANK >= NUM_MACHINES)); then
     fail "MACHINE_RANK $MACHINE_RANK with NUM_MACHINES $NUM_MACHINES: allowed are 0 to $((NUM_MACHINES - 1))"

@@ -115,6 +115,15 @@ def test_a_full_disk_is_reported_and_touches_nothing(tmp_path, monkeypatch, room
     assert writer.failure is None and steps_in(tmp_path) == [30]
 
 
+@pytest.mark.parametrize("background", [True, False])
+def test_any_failure_of_a_write_is_known_to_the_run(tmp_path, background):
+    messages = []
+    writer = CheckpointWriter(tmp_path, background=background, report=messages.append)
+    writer.save(10, {"model": lambda: None})  # cannot be pickled
+    writer.finish()
+    assert "0000010.pt cannot be written" in writer.failure and len(messages) == 1 and steps_in(tmp_path) == []
+
+
 def test_leftovers_of_a_killed_process_are_removed_and_nothing_else(tmp_path):
     for name in (".0000020.pt.4711.tmp", ".0000020.pt.sha256.4711.tmp", "0000010.pt", "best.pt", ".hidden"):
         (tmp_path / name).touch()

@@ -178,6 +178,7 @@ def command_of(process: int) -> str:
     ("settings", "message"),
     [
         ({"SLURM_STEP_NUM_TASKS": "16", "SLURM_STEP_NUM_NODES": "2"}, "--ntasks-per-node 1"),
+        ({"SLURM_NNODES": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "1"}, "--ntasks-per-node 1"),
         ({"NUM_MACHINES": "2", "MACHINE_RANK": "2"}, "MACHINE_RANK 2 with NUM_MACHINES 2: allowed are 0 to 1"),
     ],
 )
