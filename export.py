@@ -44,7 +44,7 @@ images = REGPipeline.from_pretrained("{name}")([0, 1, 2], guidance_scale=2.3, gu
 class ExportConfig(Config):
     """Export."""
 
-    ckpt: str = setting(MISSING, "checkpoint of this or of the published code")
+    ckpt: str = setting(MISSING, "checkpoint, ours or published; a run's folder: its newest")
     dest: str = setting(MISSING, "a .safetensors file, or a new folder in the layout of the Hugging Face hub")
     weights: str = setting("ema", "which weights of the checkpoint to export", choices=("ema", "model"))
 

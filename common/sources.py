@@ -53,10 +53,20 @@ def mirrored_name(name: str) -> str:
 
 
 def read_dataset_json(source: FileSource) -> dict[str, Any]:
-    """Return the content of a data set's dataset.json, {} if there is none. Raises InputError if it is no object."""
-    if "dataset.json" not in source:
-        return {}
-    return source.load("dataset.json", _json_object)
+    """Return the content of a data set's dataset.json, {} if there is none.
+
+    Raises InputError if it is no object, or if all files are in one folder that has a dataset.json: then the folder was
+    packed or copied instead of its content, and to ignore its labels and codec would be wrong.
+    """
+    if "dataset.json" in source:
+        return source.load("dataset.json", _json_object)
+    top = source.common_folder()
+    if top is not None and f"{top}/dataset.json" in source:
+        raise InputError(
+            f"{source.describe(top + '/dataset.json')}: expected at the top of {source.path}; pack or copy the content "
+            f"of {top}, not the folder"
+        )
+    return {}
 
 
 def _json_object(data: bytes) -> dict[str, Any]:
@@ -128,6 +138,13 @@ class FileSource:
     def names(self) -> list[str]:
         """All names, sorted; a new list each time."""
         return [os.fsdecode(name) for name in self._names]
+
+    def common_folder(self) -> str | None:
+        """Return the folder at the top that has all files, or None."""
+        if not len(self._names):
+            return None
+        first, last = (os.fsdecode(name).split("/") for name in (self._names[0], self._names[-1]))  # names are sorted
+        return first[0] if len(first) > 1 and first[0] == last[0] else None
 
     def __contains__(self, name: str) -> bool:
         return self._index(name) is not None

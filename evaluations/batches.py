@@ -56,7 +56,13 @@ class ImageBatch(ABC):
 
 
 def open_images(path: str | Path) -> ImageBatch:
-    """Return the images of an .npz, a folder or a zip. Raises InputError, naming the path, if there are none."""
+    """Return the images of an .npz, a folder or a zip, or of a folder that generate.py wrote (samples.npz or images/).
+
+    Raises InputError, naming the path, if there are none.
+    """
+    folder = Path(path)
+    if (folder / "samples.json").exists():
+        path = folder / "samples.npz" if (folder / "samples.npz").exists() else folder / "images"
     return NpzImages(path) if Path(path).suffix == ".npz" else FileImages(path)
 
 

@@ -25,7 +25,7 @@ GUIDANCE_SCALE = cli.Check("1 (no guidance) or greater", lambda value: value >= 
 class FileSettings(Config):
     """files"""
 
-    ckpt: str = adjustable(MISSING, "checkpoint of this or of the published code, or an exported network")
+    ckpt: str = adjustable(MISSING, "checkpoint, ours or published; a run's folder: its newest; or an exported network")
     weights: str = setting("ema", "which weights of the checkpoint", choices=("ema", "model"))
     sample_dir: str = adjustable("samples", "folder that contains the folders of all sample sets")
     name: str | None = adjustable(None, "folder of this set in --sample-dir; default: from the settings")

@@ -33,6 +33,7 @@ from models.sit import ENCODER_DEPTHS, PRESETS, SiT, SiTConfig
 CHECKPOINT_NAME = re.compile(r"(\d{7,})\.pt")
 OLD_BLOCKS = "decoder_blocks."  # name of the blocks after the projectors in older REPA checkpoints
 OLD_BLOCK = re.compile(r"^decoder_blocks\.(\d+)\.")
+PREFIXES = re.compile(r"^module\.|\b_orig_mod\.")
 BLOCK_WEIGHT = re.compile(r"(?:decoder_)?blocks\.\d{1,6}\..+")
 
 
@@ -82,7 +83,7 @@ def checkpoint_digest(path: str | Path) -> str:
 
     A recorded checksum is returned without reading the checkpoint, so the caller has to verify the checkpoint first.
     """
-    path = Path(path)
+    path = resolve_checkpoint(path)
     if is_exported(path):
         return sha256_of(weights_file(path))
     return _recorded_sum(path) if checksum_path(path).exists() else sha256_of(path)
@@ -92,15 +93,28 @@ def _recorded_sum(path: Path) -> str:
     return checksum_path(path).read_text(encoding="utf-8", errors="replace").split(" ")[0]
 
 
+def resolve_checkpoint(path: str | Path) -> Path:
+    """Return the file or export that a path names: for a run's folder or its checkpoints folder, the newest checkpoint.
+
+    Raises InputError if such a folder has no checkpoint.
+    """
+    path = Path(path)
+    folder = path / "checkpoints" if (path / "args.json").exists() or (path / "checkpoints").is_dir() else path
+    found = list_checkpoints(folder) if path.is_dir() else []
+    if not found and folder != path:
+        raise InputError(f"{path}: a training run without a checkpoint; allowed: one with {folder}/NNNNNNN.pt")
+    return found[-1] if found else path
+
+
 def load_checkpoint(path: str | Path, verify: bool = True) -> dict[str, Any]:
     """Return the content of a checkpoint, with tensors on the CPU. Tensors in a zip are read when they are used.
 
-    `path` is a checkpoint of this or of the published code, or an export: a .safetensors file or a folder. With
-    `verify`, the file is first compared with its checksum, see `verify_checkpoint`.
+    `path` is a checkpoint of this or of the published code; a run's folder, for its newest checkpoint; or an export: a
+    .safetensors file or a folder. With `verify`, the file is first compared with its checksum, see `verify_checkpoint`.
     Raises InputError if the file does not exist, is damaged, truncated or of another kind, or contains anything but
     tensors, plain Python values and `argparse.Namespace`.
     """
-    path = Path(path)
+    path = resolve_checkpoint(path)
     if is_exported(path):
         return read_network(path)
     if verify:
@@ -225,7 +239,9 @@ def load_model(path: str | Path, weights: str = "ema", device: torch.device | st
 
 def _stored_weights(checkpoint: dict[str, Any], weights: str, source: str | Path) -> dict[str, Tensor]:
     """Return what `network_weights` returns, under the names in the file."""
-    state = checkpoint if "x_embedder.proj.weight" in checkpoint else checkpoint.get(weights)
+    state = checkpoint.get(weights, checkpoint)
+    if isinstance(state, dict):  # DistributedDataParallel and torch.compile put prefixes in front of names
+        state = {PREFIXES.sub("", name) if isinstance(name, str) else name: value for name, value in state.items()}
     if not isinstance(state, dict) or "x_embedder.proj.weight" not in state or "pos_embed" not in state:
         keys = ", ".join(list(map(str, checkpoint))[:6]) or "nothing"
         raise InputError(f"{source}: no {weights} weights of a SiT in it; it holds {keys}")

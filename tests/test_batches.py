@@ -206,3 +206,15 @@ def test_what_is_written_is_read_back_and_equal_content_gives_equal_bytes(tmp_pa
     with np.load(tmp_path / "one.npz", allow_pickle=False) as archive:
         assert archive.files == ["mu", "inception", "arr_0"]
         assert archive["mu"].tolist() == [0, 1, 2] and archive["inception"] == "name"
+
+
+def test_a_folder_that_generate_wrote_means_its_images(tmp_path):
+    (tmp_path / "images").mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
+    for number, image in enumerate(pixels):
+        Image.fromarray(image).save(tmp_path / "images" / f"{number:06d}.png")
+    Image.fromarray(np.zeros((40, 80, 3), np.uint8)).save(tmp_path / "grid.png")
+    (tmp_path / "samples.json").write_text("{}")
+    assert np.array_equal(open_images(tmp_path).read(0, 3), pixels)
+    np.savez(tmp_path / "samples.npz", arr_0=pixels[::-1])
+    assert np.array_equal(open_images(tmp_path).read(0, 3), pixels[::-1])

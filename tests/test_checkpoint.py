@@ -282,3 +282,29 @@ def test_missing_file_and_latest(tmp_path):
     for name in ("0000010.pt", "0000200.pt", "best.pt", ".0000300.pt.12.tmp"):
         (tmp_path / name).touch()
     assert list_checkpoints(tmp_path)[-1].name == "0000200.pt"
+
+
+def test_a_run_is_named_by_its_folder(tmp_path):
+    """The newest checkpoint is meant, for the folder of the run and for that of its checkpoints."""
+    models = [randomise(small(depth=depth)) for depth in (2, 3)]
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "args.json").write_text("{}")
+    with pytest.raises(InputError, match=r"run: a training run without a checkpoint; allowed: one with .*NNNNNNN\.pt"):
+        load_checkpoint(tmp_path / "run")
+    for model, step in zip(models, (10, 200), strict=True):
+        save_checkpoint(tmp_path / "run" / "checkpoints" / f"{step:07d}.pt", content(model))
+    newest = tmp_path / "run" / "checkpoints" / "0000200.pt"
+    for path in (tmp_path / "run", tmp_path / "run" / "checkpoints", newest):
+        assert load_model(path).config.depth == models[1].config.depth
+        assert checkpoint_digest(path) == checkpoint_digest(newest)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_prefixes_of_wrapped_networks_are_removed(tmp_path, prefix):
+    model = randomise(small()).eval()
+    saved = content(model)
+    for part in ("model", "ema"):
+        saved[part] = {prefix + name: value for name, value in saved[part].items()}
+    save_checkpoint(tmp_path / "wrapped.pt", saved)
+    x, t, y, cls = inputs(model)
+    assert torch.equal(load_model(tmp_path / "wrapped.pt")(x, t, y, cls).velocity, model(x, t, y, cls).velocity)

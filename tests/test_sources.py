@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import pickle
+import shutil
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,7 +13,15 @@ import numpy as np
 import pytest
 
 from common.io import InputError
-from common.sources import IMAGE_NAME, LATENT_NAME, FileSource, image_name, latents_name, mirrored_name
+from common.sources import (
+    IMAGE_NAME,
+    LATENT_NAME,
+    FileSource,
+    image_name,
+    latents_name,
+    mirrored_name,
+    read_dataset_json,
+)
 from dataset import LatentDataset
 from models.autoencoder import LatentFormat
 from preprocessing.listing import list_converted
@@ -182,3 +191,18 @@ def test_other_files_under_the_names_of_images_and_latents_are_refused(data):
     (data / "images" / image_name(5)).write_bytes(header_only_png(30_000, 30_000))
     with pytest.raises(InputError, match=r"img00000005\.png: broken image \(.*decompression bomb"):
         LatentDataset(data)[5]
+
+
+@pytest.mark.parametrize("as_zip", [True, False])
+def test_a_data_set_packed_with_its_folder_is_refused(tmp_path, as_zip):
+    """Its labels and its codec would be ignored silently."""
+    folder = tmp_path / "outer" / "vae-sd" / "00000"
+    folder.mkdir(parents=True)
+    (folder / "img-mean-std-00000000.npy").write_bytes(b"x")
+    (folder.parent / "dataset.json").write_text('{"labels": null}')
+    path = shutil.make_archive(str(tmp_path / "packed"), "zip", tmp_path / "outer") if as_zip else tmp_path / "outer"
+    with pytest.raises(InputError, match=r"vae-sd/dataset\.json: expected at the top of .*; pack or copy the content"):
+        read_dataset_json(FileSource(path))
+    (folder.parents[1] / "other").mkdir()
+    (folder.parents[1] / "other" / "b.txt").write_text("")  # a folder of photographs that has a class with such a file
+    assert read_dataset_json(FileSource(folder.parents[1])) == {}
