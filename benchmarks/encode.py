@@ -4,7 +4,7 @@
     python benchmarks/encode.py --work programs --source imagenette.zip --vae FOLDER [--images 1000]
     python benchmarks/encode.py --work loader --data DATA [--pack]
 
-codec: encoding and decoding in one process, plain, then with one optimisation after the other. Without --vae this is
+codec: encoding and decoding in one process, plain, then with one optimization after the other. Without --vae this is
 Stable Diffusion's architecture with random weights, which is as fast as with trained ones. The plain form is float32
 (TF32 on a GPU), channels first, one image at a time. Utilisation compares the codec's floating-point operations per
 second with those of a large matrix product on the same device in the same precision.

@@ -1,4 +1,4 @@
-"""Measures how fast sampling is: the published setting, then with one optimisation after the other, in one run.
+"""Measures how fast sampling is: the published setting, then with one optimization after the other, in one run.
 
     python benchmarks/sample.py --device cuda --model SiT-XL/2 --batch-size auto --dtype fp16 --json sample.json
     python benchmarks/sample.py --device cpu --model SiT-B/2 --batch-size 8 --dtype bf16
@@ -212,7 +212,7 @@ def measure(config: Sample, forms: list[Form], flops: int) -> list[dict[str, Any
 def class_slot_price(config: Sample) -> dict[str, Any]:
     """Return the relative increase in FLOPs and in time of a sampling run that the class slot causes.
 
-    Both networks have all optimisations and take turns. Each pair gives a ratio; median and quartiles are returned.
+    Both networks have all optimizations and take turns. Each pair gives a ratio; median and quartiles are returned.
     """
     device, flops, runs = config.torch_device, [], {}
     torch.compiler.reset()  # it keeps only a few versions of a compiled function

@@ -36,8 +36,7 @@ PROGRAMS: dict[str, type[Config]] = {
 INTRODUCTION = """# Flags
 
 Written by `python docs/flags.py` from the configuration classes of the programs. Flags that are on or off are given as
-`--flag` and `--no-flag`. The flags marked with *
-may change when train.py or generate.py resumes.
+`--flag` and `--no-flag`. A resumed run of train.py or generate.py may change the flags that are marked with *.
 """
 
 

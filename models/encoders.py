@@ -1,7 +1,7 @@
 """Frozen vision encoders, through timm. They give the class token that REG denoises and the tokens of the alignment.
 
 REPA (Yu et al., arXiv 2410.06940, section 3) aligns with the patch tokens; REG (arXiv 2507.01467, section 3) adds the
-class token. Each encoder has its own input size and normalisation; the output is always a class token and patch tokens.
+class token. Each encoder has its own input size and normalization; the output is always a class token and patch tokens.
 To add an encoder, add a line to `ENCODERS`, or name any timm model: `timm/<model name>`.
 """
 
@@ -117,7 +117,7 @@ class Encoder(nn.Module):
     def forward(self, images: Tensor) -> EncoderOutput:
         """Return class token (N, D) and patch tokens (N, T, D), float32, of images (N, 3, H, W), uint8, 0-255.
 
-        Pixels are divided by 255, normalised, and THEN resized to `input_size` (bicubic without antialias), which is
+        Pixels are divided by 255, normalized, and THEN resized to `input_size` (bicubic without antialias), which is
         the order of the published recipe.
         """
         pixels = (images.float() / 255 - self.mean) / self.std
@@ -129,7 +129,7 @@ class Encoder(nn.Module):
         return EncoderOutput(cls_token.float(), tokens[:, self.num_prefix_tokens :].float())
 
     def _tokens(self, features: Tensor) -> Tensor:
-        """Return all tokens (N, prefix + T, D), normalised, of a sequence or of a map (channels first or last)."""
+        """Return all tokens (N, prefix + T, D), normalized, of a sequence or of a map (channels first or last)."""
         if features.ndim == 4:
             channels_last = getattr(self.network, "output_fmt", None) == "NHWC"
             features = features.flatten(1, 2) if channels_last else features.flatten(2).transpose(1, 2)
@@ -183,7 +183,7 @@ def load_encoder(spec: str, resolution: int, weights: str | Path | None = None, 
     """Return the frozen encoder for images of `resolution` px, with weights from a local file or from the hub.
 
     spec: a name of `ENCODERS` or `timm/<model name>`, optionally followed by options `:key=value`. `input` is the input
-    size in px (default: that of the encoder, times resolution/256); `mean` and `std` are the normalisation (one number,
+    size in px (default: that of the encoder, times resolution/256); `mean` and `std` are the normalization (one number,
     or three numbers separated by slashes); all other keys are arguments of `timm.create_model`.
     weights: a safetensors or PyTorch file in the layout of timm or of the authors (DINOv2, MAE, MoCo v3, I-JEPA).
     Position tables are resampled to the grid.
@@ -217,8 +217,8 @@ def _resolve(spec: str, resolution: int) -> tuple[EncoderSpec, int]:
         raise InputError(f"encoder {name!r}: unknown{_suggestion(name, ENCODERS)}; allowed: {allowed}")
     given = dict(_parse_option(spec, option) for option in options)
     fixed_input = given.pop("input", None)
-    normalisation = {key: _three_numbers(spec, key, given.pop(key)) for key in ("mean", "std") if key in given}
-    line = dataclasses.replace(line, **normalisation, options={**line.options, **given})
+    normalization = {key: _three_numbers(spec, key, given.pop(key)) for key in ("mean", "std") if key in given}
+    line = dataclasses.replace(line, **normalization, options={**line.options, **given})
     if fixed_input is not None:
         if not isinstance(fixed_input, int) or fixed_input < 1:
             raise InputError(f"encoder {spec}: input={fixed_input}; allowed: a whole number of px")

@@ -247,7 +247,7 @@ class SiT(nn.Module):
 
     def __init__(self, config: SiTConfig | None = None, fused_attn: bool = True, **fields: Any):
         super().__init__()
-        seed = int(torch.randint(2**62, (), device="cpu"))  # drawn before PyTorch's own initialisation draws numbers
+        seed = int(torch.randint(2**62, (), device="cpu"))  # drawn before PyTorch's own initialization draws numbers
         self.config = config = SiTConfig(**fields) if config is None else dataclasses.replace(config, **fields)
         self.input_size, self.patch_size, self.in_channels = config.input_size, config.patch_size, config.in_channels
         self.num_classes = self.null_class = config.num_classes  # the null class stands for "no class"
@@ -267,7 +267,7 @@ class SiT(nn.Module):
         self.final_layer = FinalLayer(width, self.patch_size**2 * self.in_channels, self.cls_token_dim)
         if self.cls_token_dim:
             self.cls_projectors2 = nn.Linear(self.cls_token_dim, width)  # embeds the noisy class token
-            self.wg_norm = nn.LayerNorm(width, eps=1e-6)  # normalises the embedded class token
+            self.wg_norm = nn.LayerNorm(width, eps=1e-6)  # normalizes the embedded class token
         self.slot_token = nn.Parameter(torch.zeros(1, 1, width)) if config.learnable_token else None
         self.initialize_weights(seed)
 
@@ -298,7 +298,7 @@ class SiT(nn.Module):
         with torch.no_grad():
             self.pos_embed[0, -len(table) :].copy_(table)
 
-        # The patch embedding is initialised as a linear layer.
+        # The patch embedding is initialized as a linear layer.
         patches = self.x_embedder.proj
         nn.init.xavier_uniform_(patches.weight.view(patches.weight.shape[0], -1), generator=stream("x_embedder"))
         nn.init.zeros_(patches.bias)

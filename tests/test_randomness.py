@@ -12,6 +12,7 @@ SHAPE, WIDTH = (4, 8, 8), 6
 
 def source(**changes) -> StepRandomness:
     settings = {"seed": 3, "batch_size": 64, "latent_shape": SHAPE, "cls_token_dim": WIDTH, "path": Interpolant()}
+    settings |= {"weighting": "uniform", "cfg_prob": 0.1}
     return StepRandomness(**settings | changes)
 
 

@@ -27,7 +27,7 @@ from common.cli import (
     uses_cuda,
 )
 from common.io import InputError
-from loss import ENTANGLED, FROM_ENCODER
+from loss import ENTANGLED, FROM_ENCODER, TERMS
 from models.autoencoder import LatentFormat
 from models.interpolant import PATHS
 from models.sit import ENCODER_DEPTHS, PRESETS, SiT_models, SiTConfig
@@ -37,6 +37,7 @@ MINUTES_PER_YEAR = 525_600
 SEED = Check("from 0 to 2^63 - 1", lambda value: 0 <= value < 2**63)
 TIMEOUT = Check(f"greater than 0 and at most a year, {MINUTES_PER_YEAR}", lambda value: 0 < value <= MINUTES_PER_YEAR)
 MODEL = Check(f"one of {', '.join(SiT_models)}", lambda value: value in SiT_models)
+WEIGHTS = {term.name: term.weight for term in TERMS}
 FOLDER_NAME = Check("the name of a folder", lambda value: bool(value.strip(". ")))
 
 
@@ -186,8 +187,8 @@ class MethodSettings(Config):
         "case the slot is aligned with the class token",
         choices=ENTANGLED,
     )
-    proj_coeff: float = setting(0.5, "weight of the alignment; 0: no projectors", check=NON_NEGATIVE)
-    cls: float = setting(0.03, "weight of the class token's velocity", check=NON_NEGATIVE)
+    proj_coeff: float = setting(WEIGHTS["proj"], "weight of the alignment; 0: no projectors", check=NON_NEGATIVE)
+    cls: float = setting(WEIGHTS["cls"], "weight of the class token's velocity", check=NON_NEGATIVE)
 
 
 @dataclass(frozen=True, kw_only=True)

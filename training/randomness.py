@@ -59,8 +59,8 @@ class StepRandomness:
     latent_shape: tuple[int, int, int]
     cls_token_dim: int | None
     path: Interpolant
-    weighting: str = "uniform"
-    cfg_prob: float = 0.1
+    weighting: str
+    cfg_prob: float
     device: torch.device | str = "cpu"
 
     def draw(self, step: int) -> Draws:
