@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, default_collate
 
+from common.classes import ClassSet
 from common.images import open_image
 from common.io import InputError
 from common.sources import (
@@ -52,6 +53,7 @@ class LatentDataset(Dataset):
     `data_dir` contains images and latents. With `flip`, the latents of the mirrored images are required.
 
     Attributes:
+        classes: the labels that occur, with their names if a dataset.json has them.
         num_classes: the largest label plus one, or the number of class names in dataset.json if that is larger.
         resolution: R.
         latent_size: h.
@@ -81,8 +83,9 @@ class LatentDataset(Dataset):
         # Read labels and codec.
         described = {source: read_dataset_json(source) for source in (self.images, self.latents)}
         self.labels = _labels(described, indices)
-        named_classes = [len(content.get("classes") or []) for content in described.values()]
-        self.num_classes = max(int(self.labels.max()) + 1, *named_classes)  # the last class may have no image
+        names = max((content.get("classes") or [] for content in described.values()), key=len)
+        self.classes = ClassSet.of_data(np.unique(self.labels), names)
+        self.num_classes = max(int(self.labels.max()) + 1, len(names))  # the last class may have no image
         try:
             self.latent_format = LatentFormat.from_json(described[self.latents].get("codec"))
         except InputError as error:

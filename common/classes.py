@@ -1,0 +1,96 @@
+"""The classes of a data set: which labels occur, and their names.
+
+A network has an embedding for each label from 0 to `num_classes - 1`, but its data may contain only some of them. Data
+sets, checkpoints and exports record the set, and labels are drawn from it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from common.io import InputError
+
+NAMES_SHOWN = 5  # in errors
+
+
+@dataclass(frozen=True)
+class ClassSet:
+    """Labels that occur in training data.
+
+    Attributes:
+        labels: the labels, ascending.
+        names: the name of each label, in the order of `labels`; empty if the data has no names.
+
+    Raises InputError if the labels are no ascending whole numbers from 0, or the number of names differs.
+    """
+
+    labels: tuple[int, ...]
+    names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.labels or not all(type(label) is int and label >= 0 for label in self.labels):
+            raise InputError(f"class labels {self.labels!r:.80}; expected whole numbers from 0")
+        if list(self.labels) != sorted(set(self.labels)):
+            raise InputError(f"class labels {self.labels!r:.80}; expected ascending numbers")
+        if not all(isinstance(name, str) for name in self.names) or len(self.names) not in (0, len(self.labels)):
+            raise InputError(f"classes {self.labels!r:.80} have names {self.names!r:.80}; expected a text for each")
+
+    @classmethod
+    def of_network(cls, num_classes: int) -> ClassSet:
+        """Return all labels of a network, for checkpoints that do not record their classes."""
+        return cls(tuple(range(num_classes)))
+
+    @classmethod
+    def of_data(cls, labels: Iterable[int], names: Sequence[str] | None = None) -> ClassSet:
+        """Return the labels that occur in `labels`; `names[label]` is the name of a label, if there is one."""
+        found = tuple(sorted({int(label) for label in labels}))
+        return cls(found, tuple(names[label] for label in found) if names and found[-1] < len(names) else ())
+
+    @classmethod
+    def from_json(cls, content: Any) -> ClassSet:
+        """Return the set that `to_json` described. Raises InputError for other content."""
+        if not isinstance(content, dict) or not isinstance(content.get("labels"), list):
+            raise InputError(f'classes are {content!r:.80}; expected {{"labels": [...], "names": [...]}}')
+        return cls(tuple(content["labels"]), tuple(content.get("names") or ()))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the content for JSON files and checkpoints."""
+        return {"labels": list(self.labels), **({"names": list(self.names)} if self.names else {})}
+
+    def name(self, label: int) -> str:
+        """Return the name of a label, its number if it has none."""
+        return self.names[self.labels.index(label)] if self.names and label in self.labels else str(label)
+
+    def select(self, text: str, num_classes: int) -> tuple[int, ...]:
+        """Return the labels that a text names, in its order, such as "207,360-365,tench".
+
+        Elements are labels of the network (0 .. `num_classes` - 1), ranges with both ends, and names; a name may
+        contain commas if it is the only element. Raises InputError for anything else.
+        """
+        if text in self.names:
+            return (self.labels[self.names.index(text)],)
+        selected: list[int] = []
+        for part in map(str.strip, text.split(",")):
+            if part in self.names:
+                selected.append(self.labels[self.names.index(part)])
+            elif match := re.fullmatch(r"(\d+)(?:-(\d+))?", part):
+                first, last = int(match[1]), int(match[2] or match[1])
+                if not first <= last < num_classes:
+                    raise InputError(f"{part}: the network has classes 0 .. {num_classes - 1}")
+                selected += range(first, last + 1)
+            else:
+                raise InputError(f"{part!r}: {self._expected(part)}")
+        return tuple(selected)
+
+    def _expected(self, part: str) -> str:
+        """Return what would be allowed instead of `part`."""
+        forms = "expected labels (207), ranges (360-365)"
+        if not self.names:
+            return f"{forms}, comma-separated; the classes have no names here"
+        shown = difflib.get_close_matches(part, self.names, NAMES_SHOWN) or self.names[:NAMES_SHOWN]
+        more = ", ..." if len(shown) < len(self.names) else ""
+        return f"{forms} or names, comma-separated; names are {', '.join(shown)}{more}"
