@@ -13,6 +13,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import shlex
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -25,14 +26,19 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler, default_collate
 
 from common.classes import ClassSet
+from common.image_files import contains_images, convert_command
 from common.images import open_image
 from common.io import InputError
+from common.packed import explain_packed
 from common.sources import (
     IMAGE_NAME,
     LATENT_NAME,
     FileSource,
+    decode_name,
     encode_names,
+    image_name,
     label_entries,
+    latents_name,
     map_files,
     mirrored_name,
     read_dataset_json,
@@ -66,12 +72,14 @@ class LatentDataset(Dataset):
     def __init__(self, data_dir: str | Path, flip: bool = False):
         self.data_dir = Path(data_dir)
         if not self.data_dir.is_dir():
-            raise InputError(f"--data-dir {data_dir}: no such folder")
+            problem = "is a file, not a folder with images and latents" if self.data_dir.exists() else "no such folder"
+            raise InputError(f"--data-dir {data_dir}: {problem}")
 
         # Pair the files by their index. The names are arrays: worker processes would copy lists of strings.
         self.images = _find(self.data_dir, IMAGE_FOLDERS, "images")
         self.latents = _find(self.data_dir, LATENT_FOLDERS, "latents")
-        image_names, latent_names = _by_index(self.images, IMAGE_NAME), _by_index(self.latents, LATENT_NAME)
+        image_names = _by_index(self.images, IMAGE_NAME, image_name(0))
+        latent_names = _by_index(self.latents, LATENT_NAME, latents_name(0))
         if unpaired := sorted(image_names.keys() ^ latent_names.keys()):
             source, names = (self.images, image_names) if unpaired[0] in image_names else (self.latents, latent_names)
             first = source.describe(names[unpaired[0]])
@@ -82,6 +90,7 @@ class LatentDataset(Dataset):
 
         # Read labels and codec.
         described = {source: read_dataset_json(source) for source in (self.images, self.latents)}
+        self._check_place_of_json()
         self.labels = _labels(described, indices)
         names = max((content.get("classes") or [] for content in described.values()), key=len)
         self.classes = ClassSet.of_data(np.unique(self.labels), names)
@@ -106,6 +115,13 @@ class LatentDataset(Dataset):
         if self.resolution != self.latent_size * form.factor:
             sizes = f"images of {self.resolution} px and latents of {self.latent_size}"
             raise InputError(f"{self.data_dir}: {sizes}, but codec {form.codec} reduces by {form.factor}")
+
+    def _check_place_of_json(self) -> None:
+        """Raise InputError if a dataset.json is next to images and latents and one of them has none."""
+        lacking = [source.path for source in (self.images, self.latents) if "dataset.json" not in source]
+        if lacking and (self.data_dir / "dataset.json").exists():
+            problem = f"is not read there, and {' and '.join(map(str, lacking))} has none; move it to where it belongs"
+            raise InputError(f"{self.data_dir / 'dataset.json'}: {problem}")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -136,11 +152,11 @@ class LatentDataset(Dataset):
 
     def image_file(self, i: int) -> str:
         """Return the name of image i in `images`."""
-        return os.fsdecode(self.image_names[i])
+        return decode_name(self.image_names[i])
 
     def latents_file(self, i: int, mirrored: bool = False) -> str:
         """Return the name of image i's latents in `latents`."""
-        name = os.fsdecode(self.latent_names[i])
+        name = decode_name(self.latent_names[i])
         return mirrored_name(name) if mirrored else name
 
     def latent_path(self, i: int) -> str:
@@ -164,7 +180,7 @@ class LatentDataset(Dataset):
                     return f"{self.latents.describe(name)}: {size} bytes; the first latents have {latents_bytes}"
             if self.images.is_zip:  # its directory is at its end, so a zip that could be opened is complete
                 return None if self.images.size(image) else f"{path}: empty"
-            with open(path, "rb") as file:
+            with open(self.images.file_path(image), "rb") as file:
                 file.seek(-min(len(PNG_END), file.seek(0, io.SEEK_END)), io.SEEK_END)
                 return None if file.read() == PNG_END else f"{path}: truncated, no end of a PNG"
         except InputError as error:
@@ -257,7 +273,7 @@ def decode_moments(data: bytes, shape: tuple[int, ...] | None = None) -> np.ndar
     try:
         moments = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
     except Exception as error:  # numpy's reader raises many types of errors
-        raise InputError(f"broken latents ({error})") from error
+        raise InputError("broken latents: not a complete .npy file of numbers") from error
     if moments.dtype not in (np.float32, np.float16):
         raise InputError(f"dtype {moments.dtype}; allowed: float32, float16")
     if moments.ndim != 3 or moments.shape[0] % 2 or moments.shape[1] != moments.shape[2]:
@@ -279,14 +295,43 @@ def _decode_image(data: bytes, side: int | None) -> Tensor:
 
 def _find(data_dir: Path, names: tuple[str, ...], what: str) -> FileSource:
     """Return the folder or zip whose name is among `names`. Raises InputError unless there is exactly one."""
-    found = [path for name in names for path in (data_dir / name, data_dir / f"{name}.zip") if path.exists()]
+    places = [path for name in names for path in (data_dir / name, data_dir / f"{name}.zip")]
+    found = [path for path in places if os.path.lexists(path)]
     if len(found) != 1:
         state = " and ".join(path.name for path in found) or "none"
-        raise InputError(f"{data_dir}: {what} expected in one folder or .zip of {', '.join(names)}; found {state}")
+        problem = f"{what} expected in one folder or .zip of {', '.join(names)}; found {state}"
+        raise InputError(f"--data-dir {data_dir}: {problem}{'' if found else _advice(data_dir)}")
     return FileSource(found[0])
 
 
-def _by_index(source: FileSource, pattern: re.Pattern[str]) -> dict[int, str]:
+def _advice(data_dir: Path) -> str:
+    """Return what to do about a data folder without images or without latents, "" if its content gives no hint."""
+    path = data_dir.resolve()
+    parts = [folder for folder in sorted(path.iterdir()) if any((folder / name).exists() for name in LATENT_FOLDERS)]
+    if parts:
+        return f"; did you mean --data-dir {shlex.quote(str(data_dir / parts[0].name))}?"
+    siblings = [name for name in (*IMAGE_FOLDERS, *LATENT_FOLDERS) if (path.parent / name).exists()]
+    if path.name in (*IMAGE_FOLDERS, *LATENT_FOLDERS) and len(siblings) > 1:
+        return f"; this is {path.name} itself; use the folder above: --data-dir {shlex.quote(str(path.parent))}"
+    converted = next((path / name for name in IMAGE_FOLDERS if (path / name).exists()), None)
+    if (path / "dataset.json").exists() and path.name in IMAGE_FOLDERS:
+        converted = path
+    if converted:
+        return f"; encode the images first:\n{_encode_command(converted)}"
+    if contains_images(path):
+        images = path.with_name(f"{path.name}-256") / "images"
+        commands = f"{convert_command(path, images)}\n{_encode_command(images)}"
+        after = f"python train.py --data-dir {shlex.quote(str(images.parent))} ..."
+        return f"; these are photographs, prepare them first:\n{commands}\n{after}"
+    return ""
+
+
+def _encode_command(images: Path) -> str:
+    source, dest = (shlex.quote(str(path)) for path in (images, images.with_name(LATENT_FOLDERS[0])))
+    return f"python preprocessing/encode.py --source {source} --dest {dest}"
+
+
+def _by_index(source: FileSource, pattern: re.Pattern[str], example: str) -> dict[int, str]:
     """Return the names that match `pattern` by their index. Raises InputError if there are none or an index repeats."""
     names: dict[int, str] = {}
     for name in source.names:
@@ -295,15 +340,22 @@ def _by_index(source: FileSource, pattern: re.Pattern[str]) -> dict[int, str]:
             if (other := names.setdefault(index, name)) != name:
                 raise InputError(f"{source.path}: {other} and {name} have the same index {index}")
     if not names:
-        raise InputError(f"{source.path}: no file named like {pattern.pattern}")
+        advice = explain_packed(source.path, source.names)
+        if pattern is IMAGE_NAME and not advice and source.path.is_dir() and contains_images(source.path):
+            advice = f"its images are not converted:\n{convert_command(source.path)}"
+        raise InputError(f"{source.path}: no file named like {example}{f'; {advice}' if advice else ''}")
     return names
 
 
 def _labels(described: dict[FileSource, dict[str, Any]], indices: list[int]) -> np.ndarray:
     """Return the label of each index, (N,) int64, from the dataset.json contents of images and latents.
 
-    Raises InputError if an index has no label or two different ones.
+    All labels are 0 if the data has none ("labels": null). Raises InputError if an index has no label or two different
+    ones.
     """
+    given = [content["labels"] for content in described.values() if "labels" in content]
+    if given and all(labels is None for labels in given):
+        return np.zeros(len(indices), dtype=np.int64)
     found: dict[int, tuple[int, str]] = {}
     for source, content in described.items():
         where = source.describe("dataset.json")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import struct
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from common.io import InputError, atomic_write
 
@@ -24,16 +25,36 @@ MIN_TILE = 64  # px; a grid shows smaller images enlarged
 def open_image(data: bytes, formats: Sequence[str] = IMAGE_FORMATS, max_side: int | None = None) -> Image.Image:
     """Return the image in a file's bytes, decoded, in its own mode.
 
-    Raises InputError if the bytes are not a complete image of one of `formats`, or a side is longer than `max_side` px.
+    Raises InputError if the bytes are not a complete image of one of `formats`, if they contain several images, or if a
+    side is longer than `max_side` px.
     """
     try:
         image = Image.open(io.BytesIO(data), formats=formats)
         if max_side is None or max(image.size) <= max_side:
             image.load()
-            return image
+            frames = getattr(image, "n_frames", 1)
+            if frames == 1 or image.format == "MPO":  # a phone's MPO contains the photograph first, then previews of it
+                return image
+            raise InputError(f"is an animation or has several pages ({frames} frames); allowed: one image per file")
+    except InputError:
+        raise
     except DECODING_ERRORS as error:
-        raise InputError(f"broken image ({error})") from error
+        raise InputError(f"not an image that can be read: {_why(data, formats, error)}") from error
     raise InputError(f"{image.width} x {image.height} pixels; allowed: 1 to {max_side} per side")
+
+
+def _why(data: bytes, formats: Sequence[str], error: Exception) -> str:
+    """Return in one phrase why Pillow cannot decode a file. Pillow's texts contain addresses of objects in memory."""
+    if not data:
+        return "the file is empty"
+    if isinstance(error, UnidentifiedImageError):
+        return f"its content is not of a format that is read ({', '.join(formats)}), or damaged"
+    if isinstance(error, Image.DecompressionBombError):
+        pixels = re.search(r"\d+", str(error))
+        return f"{int(pixels[0]):,} pixels; allowed: {2 * Image.MAX_IMAGE_PIXELS:,}" if pixels else "too many pixels"
+    return (
+        "the file is truncated" if isinstance(error, EOFError) or "truncated" in str(error) else "its data is damaged"
+    )
 
 
 def decode_rgb(data: bytes, resolution: int | None = None) -> np.ndarray:

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import os
 import signal
@@ -41,6 +42,11 @@ def report_status(status: int) -> bool:
     return bool(path)
 
 
+def printable(text: str) -> str:
+    """Return a text on one line: control characters (\\n) and bytes that are not UTF-8 (\\udce9) are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or the name of its type if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -53,6 +59,9 @@ def run_cli(main: Callable[[], None]) -> None:
     line and status 130.
     """
     program = Path(sys.argv[0]).name
+    for stream in (sys.stdout, sys.stderr):  # a name that the terminal's encoding lacks must not end the program
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except KeyboardInterrupt:
@@ -136,14 +145,16 @@ def sha256_of(path: str | Path) -> str:
 def atomic_write(path: str | Path, mode: str = "wb", sync_name: bool = True) -> Iterator[IO[Any]]:
     """Open a temporary file that is renamed to `path` when it is complete and on the disk.
 
-    An error inside the block leaves an existing file unchanged. `mode` is "wb" or "w". A missing folder is created.
+    An error inside the block leaves an existing file unchanged. `mode` is "wb" or "w" (UTF-8; file names that are not
+    UTF-8 keep their bytes). A missing folder is created.
     Without `sync_name`, a crash of the machine may undo the rename, but the file under its name is always complete.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+        text = {} if "b" in mode else {"encoding": "utf-8", "errors": "surrogateescape"}
+        with open(temporary, mode, **text) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -12,14 +12,15 @@ import os
 import re
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from common.io import InputError
+from common.io import InputError, printable
+from common.packed import explain_packed
 
 FILES_PER_FOLDER = 1000
 IMAGE_NAME = re.compile(r"(?:.*/)?img(\d+)\.png")
@@ -30,6 +31,8 @@ THREADS, THREAD_CHUNK = 16, 250  # of `map_files`
 
 # Absolute paths, drives of Windows, and paths with the part "..".
 UNSAFE_PATH = re.compile(r"[/\\]|[A-Za-z]:|(?:.*[/\\])?\.\.(?:[/\\]|$)", re.DOTALL)
+SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information")
+HEAD_BYTES, MAX_HEAD_MEMBER = 32, 1 << 26  # of `head`: enough to recognize a format; the largest member it unpacks
 ZIP_HEADER_BYTES = 30  # of a member, without its name and extra field
 ZIP_NAME_BYTES = 512  # read in advance for name and extra field; longer ones need a second read
 ZIP_MEMBER = np.dtype(
@@ -55,25 +58,24 @@ def mirrored_name(name: str) -> str:
 def read_dataset_json(source: FileSource) -> dict[str, Any]:
     """Return the content of a data set's dataset.json, {} if there is none.
 
-    Raises InputError if it is no object, or if all files are in one folder that has a dataset.json: then the folder was
+    Raises InputError if it is no object, or if a folder below contains a dataset.json: then a data set's folder was
     packed or copied instead of its content, and to ignore its labels and codec would be wrong.
     """
-    if "dataset.json" in source:
-        return source.load("dataset.json", _json_object)
-    top = source.common_folder()
-    if top is not None and f"{top}/dataset.json" in source:
-        raise InputError(
-            f"{source.describe(top + '/dataset.json')}: expected at the top of {source.path}; pack or copy the content "
-            f"of {top}, not the folder"
-        )
-    return {}
+    if deeper := source.find_below("dataset.json"):
+        also = f" in addition to {source.describe('dataset.json')}" if "dataset.json" in source else ""
+        where = f"{source.describe(deeper[0])}: found{also}; expected only at the top of {source.path}"
+        folder = printable(deeper[0].rpartition("/")[0])
+        raise InputError(f"{where}; use {folder} itself, pack or copy the content of {folder}, or remove this file")
+    return source.load("dataset.json", _json_object) if "dataset.json" in source else {}
 
 
 def _json_object(data: bytes) -> dict[str, Any]:
     try:
         content = json.loads(data)
-    except ValueError as error:
-        raise InputError(f"not valid JSON ({error})") from error
+    except json.JSONDecodeError as error:
+        raise InputError(f"not valid JSON (line {error.lineno}, column {error.colno})") from error
+    except (ValueError, RecursionError) as error:  # ValueError: bytes that are not UTF-8
+        raise InputError("not valid JSON") from error
     if not isinstance(content, dict):
         raise InputError('must be a JSON object, {"labels": [[name, label], ...]}')
     return content
@@ -108,6 +110,14 @@ def map_files(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[
 class FileSource:
     """The files of a folder or a zip, by their relative names with forward slashes. Hidden files are ignored.
 
+    Links to files that do not exist are among the names; to read them is an error. Names that are not UTF-8 have
+    Python's surrogate escapes, in any locale.
+
+    Attributes:
+        path, is_zip: of the source.
+        dead_links: names of links whose target does not exist or cannot be reached.
+        empty_folders: names of folders that contain no files and no folders.
+
     It is made for millions of files and many worker processes. File names and the zip's directory are numpy arrays,
     because forked processes share an array's memory but copy Python objects when they access them. Files in a zip are
     read with `os.pread`, so threads and processes do not share a file position.
@@ -119,32 +129,43 @@ class FileSource:
         self.path = Path(path)
         self.is_zip = self.path.is_file()
         self._descriptor: int | None = None
+        self.dead_links: list[str] = []
+        self.empty_folders: list[str] = []
         try:
             if self.is_zip:
-                members = _zip_members(self.path)
-                names = sorted(members)
+                members, self.empty_folders = _zip_members(self.path)
+                names = sorted(members, key=encode_name)
                 self._members = np.array([members[name] for name in names], dtype=ZIP_MEMBER)
             elif self.path.is_dir():
-                names = sorted(_walk(self.path))
+                names = sorted(map(decode_name, self._walk(os.fsencode(self.path))), key=encode_name)
+            elif self.path.is_symlink():
+                raise InputError(f"{self.path}: {describe_dead_link(self.path)}")
             else:
                 raise InputError(f"{self.path}: no such folder or zip file")
         except zipfile.BadZipFile as error:
-            raise InputError(f"{self.path}: not a readable zip file ({error})") from error
+            packed = None if self.path.suffix.lower() == ".zip" else explain_packed(self.path)
+            problem = packed or "not a readable zip file; allowed: a folder, or a complete zip"
+            raise InputError(f"{self.path}: {problem}") from error
         except OSError as error:
-            raise InputError(f"{error.filename or self.path}: cannot be read ({error.strerror})") from error
+            place = printable(os.fsdecode(error.filename or self.path))
+            raise InputError(f"{place}: cannot be read ({error.strerror})") from error
         self._names = encode_names(names)
 
     @property
     def names(self) -> list[str]:
         """All names, sorted; a new list each time."""
-        return [os.fsdecode(name) for name in self._names]
+        return [decode_name(name) for name in self._names]
 
-    def common_folder(self) -> str | None:
-        """Return the folder at the top that has all files, or None."""
+    def find_below(self, name: str) -> list[str]:
+        """Return the files of this name that are in folders of the source."""
         if not len(self._names):
-            return None
-        first, last = (os.fsdecode(name).split("/") for name in (self._names[0], self._names[-1]))  # names are sorted
-        return first[0] if len(first) > 1 and first[0] == last[0] else None
+            return []
+        found = np.char.endswith(self._names, encode_name(f"/{name}"))
+        return [decode_name(key) for key in self._names[found]]
+
+    def file_path(self, name: str) -> bytes:
+        """Return the path of a file in a folder. Its type is bytes, so that it does not depend on the locale."""
+        return os.path.join(os.fsencode(self.path), encode_name(name))
 
     def __contains__(self, name: str) -> bool:
         return self._index(name) is not None
@@ -154,20 +175,41 @@ class FileSource:
         if self.is_zip:
             return int(self._member(name)["size"])
         try:
-            return (self.path / name).stat().st_size
+            return os.stat(self.file_path(name)).st_size
         except OSError as error:
-            raise InputError(f"{self.describe(name)}: cannot be read ({error.strerror})") from error
+            raise InputError(f"{self.describe(name)}: {self._why(name, error)}") from error
 
     def describe(self, name: str) -> str:
-        """Return a file's path for messages; in a zip, archive.zip:member."""
-        return f"{self.path}:{name}" if self.is_zip else str(self.path / name)
+        """Return a file's path for messages, without control characters; in a zip, archive.zip:member."""
+        return printable(f"{self.path}:{name}" if self.is_zip else str(self.path / name))
 
     def read(self, name: str) -> bytes:
         """Return the bytes of a file. Raises InputError, naming the file, if it cannot be read."""
         try:
-            return self._read_member(name) if self.is_zip else (self.path / name).read_bytes()
-        except (OSError, zlib.error) as error:
-            raise InputError(f"{self.describe(name)}: cannot be read ({error})") from error
+            if self.is_zip:
+                return self._read_member(name)
+            with open(self.file_path(name), "rb") as file:
+                return file.read()
+        except OSError as error:
+            raise InputError(f"{self.describe(name)}: {self._why(name, error)}") from error
+        except zlib.error as error:
+            raise InputError(f"{self.describe(name)}: damaged, it cannot be decompressed") from error
+
+    def head(self, name: str) -> bytes:
+        """Return the first bytes of a file, b"" if it cannot be read. Of a zip, only files up to 64 MiB are read."""
+        try:
+            if self.is_zip:
+                return self.read(name)[:HEAD_BYTES] if self.size(name) <= MAX_HEAD_MEMBER else b""
+            with open(self.file_path(name), "rb") as file:
+                return file.read(HEAD_BYTES)
+        except (InputError, OSError):
+            return b""
+
+    def _why(self, name: str, error: OSError) -> str:
+        """Return why a file cannot be read."""
+        if not self.is_zip and os.path.islink(self.file_path(name)) and not os.path.exists(self.file_path(name)):
+            return describe_dead_link(self.file_path(name))
+        return f"cannot be read ({error.strerror})"
 
     def load(self, name: str, decode: Callable[[bytes], Any]) -> Any:
         """Return `decode(bytes of a file)`. Its ValueErrors are raised as InputError, with the file's path in front."""
@@ -178,7 +220,7 @@ class FileSource:
             raise InputError(f"{self.describe(name)}: {error}") from error
 
     def _index(self, name: str) -> int | None:
-        key = os.fsencode(name)
+        key = encode_name(name)
         index = bisect.bisect_left(self._names, key)
         return index if index < len(self._names) and self._names[index] == key else None
 
@@ -208,46 +250,96 @@ class FileSource:
             raise InputError(f"{self.describe(name)}: damaged, its checksum does not match")
         return data
 
+    def _walk(self, folder: bytes, prefix: bytes = b"", parents: frozenset[tuple[int, int]] = frozenset()) -> Iterator:
+        """Yield the names (bytes) of the files below a folder, following links; note dead links and empty folders.
+
+        `os.scandir` gives names and types without a request per file, which would be slow on a network file system.
+        """
+        status = os.stat(folder)
+        identity = (status.st_dev, status.st_ino)
+        if identity in parents:
+            raise InputError(f"{printable(os.fsdecode(folder))}: is a link to a folder that contains it")
+        is_empty = True
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if is_hidden(decode_name(entry.name)):
+                    continue
+                is_empty = False
+                if _is_dead_link(entry):
+                    self.dead_links.append(decode_name(prefix + entry.name))
+                    yield prefix + entry.name
+                elif entry.is_file():
+                    yield prefix + entry.name
+                elif entry.is_dir():
+                    yield from self._walk(entry.path, prefix + entry.name + b"/", parents | {identity})
+        if is_empty and prefix:
+            self.empty_folders.append(decode_name(prefix[:-1]))
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_descriptor": None}
 
 
+def describe_dead_link(path: str | Path | bytes) -> str:
+    """Return what is wrong with a link whose target cannot be reached."""
+    return f"is a link to {printable(os.fsdecode(os.readlink(path)))}, which does not exist or cannot be reached"
+
+
+def encode_name(name: str) -> bytes:
+    """Return the bytes of a file name on the disk: UTF-8, and the original bytes of names that are not UTF-8."""
+    return name.encode("utf-8", "surrogateescape")
+
+
+def decode_name(name: bytes) -> str:
+    """Return the file name of these bytes."""
+    return name.decode("utf-8", "surrogateescape")
+
+
 def encode_names(names: list[str]) -> np.ndarray:
-    """Return file names as an array of bytes, which forked processes share. Sorted names stay sorted."""
-    return np.array([os.fsencode(name) for name in names], dtype=np.bytes_)
+    """Return file names as an array of bytes, which forked processes share."""
+    return np.array([encode_name(name) for name in names], dtype=np.bytes_)
 
 
-def _zip_members(path: Path) -> dict[str, tuple[int, ...]]:
-    """Return the files of a zip by name, as elements of ZIP_MEMBER."""
+def is_hidden(part: str) -> bool:
+    """Return whether a file or folder of this name is ignored: hidden, or made by an operating system for itself."""
+    return part.startswith(".") or part in SYSTEM_FOLDERS
+
+
+def _is_dead_link(entry: os.DirEntry) -> bool:
+    if not entry.is_symlink():
+        return False
+    try:
+        return not (entry.is_file() or entry.is_dir() or os.path.exists(entry.path))
+    except OSError:  # a loop of links, or no permission
+        return True
+
+
+def _zip_members(path: Path) -> tuple[dict[str, tuple[int, ...]], list[str]]:
+    """Return the files of a zip by name, as elements of ZIP_MEMBER, and the empty folders."""
     members: dict[str, tuple[int, ...]] = {}
+    folders: set[str] = set()
     with zipfile.ZipFile(path) as archive:
         for info in archive.infolist():
             name = info.filename
             if UNSAFE_PATH.match(name):
                 raise InputError(f"{path}: member {name!r} is an absolute or parent path; create the zip again")
-            if name.endswith("/") or any(part.startswith(".") for part in name.split("/")):
-                continue  # a folder, or hidden
+            if any(map(is_hidden, name.split("/"))):
+                continue
+            if name.endswith("/"):
+                folders.add(name.rstrip("/"))
+                continue
             if name in members:
                 raise InputError(f"{path}: contains {name!r} more than once; create the zip again")
             sizes, encrypted = (info.compress_size, info.file_size), info.flag_bits & 1
             members[name] = (info.header_offset, *sizes, info.CRC, info.compress_type, encrypted)
-    return members
+    return members, sorted(folders - folders_above([*members, *folders]))
 
 
-def _walk(folder: Path | str, prefix: str = "", parents: frozenset[tuple[int, int]] = frozenset()) -> Iterator[str]:
-    """Yield the names of the files below a folder, following links.
-
-    `os.scandir` gives names and types without a request per file, which would be slow on a network file system.
-    """
-    status = os.stat(folder)
-    identity = (status.st_dev, status.st_ino)
-    if identity in parents:
-        raise InputError(f"{folder}: is a link to a folder that contains it")
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_file():
-                yield prefix + entry.name
-            elif entry.is_dir():
-                yield from _walk(entry.path, f"{prefix}{entry.name}/", parents | {identity})
+def folders_above(names: Iterable[str]) -> set[str]:
+    """Return every folder that contains one of the names, directly or in a folder of it; "" is not among them."""
+    folders: set[str] = set()
+    for name in names:
+        folder = name.rpartition("/")[0]
+        while folder and folder not in folders:
+            folders.add(folder)
+            folder = folder.rpartition("/")[0]
+    return folders

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -17,20 +17,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.image_files import check_one_part, find_images, stop_if_incomplete
 from common.images import open_image
 from common.io import InputError, sha256_of
-from common.sources import FileSource
+from common.sources import FileSource, encode_name
 from evaluations.npz import NpzFile
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 MAX_SIDE = 4096  # px; an image with a longer side is treated as damaged
 DECODERS = 8  # threads that decode image files while the network runs
 
 
 class ImageBatch(ABC):
-    """Images of one size. `readers` is the number of threads that may read at the same time."""
+    """Images of one size.
+
+    `readers` is the number of threads that may read at the same time, `notes` are lines on what was ignored.
+    """
 
     readers = 1
+    notes: Sequence[str] = ()
     path: Path
     count: int
     height: int
@@ -99,10 +103,12 @@ class FileImages(ImageBatch):
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self._source = FileSource(path)
-        self._names = [name for name in self._source.names if name.lower().endswith(IMAGE_SUFFIXES)]
+        found = find_images(self._source)
+        bare = {folder: reason for folder, reason in found.bare_folders.items() if folder not in found.other_folders}
+        stop_if_incomplete(found, bare, "correct or remove this, and start again")
+        check_one_part(self._source, found.images)
+        self._names, self.notes = found.images, found.notes()
         self.count = len(self._names)
-        if not self.count:
-            raise InputError(f"{path}: no images; expected an .npz, or a folder or zip of {', '.join(IMAGE_SUFFIXES)}")
         self.height, self.width = self._decode(self._names[0]).shape[:2]
 
     def read(self, start: int, stop: int) -> np.ndarray:
@@ -120,7 +126,7 @@ class FileImages(ImageBatch):
     def digest(self) -> str:
         digest = hashlib.sha256()
         for name in self._names:
-            digest.update(name.encode())
+            digest.update(encode_name(name))
             digest.update(self._source.read(name))
         return digest.hexdigest()
 

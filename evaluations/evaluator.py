@@ -186,7 +186,7 @@ def precision_and_recall(
 
 def general_notes(inception: Inception, samples: ImageBatch, reference: ImageBatch | None) -> list[str]:
     """Return notes on how far the numbers are comparable with published ones."""
-    notes = weights_notes(inception)
+    notes = [*weights_notes(inception), *samples.notes, *(reference.notes if reference else ())]
     sizes = [f"{side.width} x {side.height}" for side in (samples, reference or samples)]
     if sizes[0] != sizes[1]:
         note = f"samples have {sizes[0]} pixels, the reference {sizes[1]}"

@@ -55,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if images.count < 2:
         raise InputError(f"{config.source}: {images.count} image; a covariance needs at least 2")
     accelerator = Accelerator(cpu=config.cpu, kwargs_handlers=[long_collective_timeout()])
+    for note in images.notes:
+        accelerator.print(note)
 
     # Extract features, with all processes
     with Extractor(accelerator, config, images.height) as extractor:

@@ -12,16 +12,19 @@ from __future__ import annotations
 import contextlib
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.cli import POSITIVE, parse, setting
+from common.image_files import stop_if_incomplete
 from common.images import decode_rgb
-from common.io import InputError, atomic_write, run_cli
+from common.io import InputError, atomic_write, printable, run_cli
 from common.sources import FileSource, image_name
 from preprocessing.crops import TRANSFORMS, Photograph, decode, to_png
 from preprocessing.destination import Destination, InputOutput, explain_write_errors
@@ -45,19 +48,31 @@ class ConvertConfig(InputOutput):
     labels: str = setting(
         "auto",
         "source of the labels: auto uses dataset.json if there is one, and existing class folders must match it; "
-        "json and folders use only that one",
-        choices=("auto", "folders", "json"),
+        "json and folders use only that one; none writes images without labels",
+        choices=("auto", "folders", "json", "none"),
     )
     exif: str = setting(
         "apply", "apply the EXIF orientation of photographs, or ignore it (as ADM)", choices=("apply", "ignore")
     )
     on_error: str = setting(
-        "stop", "at a broken image, stop, or skip the image and list it in skipped.txt", choices=("stop", "skip")
+        "stop",
+        "at images that cannot be read, links to missing files, and class folders without images: stop, or skip them "
+        "and list them in skipped.txt; class folders keep their numbers",
+        choices=("stop", "skip"),
     )
+    max_images: int | None = setting(None, "convert only the first images, for a trial (default: all)", check=POSITIVE)
     workers: int | None = setting(None, "number of processes (default: all available cores)", check=POSITIVE)
 
 
 Failure = tuple[int, str]  # of an image that cannot be converted: its position in the listing, and the reason
+
+
+class Squaring(NamedTuple):
+    """How an image becomes square: name, side in pixels, and the function that does it (image, side) -> image."""
+
+    name: str
+    side: int
+    function: Callable[[Image.Image, int], Image.Image]
 
 
 @dataclass(frozen=True)
@@ -67,8 +82,7 @@ class Conversion:
     source: FileSource
     names: list[str]
     destination: Destination
-    resolution: int
-    transform: str
+    squaring: Squaring
     upright: bool
 
     def __call__(self, chunk: range) -> tuple[list[Failure], int]:
@@ -89,24 +103,44 @@ class Conversion:
 
     def square(self, index: int) -> Photograph:
         """Return the square image made from a photograph. Raises InputError if the photograph cannot be converted."""
+        name = self.names[index]
         try:
-            photograph = decode(self.source.read(self.names[index]), self.upright)
-            return photograph._replace(pixels=TRANSFORMS[self.transform](photograph.pixels, self.resolution))
+            photograph = decode(self.source.read(name), self.upright)
+            return photograph._replace(pixels=self.squaring.function(photograph.pixels, self.squaring.side))
         except MemoryError:
             raise
+        except InputError as error:
+            raise InputError(str(error).removeprefix(f"{self.source.describe(name)}: ")) from error
         except Exception as error:  # decoders raise many types of errors
-            raise InputError(str(error) or type(error).__name__) from error
+            raise InputError(f"not an image that can be read: its data is damaged ({type(error).__name__})") from error
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the program."""
     config = parse(ConvertConfig, __doc__.splitlines()[0], argv)
     source = FileSource(config.source)
-    listing = list_images(source, config.labels)
+    squaring = Squaring(config.transform, config.resolution, TRANSFORMS[config.transform])
+    run(config, source, list_images(source, config.labels), squaring)
+
+
+def run(config: ConvertConfig, source: FileSource, listing: Listing, squaring: Squaring) -> None:
+    """Convert the images of a listing and write dataset.json.
+
+    Raises InputError for settings, files or a destination that do not allow it.
+    """
+    # Say what is not taken, before any work.
+    for note in listing.notes:
+        print(note)
+    if config.on_error == "stop":
+        advice = "correct this and start again, or skip it with --on-error skip, which keeps the numbers of the classes"
+        stop_if_incomplete(listing.found, listing.bare_classes, advice)
+    listing = listing.first(config.max_images)
+
+    # Convert, or continue.
     settings = {"source": str(config.source.resolve()), "listing": listing.digest()}
-    settings |= {name: getattr(config, name) for name in ("resolution", "transform", "exif")}
+    settings |= {"resolution": squaring.side, "transform": squaring.name, "exif": config.exif}
     destination = Destination(config.dest, "convert")
-    job = Conversion(source, listing.names, destination, config.resolution, config.transform, config.exif == "apply")
+    job = Conversion(source, listing.names, destination, squaring, config.exif == "apply")
     with explain_write_errors(config.dest):
         is_complete = destination.claim(settings)
         check_unchanged(job)
@@ -135,7 +169,7 @@ def convert(job: Conversion, config: ConvertConfig) -> list[Failure]:
     failures: list[Failure] = []
     rotated, workers = 0, config.workers or available_cores()
     total = len(job.names)
-    bar = {"total": total, "desc": f"converting {job.source.path.name}", "unit": "image"}
+    bar = {"total": total, "desc": f"converting {printable(job.source.path.name)}", "unit": "image"}
     for failed, rotated_images in in_workers(job, chunks(total, CHUNK), workers, **bar):
         failures += failed
         rotated += rotated_images
@@ -149,22 +183,22 @@ def convert(job: Conversion, config: ConvertConfig) -> list[Failure]:
 
 
 def finish(job: Conversion, listing: Listing, failures: list[Failure]) -> None:
-    """Write dataset.json and the list of skipped images."""
+    """Write dataset.json and the list of what was skipped."""
     failed = {index for index, _ in failures}
-    labels = [[image_name(i), label] for i, label in enumerate(listing.labels) if i not in failed]
-    if not labels:
-        raise InputError(f"{job.source.path}: none of its {len(failed):,} images can be read")
-    skipped = job.destination.folder / "skipped.txt"
-    skipped.unlink(missing_ok=True)  # of an earlier run
-    if failures:
-        with atomic_write(skipped, "w") as file:
-            file.writelines(f"{listing.names[index]}\t{reason}\n" for index, reason in failures)
-        print(f"{len(failures):,} broken images skipped; {job.destination.path}: skipped.txt lists them")
-    names = {"classes": listing.classes} if listing.classes else {}
-    job.destination.finish({"labels": labels, **names})
-    images, classes = len(labels), len({label for _, label in labels})
-    found = f"{images:,} image{'s' if images > 1 else ''}, {classes:,} class{'es' if classes > 1 else ''}"
-    print(f"{job.destination.path}: {found}")
+    names = {index: image_name(index) for index in range(len(listing.names)) if index not in failed}
+    if not names:
+        raise InputError(f"{job.source.path}: none of its {len(failed):,} images can be read; first: {failures[0][1]}")
+    skipped = [*listing.left_out().items(), *((listing.names[index], reason) for index, reason in failures)]
+    skipped_file = job.destination.folder / "skipped.txt"
+    skipped_file.unlink(missing_ok=True)  # of an earlier run
+    if skipped:
+        with atomic_write(skipped_file, "w") as file:
+            file.writelines(f"{printable(name)}\t{printable(reason)}\n" for name, reason in sorted(skipped))
+        print(f"{len(skipped):,} images or class folders skipped; {job.destination.path}: skipped.txt lists them")
+    job.destination.finish(listing.table(names))
+    images, classes = len(names), len({listing.labels[index] for index in names})
+    labels = f"{classes:,} class{'es' if classes > 1 else ''}" if listing.is_labelled else "no labels"
+    print(f"{job.destination.path}: {images:,} image{'s' if images > 1 else ''}, {labels}")
 
 
 if __name__ == "__main__":

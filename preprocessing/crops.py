@@ -17,7 +17,6 @@ from PIL import Image
 from common.images import open_image
 from common.io import InputError
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 MAX_PIXELS = 2 * 89_478_485  # Pillow refuses to decode larger images; also the limit of an enlarged image
 
 _EXIF_ORIENTATION = 0x0112
@@ -48,9 +47,6 @@ def decode(data: bytes, upright: bool = True) -> Photograph:
     many other types of errors for broken files.
     """
     image = open_image(data)
-    frames = getattr(image, "n_frames", 1)
-    if frames > 1 and image.format != "MPO":  # a phone's MPO contains the photograph first, then previews of it
-        raise InputError(f"is an animation or has several pages ({frames} frames); allowed: one image per file")
     try:
         orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
     except Exception:  # ImageNet contains valid photographs with broken EXIF data

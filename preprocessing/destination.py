@@ -138,10 +138,11 @@ class Destination:
 
 def write_dataset_json(path: Path, dataset: Mapping[str, Any]) -> None:
     """Write dataset.json with one label per line, which is readable and half as large as indented JSON."""
-    labels = ",\n".join(map(json.dumps, dataset["labels"]))
+    entries = dataset["labels"]
+    labels = "null" if entries is None else "[\n" + ",\n".join(map(json.dumps, entries)) + "\n]"
     others = (f",\n{json.dumps(key)}: {json.dumps(value)}" for key, value in dataset.items() if key != "labels")
     with atomic_write(path, "w") as file:
-        file.write('{"labels": [\n' + labels + "\n]" + "".join(others) + "}\n")
+        file.write('{"labels": ' + labels + "".join(others) + "}\n")
 
 
 @contextlib.contextmanager

@@ -31,6 +31,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.cli import AUTO, BATCH_SIZE, NON_NEGATIVE, batch_size, parse, setting
 from common.distributed import broadcast_from_main, largest_batch, long_collective_timeout
+from common.image_files import convert_command
 from common.images import decode_rgb
 from common.io import InputError, run_cli
 from common.sources import FileSource, latents_name, mirrored_name
@@ -93,7 +94,9 @@ def read_rgb(source: FileSource, name: str, resolution: int | None = None) -> np
     try:
         return source.load(name, partial(decode_rgb, resolution=resolution))
     except InputError as error:
-        raise InputError(f"{error}; run preprocessing/convert.py first") from error
+        raise InputError(
+            f"{error}; convert the photographs again, or for the first time:\n{convert_command(source.path)}"
+        ) from error
 
 
 def plan(names: Sequence[str], batch_size: int, flip: bool) -> list[Batch]:
@@ -201,11 +204,9 @@ def save(destination: Destination, batch: Batch, moments: Tensor, dtype: str) ->
 
 def finish(destination: Destination, listing: Listing, codec: Codec, flip: bool) -> None:
     """Write dataset.json: labels, the codec's format, and whether the latents of the mirrored images exist."""
-    entries = zip(listing.names, listing.labels, strict=True)
-    labels = [[latents_name(image_index(name)), label] for name, label in entries]
-    classes = {"classes": listing.classes} if listing.classes else {}
-    destination.finish({"labels": labels, **classes, "codec": codec.format.to_json(), "flip": flip})
-    print(f"{destination.path}: latents of {len(labels):,} images, codec {codec.format.codec}")
+    names = {i: latents_name(image_index(name)) for i, name in enumerate(listing.names)}
+    destination.finish({**listing.table(names), "codec": codec.format.to_json(), "flip": flip})
+    print(f"{destination.path}: latents of {len(names):,} images, codec {codec.format.codec}")
 
 
 if __name__ == "__main__":

@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections import defaultdict
-from dataclasses import dataclass
-from itertools import pairwise, takewhile
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any
 
-from common.io import InputError
+from common.image_files import ImageFiles, check_one_part, convert_command, find_images
+from common.io import InputError, printable
 from common.sources import IMAGE_NAME, FileSource, image_name, label_entries, map_files, read_dataset_json
-from preprocessing.crops import SUFFIXES
+from preprocessing.class_folders import find_class_folders
 
 _NUMBERED_FOLDER = re.compile(r"\d{5}")  # folders of convert.py's output, which are not classes
 
@@ -20,53 +22,85 @@ def image_index(name: str) -> int:
     """Return the index in the name of an image. Raises InputError for other names."""
     match = IMAGE_NAME.fullmatch(name)
     if match is None:
-        raise InputError(f"{name}: images are named like {image_name(0)}; run preprocessing/convert.py first")
+        raise InputError(f"{printable(name)}: images are named like {image_name(0)}; convert.py writes them")
     return int(match[1])
 
 
 @dataclass(frozen=True)
 class Listing:
-    """The images of a source in their final order; `classes` are the class names, None if they are not known."""
+    """The images of a source in their final order.
+
+    Attributes:
+        names: of the images.
+        labels: of the images; all 0 if the source has no labels.
+        classes: the class names, None if they are not known.
+        is_labelled: whether the source has labels.
+        found: what the source contains, None for a converted data set.
+        bare_classes: class folders without images, and why they have none.
+        notes: lines about the source for the user.
+    """
 
     names: list[str]
     labels: list[int]
     classes: list[str] | None
+    is_labelled: bool = True
+    found: ImageFiles | None = None
+    bare_classes: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def digest(self) -> str:
         """Return a checksum of names and labels."""
         return hashlib.sha256(json.dumps([self.names, self.labels]).encode()).hexdigest()
 
+    def first(self, count: int | None) -> Listing:
+        """Return the first images, all if `count` is None; the classes keep their names and numbers."""
+        return replace(self, names=self.names[:count], labels=self.labels[:count])
+
+    def left_out(self) -> dict[str, str]:
+        """Return images and class folders that are not taken, and why. Dead links are among the images of the list."""
+        return {**self.found.not_read, **self.bare_classes}
+
+    def table(self, names: Mapping[int, str]) -> dict[str, Any]:
+        """Return labels and classes for a dataset.json, with the final name of each image by its position."""
+        labels = [[name, self.labels[i]] for i, name in names.items()] if self.is_labelled else None
+        return {"labels": labels, **({"classes": self.classes} if self.classes else {})}
+
 
 def list_images(source: FileSource, labels: str = "auto") -> Listing:
     """Return the images of a source, sorted by name, with labels from its class folders or its dataset.json.
 
-    `labels` is "folders", "json", or "auto": dataset.json if there is one; existing class folders must match it.
+    `labels` is "folders", "json", "none", or "auto": dataset.json if there is one; existing class folders must match
+    it, and numbered folders (00000, 00001) of a dataset.json whose labels are null are not classes.
     Raises InputError if there are no images, or if labels are missing or contradict each other.
     """
-    names = [name for name in source.names if name.lower().endswith(SUFFIXES)]
-    if not names:
-        raise InputError(f"{source.path}: contains no images ({', '.join(SUFFIXES)})")
-    by_name, classes = read_labels(source) if labels != "folders" else (None, None)
-    if by_name is None:
-        if labels == "json":
-            raise InputError(f"{source.path}: contains no dataset.json with labels, which --labels json requires")
-        return _from_folders(source, names)
-    if unlisted := [name for name in names if name not in by_name]:
-        which = f"{source.describe(unlisted[0])} and {len(unlisted) - 1:,} other images are not in dataset.json"
-        raise InputError(f"{which}; list or remove them, or ignore dataset.json with --labels folders")
-    listing = Listing(sorted(by_name), [label for _, label in sorted(by_name.items())], classes)
-    return _check_folders(source, listing) if labels == "auto" else listing
+    found = find_images(source)
+    content = read_dataset_json(source) if labels in ("auto", "json") else {}
+    has_json = labels in ("auto", "json") and "dataset.json" in source
+    by_name, classes = read_labels(source, content) if has_json else (None, None)
+    if by_name is not None:
+        return _from_json(source, found, by_name, classes, must_match=labels == "auto")
+    if labels == "json":
+        raise InputError(f"{source.path}: contains no dataset.json with labels, which --labels json requires")
+    is_numbered = all(_NUMBERED_FOLDER.fullmatch(name.split("/")[0]) for name in found.images)
+    if labels == "none" or (has_json and (is_numbered or not any("/" in name for name in found.images))):
+        check_one_part(source, found.images)
+        return Listing(found.images, [0] * len(found.images), None, False, found, notes=found.notes())
+    if labels == "auto" and is_numbered and all(map(IMAGE_NAME.fullmatch, found.images)):
+        raise InputError(
+            f"{source.path}: has the layout of convert.py's output ({found.images[0]}), but no dataset.json with the "
+            "labels; copy it as well, or choose --labels none (no labels) or --labels folders (a class per folder)"
+        )
+    folders = find_class_folders(source, found.images, found)
+    notes = found.notes() + folders.notes
+    return Listing(found.images, folders.labels, folders.classes, True, found, folders.bare, notes)
 
 
-def read_labels(source: FileSource) -> tuple[dict[str, int] | None, list[str] | None]:
-    """Return labels by file name, and class names, from a source's dataset.json; None for what it does not contain.
+def read_labels(source: FileSource, content: Mapping[str, Any]) -> tuple[dict[str, int] | None, list[str] | None]:
+    """Return labels by file name, and class names, from a dataset.json's content; None for what it does not contain.
 
     Raises InputError if it has no "labels", lists a file twice, or lists a file that does not exist.
     """
-    if "dataset.json" not in source:
-        return None, None
     where = source.describe("dataset.json")
-    content = read_dataset_json(source)
     if "labels" not in content:
         raise InputError(f'{where}: must be of the form {{"labels": [["00000/img00000000.png", 6], ...]}}')
     if content["labels"] is None:
@@ -74,9 +108,9 @@ def read_labels(source: FileSource) -> tuple[dict[str, int] | None, list[str] | 
     by_name: dict[str, int] = {}
     for name, label in label_entries(content, where):
         if name in by_name:
-            raise InputError(f"{where}: lists {name} twice")
+            raise InputError(f"{where}: lists {printable(name)} twice")
         if name not in source:
-            raise InputError(f"{where}: lists {name}, which does not exist")
+            raise InputError(f"{where}: lists {printable(name)}, which does not exist")
         by_name[name] = label
     return by_name, content.get("classes")
 
@@ -84,16 +118,25 @@ def read_labels(source: FileSource) -> tuple[dict[str, int] | None, list[str] | 
 def list_converted(source: FileSource) -> Listing:
     """Return the images of a converted data set in the order of their index.
 
-    Raises InputError if there is no dataset.json with labels, or if two images have the same index.
+    Raises InputError if there is no dataset.json, or if two images have the same index.
     """
-    by_name, classes = read_labels(source)
+    content = read_dataset_json(source)
+    if "dataset.json" not in source:
+        find_images(source)  # explains packed data and sources without images
+        command = convert_command(source.path)
+        problem = "contains no dataset.json with labels; these are not images that convert.py wrote"
+        raise InputError(f"{source.path}: {problem}; run this first and use its --dest as --source:\n{command}")
+    by_name, classes = read_labels(source, content)
+    is_labelled = by_name is not None
+    if not is_labelled:
+        by_name = dict.fromkeys(filter(IMAGE_NAME.fullmatch, source.names), 0)
     if not by_name:
-        raise InputError(f"{source.path}: contains no dataset.json with labels; run preprocessing/convert.py first")
+        raise InputError(f"{source.path}: contains no images named like {image_name(0)}, which convert.py writes")
     names = sorted(by_name, key=image_index)
     for name, following in pairwise(names):
         if image_index(name) == image_index(following):
             raise InputError(f"{source.path}: {name} and {following} have the same index; allowed: one image per index")
-    return Listing(names, [by_name[name] for name in names], classes)
+    return Listing(names, [by_name[name] for name in names], classes, is_labelled)
 
 
 def describe_files(source: FileSource, names: list[str]) -> str:
@@ -103,40 +146,28 @@ def describe_files(source: FileSource, names: list[str]) -> str:
     return f"{len(sizes):,} files, {sum(sizes):,} bytes, their sizes {digest[:16]}"
 
 
-def _from_folders(source: FileSource, names: list[str]) -> Listing:
-    """Return class folders numbered in sorted order. Folders that contain all images (train/...) are not classes."""
-    folders = [name.split("/")[:-1] for name in names]
-    pairs = zip(min(folders), max(folders), strict=False)
-    depth = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-    if all(len(folder) == depth for folder in folders):  # a single folder of images
-        only = folders[0][-1] if depth else source.path.stem
-        return Listing(names, [0] * len(names), [only])
-    subfolders = defaultdict(set)
-    for name, folder in zip(names, folders, strict=True):
-        if len(folder) == depth:
-            raise InputError(f"{source.describe(name)}: is next to class folders; move it into one of them")
-        if len(folder) > depth + 1:
-            subfolders[folder[depth + 1]].add(folder[depth])
-    repeated = sorted(name for name, parents in subfolders.items() if len(parents) > 1)
-    if len(repeated) > 1:  # one is normal, as in Tiny ImageNet's n01443537/images
-        one, other = sorted(subfolders[repeated[0]])[:2]
-        where = f"{source.path}: {one} and {other} both contain folders {repeated[0]} and {repeated[1]}"
-        advice = f"if these are the classes, use {one} as --source, otherwise list the labels in a dataset.json"
-        raise InputError(f"{where}; {advice}")
-    classes = sorted({folder[depth] for folder in folders})
-    number = {name: index for index, name in enumerate(classes)}
-    return Listing(names, [number[folder[depth]] for folder in folders], classes)
+def _from_json(
+    source: FileSource, found: ImageFiles, by_name: dict[str, int], classes: list[str] | None, must_match: bool
+) -> Listing:
+    """Return the listing of labels from a dataset.json; with `must_match`, clear class folders must have these numbers.
 
-
-def _check_folders(source: FileSource, listing: Listing) -> Listing:
-    """Return the listing with names of its class folders. Raises InputError if a label is not its folder's number."""
-    folders = sorted({name.split("/")[0] for name in listing.names if "/" in name})
-    if len(folders) < 2 or all(_NUMBERED_FOLDER.fullmatch(folder) for folder in folders):
-        return listing
-    by_folder = _from_folders(source, listing.names)
-    for name, label, expected in zip(listing.names, listing.labels, by_folder.labels, strict=True):
+    Raises InputError if an image is not in dataset.json, or if a label is not the number of its class folder.
+    """
+    if unlisted := [name for name in found.images if name not in by_name]:
+        which = f"{source.describe(unlisted[0])} and {len(unlisted) - 1:,} other images are not in dataset.json"
+        raise InputError(f"{which}; list or remove them, or ignore dataset.json with --labels folders")
+    names = sorted(by_name)
+    labels = [by_name[name] for name in names]
+    top = {name.split("/")[0] for name in names if "/" in name}
+    if not must_match or len(top) < 2 or all(map(_NUMBERED_FOLDER.fullmatch, top)):
+        return Listing(names, labels, classes, True, found, notes=found.notes())
+    try:
+        folders = find_class_folders(source, names, found)
+    except InputError:  # it is not clear which folders are the classes, so the listed labels cannot contradict them
+        return Listing(names, labels, classes, True, found, notes=found.notes())
+    for name, label, expected in zip(names, labels, folders.labels, strict=True):
         if label != expected:
             numbers = f"has label {label} in dataset.json, but its class folder has number {expected} in sorted order"
             advice = "choose one with --labels json or --labels folders"
             raise InputError(f"{source.describe(name)}: {numbers}; {advice}")
-    return by_folder
+    return Listing(names, labels, folders.classes, True, found, folders.bare, found.notes() + folders.notes)

@@ -52,9 +52,9 @@ BAD_IMAGES = {
     "pages.tiff": (animation("TIFF"), "2 frames"),
     "float.tiff": (encoded(Image.new("F", (4, 4)), "TIFF"), "32-bit"),
     "cut.jpg": (jpeg()[:-200], "truncated"),
-    "empty.jpg": (b"", "cannot identify"),
-    "text.png": (b"not an image", "cannot identify"),
-    "huge.png": (header_only_png(30_000, 30_000), "900000000 pixels"),
+    "empty.jpg": (b"", "the file is empty"),
+    "text.png": (b"not an image", "not of a format that is read"),
+    "huge.png": (header_only_png(30_000, 30_000), "900,000,000 pixels; allowed: 178,956,970"),
     "thread.png": (encoded(Image.new("RGB", (1, 30_000))), "before its crop"),
 }
 
@@ -148,8 +148,8 @@ def test_folders_around_and_inside_classes(tmp_path):
     assert labels("a.png", "b.png") == (["2"], [0, 0])
     assert labels("train/x/a.png", "train/x/b.png", "train/y/a.png") == (["x", "y"], [0, 0, 1])
     assert labels("x/images/0.png", "x/images/1.png", "y/images/0.png", "y/images/1.png") == (["x", "y"], [0, 0, 1, 1])
-    with pytest.raises(InputError, match="train and val both contain folders x and y"):
-        labels("train/x/0.png", "train/y/0.png", "val/x/0.png", "val/y/0.png", "val/y/1.png")
+    with pytest.raises(InputError, match="a and b both contain folders x and y"):
+        labels("a/x/0.png", "a/y/0.png", "b/x/0.png", "b/y/0.png", "b/y/1.png")
     with pytest.raises(InputError, match=r"c\.png: is next to class folders"):
         labels("x/0.png", "x/1.png", "x/2.png", "y/0.png", "y/1.png", "c.png")
 

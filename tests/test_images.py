@@ -21,7 +21,7 @@ def test_an_image_keeps_its_mode_and_pixels():
     "data", [b"", b"text", encoded(Image.fromarray(noise(9, 9)))[:-60], header_only_png(30_000, 30_000)]
 )
 def test_incomplete_images_are_refused(data):
-    with pytest.raises(InputError, match="broken image"):
+    with pytest.raises(InputError, match="not an image that can be read: "):
         open_image(data)
 
 
@@ -35,7 +35,7 @@ def test_a_side_that_is_too_long_is_refused():
 def test_only_listed_formats_are_decoded():
     for form in ("JPEG", "EPS"):
         data = encoded(Image.new("RGB", (8, 8)), form)
-        with pytest.raises(InputError, match=r"broken image .*cannot identify"):
+        with pytest.raises(InputError, match="not of a format that is read"):
             open_image(data, ("PNG",) if form == "JPEG" else ("JPEG", "PNG"))
 
 

@@ -111,7 +111,11 @@ def test_images_are_read_ahead_by_a_fixed_number(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("content", "text"),
-    [(b"", "broken image"), (b"\x89PNG", "broken image"), (Image.new("RGB", (6, 4)), "6 x 4 pixels of mode RGB, not")],
+    [
+        (b"", "not an image that can be read"),
+        (b"\x89PNG", "not an image that can be read"),
+        (Image.new("RGB", (6, 4)), "6 x 4 pixels of mode RGB, not"),
+    ],
 )
 def test_an_image_that_is_none_is_named(samples, content, text):
     assert len(list(samples.read_images())) == 7

@@ -189,7 +189,7 @@ def test_other_files_under_the_names_of_images_and_latents_are_refused(data):
             LatentDataset(data)[5]
         np.save(data / "vae-sd" / latents_name(5), np.zeros((6, 16, 16), np.float32))
     (data / "images" / image_name(5)).write_bytes(header_only_png(30_000, 30_000))
-    with pytest.raises(InputError, match=r"img00000005\.png: broken image \(.*decompression bomb"):
+    with pytest.raises(InputError, match=r"img00000005\.png: not an image that can be read: 900,000,000 pixels"):
         LatentDataset(data)[5]
 
 
@@ -201,8 +201,7 @@ def test_a_data_set_packed_with_its_folder_is_refused(tmp_path, as_zip):
     (folder / "img-mean-std-00000000.npy").write_bytes(b"x")
     (folder.parent / "dataset.json").write_text('{"labels": null}')
     path = shutil.make_archive(str(tmp_path / "packed"), "zip", tmp_path / "outer") if as_zip else tmp_path / "outer"
-    with pytest.raises(InputError, match=r"vae-sd/dataset\.json: expected at the top of .*; pack or copy the content"):
+    with pytest.raises(
+        InputError, match=r"vae-sd/dataset\.json: found; expected only at the top of .*; use vae-sd itself"
+    ):
         read_dataset_json(FileSource(path))
-    (folder.parents[1] / "other").mkdir()
-    (folder.parents[1] / "other" / "b.txt").write_text("")  # a folder of photographs that has a class with such a file
-    assert read_dataset_json(FileSource(folder.parents[1])) == {}

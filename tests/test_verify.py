@@ -106,8 +106,8 @@ def change_label(data):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (cut_image, r"img00000003.png: broken image"),
-        (huge_image, r"img00000003.png: broken image \(.*decompression bomb"),
+        (cut_image, r"img00000003.png: not an image that can be read: the file is truncated"),
+        (huge_image, r"img00000003.png: not an image that can be read: 900,000,000 pixels"),
         (save_as_npz, r"00000003.npy: broken latents"),
         (grey_image, r"img00000003.png: 16 x 16 pixels of mode L"),
         (lose_flip, r"flip-00000003.npy: cannot be read"),

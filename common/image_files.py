@@ -1,0 +1,216 @@
+"""The images of a folder or zip, and what is not taken: dead links, other image formats, folders without images."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import takewhile
+from pathlib import Path
+
+from common.io import InputError, printable
+from common.packed import TAR, explain_packed, packed_kind, unpack_command
+from common.sources import FileSource, describe_dead_link, folders_above, is_hidden, map_files
+
+# Names of images that are read. Their format is known from their content, not from their name.
+IMAGE_SUFFIXES = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm",
+)  # fmt: skip
+# Images that are not read.
+OTHER_IMAGES = (
+    ".heic", ".heif", ".avif", ".jxl", ".jp2", ".j2k", ".jpx", ".jif", ".dib", ".apng", ".tga", ".svg", ".ico", ".psd",
+    ".exr", ".hdr", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2", ".eps", ".pcx", ".xcf", ".dcm",
+)  # fmt: skip
+# Files that are no images and are often next to them.
+NO_IMAGES = (
+    ".txt", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".yaml", ".yml", ".md", ".rst", ".html", ".htm", ".pdf", ".log",
+    ".db", ".ini", ".lnk", ".url", ".mat", ".npy", ".pkl", ".caption", ".cls", ".py", ".sh", ".ipynb", ".sha256",
+    ".md5",
+)  # fmt: skip
+_MAGIC = re.compile(
+    rb"\xff\xd8\xff|\x89PNG\r\n|GIF8[79]a|BM.{4}\0\0\0\0|RIFF.{4}WEBP|II\*\0|MM\0\*|P[1-6]\s|"
+    rb".{4}ftyp(?:avif|avis|heic|heix|mif1|msf1)|\xff\x0a|\0\0\0\x0cJXL |\0\0\0\x0cjP  ",
+    re.DOTALL,
+)  # the first bytes of JPEG, PNG, GIF, BMP, WebP, TIFF, PPM, AVIF, HEIC, JPEG XL, JPEG 2000
+SHOWN = 5  # names in a message, of each kind
+_SPLIT = re.compile(
+    r"(?:.*_img_|images?_)?(?:(train(?:ing)?)|(val(?:id(?:ation)?)?|dev|eval(?:uation)?)|(test(?:ing)?))"
+    r"(?:[_-]?(?:\d+|set|data|images?|split|[ab]))?",
+    re.IGNORECASE,
+)
+
+
+@dataclass
+class ImageFiles:
+    """The files of a source.
+
+    Attributes:
+        images: names of the images, among them dead links with the name of an image; sorted.
+        not_read: names of images whose format or name is not one of those that are read, and why.
+        bare_folders: folders, at any depth, that have files or links but no images, or are empty; and why.
+        other_folders: those of them that have only files that are no images and no packed data.
+        dead_links: why a link cannot be read, by name.
+        others: number of other files by the ending of their name.
+    """
+
+    source: FileSource
+    images: list[str] = field(default_factory=list)
+    not_read: dict[str, str] = field(default_factory=dict)
+    bare_folders: dict[str, str] = field(default_factory=dict)
+    other_folders: set[str] = field(default_factory=set)
+    dead_links: dict[str, str] = field(default_factory=dict)
+    others: Counter = field(default_factory=Counter)
+
+    def notes(self) -> list[str]:
+        """Return a line that counts the files that are no images, if there are any."""
+        if not self.others:
+            return []
+        counts = ", ".join(f"{count:,} {ending}" for ending, count in self.others.most_common())
+        return [f"{self.source.path}: {self.others.total():,} files are no images and are ignored ({counts})"]
+
+
+def find_images(source: FileSource) -> ImageFiles:
+    """Return the images of a source and what is not taken. Raises InputError if there are no images."""
+    names = source.names
+    found = ImageFiles(source, [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)])
+    dead = set(source.dead_links)
+    found.dead_links = {name: _dead_link_reason(source, name) for name in source.dead_links}
+    rest = [name for name in names if not name.lower().endswith(IMAGE_SUFFIXES)]
+    unknown = []
+    for name in rest:
+        ending = os.path.splitext(name)[1].lower()
+        if name in dead:
+            if ending in NO_IMAGES:
+                del found.dead_links[name]
+                found.others[ending] += 1
+        elif ending in OTHER_IMAGES:
+            found.not_read[name] = f"{ending} images are not read; allowed: {', '.join(IMAGE_SUFFIXES)}"
+        elif ending in NO_IMAGES or packed_kind(name):
+            found.others[ending] += 1
+        else:
+            unknown.append(name)
+    heads = (head for part in map_files(source.head, unknown) for head in part)
+    for name, head in zip(unknown, heads, strict=True):
+        if _MAGIC.match(head):
+            found.not_read[name] = f"is an image without one of the endings {', '.join(IMAGE_SUFFIXES)}; rename it"
+        else:
+            found.others[printable(os.path.splitext(name)[1].lower()) or "without ending"] += 1
+    if not found.images:
+        raise InputError(f"{source.path}: {_no_images(found, rest)}")
+    _find_bare_folders(found, rest)
+    return found
+
+
+def stop_if_incomplete(found: ImageFiles, bare_folders: dict[str, str], advice: str) -> None:
+    """Raise InputError that counts and names dead links, images that are not read, and folders without images.
+
+    `bare_folders`: those of `found.bare_folders` that matter.
+    """
+    kinds = {
+        "link{s} to files that do not exist": found.dead_links,
+        "image{s} that are not read": found.not_read,
+        "folder{s} without images": bare_folders,
+    }
+    lines = []
+    for kind, reasons in kinds.items():
+        if reasons:
+            lines.append(f"  {len(reasons):,} {kind.format(s='s' if len(reasons) > 1 else '')}:")
+            lines += [f"    {printable(name)}: {reason}" for name, reason in list(reasons.items())[:SHOWN]]
+            lines += [f"    and {len(reasons) - SHOWN:,} more"] if len(reasons) > SHOWN else []
+    if lines:
+        raise InputError("\n".join([f"{found.source.path}: not all of it can be used", *lines, advice]))
+
+
+def common_depth(folders: list[list[str]]) -> int:
+    """Return the number of folders that contain all others, from paths as lists of folder names."""
+    pairs = zip(min(folders), max(folders), strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def check_one_part(source: FileSource, names: list[str]) -> None:
+    """Raise InputError if images are in different parts of a data set (train, val, test)."""
+    folders = [name.split("/")[:-1] for name in names]
+    depth = common_depth(folders)
+    check_split(source, {"/".join(folder[: depth + 1]) for folder in folders if len(folder) > depth})
+
+
+def check_split(source: FileSource, folders: Iterable[str]) -> None:
+    """Raise InputError if the folders are the parts of a data set (train, val, test), not classes.
+
+    `folders` are paths below the source that have the same parent.
+    """
+    parts = {}
+    for folder in sorted(folders):
+        if match := _SPLIT.fullmatch(folder.rpartition("/")[2]):
+            parts.setdefault(match.lastindex, folder)
+    if len(parts) > 1:
+        names = " and ".join(parts[number] for number in sorted(parts))
+        first = parts[min(parts)]
+        inside = f"{source.path}, extracted, and of it " if source.is_zip else ""
+        where = first if source.is_zip else shlex.quote(str(source.path / first))
+        raise InputError(
+            f"{source.path}: contains the parts {names} of a data set, not classes; use one part as the source: "
+            f"{inside}{where}"
+        )
+
+
+def convert_command(source: Path, dest: Path | None = None) -> str:
+    """Return the command that converts photographs to images for training; `dest` is a suggestion if it is None."""
+    dest = dest or source.with_name(f"{source.name.removesuffix('.zip')}-256") / "images"
+    paths = f"--source {shlex.quote(str(source))} --dest {shlex.quote(str(dest))}"
+    return f"python preprocessing/convert.py {paths} --resolution 256"
+
+
+def contains_images(folder: Path) -> bool:
+    """Return whether a folder contains an image, at any depth, without listing all files."""
+    for _, folders, files in os.walk(folder):
+        folders[:] = [name for name in sorted(folders) if not is_hidden(name)]
+        if any(name.lower().endswith(IMAGE_SUFFIXES) and not is_hidden(name) for name in files):
+            return True
+    return False
+
+
+def _dead_link_reason(source: FileSource, name: str) -> str:
+    return describe_dead_link(source.file_path(name))
+
+
+def _no_images(found: ImageFiles, rest: list[str]) -> str:
+    """Return what a source without images contains."""
+    if packed := explain_packed(found.source.path, rest):
+        return packed
+    if found.not_read:
+        name, reason = next(iter(found.not_read.items()))
+        return f"contains no images that are read; {printable(name)}: {reason}"
+    if found.dead_links:
+        name, reason = next(iter(found.dead_links.items()))
+        return f"contains no images; {printable(name)} {reason}"
+    counts = ", ".join(f"{count:,} {ending}" for ending, count in found.others.most_common(SHOWN))
+    return f"contains no images ({', '.join(IMAGE_SUFFIXES)}); its files: {counts or 'none'}"
+
+
+def _find_bare_folders(found: ImageFiles, rest: list[str]) -> None:
+    """Fill in the folders without images and what they contain instead. A dead link may have been one to a folder."""
+    with_images = folders_above(found.images)
+    contents: dict[str, list[str]] = {folder: [] for folder in found.source.empty_folders}
+    for name in rest:
+        folder = name if name in found.dead_links else name.rpartition("/")[0]
+        if folder and folder not in with_images:
+            contents.setdefault(folder, []).append(name)
+    for folder, names in sorted(contents.items()):
+        packed = [name for name in names if packed_kind(name)]
+        if folder in found.dead_links:
+            reason = found.dead_links[folder]
+        elif packed and packed_kind(packed[0]) == TAR and not found.source.is_zip:
+            reason = f"contains only a {TAR}; unpack with: {unpack_command(found.source.path, packed[0])}"
+        elif packed:
+            reason = f"contains only a {packed_kind(packed[0])}; unpack it"
+        elif names:
+            reason = f"contains {len(names):,} file{'s' if len(names) > 1 else ''}, but no image that is read"
+            if not any(name in found.not_read for name in names):
+                found.other_folders.add(folder)
+        else:
+            reason = "is empty"
+        found.bare_folders[folder] = reason
