@@ -72,7 +72,9 @@ class LatentDataset(Dataset):
     def __init__(self, data_dir: str | Path, flip: bool = False):
         self.data_dir = Path(data_dir)
         if not self.data_dir.is_dir():
-            problem = "is a file, not a folder with images and latents" if self.data_dir.exists() else "no such folder"
+            problem = "no such folder"
+            if self.data_dir.exists():
+                problem = f"is a file; use the folder of images and latents, such as {self.data_dir.resolve().parent}"
             raise InputError(f"--data-dir {data_dir}: {problem}")
 
         # Pair the files by their index. The names are arrays: worker processes would copy lists of strings.
@@ -299,31 +301,31 @@ def _find(data_dir: Path, names: tuple[str, ...], what: str) -> FileSource:
     found = [path for path in places if os.path.lexists(path)]
     if len(found) != 1:
         state = " and ".join(path.name for path in found) or "none"
-        problem = f"{what} expected in one folder or .zip of {', '.join(names)}; found {state}"
-        raise InputError(f"--data-dir {data_dir}: {problem}{'' if found else _advice(data_dir)}")
+        advice = "" if found else _advice(data_dir)
+        raise InputError(
+            f"{data_dir}: {what} expected in one folder or .zip of {', '.join(names)}; found {state}{advice}"
+        )
     return FileSource(found[0])
 
 
 def _advice(data_dir: Path) -> str:
     """Return what to do about a data folder without images or without latents, "" if its content gives no hint."""
-    path = data_dir.resolve()
-    parts = [folder for folder in sorted(path.iterdir()) if any((folder / name).exists() for name in LATENT_FOLDERS)]
-    if parts:
-        return f"; did you mean --data-dir {shlex.quote(str(data_dir / parts[0].name))}?"
-    siblings = [name for name in (*IMAGE_FOLDERS, *LATENT_FOLDERS) if (path.parent / name).exists()]
-    if path.name in (*IMAGE_FOLDERS, *LATENT_FOLDERS) and len(siblings) > 1:
-        return f"; this is {path.name} itself; use the folder above: --data-dir {shlex.quote(str(path.parent))}"
-    converted = next((path / name for name in IMAGE_FOLDERS if (path / name).exists()), None)
-    if (path / "dataset.json").exists() and path.name in IMAGE_FOLDERS:
-        converted = path
-    if converted:
-        return f"; encode the images first:\n{_encode_command(converted)}"
+    path, own_names = data_dir.resolve(), (*IMAGE_FOLDERS, *LATENT_FOLDERS)
+    if path.name in own_names and ((path / "dataset.json").exists() or (path / "00000").exists()):
+        return f"; this is {path.name} itself, use the folder above it: {path.parent}"
+    if parts := [folder for folder in sorted(path.iterdir()) if any((folder / name).exists() for name in own_names)]:
+        return f"; use {' or '.join(str(data_dir / folder.name) for folder in parts[:2])}"
+    if images := next((path / name for name in IMAGE_FOLDERS if (path / name).exists()), None):
+        return f"; encode the images first:\n{_encode_command(images)}"
     if contains_images(path):
         images = path.with_name(f"{path.name}-256") / "images"
         commands = f"{convert_command(path, images)}\n{_encode_command(images)}"
-        after = f"python train.py --data-dir {shlex.quote(str(images.parent))} ..."
-        return f"; these are photographs, prepare them first:\n{commands}\n{after}"
-    return ""
+        return (
+            f"; it contains photographs, prepare them first:\n{commands}\n"
+            f"python train.py --data-dir {shlex.quote(str(images.parent))} ..."
+        )
+    packed = explain_packed(path, FileSource(path).names)
+    return f"; it {packed}" if packed else ""
 
 
 def _encode_command(images: Path) -> str:

@@ -27,8 +27,8 @@ OTHER_IMAGES = (
 # Files that are no images and are often next to them.
 NO_IMAGES = (
     ".txt", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".yaml", ".yml", ".md", ".rst", ".html", ".htm", ".pdf", ".log",
-    ".db", ".ini", ".lnk", ".url", ".mat", ".npy", ".pkl", ".caption", ".cls", ".py", ".sh", ".ipynb", ".sha256",
-    ".md5",
+    ".db", ".ini", ".lnk", ".url", ".mat", ".npy", ".npz", ".pkl", ".pt", ".pth", ".caption", ".cls", ".py", ".sh",
+    ".ipynb", ".sha256", ".md5", ".safetensors",
 )  # fmt: skip
 _MAGIC = re.compile(
     rb"\xff\xd8\xff|\x89PNG\r\n|GIF8[79]a|BM.{4}\0\0\0\0|RIFF.{4}WEBP|II\*\0|MM\0\*|P[1-6]\s|"
@@ -69,7 +69,8 @@ class ImageFiles:
         if not self.others:
             return []
         counts = ", ".join(f"{count:,} {ending}" for ending, count in self.others.most_common())
-        return [f"{self.source.path}: {self.others.total():,} files are no images and are ignored ({counts})"]
+        total = self.others.total()
+        return [f"{self.source.path}: {total:,} {'file is' if total == 1 else 'files are'} not an image: {counts}"]
 
 
 def find_images(source: FileSource) -> ImageFiles:
@@ -78,7 +79,7 @@ def find_images(source: FileSource) -> ImageFiles:
     found = ImageFiles(source, [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)])
     dead = set(source.dead_links)
     found.dead_links = {name: _dead_link_reason(source, name) for name in source.dead_links}
-    rest = [name for name in names if not name.lower().endswith(IMAGE_SUFFIXES)]
+    rest = [name for name in names if not name.lower().endswith(IMAGE_SUFFIXES) and name != "dataset.json"]
     unknown = []
     for name in rest:
         ending = os.path.splitext(name)[1].lower()
@@ -121,7 +122,7 @@ def stop_if_incomplete(found: ImageFiles, bare_folders: dict[str, str], advice: 
             lines += [f"    {printable(name)}: {reason}" for name, reason in list(reasons.items())[:SHOWN]]
             lines += [f"    and {len(reasons) - SHOWN:,} more"] if len(reasons) > SHOWN else []
     if lines:
-        raise InputError("\n".join([f"{found.source.path}: not all of it can be used", *lines, advice]))
+        raise InputError("\n".join([f"{found.source.path}: not all of its content can be used", *lines, advice]))
 
 
 def common_depth(folders: list[list[str]]) -> int:

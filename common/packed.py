@@ -14,8 +14,7 @@ PACKED = {
     ".tar": TAR,
     ".parquet": "Parquet table", ".arrow": "Arrow table", ".tfrecord": "TFRecord file", ".tfrecords": "TFRecord file",
     ".mdb": "LMDB database", ".lmdb": "LMDB database", ".h5": "HDF5 file", ".hdf5": "HDF5 file", ".beton": "FFCV file",
-    ".zip": "zip", ".7z": "7z archive", ".rar": "RAR archive", ".gz": "gzip file", ".npz": "NumPy archive",
-    ".pt": "PyTorch file", ".pth": "PyTorch file", ".safetensors": "safetensors file",
+    ".zip": "zip", ".7z": "7z archive", ".rar": "RAR archive", ".gz": "gzip file",
 }  # fmt: skip
 SHARD_MEMBERS = 20  # members of a tar that are read to find out whether it is a shard of a WebDataset
 

@@ -43,8 +43,7 @@ def find_class_folders(source: FileSource, names: list[str], found: ImageFiles) 
     if is_single:  # a single folder of images
         return ClassFolders([0] * len(names), [above[-1] if above else source.path.stem], {}, [])
 
-    _check_depths(source, names, folders, depth)
-    with_images = {folder[depth] for folder in folders}
+    with_images = {folder[depth] for folder in folders if len(folder) > depth}
     at_level = {path: parts for path, parts in bare.items() if parts[:depth] == above and len(parts) > depth}
     empty = {
         parts[depth]: found.bare_folders[path] for path, parts in at_level.items() if parts[depth] not in with_images
@@ -52,6 +51,7 @@ def find_class_folders(source: FileSource, names: list[str], found: ImageFiles) 
     classes = sorted(with_images | empty.keys())
     prefix = "".join(f"{part}/" for part in above)
     check_split(source, [f"{prefix}{name}" for name in classes])
+    _check_depths(source, names, folders, depth)
     notes = _check_subfolders(source, folders, depth)
     if outside := sorted(bare.keys() - at_level.keys()):
         shown = ", ".join(printable(path) for path in outside[:SHOWN]) + (", ..." if len(outside) > SHOWN else "")

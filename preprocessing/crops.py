@@ -95,6 +95,24 @@ def resize(image: Image.Image, resolution: int) -> Image.Image:
     return _resample(image, resolution, resolution, Image.Resampling.LANCZOS)
 
 
+def center_crop_wide(image: Image.Image, width: int, height: int) -> Image.Image:
+    """Return the published `center-crop-wide`: a width x height picture, centred on a black square of side `width`.
+
+    The rows of the full width that have the aspect ratio of a `width` wide picture are resized with Lanczos. Raises
+    InputError for an image that is too small.
+    """
+    rows = round(width * image.height / image.width)
+    if image.width < width or rows < height:
+        raise InputError(
+            f"{image.width} x {image.height} pixels are too few for center-crop-wide to {width} x {height}"
+        )
+    top, bottom = (image.height - rows) // 2, (image.height + rows) // 2
+    picture = _resample(image.crop((0, top, image.width, bottom)), width, height, Image.Resampling.LANCZOS)
+    square = Image.new("RGB", (width, width))
+    square.paste(picture, (0, (width - height) // 2))
+    return square
+
+
 def _resample(image: Image.Image, width: int, height: int, kernel: Image.Resampling) -> Image.Image:
     # Pillow rounds to 8 bits after each pass, so the order of the passes changes the result. ADM's Pillow, like all
     # versions up to 12, resized the width first. Pillow 13 resizes the height of tall images first, so values differ.

@@ -28,7 +28,7 @@ from common.io import InputError, run_cli
 from common.sources import FileSource, read_dataset_json
 from preprocessing import convert
 from preprocessing.convert import Squaring
-from preprocessing.crops import TRANSFORMS, decode
+from preprocessing.crops import TRANSFORMS, center_crop_wide, decode
 from preprocessing.listing import Listing, list_images
 
 WIDE = "center-crop-wide"
@@ -67,22 +67,6 @@ class PublishedConvertConfig(convert.ConvertConfig):
         if width != height and not (self.transform == WIDE and width > height):
             allowed = f"256x256; with --transform={WIDE} also WIDTH > HEIGHT, such as 256x192"
             raise InputError(f"--resolution={width}x{height}: must be square, such as {allowed}")
-
-
-def center_crop_wide(image: Image.Image, width: int, height: int) -> Image.Image:
-    """Return the published `center-crop-wide`: a width x height picture, centred on a black square of side `width`.
-
-    The rows of the full width that have the aspect ratio of a `width` wide picture are resized with Lanczos. Raises
-    InputError for an image that is too small.
-    """
-    rows = round(width * image.height / image.width)
-    if image.width < width or rows < height:
-        raise InputError(f"{image.width} x {image.height} pixels are too few for {WIDE} to {width} x {height}")
-    top, bottom = (image.height - rows) // 2, (image.height + rows) // 2
-    picture = image.crop((0, top, image.width, bottom)).resize((width, height), Image.Resampling.LANCZOS)
-    square = Image.new("RGB", (width, width))
-    square.paste(picture, (0, (width - height) // 2))
-    return square
 
 
 def keep_size(image: Image.Image, side: int) -> Image.Image:

@@ -57,8 +57,10 @@ class Listing:
         return replace(self, names=self.names[:count], labels=self.labels[:count])
 
     def left_out(self) -> dict[str, str]:
-        """Return images and class folders that are not taken, and why. Dead links are among the images of the list."""
-        return {**self.found.not_read, **self.bare_classes}
+        """Return files and class folders that are not in the list, and why."""
+        listed = set(self.names)
+        dead_links = {name: reason for name, reason in self.found.dead_links.items() if name not in listed}
+        return {**self.found.not_read, **dead_links, **self.bare_classes}
 
     def table(self, names: Mapping[int, str]) -> dict[str, Any]:
         """Return labels and classes for a dataset.json, with the final name of each image by its position."""
@@ -123,15 +125,16 @@ def list_converted(source: FileSource) -> Listing:
     content = read_dataset_json(source)
     if "dataset.json" not in source:
         find_images(source)  # explains packed data and sources without images
-        command = convert_command(source.path)
-        problem = "contains no dataset.json with labels; these are not images that convert.py wrote"
-        raise InputError(f"{source.path}: {problem}; run this first and use its --dest as --source:\n{command}")
+        problem = "contains no dataset.json, which convert.py writes; convert the photographs first"
+        advice = "and use its --dest as --source"
+        raise InputError(f"{source.path}: {problem}:\n{convert_command(source.path)}\n{advice}")
     by_name, classes = read_labels(source, content)
     is_labelled = by_name is not None
     if not is_labelled:
         by_name = dict.fromkeys(filter(IMAGE_NAME.fullmatch, source.names), 0)
     if not by_name:
-        raise InputError(f"{source.path}: contains no images named like {image_name(0)}, which convert.py writes")
+        problem = f"contains no images named like {image_name(0)}; convert them first"
+        raise InputError(f"{source.path}: {problem}:\n{convert_command(source.path)}")
     names = sorted(by_name, key=image_index)
     for name, following in pairwise(names):
         if image_index(name) == image_index(following):

@@ -192,7 +192,7 @@ def test_bad_sources(tmp_path, kl_codec):
         run(images, tmp_path / "out", "pixel", "--batch-size", 0)
     with pytest.raises(InputError, match=r"images of 15 px; codec .* needs a multiple of 2"):
         run(make_images(tmp_path / "odd", resolution=15), tmp_path / "out", kl_codec)
-    with pytest.raises(InputError, match=r"contains no dataset\.json"):
+    with pytest.raises(InputError, match=r"contains no images .*; its files: 1 \.json, 1 \.safetensors"):
         run(kl_codec, tmp_path / "out", "pixel")
     assert not (tmp_path / "out").exists()
 
