@@ -75,11 +75,14 @@ class ImageFiles:
 
 def find_images(source: FileSource) -> ImageFiles:
     """Return the images of a source and what is not taken. Raises InputError if there are no images."""
-    names = source.names
-    found = ImageFiles(source, [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)])
+    found, rest = ImageFiles(source), []
+    for name in source.names:
+        if name.lower().endswith(IMAGE_SUFFIXES):
+            found.images.append(name)
+        elif name != "dataset.json":
+            rest.append(name)
     dead = set(source.dead_links)
-    found.dead_links = {name: _dead_link_reason(source, name) for name in source.dead_links}
-    rest = [name for name in names if not name.lower().endswith(IMAGE_SUFFIXES) and name != "dataset.json"]
+    found.dead_links = {name: describe_dead_link(source.file_path(name)) for name in source.dead_links}
     unknown = []
     for name in rest:
         ending = os.path.splitext(name)[1].lower()
@@ -172,10 +175,6 @@ def contains_images(folder: Path) -> bool:
         if any(name.lower().endswith(IMAGE_SUFFIXES) and not is_hidden(name) for name in files):
             return True
     return False
-
-
-def _dead_link_reason(source: FileSource, name: str) -> str:
-    return describe_dead_link(source.file_path(name))
 
 
 def _no_images(found: ImageFiles, rest: list[str]) -> str:

@@ -32,6 +32,7 @@ THREADS, THREAD_CHUNK = 16, 250  # of `map_files`
 # Absolute paths, drives of Windows, and paths with the part "..".
 UNSAFE_PATH = re.compile(r"[/\\]|[A-Za-z]:|(?:.*[/\\])?\.\.(?:[/\\]|$)", re.DOTALL)
 SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information")
+_SYSTEM_FOLDERS = {name.encode() for name in SYSTEM_FOLDERS}
 HEAD_BYTES, MAX_HEAD_MEMBER = 32, 1 << 26  # of `head`: enough to recognize a format; the largest member it unpacks
 ZIP_HEADER_BYTES = 30  # of a member, without its name and extra field
 ZIP_NAME_BYTES = 512  # read in advance for name and extra field; longer ones need a second read
@@ -134,10 +135,10 @@ class FileSource:
         try:
             if self.is_zip:
                 members, self.empty_folders = _zip_members(self.path)
-                names = sorted(members, key=encode_name)
-                self._members = np.array([members[name] for name in names], dtype=ZIP_MEMBER)
+                keys = sorted(map(encode_name, members))
+                self._members = np.array([members[decode_name(key)] for key in keys], dtype=ZIP_MEMBER)
             elif self.path.is_dir():
-                names = sorted(map(decode_name, self._walk(os.fsencode(self.path))), key=encode_name)
+                keys = sorted(self._walk(os.fsencode(self.path)))
             elif self.path.is_symlink():
                 raise InputError(f"{self.path}: {describe_dead_link(self.path)}")
             else:
@@ -149,7 +150,7 @@ class FileSource:
         except OSError as error:
             place = printable(os.fsdecode(error.filename or self.path))
             raise InputError(f"{place}: cannot be read ({error.strerror})") from error
-        self._names = encode_names(names)
+        self._names = np.array(keys, dtype=np.bytes_)
 
     @property
     def names(self) -> list[str]:
@@ -220,7 +221,10 @@ class FileSource:
             raise InputError(f"{self.describe(name)}: {error}") from error
 
     def _index(self, name: str) -> int | None:
-        key = encode_name(name)
+        try:
+            key = encode_name(name)
+        except UnicodeEncodeError:  # of a dataset.json; no file can have this name
+            return None
         index = bisect.bisect_left(self._names, key)
         return index if index < len(self._names) and self._names[index] == key else None
 
@@ -262,7 +266,7 @@ class FileSource:
         is_empty = True
         with os.scandir(folder) as entries:
             for entry in entries:
-                if is_hidden(decode_name(entry.name)):
+                if entry.name.startswith(b".") or entry.name in _SYSTEM_FOLDERS:
                     continue
                 is_empty = False
                 if _is_dead_link(entry):

@@ -65,12 +65,12 @@ def find_class_folders(source: FileSource, names: list[str], found: ImageFiles) 
 
 def _check_depths(source: FileSource, names: list[str], folders: list[list[str]], depth: int) -> None:
     """Raise InputError, naming two images, if images are at different depths."""
-    by_depth = sorted(range(len(names)), key=lambda i: len(folders[i]))
-    shallow, deep = by_depth[0], by_depth[-1]
-    if len(folders[shallow]) == len(folders[deep]):
+    depths = [len(folder) for folder in folders]
+    if min(depths) == max(depths):
         return
+    shallow, deep = depths.index(min(depths)), depths.index(max(depths))
     other = source.describe(names[deep])
-    if len(folders[shallow]) == depth:
+    if depths[shallow] == depth:
         problem = f"is next to class folders, which contain {other}; move it into one of them"
     else:
         problem = f"is at another depth than {other}; allowed: images of all classes at one depth"

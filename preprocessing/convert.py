@@ -10,6 +10,7 @@ interruption, the same command continues and gives the same bytes as an uninterr
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -25,7 +26,7 @@ from common.cli import POSITIVE, parse, setting
 from common.image_files import stop_if_incomplete
 from common.images import decode_rgb
 from common.io import InputError, atomic_write, printable, run_cli
-from common.sources import FileSource, image_name
+from common.sources import FileSource, decode_name, image_name
 from preprocessing.crops import TRANSFORMS, Photograph, decode, to_png
 from preprocessing.destination import Destination, InputOutput, explain_write_errors
 from preprocessing.listing import Listing, list_images
@@ -137,7 +138,7 @@ def run(config: ConvertConfig, source: FileSource, listing: Listing, squaring: S
     listing = listing.first(config.max_images)
 
     # Convert, or continue.
-    settings = {"source": str(config.source.resolve()), "listing": listing.digest()}
+    settings = {"source": decode_name(os.fsencode(config.source.resolve())), "listing": listing.digest()}
     settings |= {"resolution": squaring.side, "transform": squaring.name, "exif": config.exif}
     destination = Destination(config.dest, "convert")
     job = Conversion(source, listing.names, destination, squaring, config.exif == "apply")

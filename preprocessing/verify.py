@@ -173,10 +173,11 @@ def check_chunk(dataset: LatentDataset, chunk: range) -> Findings:
 def compare_checksums(path: Path, now: dict[str, str]) -> list[str]:
     """Return a message for each file that differs from a checksum file, which has the format of `sha256sum -c`."""
     try:
-        entries = [line.split("  ", 1) for line in path.read_text(encoding="utf-8").splitlines()]
+        text = path.read_text(encoding="utf-8", errors="surrogateescape")
+        entries = [line.split("  ", 1) for line in text.splitlines()]
         before = {name: digest for digest, name in entries}
     except ValueError as error:
-        raise InputError(f"{path}: not a checksum file ({error}); remove it, and a new one is written") from error
+        raise InputError(f"{path}: not a checksum file; remove it, and a new one is written") from error
     states = {name: (before.get(name), now.get(name)) for name in sorted({*before, *now})}
     return [
         f"{name}: {'not in' if old is None else 'missing, but in' if new is None else 'differs from'} {path.name}"
