@@ -113,15 +113,16 @@ def stop_if_incomplete(found: ImageFiles, bare_folders: dict[str, str], advice: 
 
     `bare_folders`: those of `found.bare_folders` that matter.
     """
-    kinds = {
-        "link{s} to files that do not exist": found.dead_links,
-        "image{s} that are not read": found.not_read,
-        "folder{s} without images": bare_folders,
-    }
+    folders = {name: reason for name, reason in bare_folders.items() if name not in found.dead_links}
+    kinds = (
+        ("link to a file that does not exist", "links to files that do not exist", found.dead_links),
+        ("image that is not read", "images that are not read", found.not_read),
+        ("folder without images", "folders without images", folders),
+    )
     lines = []
-    for kind, reasons in kinds.items():
+    for singular, plural, reasons in kinds:
         if reasons:
-            lines.append(f"  {len(reasons):,} {kind.format(s='s' if len(reasons) > 1 else '')}:")
+            lines.append(f"  {len(reasons):,} {singular if len(reasons) == 1 else plural}:")
             lines += [f"    {printable(name)}: {reason}" for name, reason in list(reasons.items())[:SHOWN]]
             lines += [f"    and {len(reasons) - SHOWN:,} more"] if len(reasons) > SHOWN else []
     if lines:

@@ -83,7 +83,7 @@ def _advice(kind: str, path: Path, packed: list[str] | None) -> str:
     files = {"source": source, "dest": dest, "glob": f"rglob({_pattern(packed or [path.name])!r})"}
     then = f"then use {shlex.quote(dest)} as the source"
     if kind == "Parquet table":
-        reader = 'pyarrow.parquet.ParquetFile(file).iter_batches(100, ["image", "label"])'
+        reader = 'pyarrow.parquet.ParquetFile(file).iter_batches(100, columns=["image", "label"])'
         return f"write its images to class folders, {then}:\n{_TABLES.format(batches=reader, **files)}"
     if kind == "Arrow table":
         reader = "pyarrow.ipc.open_stream(pyarrow.memory_map(str(file)))"

@@ -151,6 +151,8 @@ class FileSource:
             place = printable(os.fsdecode(error.filename or self.path))
             raise InputError(f"{place}: cannot be read ({error.strerror})") from error
         self._names = np.array(keys, dtype=np.bytes_)
+        self.dead_links.sort()
+        self.empty_folders.sort()
 
     @property
     def names(self) -> list[str]:

@@ -1,6 +1,7 @@
 """Image batches from .npz, folder and zip; what is not sound is refused by name."""
 
 import io
+import os
 import struct
 import zipfile
 import zlib
@@ -218,3 +219,34 @@ def test_a_folder_that_generate_wrote_means_its_images(tmp_path):
     assert np.array_equal(open_images(tmp_path).read(0, 3), pixels)
     np.savez(tmp_path / "samples.npz", arr_0=pixels[::-1])
     assert np.array_equal(open_images(tmp_path).read(0, 3), pixels[::-1])
+
+
+def test_what_is_not_taken_from_a_folder_is_named(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "folder", some_images(3))
+    (folder / "note.txt").write_text("")
+    (folder / "000001.png").rename(folder / "000001.jfif")
+    assert open_images(folder).count == 3
+    assert open_images(folder).notes == [f"{folder}: 1 file is not an image: 1 .txt"]
+    (folder / "000009.heic").write_bytes(b"")
+    (folder / "link.png").symlink_to("/nowhere")
+    (folder / "empty").mkdir()
+    with pytest.raises(
+        InputError, match=r"(?s)1 link to a file.*link\.png.*1 image that is not.*heic.*1 folder.*empty"
+    ):
+        open_images(folder)
+
+
+def test_other_sources_of_images_are_explained(tmp_path: Path) -> None:
+    for part in ("train", "val"):
+        write_folder(tmp_path / part, some_images(2))
+    with pytest.raises(InputError, match="contains the parts train and val of a data set"):
+        open_images(tmp_path)
+    (tmp_path / "samples.tar").write_bytes(b"")
+    with pytest.raises(InputError, match=r"samples\.tar: is a tar archive, which is not read"):
+        open_images(tmp_path / "samples.tar")
+
+
+def test_names_of_any_bytes_have_a_digest(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "folder", some_images(1))
+    os.rename(folder / "000000.png", os.fsencode(folder) + b"/caf\xe9.png")
+    assert len(open_images(folder).digest()) == 64

@@ -16,11 +16,11 @@ from PIL import Image
 
 from common.io import InputError
 from common.sources import FileSource
-from preprocessing import convert, dataset_tools
+from preprocessing import convert
 from preprocessing.destination import Destination
 from preprocessing.listing import list_images
 from tests.interrupt import REPOSITORY, contents, survives_kills
-from tests.test_crops import animation, encoded, header_only_png, jpeg, oriented_jpeg, plain_adm_crop
+from tests.test_crops import animation, encoded, header_only_png, jpeg, plain_adm_crop
 
 ASSETS = os.environ.get("REG_ASSETS")
 KILLS = int(os.environ.get("REG_KILLS", "3"))  # the long form: REG_KILLS=20
@@ -94,6 +94,59 @@ def test_broken_images_are_skipped_and_listed(tmp_path):
     run(source, tmp_path / "out", 16)
     assert not (tmp_path / "out/skipped.txt").exists()
     assert len(json.loads((tmp_path / "out/dataset.json").read_text())["labels"]) == 6
+
+
+def test_dead_links_and_folders_without_images(tmp_path, capsys):
+    """As in a subset made of links while the disk of the photographs is not mounted."""
+    source = make_source(tmp_path / "source", ("n1", "n4"), 1)
+    (source / "n2").mkdir()
+    (source / "n3").symlink_to("/nowhere/n3")
+    (source / "n4/b.jpg").symlink_to("/nowhere/b.jpg")
+    (source / "n4/c.heic").write_bytes(b"")
+    (source / "n4/c.txt").write_text("a caption")
+    with pytest.raises(
+        InputError, match=r"(?s)2 links to files.*1 image that is.*\.heic.*1 folder without images:\s+n2"
+    ):
+        run(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()  # before any work
+    for _ in range(2):
+        run(source, tmp_path / "out", 16, "--on-error", "skip")
+    dataset = json.loads((tmp_path / "out/dataset.json").read_text())
+    assert dataset == {
+        "labels": [["00000/img00000000.png", 0], ["00000/img00000001.png", 3]],
+        "classes": ["n1", "n2", "n3", "n4"],
+    }
+    skipped = dict(line.split("\t") for line in (tmp_path / "out/skipped.txt").read_text().splitlines())
+    assert list(skipped) == ["n2", "n3", "n4/b.jpg", "n4/c.heic"]
+    assert "is a link to /nowhere/b.jpg" in skipped["n4/b.jpg"] and skipped["n2"] == "is empty"
+    said = capsys.readouterr().out
+    assert "source: 1 file is not an image: 1 .txt" in said and "4 images or class folders skipped" in said
+
+
+def test_names_that_are_not_utf_8(tmp_path):
+    source = os.fsencode(make_source(tmp_path / "source", ("tea",), 1))
+    os.mkdir(source + b"/caf\xe9")
+    for name, data in ((b"a\n\t.jpg", jpeg()), (b"b\xe9.jpg", b"broken")):
+        with open(source + b"/caf\xe9/" + name, "wb") as file:
+            file.write(data)
+    for _ in range(2):
+        run(tmp_path / "source", tmp_path / "out", 16, "--on-error", "skip")
+        assert (tmp_path / "out/skipped.txt").read_text().startswith("caf\\udce9/b\\udce9.jpg\tnot an image")
+        assert json.loads((tmp_path / "out/dataset.json").read_text())["classes"] == ["caf\udce9", "tea"]
+
+
+def test_a_trial_with_few_images(tmp_path):
+    run(make_source(tmp_path / "source"), tmp_path / "out", 16, "--max-images", 4)
+    dataset = json.loads((tmp_path / "out/dataset.json").read_text())
+    assert [label for _, label in dataset["labels"]] == [0, 0, 0, 1] and dataset["classes"] == ["cat", "dog"]
+
+
+def test_images_without_labels(tmp_path, capsys):
+    run(make_source(tmp_path / "source"), tmp_path / "out", 16, "--labels", "none")
+    assert json.loads((tmp_path / "out/dataset.json").read_text()) == {"labels": None}
+    assert capsys.readouterr().out.endswith("out: 6 images, no labels\n")
+    run(tmp_path / "out", tmp_path / "small", 8)
+    assert (tmp_path / "small/dataset.json").read_text() == '{"labels": null}\n'
 
 
 def test_an_image_of_one_pixel(tmp_path):
@@ -312,29 +365,6 @@ def test_a_full_disk_leaves_only_complete_files(tmp_path):
     assert subprocess.run(command, capture_output=True).returncode == 0
     complete = contents(tmp_path / "out")
     assert left.items() <= complete.items() and "dataset.json" in complete
-
-
-def test_the_published_command_line(tmp_path):
-    source = make_source(tmp_path / "source")
-    (source / "cat/turned.jpg").write_bytes(oriented_jpeg())
-    door = [f"--source={source}", f"--dest={tmp_path / 'out'}", "--transform=center-crop-dhariwal", "--workers=1"]
-    dataset_tools.main(["convert", *door, "--resolution=16x16"])
-    run(source, tmp_path / "ours", 16, "--exif", "ignore")
-    assert contents(tmp_path / "out") == contents(tmp_path / "ours")
-    with pytest.raises(InputError, match="must be square"):
-        dataset_tools.main(["convert", *door, "--resolution=16x32"])
-    with pytest.raises(InputError, match="--resolution"):
-        dataset_tools.main(["convert", *door])
-
-
-@pytest.mark.parametrize(
-    ("command", "flags"), [("convert", ["--resolution", "--transform"]), ("encode", ["--model-url", "--dtype"])]
-)
-def test_the_published_command_line_has_complete_help(command, flags, capsys):
-    with pytest.raises(SystemExit):
-        dataset_tools.main([command, "--help"])
-    said = capsys.readouterr().out
-    assert all(flag in said for flag in ("--source", "--dest", *flags))
 
 
 def test_a_source_without_class_folders_is_one_class(tmp_path, capsys):

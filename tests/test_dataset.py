@@ -127,6 +127,76 @@ DAMAGES = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("both", [True, False])
+def test_without_labels_all_images_have_label_0(data, both):
+    for where in FOLDERS:
+        edit_labels(data, lambda table: table.update(labels=None), where)
+    if not both:
+        (data / "images/dataset.json").unlink()
+    dataset = LatentDataset(data)
+    assert dataset.labels.tolist() == [0] * 24 and dataset.num_classes == 1 and dataset.classes.labels == (0,)
+
+
+def test_null_labels_of_the_latents_leave_those_of_the_images(data):
+    edit_labels(data, lambda table: table.update(labels=None))
+    assert LatentDataset(data).labels.tolist() == [i % NUM_CLASSES for i in range(24)]
+
+
+@pytest.mark.parametrize("where", FOLDERS)
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_folder_inside_the_folder_is_refused(data, where, zipped):
+    (data / "copy").mkdir()
+    (data / where).rename(data / "copy" / where)
+    (data / "copy").rename(data / where)
+    if zipped:
+        to_zip(data / where)
+    with pytest.raises(InputError, match=rf"{where}/dataset\.json: found; expected only at the top of"):
+        LatentDataset(data)
+
+
+def test_a_dataset_json_next_to_the_folders_is_refused_if_it_is_missed(data):
+    shutil.copy(data / "vae-sd/dataset.json", data / "dataset.json")
+    assert len(LatentDataset(data)) == 24
+    (data / "vae-sd/dataset.json").unlink()
+    with pytest.raises(InputError, match=r"data/dataset\.json: is not read there, and .*vae-sd has none"):
+        LatentDataset(data)
+
+
+def photographs(folder):
+    for name in ("cat", "dog"):
+        (folder / name).mkdir(parents=True)
+        Image.new("RGB", (8, 6)).save(folder / name / "1.jpg")
+
+
+def test_other_folders_name_the_next_command(data, tmp_path):
+    def message(folder):
+        with pytest.raises(InputError) as caught:
+            LatentDataset(folder)
+        return str(caught.value)
+
+    for name in FOLDERS:
+        assert f"this is {name} itself, use the folder above it: {data}" in message(data / name)
+    assert f"; use {data}" in message(tmp_path)
+    photographs(tmp_path / "my photos")
+    lines = message(tmp_path / "my photos").splitlines()
+    assert lines[1].startswith(f"python preprocessing/convert.py --source '{tmp_path}/my photos' --dest")
+    assert lines[2].startswith("python preprocessing/encode.py") and lines[3].startswith("python train.py --data-dir")
+    photographs(data / "raw" / "images")
+    encode = f"python preprocessing/encode.py --source {data}/raw/images --dest {data}/raw/vae-sd"
+    assert encode in message(data / "raw")
+    shutil.rmtree(data / "images")
+    photographs(data / "images")
+    text = message(data)
+    assert "no file named like 00000/img00000000.png; its images are not converted" in text
+    assert f"convert.py --source {data}/images" in text
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "tables/train.parquet").write_bytes(b"")
+    assert "; it contains 1 Parquet table" in message(tmp_path / "tables")
+    assert f"is a file; use the folder of images and latents, such as {tmp_path}/tables" in message(
+        tmp_path / "tables/train.parquet"
+    )
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_check_names_damaged_files(data, damage):
     harm, text = DAMAGES[damage]

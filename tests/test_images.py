@@ -8,7 +8,7 @@ from PIL import Image
 
 from common.images import MIN_TILE, decode_rgb, image_grid, open_image
 from common.io import InputError
-from tests.test_crops import encoded, header_only_png, noise
+from tests.test_crops import animation, encoded, header_only_png, noise
 
 
 def test_an_image_keeps_its_mode_and_pixels():
@@ -23,6 +23,31 @@ def test_an_image_keeps_its_mode_and_pixels():
 def test_incomplete_images_are_refused(data):
     with pytest.raises(InputError, match="not an image that can be read: "):
         open_image(data)
+
+
+BROKEN = {
+    "the file is empty": b"",
+    "its content is not of a format that is read": b"text",
+    "the file is truncated": encoded(Image.fromarray(noise(40, 40)), "JPEG")[:-200],
+    "its data is damaged": encoded(Image.fromarray(noise(9, 9)))[:-20] + bytes(20),
+    "900,000,000 pixels; allowed: 178,956,970": header_only_png(30_000, 30_000),
+}
+
+
+@pytest.mark.parametrize("reason", BROKEN)
+def test_the_reason_is_stated_without_addresses_in_memory(reason):
+    texts = set()
+    for _ in range(2):
+        with pytest.raises(InputError, match=f"^not an image that can be read: {reason}") as caught:
+            open_image(bytes(bytearray(BROKEN[reason])))
+        texts.add(str(caught.value))
+    assert len(texts) == 1 and "0x" not in texts.pop()
+
+
+def test_several_images_in_a_file_are_refused():
+    for form in ("GIF", "WEBP", "TIFF", "PNG"):
+        with pytest.raises(InputError, match=r"an animation or has several pages \(2 frames\)"):
+            open_image(animation(form))
 
 
 def test_a_side_that_is_too_long_is_refused():

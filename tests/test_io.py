@@ -1,5 +1,6 @@
 """Files are written completely or not at all, folders are locked, and programs end with one line."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from common.io import (
     atomic_write,
     check_writable,
     lock_folder,
+    printable,
     read_json,
     read_metrics,
     unlock_folder,
@@ -112,3 +114,25 @@ def test_a_program_ends_with_one_line(cause):
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     status, text = ENDS[cause]
     assert result.returncode == status and text in result.stderr and "Traceback" not in result.stderr
+
+
+def test_names_fit_on_one_line():
+    assert printable("caf\udce9/a\n\tb é 香.jpg") == "caf\\udce9/a\\n\\tb é 香.jpg"
+
+
+@pytest.mark.parametrize("end", ["", "raise io.InputError(name)"])
+def test_any_name_can_be_printed_in_any_encoding(end):
+    code = (
+        f"from common import io\nname = 'caf\\udce9 \\u9999'\ndef main():\n    print(name)\n    {end}\nio.run_cli(main)"
+    )
+    for encoding in ("ascii", "utf-8"):
+        environment = {**os.environ, "PYTHONIOENCODING": encoding}
+        result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True)
+        assert result.returncode == (2 if end else 0) and b"Traceback" not in result.stderr
+        assert result.stdout.startswith(b"caf\\udce9 ")
+
+
+def test_a_text_file_keeps_the_bytes_of_names(tmp_path):
+    with atomic_write(tmp_path / "a.txt", "w") as file:
+        file.write("caf\udce9")
+    assert (tmp_path / "a.txt").read_bytes() == b"caf\xe9"

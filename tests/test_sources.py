@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import pickle
 import shutil
+import subprocess
+import sys
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
@@ -17,6 +20,8 @@ from common.sources import (
     IMAGE_NAME,
     LATENT_NAME,
     FileSource,
+    decode_name,
+    encode_name,
     image_name,
     latents_name,
     mirrored_name,
@@ -25,6 +30,7 @@ from common.sources import (
 from dataset import LatentDataset
 from models.autoencoder import LatentFormat
 from preprocessing.listing import list_converted
+from tests.conftest import ROOT
 from tests.test_crops import header_only_png
 
 
@@ -194,14 +200,77 @@ def test_other_files_under_the_names_of_images_and_latents_are_refused(data):
 
 
 @pytest.mark.parametrize("as_zip", [True, False])
-def test_a_data_set_packed_with_its_folder_is_refused(tmp_path, as_zip):
+@pytest.mark.parametrize("others", [(), ("a.txt",), ("dataset.json",), ("x/b.txt", "x/y/dataset.json")])
+def test_a_dataset_json_below_the_top_is_refused(tmp_path, as_zip, others):
     """Its labels and its codec would be ignored silently."""
-    folder = tmp_path / "outer" / "vae-sd" / "00000"
-    folder.mkdir(parents=True)
-    (folder / "img-mean-std-00000000.npy").write_bytes(b"x")
-    (folder.parent / "dataset.json").write_text('{"labels": null}')
-    path = shutil.make_archive(str(tmp_path / "packed"), "zip", tmp_path / "outer") if as_zip else tmp_path / "outer"
+    folder = tmp_path / "outer"
+    for name in ("vae-sd/00000/img-mean-std-00000000.npy", "vae-sd/dataset.json", *others):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text('{"labels": null}')
+    path = shutil.make_archive(str(tmp_path / "packed"), "zip", folder) if as_zip else folder
     with pytest.raises(
-        InputError, match=r"vae-sd/dataset\.json: found; expected only at the top of .*; use vae-sd itself"
+        InputError, match=r"vae-sd/dataset\.json: found.*; expected only at the top of .*; use vae-sd its"
     ):
         read_dataset_json(FileSource(path))
+
+
+def test_a_dataset_json_of_other_bytes_is_refused_by_position(tmp_path):
+    for content, message in (
+        (b'{"labels": [', "line 1, column 13"),
+        (b"\xff\xfe", "not valid JSON"),
+        (b"[]", "JSON object"),
+    ):
+        (tmp_path / "dataset.json").write_bytes(content)
+        with pytest.raises(InputError, match=message):
+            read_dataset_json(FileSource(tmp_path))
+
+
+def test_names_of_any_bytes_are_found_and_read(tmp_path):
+    names = [b"\xff.txt", "\U0001f600.txt".encode(), b"caf\xe9/a\n.txt", "\u9999.txt".encode()]
+    for number, name in enumerate(names):
+        path = os.path.join(os.fsencode(tmp_path), name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "wb") as file:
+            file.write(b"%d" % number)
+    source = FileSource(tmp_path)
+    assert sorted(map(encode_name, source.names)) == sorted(names)
+    for number, name in enumerate(map(decode_name, names)):
+        assert name in source and source.read(name) == b"%d" % number and source.head(name) == b"%d" % number
+        assert source.describe(name).isprintable()
+    assert "\ud800" not in source  # a name that no file can have, from a dataset.json
+
+
+LOCALE = """
+import sys
+from common.sources import FileSource
+source = FileSource(sys.argv[1])
+assert sys.getfilesystemencoding() == "ascii"
+assert "\\u00e9.txt" in source and source.read("\\u00e9.txt") == b"1"
+"""
+
+
+def test_names_do_not_depend_on_the_locale(tmp_path):
+    (tmp_path / "é.txt").write_bytes(b"1")
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    command = [sys.executable, "-c", LOCALE, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_empty_folders_dead_links_and_system_folders(tmp_path):
+    for name in ("a/b", "c", "__MACOSX", ".cache"):
+        (tmp_path / "s" / name).mkdir(parents=True)
+    (tmp_path / "s/c/.hidden").write_text("")
+    (tmp_path / "s/__MACOSX/x.jpg").write_text("")
+    (tmp_path / "s/d").symlink_to("nowhere")
+    source = FileSource(tmp_path / "s")
+    assert source.empty_folders == ["a/b", "c"] and source.dead_links == ["d"] and source.names == ["d"]
+    for function in (source.read, source.size):
+        with pytest.raises(InputError, match="s/d: is a link to nowhere, which does not exist or cannot be reached"):
+            function("d")
+    (tmp_path / "s/d").unlink()
+    source = FileSource(shutil.make_archive(str(tmp_path / "s"), "zip", tmp_path / "s"))
+    assert source.empty_folders == ["a/b", "c"] and source.names == []
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(InputError, match="link: is a link to nowhere"):
+        FileSource(tmp_path / "link")
