@@ -154,6 +154,35 @@ def check_split(source: FileSource, folders: Iterable[str]) -> None:
     if len(parts) > 1:
         names = " and ".join(parts[number] for number in sorted(parts))
         first = parts[min(parts)]
+        use = f"unpack the zip and use {first}" if source.is_zip else f"use {shlex.quote(str(source.path / first))}"
+        raise InputError(f"{source.path}: contains the parts {names} of a data set, not classes; {use} as the source")
+
+
+def common_depth(folders: list[list[str]]) -> int:
+    """Return the number of folders that contain all others, from paths as lists of folder names."""
+    pairs = zip(min(folders), max(folders), strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def check_one_part(source: FileSource, names: list[str]) -> None:
+    """Raise InputError if images are in different parts of a data set (train, val, test)."""
+    folders = [name.split("/")[:-1] for name in names]
+    depth = common_depth(folders)
+    check_split(source, {"/".join(folder[: depth + 1]) for folder in folders if len(folder) > depth})
+
+
+def check_split(source: FileSource, folders: Iterable[str]) -> None:
+    """Raise InputError if the folders are the parts of a data set (train, val, test), not classes.
+
+    `folders` are paths below the source that have the same parent.
+    """
+    parts = {}
+    for folder in sorted(folders):
+        if match := _SPLIT.fullmatch(folder.rpartition("/")[2]):
+            parts.setdefault(match.lastindex, folder)
+    if len(parts) > 1:
+        names = " and ".join(parts[number] for number in sorted(parts))
+        first = parts[min(parts)]
         inside = f"{source.path}, extracted, and of it " if source.is_zip else ""
         where = first if source.is_zip else shlex.quote(str(source.path / first))
         raise InputError(

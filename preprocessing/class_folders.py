@@ -82,11 +82,14 @@ def _check_subfolders(source: FileSource, folders: list[list[str]], depth: int) 
 
     Raises InputError if two class folders contain the same two folders: these may be the classes.
     """
-    parents, children = defaultdict(set), defaultdict(set)
-    for folder in folders:
-        if len(folder) > depth + 1:
-            parents[folder[depth + 1]].add(folder[depth])
-            children[folder[depth]].add(folder[depth + 1])
+    # The class folders that contain a folder, by its name and by the full path of images in them.
+    by_name, by_path, children = defaultdict(set), defaultdict(set), defaultdict(set)
+    for name, *inside in (folder[depth:] for folder in folders):
+        if inside:
+            by_name[inside[0]].add(name)
+            by_path["/".join(inside)].add(name)
+            children[name].add("/".join(inside))
+    parents = by_name if sum(len(above) > 1 for above in by_name.values()) > 1 else by_path
     repeated = sorted(name for name, above in parents.items() if len(above) > 1)
     if len(repeated) > 1:  # one is normal, as in Tiny ImageNet's n01443537/images
         one, other = sorted(parents[repeated[0]])[:2]

@@ -94,9 +94,8 @@ def read_rgb(source: FileSource, name: str, resolution: int | None = None) -> np
     try:
         return source.load(name, partial(decode_rgb, resolution=resolution))
     except InputError as error:
-        raise InputError(
-            f"{error}; convert the photographs again, or for the first time:\n{convert_command(source.path)}"
-        ) from error
+        advice = "images must be those that convert.py writes; convert photographs with"
+        raise InputError(f"{error}; {advice}:\n{convert_command(source.path)}") from error
 
 
 def plan(names: Sequence[str], batch_size: int, flip: bool) -> list[Batch]:

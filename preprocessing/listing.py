@@ -135,6 +135,9 @@ def list_converted(source: FileSource) -> Listing:
     if not by_name:
         problem = f"contains no images named like {image_name(0)}; convert them first"
         raise InputError(f"{source.path}: {problem}:\n{convert_command(source.path)}")
+    if others := [name for name in by_name if not IMAGE_NAME.fullmatch(name)]:
+        problem = f"images are named like {image_name(0)} after convert.py; convert them first"
+        raise InputError(f"{source.describe(others[0])}: {problem}:\n{convert_command(source.path)}")
     names = sorted(by_name, key=image_index)
     for name, following in pairwise(names):
         if image_index(name) == image_index(following):

@@ -96,6 +96,14 @@ def test_automatic_batch_size(tmp_path, kl_codec):
     assert contents(tmp_path / "auto") == contents(tmp_path / "1")  # on a CPU, one by one
 
 
+def test_images_without_labels(tmp_path):
+    images = make_images(tmp_path / "images")
+    write_dataset_json(images / "dataset.json", {"labels": None})
+    run(images, tmp_path / "vae-sd", "pixel")
+    assert json.loads((tmp_path / "vae-sd/dataset.json").read_text())["labels"] is None
+    assert LatentDataset(tmp_path).labels.tolist() == [0] * 7
+
+
 def test_half_precision_files(tmp_path, kl_codec):
     images = make_images(tmp_path / "images", 2)
     run(images, tmp_path / "full", kl_codec)
@@ -220,7 +228,7 @@ def test_unusable_images_are_named(spoil, pixels, message, workers, tmp_path):
     spoil(images, pixels)
     with pytest.raises(InputError, match=f"img00000003.png: {message}") as caught:
         run(images, tmp_path / "latents", "pixel", "--workers", workers)
-    assert "Traceback" not in str(caught.value)
+    assert "Traceback" not in str(caught.value) and f"convert.py --source {images} --dest" in str(caught.value)
     assert not (tmp_path / "latents/dataset.json").exists()
 
 

@@ -99,7 +99,9 @@ def test_a_source_without_images_says_what_it_contains(tmp_path):
 )
 def test_parts_of_a_data_set_are_refused(names, parts, tmp_path):
     first = tmp_path / parts.split(" and ")[0]
-    with pytest.raises(InputError, match=f"contains the parts {parts} of a data set, .*source: {first}$"):
+    with pytest.raises(
+        InputError, match=f"contains the parts {parts} of a data set, not classes; use {first} as the source$"
+    ):
         check_one_part(FileSource(make_tree(tmp_path, *names)), sorted(names))
 
 

@@ -53,6 +53,10 @@ def test_folders_outside_the_class_folders_are_named(tmp_path):
         (["train/x/a.jpg", "val/a.jpg"], "contains the parts train and val of a data set"),
         (["train/a.jpg", "val/"], "contains the parts train and val of a data set"),
         (["A/train/x/a.jpg", "A/val/x/a.jpg", "B/train/x/a.jpg", "B/val/x/a.jpg"], "the parts A/train and A/val"),
+        (
+            ["A/train/x/a.jpg", "A/train/y/a.jpg", "B/train/x/a.jpg", "B/train/y/a.jpg"],
+            "both contain folders train/x and",
+        ),
         (["x/a.jpg", "y/sub/b.jpg"], r"x/a\.jpg: is at another depth than .*y/sub/b\.jpg"),
         (["x/s/a.jpg", "y/s/b.jpg", "y/s/deep/c.jpg"], r"x/s/a\.jpg: is at another depth than .*y/s/deep/c\.jpg"),
         (["x/a.jpg", "b.jpg"], r"b\.jpg: is next to class folders, which contain .*x/a\.jpg"),
@@ -68,6 +72,11 @@ def test_folders_inside_classes_are_named(tmp_path):
     listing = listed(tmp_path, "dog/poodle/a.jpg", "dog/terrier/a.jpg", "cat/siamese/a.jpg")
     assert listing.classes == ["cat", "dog"]
     assert listing.notes == [f"{tmp_path}: dog is a class, and its folders poodle and terrier are not"]
+
+
+def test_one_folder_inside_every_class_is_normal(tmp_path):
+    listing = listed(tmp_path, "cat/images/raw/a.jpg", "dog/images/raw/a.jpg")
+    assert listing.classes == ["cat", "dog"] and listing.notes == []
 
 
 def test_labels_in_a_dataset_json_make_an_unclear_tree_clear(tmp_path):
@@ -116,5 +125,10 @@ def test_photographs_are_no_converted_data_set(tmp_path):
     command = f"python preprocessing/convert.py --source '{tmp_path}/my photos' --dest"
     with pytest.raises(InputError, match=rf"contains no dataset\.json.*\n{command}"):
         list_converted(FileSource(make_tree(tmp_path / "my photos", "cat/a.jpg", "dog/b.jpg")))
+    (tmp_path / "my photos/dataset.json").write_text('{"labels": [["cat/a.jpg", 0]]}')
+    with pytest.raises(
+        InputError, match=rf"cat/a\.jpg: images are named like 00000/img.* convert them first:\n{command}"
+    ):
+        list_converted(FileSource(tmp_path / "my photos"))
     with pytest.raises(InputError, match="contains 1 Parquet table"):
         list_converted(FileSource(make_tree(tmp_path / "tables", "train.parquet")))
