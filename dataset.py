@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler, default_collate
 
 from common.classes import ClassSet
-from common.image_files import contains_images, convert_command
+from common.image_files import contains_images, convert_command, suggested_images
 from common.images import open_image
 from common.io import InputError
 from common.packed import explain_packed
@@ -318,8 +318,8 @@ def _advice(data_dir: Path) -> str:
     if images := next((path / name for name in IMAGE_FOLDERS if (path / name).exists()), None):
         return f"; encode the images first:\n{_encode_command(images)}"
     if contains_images(path):
-        images = path.with_name(f"{path.name}-256") / "images"
-        commands = f"{convert_command(path, images)}\n{_encode_command(images)}"
+        images = suggested_images(path)
+        commands = f"{convert_command(path)}\n{_encode_command(images)}"
         return (
             f"; it contains photographs, prepare them first:\n{commands}\n"
             f"python train.py --data-dir {shlex.quote(str(images.parent))} ..."

@@ -158,53 +158,25 @@ def check_split(source: FileSource, folders: Iterable[str]) -> None:
         raise InputError(f"{source.path}: contains the parts {names} of a data set, not classes; {use} as the source")
 
 
-def common_depth(folders: list[list[str]]) -> int:
-    """Return the number of folders that contain all others, from paths as lists of folder names."""
-    pairs = zip(min(folders), max(folders), strict=False)
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+def suggested_images(source: Path) -> Path:
+    """Return a folder for the converted images of a source, next to it: photos-256/images for photos."""
+    path = source if source.name not in ("", "..") else source.resolve()
+    return path.parent / f"{path.name.removesuffix('.zip') or 'data'}-256" / "images"
 
 
-def check_one_part(source: FileSource, names: list[str]) -> None:
-    """Raise InputError if images are in different parts of a data set (train, val, test)."""
-    folders = [name.split("/")[:-1] for name in names]
-    depth = common_depth(folders)
-    check_split(source, {"/".join(folder[: depth + 1]) for folder in folders if len(folder) > depth})
-
-
-def check_split(source: FileSource, folders: Iterable[str]) -> None:
-    """Raise InputError if the folders are the parts of a data set (train, val, test), not classes.
-
-    `folders` are paths below the source that have the same parent.
-    """
-    parts = {}
-    for folder in sorted(folders):
-        if match := _SPLIT.fullmatch(folder.rpartition("/")[2]):
-            parts.setdefault(match.lastindex, folder)
-    if len(parts) > 1:
-        names = " and ".join(parts[number] for number in sorted(parts))
-        first = parts[min(parts)]
-        inside = f"{source.path}, extracted, and of it " if source.is_zip else ""
-        where = first if source.is_zip else shlex.quote(str(source.path / first))
-        raise InputError(
-            f"{source.path}: contains the parts {names} of a data set, not classes; use one part as the source: "
-            f"{inside}{where}"
-        )
-
-
-def convert_command(source: Path, dest: Path | None = None) -> str:
-    """Return the command that converts photographs to images for training; `dest` is a suggestion if it is None."""
-    dest = dest or source.with_name(f"{source.name.removesuffix('.zip')}-256") / "images"
-    paths = f"--source {shlex.quote(str(source))} --dest {shlex.quote(str(dest))}"
+def convert_command(source: Path) -> str:
+    """Return the command that converts photographs to images for training."""
+    paths = f"--source {shlex.quote(str(source))} --dest {shlex.quote(str(suggested_images(source)))}"
     return f"python preprocessing/convert.py {paths} --resolution 256"
 
 
 def contains_images(folder: Path) -> bool:
-    """Return whether a folder contains an image, at any depth, without listing all files."""
-    for _, folders, files in os.walk(folder):
+    """Return whether a folder contains an image, at any depth. Usually not all files are listed for that."""
+    for _, folders, files in os.walk(folder):  # without links to folders
         folders[:] = [name for name in sorted(folders) if not is_hidden(name)]
         if any(name.lower().endswith(IMAGE_SUFFIXES) and not is_hidden(name) for name in files):
             return True
-    return False
+    return any(name.lower().endswith(IMAGE_SUFFIXES) for name in FileSource(folder).names)
 
 
 def _no_images(found: ImageFiles, rest: list[str]) -> str:

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import zipfile
+from pathlib import Path
 
 import pytest
 
-from common.image_files import check_one_part, contains_images, convert_command, find_images, stop_if_incomplete
+from common.image_files import (
+    check_one_part,
+    contains_images,
+    convert_command,
+    find_images,
+    stop_if_incomplete,
+    suggested_images,
+)
 from common.io import InputError
 from common.sources import FileSource
 from tests.test_crops import jpeg
@@ -118,3 +126,16 @@ def test_the_command_has_the_paths_of_the_user(tmp_path):
     assert contains_images(tmp_path / "a b") and not contains_images(tmp_path / "c")
     expected = f"--source '{tmp_path}/a b' --dest '{tmp_path}/a b-256/images' --resolution 256"
     assert convert_command(tmp_path / "a b") == f"python preprocessing/convert.py {expected}"
+
+
+@pytest.mark.parametrize("path", [".", "..", "/", "photos.zip"])
+def test_any_source_has_a_suggested_place(path):
+    assert suggested_images(Path(path)).parts[-2:] != ("-256", "images") and "--dest" in convert_command(Path(path))
+    assert suggested_images(Path("a/photos.zip")) == Path("a/photos-256/images")
+
+
+def test_images_behind_links_to_folders_are_found(tmp_path):
+    make_tree(tmp_path / "far/cat", "1.jpg")
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links/cat").symlink_to(tmp_path / "far/cat")
+    assert contains_images(tmp_path / "links")
