@@ -49,7 +49,8 @@ def write_network(path: str | Path, state: dict[str, Tensor], config: dict[str, 
 
 
 def read_network(path: str | Path) -> dict[str, Any]:
-    """Return an exported network as a checkpoint: `ema`, and with a configuration also `args`, `steps` and `network`.
+    """Return an exported network as a checkpoint: `ema`, and what its configuration has of `args`, `steps`, `network`
+    and `classes`.
 
     Raises InputError if a file is missing or damaged.
     """
@@ -75,4 +76,6 @@ def read_network(path: str | Path) -> dict[str, Any]:
     names = {field.name for field in dataclasses.fields(SiTConfig)}
     if config.keys() >= names:  # the oldest exports lack a field
         content["network"] = {name: config[name] for name in names}
+    if "classes" in config:
+        content["classes"] = config["classes"]
     return content
