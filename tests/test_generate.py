@@ -188,8 +188,8 @@ def test_the_bar_moves_with_the_sampling_steps(untrained, tmp_path, monkeypatch)
     monkeypatch.setattr(generate.tqdm, "update", lambda self, count: moved.append(count))
     run_generate(flags(untrained, tmp_path, "a"), monkeypatch)  # 7 images, 2 at a time, 3 steps
     # After a batch, the bar is set to the images that are done; it has not moved, because `update` is replaced.
-    batches = [[images / 3] * 3 + [done] for images, done in ((2, 2), (2, 4), (2, 6), (1, 7))]
-    assert moved == pytest.approx(sum(batches, []))
+    batches = ((2, 2), (2, 4), (2, 6), (1, 7))
+    assert moved == pytest.approx([count for images, done in batches for count in (*[images / 3] * 3, done)])
 
 
 def test_known_settings_may_be_repeated(checkpoint, tmp_path, monkeypatch):
