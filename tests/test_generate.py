@@ -337,6 +337,28 @@ def test_a_missing_file_is_told_before_images_are_made(tmp_path, missing):
     assert (result.returncode, result.stderr) == (2, "eval.sh: error: nowhere.npz: no such file\n")
 
 
+@pytest.mark.parametrize(
+    ("given", "ckpt", "name"),
+    [
+        ("exps/reg/checkpoints/0000100.pt", "exps/reg/checkpoints/0000100.pt", "reg-0000100-"),
+        ("exps/reg", "exps/reg/checkpoints/0000200.pt", "reg-0000200-"),
+        ("exps/reg/checkpoints", "exps/reg/checkpoints/0000200.pt", "reg-0000200-"),
+        ("owner/name", "owner/name", "owner-name-"),
+        ("owner/name/file.pt", "owner/name/file.pt", "owner-name-file-"),
+    ],
+)
+def test_eval_sh_names_the_set_by_its_checkpoint(tmp_path, given, ckpt, name):
+    folder = tmp_path / "exps" / "reg" / "checkpoints"
+    folder.mkdir(parents=True)
+    for step in (100, 200):
+        (folder / f"{step:07d}.pt").write_text("")
+    script = (ROOT / "eval.sh").read_text().replace("source launch/launch.sh", 'launch() { echo "$@"; exit; }')
+    environment = {**os.environ, "CKPT": given, "REF_BATCH": "exps"}
+    script = script.replace('cd "$(dirname "$0")"', f"cd {tmp_path}")
+    result = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True)
+    assert f"generate.py --ckpt {ckpt} --sample-dir samples --name {name}250-cfg-1.0" in result.stdout, result.stderr
+
+
 def test_coherence_of_samples(checkpoint, shared_data, tmp_path, monkeypatch):
     run_generate(flags(checkpoint, tmp_path, "a", "--coherence", str(shared_data)), monkeypatch)
     scores = json.loads((tmp_path / "samples/a/coherence.json").read_text())
