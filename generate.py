@@ -109,7 +109,11 @@ def main() -> None:
         samples.claim(plan.record())
         for warning in plan.warnings:
             print(f"warning: {warning}", file=sys.stderr)
-        return samples.missing_batches(plan.batch_size, config.with_cls_tokens)
+        batches = samples.missing_batches(plan.batch_size, config.with_cls_tokens)
+        work = f"{sum(map(len, batches)):,} of {samples.total:,} images to generate"
+        how = f"{plan.batch_size} per batch on {accelerator.num_processes} x {accelerator.device.type}"
+        print(f"{samples.folder}: {work}, {how}", flush=True)
+        return batches
 
     generate(plan, accelerator, samples, broadcast_from_main(accelerator, claim_folder))
     accelerator.wait_for_everyone()

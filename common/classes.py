@@ -90,7 +90,9 @@ class ClassSet:
                 if part in self.names and first != (named := self._named(part)):
                     clear = f"write {first}-{first} or {named}-{named}"
                     raise InputError(f"{part}: is a label, and the name of label {named}; {clear}")
-                if not first <= last < num_classes:
+                if first > last:
+                    raise InputError(f"{part}: a range starts with its smaller number")
+                if last >= num_classes:
                     raise InputError(f"{part}: the network has classes 0 .. {num_classes - 1}")
                 selected += range(first, last + 1)
             elif part in self.names:

@@ -234,5 +234,5 @@ def _read_cls_tokens(path: Path, rows: int | None = None) -> np.ndarray:
         if cls_tokens.ndim != 2 or (rows is not None and len(cls_tokens) != rows):
             raise ValueError(f"shape {cls_tokens.shape}")
     except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{path}: broken class tokens ({error}); {REMEDY}") from error
+        raise InputError(f"{path}: broken class tokens, not a complete array (N, D); {REMEDY}") from error
     return cls_tokens

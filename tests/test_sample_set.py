@@ -76,7 +76,7 @@ def test_broken_class_tokens_are_named(samples, content):
     part = samples.folder / "cls" / "000007-000010.npy"
     part.parent.mkdir()
     part.write_bytes(content) if isinstance(content, bytes) else np.save(part, content)
-    with pytest.raises(InputError, match=r"000007-000010\.npy: broken class tokens .*; remove it"):
+    with pytest.raises(InputError, match=r"000007-000010\.npy: broken class tokens, .*; remove it"):
         samples.missing_batches(2, with_cls=True)
     assert samples.missing_batches(2, with_cls=False) == []
 
