@@ -5,7 +5,8 @@
 #     CKPT=exps/reg-SiT-B-2/checkpoints/0400000.pt REF_BATCH=VIRTUAL_imagenet256_labeled.npz bash eval.sh
 #     CFG_SCALE=2.3 GUIDANCE_HIGH=0.85 CKPT=... REF_BATCH=... bash eval.sh
 #
-# The same command resumes an interrupted evaluation. The result is written next to the images, as result.json.
+# CKPT is a checkpoint, a run's folder for its newest checkpoint, an exported network, or a name of the hub. The same
+# command resumes an interrupted evaluation. The result is written next to the images, as result.json.
 set -euo pipefail
 cd "$(dirname "$0")"
 source launch/launch.sh
@@ -27,8 +28,12 @@ for file in "$REF_BATCH" ${INCEPTION:+"$INCEPTION"}; do
     [ -e "$file" ] || fail "$file: no such file"
 done
 
-RUN=$(basename "$(dirname "$(dirname "$(realpath "$CKPT")")")")
-NAME=${NAME:-$RUN-$(basename "$CKPT" .pt)-$NUM_STEPS-cfg-$CFG_SCALE-$CLS_CFG_SCALE-to-$GUIDANCE_HIGH-$LABELS}
+# A folder of checkpoints stands for the newest; a name of the hub has no folders here.
+newest=$(find "$CKPT" "$CKPT/checkpoints" -maxdepth 1 -name '[0-9]*.pt' 2> /dev/null | sort -V | tail -n 1) || true
+CKPT=${newest:-$CKPT}
+RUN=$(dirname "$CKPT")
+if [ -e "$CKPT" ]; then RUN=$(basename "$(dirname "$(dirname "$(realpath "$CKPT")")")"); fi
+NAME=${NAME:-${RUN//\//-}-$(basename "$CKPT" .pt)-$NUM_STEPS-cfg-$CFG_SCALE-$CLS_CFG_SCALE-to-$GUIDANCE_HIGH-$LABELS}
 
 launch generate.py \
     --ckpt "$CKPT" \

@@ -4,7 +4,8 @@
     python export.py --ckpt exps/NAME/checkpoints/0400000.pt --dest reg-xl
 
 A .safetensors file contains both. A folder has the layout of the Hugging Face hub, and `REGPipeline.from_pretrained`
-generates images from it. All programs accept both in place of a checkpoint.
+generates images from it. All programs accept both in place of a checkpoint. A codec that is a local folder is copied
+into the export, to FOLDER/vae; the files of a codec that has a name are downloaded when they are needed.
 """
 
 from __future__ import annotations
@@ -16,8 +17,17 @@ from typing import Any
 
 from common.cli import Config, parse, setting
 from common.io import InputError, atomic_write, check_writable, run_cli
-from models.autoencoder import SD_FORMAT
-from models.checkpoint import build_model, load_checkpoint, network_config, network_weights, saved_settings, steps_done
+from models.autoencoder import SD_FORMAT, LatentFormat
+from models.checkpoint import (
+    build_model,
+    checkpoint_classes,
+    load_checkpoint,
+    network_config,
+    network_weights,
+    saved_settings,
+    steps_done,
+)
+from models.exported_codec import export_codec
 from models.safetensors_format import CONFIG_FILE, write_network
 
 # The settings of a run that a user of the network needs in addition to its architecture.
@@ -68,6 +78,7 @@ def export(ckpt: str | Path, dest: str | Path, weights: str = "ema") -> None:
     checkpoint = load_checkpoint(ckpt)
     build_model(checkpoint, weights, source=ckpt)  # a network that cannot be rebuilt is not exported
     config = describe(checkpoint, weights, ckpt)
+    config["codec"] = export_codec(LatentFormat.from_json(config["codec"]), dest)
     write_network(dest, network_weights(checkpoint, weights, ckpt), config)
     if dest.suffix != ".safetensors":
         with atomic_write(dest / "README.md", "w") as file:
@@ -77,14 +88,16 @@ def export(ckpt: str | Path, dest: str | Path, weights: str = "ema") -> None:
 
 def describe(checkpoint: dict[str, Any], weights: str, source: str | Path) -> dict[str, Any]:
     """Return the configuration of an export: what is needed to rebuild the network and to decode its latents."""
-    saved = saved_settings(checkpoint, source)
+    saved, network = saved_settings(checkpoint, source), network_config(checkpoint, weights, source)
+    classes = checkpoint_classes(checkpoint, network.num_classes, source)
     return {
         "_class_name": "SiT",
-        **network_config(checkpoint, weights, source).to_json(),
+        **network.to_json(),
         **{name: saved[name] for name in KEPT_SETTINGS if saved.get(name) is not None},
         "codec": saved.get("codec") or SD_FORMAT.to_json(),
         "steps": steps_done(checkpoint, source),
         "weights": weights,
+        **({"classes": classes.to_json()} if "classes" in checkpoint else {}),
     }
 
 

@@ -1,17 +1,23 @@
 """Generate images from a checkpoint (REG, arXiv 2507.01467) by the samplers of SiT (arXiv 2401.08740).
 
-    accelerate launch generate.py --ckpt CHECKPOINT --num-fid-samples 50000
+    python generate.py --ckpt CHECKPOINT                                        64 images
+    accelerate launch generate.py --ckpt CHECKPOINT --num-fid-samples 50000     for FID, on all GPUs
 
 The noise and the label of an image depend only on the seed and the image's number. The images are therefore the same
 for any number of processes, and the same command completes an interrupted sample set. SAMPLE_DIR/NAME/ contains
 images/, samples.npz (arr_0, the format that evaluators read), grid.png and samples.json.
+
+Without --name, samples.npz also gets the name that the published script gives it in SAMPLE_DIR, as a link.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +27,31 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from common.cli import AUTO, parse
+from common.classes import ClassSet, label_ranges
+from common.cli import AUTO, parse, uses_cuda
 from common.distributed import broadcast_from_main, largest_batch, long_collective_timeout, to_host
-from common.io import InputError, run_cli, write_json
+from common.io import InputError, progress_bar, run_cli, write_json
 from evaluations.coherence import CoherenceReport
-from generation.config import GenerateConfig, check_against_checkpoint, default_name, image_labels
+from evaluations.comparison import PUBLISHED_COUNT
+from generation.config import (
+    DEFAULT_COUNT,
+    GenerateConfig,
+    check_against_checkpoint,
+    image_labels,
+    label_pool,
+    unused_scale,
+)
+from generation.naming import default_name, published_name
 from generation.sample_set import DIGEST, SampleSet
 from models.autoencoder import Codec, LatentFormat, load_decoder
-from models.checkpoint import build_model, checkpoint_digest, load_checkpoint, saved_settings, steps_done
+from models.checkpoint import (
+    build_model,
+    checkpoint_classes,
+    checkpoint_digest,
+    load_checkpoint,
+    saved_settings,
+    steps_done,
+)
 from models.inference import NETWORK_DTYPES, CudaGraphs, compile_blocks, convert
 from models.interpolant import Interpolant
 from models.sit import SiT
@@ -37,20 +60,25 @@ from samplers import Guidance, image_seeds, sample_images
 WRITER_THREADS = 4
 LARGEST_BATCH = 256  # tried by --per-proc-batch-size auto; larger batches are not faster on any GPU
 CPU_BATCH = 8
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total} img [{elapsed}<{remaining}, {rate_fmt}]"
 
 
 @dataclass(frozen=True)
 class SamplePlan:
-    """The settings, and what was loaded and found out for them."""
+    """The settings, and what was loaded and found out for them. `warnings` are for the user."""
 
     config: GenerateConfig
+    folder: Path
     checkpoint: dict[str, Any]
     model: SiT
     codec: Codec
     coherence: CoherenceReport | None
     interpolant: Interpolant
+    classes: ClassSet
+    pool: tuple[int, ...]  # the labels to draw from
     labels: list[int]
     batch_size: int
+    warnings: list[str]
 
     def record(self) -> dict[str, Any]:
         """Return the content of samples.json: the settings with their final values, and the checkpoint's identity."""
@@ -60,6 +88,7 @@ class SamplePlan:
             **asdict(config),
             "save_cls": config.with_cls_tokens,
             "solver": config.chosen_solver,
+            "drawn_labels": label_ranges(self.pool),
             "cls_cfg_scale": config.guidance.cls_scale,
             "per_proc_batch_size": self.batch_size,
             "path_type": self.interpolant.path_type,
@@ -74,13 +103,17 @@ def main() -> None:
     config = parse(GenerateConfig, "Generate images from a checkpoint.")
     accelerator = start_accelerator(config)
     plan = make_plan(config, accelerator)
-    folder = Path(config.sample_dir) / (config.name or default_name(config, plan.checkpoint))
-    samples = SampleSet(folder, config.num_fid_samples, plan.model.input_size * plan.codec.format.factor)
+    samples = SampleSet(plan.folder, len(plan.labels), plan.model.input_size * plan.codec.format.factor)
 
     def claim_folder() -> list[range]:
         samples.claim(plan.record())
-        config.warn_of_unused_scale()
-        return samples.missing_batches(plan.batch_size, config.with_cls_tokens)
+        for warning in plan.warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+        batches = samples.missing_batches(plan.batch_size, config.with_cls_tokens)
+        work = f"{sum(map(len, batches)):,} of {samples.total:,} images to generate"
+        how = f"{plan.batch_size} per batch on {accelerator.num_processes} x {accelerator.device.type}"
+        print(f"{samples.folder}: {work}, {how}", flush=True)
+        return batches
 
     generate(plan, accelerator, samples, broadcast_from_main(accelerator, claim_folder))
     accelerator.wait_for_everyone()
@@ -96,7 +129,9 @@ def start_accelerator(config: GenerateConfig) -> Accelerator:
         torch.cuda.set_device(config.local_rank)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
     handlers = [long_collective_timeout()]
-    return Accelerator(cpu=config.device == "cpu", mixed_precision=config.mixed_precision, kwargs_handlers=handlers)
+    # Without `cpu=True`, processes on a machine without a GPU would not join.
+    cpu = not uses_cuda(config.device)
+    return Accelerator(cpu=cpu, mixed_precision=config.mixed_precision, kwargs_handlers=handlers)
 
 
 def make_plan(config: GenerateConfig, accelerator: Accelerator) -> SamplePlan:
@@ -104,9 +139,15 @@ def make_plan(config: GenerateConfig, accelerator: Accelerator) -> SamplePlan:
     device = accelerator.device
     checkpoint = load_checkpoint(config.ckpt)
     saved = saved_settings(checkpoint, config.ckpt)
+    folder = Path(config.sample_dir) / (config.name or default_name(config, checkpoint))
+    if config.num_fid_samples is None:
+        config = dataclasses.replace(config, num_fid_samples=SampleSet.started_with(folder) or DEFAULT_COUNT)
+
+    # Load the networks, and compare the settings with them.
     model = build_model(checkpoint, config.weights, device, config.fused_attn, source=config.ckpt)
     latent_format = LatentFormat.from_json(saved.get("codec"))
-    check_against_checkpoint(config, checkpoint, model, latent_format)
+    warnings = unused_scale(config)
+    warnings += check_against_checkpoint(config, checkpoint, model.config, latent_format)
     codec = load_decoder(latent_format, config.vae, device).to(memory_format=torch.channels_last)
     coherence = None
     if config.coherence is not None:
@@ -114,11 +155,20 @@ def make_plan(config: GenerateConfig, accelerator: Accelerator) -> SamplePlan:
             checkpoint, config.coherence, config.enc_weights, device, config.ckpt, config.num_fid_samples
         )
     interpolant = Interpolant(config.path_type or saved.get("path_type", "linear"))
-    labels = image_labels(config, model.num_classes)
+
+    # Draw the labels.
+    classes = checkpoint_classes(checkpoint, model.num_classes, config.ckpt)
+    pool = label_pool(config, classes, model.num_classes)
+    if untrained := classes.untrained(pool):
+        warnings.append(f"--classes {config.classes}: {untrained}")
+    labels = image_labels(config, pool)
+
     convert(model, NETWORK_DTYPES[config.network_dtype])
     batch_size = config.per_proc_batch_size
     batch_size = find_batch_size(config, accelerator, model, codec) if batch_size == AUTO else batch_size
-    return SamplePlan(config, checkpoint, model, codec, coherence, interpolant, labels, batch_size)
+    return SamplePlan(
+        config, folder, checkpoint, model, codec, coherence, interpolant, classes, pool, labels, batch_size, warnings
+    )
 
 
 def find_batch_size(config: GenerateConfig, accelerator: Accelerator, model: SiT, codec: Codec) -> int:
@@ -150,24 +200,39 @@ def generate(plan: SamplePlan, accelerator: Accelerator, samples: SampleSet, bat
     rows = plan.batch_size if config.compile or config.cuda_graphs else 1
     sampler = (plan.interpolant, config.guidance, config.mode, config.chosen_solver, config.num_steps)
     mine = batches[accelerator.process_index :: accelerator.num_processes]
-    bar = tqdm(total=sum(map(len, mine)), unit="img", disable=not accelerator.is_main_process, desc="generating")
+    # The main process shows the images of all processes, as if they were equally fast.
+    total, done = sum(map(len, batches)), 0.0
+    scale = total / max(1, sum(map(len, mine)))
+    bar = progress_bar(total=total, unit="img", main=accelerator.is_main_process, desc="generating", bar_format=BAR)
     with ThreadPoolExecutor(WRITER_THREADS) as pool, bar:
-        writing: list[Future[int]] = []
+        writing: list[Future[None]] = []
         for numbers in mine:
+            steps_bar = partial(advance, bar, len(numbers) * scale)
             padded = [*numbers, *[numbers[-1]] * (rows - len(numbers))]
             labels, seeds = [plan.labels[number] for number in padded], image_seeds(config.global_seed, padded)
             with accelerator.autocast():
-                latents, cls_tokens = sample_images(model, labels, seeds, *sampler, network=network)
+                latents, cls_tokens = sample_images(model, labels, seeds, *sampler, network=network, progress=steps_bar)
             latents = latents[: len(numbers)].float()
             images = if_finite(latents, to_host(plan.codec.decode(latents)), config.ckpt)
             if config.with_cls_tokens:
                 cls_tokens = cls_tokens[: len(numbers)].float()
                 cls_tokens = if_finite(cls_tokens, to_host(cls_tokens), config.ckpt)
-            bar.update(sum(future.result() for future in writing))  # the previous batch
+            for future in writing:  # the previous batch
+                future.result()
+            done += len(numbers) * scale
+            bar.update(done - bar.n)  # dopri5 shows no steps
             writing = [pool.submit(write_image, samples, images, row, number) for row, number in enumerate(numbers)]
             if config.with_cls_tokens:
                 writing.append(pool.submit(write_cls_tokens, samples, cls_tokens, numbers))
-        bar.update(sum(future.result() for future in writing))
+        for future in writing:
+            future.result()
+
+
+def advance(bar: tqdm, images: float, steps: list[Any]) -> Iterator[Any]:
+    """Yield the steps of a batch, and let all of them together move the bar by its number of images."""
+    for step in steps:
+        yield step
+        bar.update(images / len(steps))
 
 
 def if_finite(sampled: Tensor, get: Callable[[], np.ndarray], source: str) -> Callable[[], np.ndarray]:
@@ -185,26 +250,37 @@ def if_finite(sampled: Tensor, get: Callable[[], np.ndarray], source: str) -> Ca
     return checked
 
 
-def write_image(samples: SampleSet, images: Callable[[], np.ndarray], row: int, number: int) -> int:
-    """Write image `number`, which is `row` of the array that `images()` returns. Return 1, the images written."""
+def write_image(samples: SampleSet, images: Callable[[], np.ndarray], row: int, number: int) -> None:
+    """Write image `number`, which is `row` of the array that `images()` returns."""
     samples.write_image(number, images()[row].transpose(1, 2, 0))
-    return 1
 
 
-def write_cls_tokens(samples: SampleSet, cls_tokens: Callable[[], np.ndarray], numbers: range) -> int:
-    """Write the class tokens of a batch. Return 0, the images written."""
+def write_cls_tokens(samples: SampleSet, cls_tokens: Callable[[], np.ndarray], numbers: range) -> None:
+    """Write the class tokens of a batch."""
     samples.write_cls_tokens(numbers, cls_tokens())
-    return 0
 
 
 def finish(plan: SamplePlan, samples: SampleSet) -> None:
-    """Write the files of the complete set, print the path of the images, and unlock the folder."""
+    """Write the files of the complete set, unlock the folder, and print where they are."""
     config = plan.config
-    samples.finish(plan.labels, config.label_sampling == "balanced", config.with_cls_tokens, config.npz)
+    balanced = config.label_sampling == "balanced"
+    samples.finish(plan.labels, balanced, config.with_cls_tokens, config.npz, plan.classes)
     if plan.coherence is not None:
         scores = plan.coherence(samples.read_images(), samples.read_cls_tokens(), plan.labels)
         write_json(samples.folder / "coherence.json", scores)
     samples.release()
+    if len(plan.labels) == DEFAULT_COUNT:
+        hint = f"{DEFAULT_COUNT} images; FID needs {PUBLISHED_COUNT:,}, see --num-fid-samples"
+        print(hint, file=sys.stderr)
+    if config.npz and config.name is None:
+        name = published_name(config, plan.checkpoint, plan.model.config, plan.codec.format)
+        if link := samples.link_npz(name):
+            print(f"{link}: samples.npz under the name that the published script gives it")
+        else:
+            taken = samples.folder.parent / f"{name}.npz"
+            print(
+                f"warning: {taken} is another file and was kept; the published eval.sh would read it", file=sys.stderr
+            )
     print(samples.folder / ("samples.npz" if config.npz else "images"))
 
 

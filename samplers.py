@@ -9,11 +9,13 @@ network is called in its own dtype. The source of random numbers is an argument.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import pairwise
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -41,6 +43,7 @@ class Guidance:
 
     Only the image's scale turns guidance on. The class token then uses `cls_scale` in the same formula, or stays
     conditional if `cls_scale` is 0 or less. `cls_scale` None becomes `scale`.
+    Raises ValueError for a scale below 1, or an interval that is reversed or not inside 0 .. 1.
     """
 
     scale: float = 1.0
@@ -51,6 +54,12 @@ class Guidance:
     def __post_init__(self) -> None:
         if self.cls_scale is None:
             object.__setattr__(self, "cls_scale", self.scale)
+        if not 1 <= self.scale < math.inf:
+            raise ValueError(f"guidance scale {self.scale}: must be 1 (no guidance) or greater")
+        if not math.isfinite(self.cls_scale):
+            raise ValueError(f"guidance scale of the class token {self.cls_scale}: must be a finite number")
+        if not 0 <= self.low <= self.high <= 1:
+            raise ValueError(f"guidance interval {self.low} .. {self.high}: must be 0 <= low <= high <= 1")
 
     def active(self, t: float) -> bool:
         """Return whether guidance is on at time t. Times equal to `low` or `high` are inside the interval."""
@@ -162,9 +171,11 @@ def fixed_step_ode(
 ) -> State:
     """Return x and cls at t = 0 on the probability-flow ODE by Euler's or, if `second_order`, by Heun's method.
 
-    Euler calls the network once per step, Heun twice, except in the last step (EDM, arXiv 2206.00364, algorithm 1). The
-    second call is guided if the time at the end of the step is inside the guidance interval. `x` and `cls` are as in
-    `euler_maruyama`; `steps` are the pairs of neighbouring times of `ode_times`.
+    Euler calls the network once per step, Heun twice, except in the last step (EDM, arXiv 2206.00364, algorithm 1).
+    Each call is guided if its own time is inside the guidance interval or equal to a bound: the second call of Heun's
+    method by the time at the end of the step. REPA's sampler uses the time at the start of the step for both calls, so
+    its images differ from these in the steps that cross a bound. `x` and `cls` are as in `euler_maruyama`; `steps` are
+    the pairs of neighbouring times of `ode_times`.
     """
     state = (x, cls)
     for t, t_next in steps:
@@ -286,13 +297,15 @@ def sample(
         num_steps: number of steps, at least 1; not used by dopri5.
         progress: wraps the list of steps, for example `tqdm.tqdm`; not used by dopri5.
 
-    Raises ValueError for an unknown mode or solver, or `num_steps` below 1.
+    Raises ValueError for an unknown mode or solver, a solver of the ODE in mode "sde", or `num_steps` below 1.
     """
     for name, value, allowed in (("mode", mode, MODES), ("solver", solver, SOLVERS)):
         if value not in allowed:
             raise ValueError(f"{name} {value!r} is unknown; allowed: {', '.join(allowed)}")
-    if num_steps < 1:
-        raise ValueError(f"num_steps is {num_steps}; allowed: 1 or more")
+    if mode == "sde" and solver != "euler":
+        raise ValueError(f"solver {solver!r} is a solver of the ODE; allowed with mode 'sde': euler")
+    if not isinstance(num_steps, Integral) or num_steps < 1:
+        raise ValueError(f"num_steps is {num_steps}; allowed: whole numbers from 1")
     x, cls = _each(Tensor.double, noise())
     if mode == "ode" and solver == "dopri5":
         return dopri5(velocity, x, cls)
@@ -323,7 +336,15 @@ def sample_images(
         interpolant: the path the model was trained on.
         guidance, mode, solver, num_steps, progress: see `GuidedVelocity` and `sample`.
         network: called instead of the model, for example `models.inference.CudaGraphs(model)`.
+
+    Raises ValueError for a label that the network does not have, for unequal numbers of labels and seeds, and as
+    `sample` does.
     """
+    if wrong := [label for label in labels if not 0 <= label <= model.null_class]:
+        allowed = f"0 .. {model.null_class - 1}, and {model.null_class} for no class"
+        raise ValueError(f"label {wrong[0]}: the network does not have it; allowed: {allowed}")
+    if len(labels) != len(seeds):
+        raise ValueError(f"{len(labels)} labels and {len(seeds)} seeds; each image needs one of both")
     device = next(model.parameters()).device
     # Pinned, because a copy from pageable memory waits for the previous batch.
     y = torch.tensor(labels, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -65,26 +66,56 @@ class ClassSet:
         """Return the name of a label, its number if it has none."""
         return self.names[self.labels.index(label)] if self.names and label in self.labels else str(label)
 
+    def caption(self, label: int) -> str:
+        """Return the name of a label without accents, or its number if the name needs more letters than ASCII has.
+
+        For `common.images.image_grid`, whose font has ASCII only.
+        """
+        name = "".join(c for c in unicodedata.normalize("NFKD", self.name(label)) if not unicodedata.combining(c))
+        return name if name.isascii() else str(label)
+
     def select(self, text: str, num_classes: int) -> tuple[int, ...]:
         """Return the labels that a text names, in its order, such as "207,360-365,tench".
 
         Elements are labels of the network (0 .. `num_classes` - 1), ranges with both ends, and names; a name may
-        contain commas if it is the only element. Raises InputError for anything else.
+        contain commas if it is the only element. Raises InputError for anything else, and for an element that stands
+        for several labels.
         """
-        if text in self.names:
-            return (self.labels[self.names.index(text)],)
+        if "," in text and text in self.names:
+            return (self._named(text),)
         selected: list[int] = []
         for part in map(str.strip, text.split(",")):
-            if part in self.names:
-                selected.append(self.labels[self.names.index(part)])
-            elif match := re.fullmatch(r"(\d+)(?:-(\d+))?", part):
+            if match := re.fullmatch(r"(\d+)(?:-(\d+))?", part):
                 first, last = int(match[1]), int(match[2] or match[1])
-                if not first <= last < num_classes:
+                if part in self.names and first != (named := self._named(part)):
+                    clear = f"write {first}-{first} or {named}-{named}"
+                    raise InputError(f"{part}: is a label, and the name of label {named}; {clear}")
+                if first > last:
+                    raise InputError(f"{part}: a range starts with its smaller number")
+                if last >= num_classes:
                     raise InputError(f"{part}: the network has classes 0 .. {num_classes - 1}")
                 selected += range(first, last + 1)
+            elif part in self.names:
+                selected.append(self._named(part))
             else:
                 raise InputError(f"{part!r}: {self._expected(part)}")
         return tuple(selected)
+
+    def _named(self, name: str) -> int:
+        """Return the label of a name. Raises InputError if several labels have it."""
+        found = [label for label, other in zip(self.labels, self.names, strict=True) if other == name]
+        if len(found) > 1:
+            raise InputError(f"{name}: is the name of labels {', '.join(map(str, found))}; write the number")
+        return found[0]
+
+    def untrained(self, labels: Iterable[int]) -> str:
+        """Return a warning that names the labels that are not in the set, "" if there are none."""
+        known = set(self.labels)
+        outside = sorted({label for label in labels if label not in known})
+        if not outside:
+            return ""
+        which = f"label {outside[0]} does" if len(outside) == 1 else f"labels {label_ranges(outside)} do"
+        return f"{which} not occur in the training data; the network was never trained on it"
 
     def _expected(self, part: str) -> str:
         """Return what would be allowed instead of `part`."""
@@ -94,3 +125,14 @@ class ClassSet:
         shown = difflib.get_close_matches(part, self.names, NAMES_SHOWN) or self.names[:NAMES_SHOWN]
         more = ", ..." if len(shown) < len(self.names) else ""
         return f"{forms} or names, comma-separated; names are {', '.join(shown)}{more}"
+
+
+def label_ranges(labels: Iterable[int]) -> str:
+    """Return labels as the shortest text from which `ClassSet.select` makes them again, such as "0-4,17,940"."""
+    runs: list[list[int]] = []
+    for label in labels:
+        if runs and label == runs[-1][-1] + 1:
+            runs[-1][1:] = [label]
+        else:
+            runs.append([label])
+    return ",".join("-".join(map(str, run)) for run in runs)

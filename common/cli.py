@@ -39,6 +39,9 @@ POSITIVE = Check("greater than 0", lambda value: value > 0)
 NON_NEGATIVE = Check("0 or greater", lambda value: value >= 0)
 BELOW_ONE = Check("at least 0 and less than 1", lambda value: 0 <= value < 1)
 UNIT_INTERVAL = Check("from 0 to 1", lambda value: 0 <= value <= 1)
+GUIDANCE_SCALE = Check(
+    "1 (no guidance) or greater; the published scripts treat smaller values as 1", lambda value: value >= 1
+)
 BATCH_SIZE = Check(f"1 or greater, or {AUTO}", lambda value: value == AUTO or value >= 1)
 
 

@@ -1,9 +1,10 @@
 """The ADM evaluation (arXiv 2105.05233): Inception Score, FID, sFID, precision and recall of a batch of samples, and
 the Frechet distance in the features of any vision encoder.
 
-    python evaluations/evaluator.py --ref_batch VIRTUAL_imagenet256_labeled.npz --sample_batch samples.npz
+    python evaluations/evaluator.py VIRTUAL_imagenet256_labeled.npz samples.npz
 
-Several processes share the work: `accelerate launch evaluations/evaluator.py ...`.
+--ref_batch and --sample_batch name the same two files. Several processes share the work:
+`accelerate launch evaluations/evaluator.py ...`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import platform
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +53,15 @@ LINES = {
 class BatchesConfig(Config):
     """Images to compare."""
 
-    ref_batch: str = setting(MISSING, "reference: an .npz, or a folder or zip of images", flag="--ref_batch")
-    sample_batch: str = setting(MISSING, "samples: an .npz, or a folder or zip of images", flag="--sample_batch")
-    save_path: str | None = setting(None, "result file (.json) or folder; default: by the samples", flag="--save_path")
+    ref: str | None = setting(None, "reference: an .npz, or a folder or zip of images", flag="ref")
+    sample: str | None = setting(None, "samples: an .npz, or a folder or zip of images", flag="sample")
+    ref_batch: str | None = setting(None, "the reference, instead of the first file", flag="--ref_batch")
+    sample_batch: str | None = setting(None, "the samples, instead of the second file", flag="--sample_batch")
+    save_path: str | None = setting(
+        None,
+        "result file (.json), or folder of it; default: the folder of the samples (ADM's script: prefix of a .txt)",
+        flag="--save_path",
+    )
     cache: str | None = setting(None, "folder in which features are stored, and found again for the same images")
 
 
@@ -75,19 +82,36 @@ class RecordedConfig(Config):
 class EvaluatorConfig(BatchesConfig, ExtractionConfig, RecordedConfig):
     """Settings of evaluator.py."""
 
+    @property
+    def batches(self) -> tuple[str, str]:
+        """Reference and samples, however they are given."""
+        return self.ref or self.ref_batch, self.sample or self.sample_batch
+
+    def check_combination(self) -> None:
+        """Raise InputError unless reference and samples are given once, both as files or both as flags."""
+        super().check_combination()
+        files, flags = (self.ref, self.sample), (self.ref_batch, self.sample_batch)
+        if any(files) and any(flags):
+            given = " ".join(filter(None, files))
+            raise InputError(f"{given}: reference and samples are also given by flags; expected one of both")
+        if not all(files) and not all(flags):
+            what = "reference and samples" if not any(files + flags) else "one of reference and samples"
+            raise InputError(f"{what} not given; expected REFERENCE SAMPLES, each an .npz, a folder or a zip of images")
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Evaluate as the command line says."""
     config = parse(EvaluatorConfig, "Score samples against a reference as the ADM evaluation does.", argv)
     started = time.perf_counter()
-    path = result_path(config.save_path, Path(config.sample_batch))
+    ref_path, sample_path = config.batches
+    path = result_path(config.save_path, Path(sample_path))
     check_writable(path, "--save_path")
     if config.cache:
         check_writable(Path(config.cache) / "features.npz", "--cache")
-    accelerator = Accelerator(cpu=config.cpu, kwargs_handlers=[long_collective_timeout()])
+    accelerator = Accelerator(cpu=config.on_cpu, kwargs_handlers=[long_collective_timeout()])
 
     # Open images and reference
-    samples, statistics = open_images(config.sample_batch), load_reference(config.ref_batch)
+    samples, statistics = open_images(sample_path), load_reference(ref_path)
     reference = open_reference_images(statistics)
     sampling = read_sampling(samples.path)
 
@@ -142,7 +166,7 @@ def open_reference_images(statistics: Reference) -> ImageBatch | None:
 
 def read_sampling(samples: Path) -> dict[str, Any] | None:
     """Return the sampler's settings from the .json file next to the samples. Raises InputError if it is no object."""
-    path = samples.with_suffix(".json")
+    path = samples.resolve().with_suffix(".json")  # a link to samples.npz may have another name
     if not path.is_file():
         return None
     sampling = read_json(path)

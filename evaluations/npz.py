@@ -19,9 +19,8 @@ from typing import IO, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from common.io import InputError
+from common.io import InputError, progress_bar
 
 MAX_RATIO = 500  # unpacked / packed size; deflate reaches 1032 on constant bytes, images stay far below
 SMALL = 1 << 28  # bytes; arrays up to this size are allowed to have any ratio
@@ -52,7 +51,7 @@ class NpzFile:
         except FileNotFoundError as error:
             raise InputError(f"{self.path}: no such file") from error
         except _READ_ERRORS as error:
-            raise InputError(f"{self.path}: not an .npz file, or cut short ({error})") from error
+            raise InputError(f"{self.path}: not an .npz file, or cut short") from error
 
     def __contains__(self, name: str) -> bool:
         return name in self._members
@@ -69,8 +68,10 @@ class NpzFile:
         try:
             with zipfile.ZipFile(self.path) as archive, archive.open(info) as member:
                 header = _parse_header(member)
+        except InputError as error:
+            raise self._error(name, f"is not a readable array: {error}") from error
         except (*_READ_ERRORS, *_HEADER_ERRORS) as error:
-            raise self._error(name, f"is not a readable array ({error})") from error
+            raise self._error(name, "is not a readable array; it is damaged or of another kind") from error
         size = header.offset + math.prod(header.shape) * header.dtype.itemsize
         if size != info.file_size:
             raise self._error(name, f"is cut short: its header needs {size:,} bytes, it has {info.file_size:,}")
@@ -88,7 +89,7 @@ class NpzFile:
             with zipfile.ZipFile(self.path) as archive:
                 data = archive.read(self._members[name])  # verifies the zip's checksum
         except _READ_ERRORS as error:
-            raise self._error(name, f"is damaged ({error})") from error
+            raise self._error(name, "is damaged") from error
         return np.frombuffer(data, header.dtype, offset=header.offset).reshape(shape)
 
     def tensor(self, name: str, shape: tuple[int, ...], dtype: type = np.float64) -> Tensor:
@@ -120,7 +121,7 @@ class NpzFile:
                 file.seek(first + start * row_bytes)
                 size = file.readinto(rows.data.cast("B"))
             except _READ_ERRORS as error:
-                raise self._error(name, f"is damaged ({error})") from error
+                raise self._error(name, "is damaged") from error
             if size != rows.nbytes:
                 raise self._error(name, f"ends early, near row {start}")
             return rows
@@ -131,12 +132,12 @@ class NpzFile:
 def _parse_header(member: IO[bytes]) -> ArrayHeader:
     version = np.lib.format.read_magic(member)
     if version not in _HEADER_READERS:
-        raise ValueError(f"format version {version}")
+        raise InputError(f"its format version {version} is unknown")
     shape, fortran_order, dtype = _HEADER_READERS[version](member)
     if dtype.hasobject:
-        raise ValueError("it holds pickled objects, which are never loaded")
+        raise InputError("it holds pickled objects, which are never loaded")
     if fortran_order and len(shape) > 1:
-        raise ValueError("it is in Fortran order; save np.ascontiguousarray of it")
+        raise InputError("it is in Fortran order; save np.ascontiguousarray of it")
     return ArrayHeader(shape, dtype, member.tell())
 
 
@@ -158,5 +159,5 @@ def write_npz(
                 np.lib.format.write_array(member, np.asarray(array), allow_pickle=False)
         with new_member("arr_0") as member:
             np.lib.format.write_array_header_1_0(member, header)
-            for image in tqdm(images, total=shape[0], desc="writing .npz", unit="image"):
+            for image in progress_bar(images, total=shape[0], desc="writing .npz", unit="image"):
                 member.write(np.ascontiguousarray(image, dtype=np.uint8).tobytes())

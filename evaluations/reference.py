@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     images = open_images(config.source)
     if images.count < 2:
         raise InputError(f"{config.source}: {images.count} image; a covariance needs at least 2")
-    accelerator = Accelerator(cpu=config.cpu, kwargs_handlers=[long_collective_timeout()])
+    accelerator = Accelerator(cpu=config.on_cpu, kwargs_handlers=[long_collective_timeout()])
     for note in images.notes:
         accelerator.print(note)
 

@@ -1,24 +1,35 @@
-"""Settings of generate.py, their checks, and the labels and the folder name that follow from them."""
+"""Settings of generate.py, their checks, and the labels that follow from them."""
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
-from pathlib import Path
 from typing import Any
 
 from common import cli
-from common.cli import BATCH_SIZE, NON_NEGATIVE, POSITIVE, UNIT_INTERVAL, Config, adjustable, batch_size, setting
+from common.classes import ClassSet
+from common.cli import (
+    BATCH_SIZE,
+    GUIDANCE_SCALE,
+    NON_NEGATIVE,
+    POSITIVE,
+    UNIT_INTERVAL,
+    Config,
+    adjustable,
+    batch_size,
+    setting,
+)
 from common.io import InputError
 from models.autoencoder import LatentFormat
-from models.checkpoint import is_legacy, saved_settings, steps_done
+from models.checkpoint import is_legacy, saved_settings
 from models.inference import NETWORK_DTYPES
 from models.interpolant import PATHS
-from models.sit import PRESETS, SiT
+from models.sit import PRESETS, SiTConfig
 from samplers import MODES, SOLVERS, Guidance, derive_seed
 
 LABEL_STREAM = 2  # first part of the key of a label's seed: no other draw from the global seed uses it
-GUIDANCE_SCALE = cli.Check("1 (no guidance) or greater", lambda value: value >= 1)
+DEFAULT_COUNT = 64  # images; FID needs 50,000
+WITHOUT_EFFECT = ("encoder_depth", "legacy")  # of the settings known from the checkpoint, those that change no image
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +52,15 @@ class FileSettings(Config):
 class ContentSettings(Config):
     """what to generate"""
 
-    num_fid_samples: int = adjustable(50_000, "number of images", check=POSITIVE)
+    num_fid_samples: int | None = adjustable(
+        None,
+        f"number of images, for FID 50000; default: {DEFAULT_COUNT}, or as many as before to complete a set",
+        check=POSITIVE,
+    )
     label_sampling: str = setting("random", "how labels are chosen", choices=("random", "balanced"))
-    classes: str | None = setting(None, "only these classes, comma-separated; default: all classes")
+    classes: str | None = setting(
+        None, 'only these classes: numbers, ranges, names ("207,360-365,tench"); default: all of the training data'
+    )
     global_seed: int = setting(0, "seed of noise and labels", check=NON_NEGATIVE)
 
 
@@ -54,11 +71,11 @@ class SamplerSettings(Config):
     mode: str = setting("sde", "SDE (Euler-Maruyama) or probability-flow ODE", choices=MODES)
     num_steps: int = setting(250, "number of solver steps", check=POSITIVE)
     solver: str = setting("euler", "solver of the ODE; dopri5 chooses its step sizes itself", choices=SOLVERS)
-    heun: bool = setting(False, "same as --solver heun")
+    heun: bool = setting(False, "same as --solver heun; needs --mode ode (the published script ignores it with sde)")
     cfg_scale: float = setting(1.0, "guidance scale of the image; above 1, guidance is on", check=GUIDANCE_SCALE)
     cls_cfg_scale: float | None = setting(None, "guidance scale of the class token; 0: none; default: --cfg-scale")
-    guidance_low: float = setting(0.0, "lowest time with guidance; time 0 is data", check=UNIT_INTERVAL)
-    guidance_high: float = setting(1.0, "highest time with guidance; time 1 is noise", check=UNIT_INTERVAL)
+    guidance_low: float = setting(0.0, "lowest time that is guided; time 0 is data", check=UNIT_INTERVAL)
+    guidance_high: float = setting(1.0, "highest time that is guided; time 1 is noise", check=UNIT_INTERVAL)
 
     @property
     def guidance(self) -> Guidance:
@@ -95,17 +112,17 @@ class MachineSettings(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointSettings(Config):
-    """known from the checkpoint; if given, they are checked against it"""
+    """known from the checkpoint; if given, they are compared with it"""
 
     model: str | None = setting(None, "network preset, such as SiT-XL/2")
     num_classes: int | None = setting(None, "number of classes")
-    encoder_depth: int | None = setting(None, "block whose output the projectors read")
+    encoder_depth: int | None = setting(None, "block whose output the projectors read; without effect on images")
     resolution: int | None = setting(None, "image size in pixels")
     qk_norm: bool | None = setting(None, "LayerNorm on queries and keys")
     projector_embed_dims: str | None = setting(None, "widths of the aligned encoders, comma-separated")
     cls: int | None = setting(None, "width of the class token; 0: no class token")
     path_type: str | None = setting(None, "path between data and noise", choices=PATHS)
-    legacy: bool | None = setting(None, "the older REPA layout")
+    legacy: bool | None = setting(None, "the older REPA layout; without effect on images")
     vae: str | None = setting(
         None, "codec that decodes; ema, mse: Stable Diffusion's; default: that of the latents (Stable Diffusion: ema)"
     )
@@ -138,41 +155,45 @@ class GenerateConfig(FileSettings, ContentSettings, SamplerSettings, MachineSett
             other = "--cuda-graphs" if self.cuda_graphs else f"--network-dtype {self.network_dtype}"
             raise InputError(f"--mixed-precision {self.mixed_precision} excludes {other}; allowed with it: no")
 
-    def warn_of_unused_scale(self) -> None:
-        """Print a warning if --cls-cfg-scale has no effect. No error: published command lines may contain it."""
-        if self.guidance.cls_scale > 1 >= self.cfg_scale:
-            reason = f"only --cfg-scale above 1 turns guidance on, and it is {self.cfg_scale:g}"
-            print(f"warning: --cls-cfg-scale {self.cls_cfg_scale:g} has no effect: {reason}", file=sys.stderr)
 
+def label_pool(config: GenerateConfig, classes: ClassSet, num_classes: int) -> tuple[int, ...]:
+    """Return the labels to draw from: those of --classes, or all that occur in the training data.
 
-def image_labels(config: GenerateConfig, num_classes: int) -> list[int]:
-    """Return the label of each image. It depends on the image's number only, not on how many images there are.
-
-    Raises InputError if --classes names a class that the network does not have.
+    Raises InputError if --classes names something that the network does not have.
     """
-    pool = list(range(num_classes))
-    if config.classes is not None:
-        try:
-            pool = [int(text) for text in config.classes.split(",")]
-        except ValueError as error:
-            raise InputError(f"--classes {config.classes!r}: expected whole numbers, comma-separated") from error
-        if outside := [label for label in pool if not 0 <= label < num_classes]:
-            raise InputError(f"--classes {outside[0]}: the checkpoint has classes 0 .. {num_classes - 1}")
+    if config.classes is None:
+        return classes.labels
+    try:
+        return classes.select(config.classes, num_classes)
+    except InputError as error:
+        raise InputError(f"--classes {error}") from error
+
+
+def image_labels(config: GenerateConfig, pool: Sequence[int]) -> list[int]:
+    """Return the label of each image, drawn from `pool`. It depends on the image's number, not on their total."""
     numbers = range(config.num_fid_samples)
     if config.label_sampling == "balanced":
         return [pool[number % len(pool)] for number in numbers]
     return [pool[derive_seed(config.global_seed, LABEL_STREAM, number) % len(pool)] for number in numbers]
 
 
-def check_against_checkpoint(
-    config: GenerateConfig, checkpoint: dict[str, Any], model: SiT, latent_format: LatentFormat
-) -> None:
-    """Raise InputError, with both values in its text, for a setting that contradicts the checkpoint."""
-    saved, network = saved_settings(checkpoint, config.ckpt), model.config
+def network_name(network: SiTConfig, saved: dict[str, Any]) -> str:
+    """Return the preset of a network, such as SiT-XL/2, or else how the run's settings name or describe it."""
     size = (network.depth, network.hidden_size)
     preset = next((f"SiT-{name}/{network.patch_size}" for name in PRESETS if PRESETS[name][:2] == size), None)
+    return preset or saved.get("model") or f"depth {size[0]}, width {size[1]}, patch {network.patch_size}"
+
+
+def check_against_checkpoint(
+    config: GenerateConfig, checkpoint: dict[str, Any], network: SiTConfig, latent_format: LatentFormat
+) -> list[str]:
+    """Return warnings about settings that contradict the checkpoint without an effect on the images.
+
+    Raises InputError, with both values in its text, for any other setting that contradicts the checkpoint.
+    """
+    saved, warnings = saved_settings(checkpoint, config.ckpt), []
     found = {
-        "model": preset or saved.get("model", f"depth {size[0]}, width {size[1]}, patch {network.patch_size}"),
+        "model": network_name(network, saved),
         "num_classes": network.num_classes,
         "encoder_depth": network.encoder_depth if network.z_dims else None,
         "resolution": network.input_size * latent_format.factor,
@@ -185,19 +206,18 @@ def check_against_checkpoint(
     for name, value in found.items():
         given = getattr(config, name)
         if given is not None and value is not None and given != value:
-            raise InputError(f"{cli.flag(name)} is {given}, but {config.ckpt} has {value}")
+            contradiction = f"{cli.flag(name)} is {given}, but {config.ckpt} has {value}"
+            if name not in WITHOUT_EFFECT:
+                raise InputError(contradiction)
+            warnings.append(f"{contradiction}; without effect on the images")
     if config.with_cls_tokens and network.cls_token_dim is None:
         raise InputError(f"--save-cls: {config.ckpt} has no class token")
+    return warnings
 
 
-def default_name(config: GenerateConfig, checkpoint: dict[str, Any]) -> str:
-    """Return a folder name that contains the settings in which sample sets usually differ."""
-    # The run's name comes from a file that may be untrusted: its folders are removed, to stay inside --sample-dir.
-    run = saved_settings(checkpoint, config.ckpt).get("exp_name")
-    run = Path(run if isinstance(run, str) and run.isprintable() else "").name or Path(config.ckpt).stem
-    steps = "" if config.solver == "dopri5" else f"-{config.num_steps}"
-    solver = config.mode if config.mode == "sde" else f"ode-{config.chosen_solver}"
-    scales, interval = config.guidance, f"{config.guidance_low:g}-{config.guidance_high:g}"
-    guidance = f"cfg-{scales.scale:g}-cls-{scales.cls_scale:g}-at-{interval}" if scales.scale > 1 else "no-cfg"
-    weights = f"{run}-{steps_done(checkpoint, config.ckpt):07d}-{config.weights}"
-    return f"{weights}-{solver}{steps}-{guidance}-{config.label_sampling}-labels-seed-{config.global_seed}"
+def unused_scale(config: GenerateConfig) -> list[str]:
+    """Return a warning if --cls-cfg-scale has no effect. No error: published command lines may contain it."""
+    if not config.guidance.cls_scale > 1 >= config.cfg_scale:
+        return []
+    reason = f"only --cfg-scale above 1 turns guidance on, and it is {config.cfg_scale:g}"
+    return [f"--cls-cfg-scale {config.cls_cfg_scale:g} has no effect: {reason}"]

@@ -9,6 +9,8 @@ cls/                      class tokens of single batches, until cls_tokens.npy i
 
 from __future__ import annotations
 
+import filecmp
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -21,6 +23,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from common.classes import ClassSet
 from common.cli import fixed_settings, settings
 from common.images import decode_rgb, image_grid, save_png
 from common.io import InputError, atomic_write, check_writable, lock_folder, read_json, unlock_folder, write_json
@@ -31,6 +34,7 @@ GRID_ROWS, GRID_COLUMNS = 8, 12  # at most; with balanced labels, one column for
 THREADS = 4  # for reading images
 READ_AHEAD = 64  # images read at a time; 50,000 decoded images do not fit into memory
 CLS_PART = re.compile(r"(\d+)-(\d+)\.npy")  # class tokens of one batch: first image number, and last one + 1
+SET_NPZ = re.compile(r"[^/]+/samples\.npz")  # target of a link to a sample set
 REMEDY = "remove it and run the same command again"
 DIGEST = "checkpoint_sha256"
 
@@ -51,6 +55,14 @@ class SampleSet:
     def image_paths(self) -> list[Path]:
         """The paths of all images, in order."""
         return [self.image_path(number) for number in range(self.total)]
+
+    @staticmethod
+    def started_with(folder: Path) -> int | None:
+        """Return the number of images of the set that was started in a folder, None if there is no such set."""
+        path = folder / "samples.json"
+        saved = read_json(path) if path.exists() else None
+        count = saved.get("num_fid_samples") if isinstance(saved, dict) else None
+        return count if isinstance(count, int) and count > 0 else None
 
     def claim(self, made_with: dict[str, Any]) -> None:
         """Lock the folder for this process and write the settings to samples.json.
@@ -107,23 +119,58 @@ class SampleSet:
         with atomic_write(self.folder / "cls" / f"{numbers.start:06d}-{numbers.stop:06d}.npy") as file:
             np.save(file, cls_tokens)
 
-    def finish(self, labels: list[int], balanced: bool, with_cls: bool, npz: bool) -> None:
+    def finish(
+        self, labels: list[int], balanced: bool, with_cls: bool, npz: bool, classes: ClassSet | None = None
+    ) -> None:
         """Write labels and grid of a complete set; if `with_cls`, cls_tokens.npy; if `npz`, samples.npz.
 
-        `balanced` labels let the grid have one column for each class. Raises InputError if a file is damaged.
+        `balanced` labels let the grid have one column for each class; `classes` has their names. Raises InputError if a
+        file is damaged.
         """
         listed = [[path.name, label] for path, label in zip(self.image_paths, labels, strict=True)]
         write_json(self.folder / "images" / "dataset.json", {"labels": listed})
-        classes = len(set(labels))
-        columns = classes if balanced and 1 < classes <= GRID_COLUMNS else GRID_COLUMNS
-        first = [self._read_image(path) for path in self.image_paths[: GRID_ROWS * columns]]
-        save_png(self.folder / "grid.png", image_grid(np.stack(first), min(columns, len(first))))
+        self._write_grid(labels, balanced, classes or ClassSet.of_data(labels))
         if with_cls:
             self._join_cls_tokens()
         shape = (self.total, self.resolution, self.resolution, 3)
         if npz and not self._has_current_npz(shape):
             with atomic_write(self.folder / "samples.npz") as file:
                 write_npz(file, self.read_images(), shape)
+
+    def _write_grid(self, labels: list[int], balanced: bool, classes: ClassSet) -> None:
+        """Write a grid of the first images. Captions are the classes, if the network has several."""
+        count = len(set(labels))
+        by_class = balanced and 1 < count <= GRID_COLUMNS
+        columns = count if by_class else GRID_COLUMNS
+        paths = self.image_paths[: GRID_ROWS * columns]
+        captions = [classes.caption(label) for label in labels[: len(paths)]] if len(classes.labels) > 1 else None
+        if captions and by_class:
+            captions[columns:] = [None] * (len(paths) - columns)
+        images = np.stack([self._read_image(path) for path in paths])
+        save_png(self.folder / "grid.png", image_grid(images, min(columns, len(paths)), captions=captions))
+
+    def link_npz(self, name: str) -> Path | None:
+        """Let NAME.npz next to the folder be samples.npz, and return its path; None if another file has that name.
+
+        It is a relative symbolic link; where the file system has none, a hard link or a copy. A link to another sample
+        set is replaced.
+        """
+        npz, link = self.folder / "samples.npz", self.folder.parent / f"{name}.npz"
+        if link.is_symlink():
+            if not SET_NPZ.fullmatch(os.readlink(link)):
+                return None
+        elif link.exists():
+            return link if filecmp.cmp(link, npz) else None
+        new = link.with_name(f".{link.name}.{os.getpid()}.tmp")
+        try:
+            new.symlink_to(npz.relative_to(link.parent))
+        except OSError:
+            try:
+                os.link(npz, new)
+            except OSError:
+                shutil.copy2(npz, new)
+        os.replace(new, link)
+        return link
 
     def read_images(self) -> Iterator[np.ndarray]:
         """Yield the images in order, (R, R, 3) uint8. Raises InputError with the file's name if one is damaged."""
@@ -187,5 +234,5 @@ def _read_cls_tokens(path: Path, rows: int | None = None) -> np.ndarray:
         if cls_tokens.ndim != 2 or (rows is not None and len(cls_tokens) != rows):
             raise ValueError(f"shape {cls_tokens.shape}")
     except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{path}: broken class tokens ({error}); {REMEDY}") from error
+        raise InputError(f"{path}: broken class tokens, not a complete array (N, D); {REMEDY}") from error
     return cls_tokens

@@ -26,6 +26,7 @@ from models.hub import hub_file
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 DECODED_PIXELS = 2**21  # in one call, 32 images of 256 px; far more would need activations of more than 2^31 values
+LOCAL_CODEC = "local folder "  # starts the name of a codec in an export that does not contain its files
 SD_SCALE = 0.18215  # gives Stable Diffusion's latents about unit variance (arXiv 2112.10752, appendix G)
 
 
@@ -147,6 +148,11 @@ class Codec(nn.Module):
         """The dtype of the parameters, float32 without any; diffusers' pipelines read this attribute."""
         return next((parameter.dtype for parameter in self.parameters()), torch.float32)
 
+    @property
+    def device(self) -> torch.device:
+        """The device of the parameters, the CPU without any; diffusers' pipelines read this attribute."""
+        return next((parameter.device for parameter in self.parameters()), torch.device("cpu"))
+
     def train(self, mode: bool = True) -> Codec:
         """Stay in eval mode if a parent module is set to training mode."""
         return super().train(False)
@@ -220,6 +226,9 @@ def load_decoder(latent_format: LatentFormat, name: str | None = None, device: s
     """
     if name is None:
         name = "ema" if latent_format.codec == SD_FORMAT.codec else latent_format.codec
+    if name.startswith(LOCAL_CODEC):
+        where = f"the {name} of the machine where the network was trained, is not part of the export"
+        raise InputError(f"the latents' codec, {where}; name its folder here with --vae")
     name = PUBLISHED_NAMES.get(name, name)
     codec = load_codec(name, device)
     for what in ("channels", "factor"):

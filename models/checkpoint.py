@@ -6,6 +6,7 @@ The format is the published one, a dict with
     args         settings of the run, an `argparse.Namespace`
     steps        number of optimizer steps done
     network      description of the network, `SiTConfig.to_json()`; published files do not have this entry
+    classes      labels that occur in the training data, `ClassSet.to_json()`; older files do not have this entry
 and any further entries of the writer. Loading a file never executes code from it. The checksum of 0050000.pt is in
 0050000.pt.sha256, in the format of `sha256sum --check`. A file without it, such as a published one, is checked by the
 checksums inside the zip.
@@ -25,6 +26,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from common.classes import ClassSet
 from common.io import InputError, atomic_write, first_line, sha256_of
 from models.interpolant import PATHS
 from models.safetensors_format import is_exported, read_network, weights_file
@@ -160,6 +162,23 @@ def steps_done(checkpoint: dict[str, Any], source: str | Path = "checkpoint") ->
     if not isinstance(steps, int) or steps < 0:
         raise InputError(f"{source}: its steps are {steps!r}; expected a whole number from 0")
     return steps
+
+
+def checkpoint_classes(checkpoint: dict[str, Any], num_classes: int, source: str | Path = "checkpoint") -> ClassSet:
+    """Return the classes a network was trained on: the entry `classes`, or else all labels 0 .. `num_classes` - 1.
+
+    Raises InputError if the entry is invalid, or contains labels that the network does not have.
+    """
+    if (entry := checkpoint.get("classes")) is None:
+        return ClassSet.of_network(num_classes)
+    try:
+        classes = ClassSet.from_json(entry)
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from error
+    if classes.labels[-1] >= num_classes:
+        allowed = f"the network has labels 0 .. {num_classes - 1}"
+        raise InputError(f"{source}: its classes contain label {classes.labels[-1]}, but {allowed}")
+    return classes
 
 
 def network_weights(

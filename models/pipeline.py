@@ -1,7 +1,8 @@
 """A diffusers pipeline that samples as in the paper (REG, arXiv 2507.01467) from an exported network.
 
     from models.pipeline import REGPipeline
-    images = REGPipeline.from_pretrained("reg-xl").to("cuda")([207, 360], guidance_scale=2.3).images
+    pipeline = REGPipeline.from_pretrained("reg-xl").to("cuda")
+    images = pipeline([207, 360], guidance_scale=2.3, guidance_interval=(0, 0.85)).images
 
 For the same seed, image N equals image N of generate.py. A folder or hub repository provides only data: no downloaded
 code is run. This module is in models/ because it wraps a network and its codec; it imports the samplers nevertheless.
@@ -9,21 +10,33 @@ code is run. This module is in models/ because it wraps a network and its codec;
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterable, Iterator
+from functools import partial
+from numbers import Integral
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
 
-from models.autoencoder import Codec, LatentFormat, load_decoder
-from models.checkpoint import build_model, load_checkpoint, saved_settings
-from models.hub import hub_file
+from common.classes import ClassSet
+from models.autoencoder import Codec, KLCodec, LatentFormat, load_decoder
+from models.checkpoint import build_model, checkpoint_classes, load_checkpoint, saved_settings, steps_done
+from models.exported_codec import hub_export
 from models.interpolant import Interpolant
-from models.safetensors_format import CONFIG_FILE, WEIGHTS_FILE
+from models.safetensors_format import CODEC_FOLDER, write_network
 from models.sit import SiT
 from samplers import Guidance, image_seeds, sample_images
 
 BATCH_SIZE = 32  # the images do not depend on it
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+# What an exported network's configuration has in addition to the network, path, codec and classes.
+DETAILS = ("model", "resolution", "enc_type", "exp_name")
 
 
 class REGPipeline(DiffusionPipeline):
@@ -33,62 +46,187 @@ class REGPipeline(DiffusionPipeline):
         transformer: the trained network.
         vae: the codec that decodes its latents.
         path_type: the path the network was trained on.
+        classes: the classes of its training data, a `ClassSet` or its JSON; default: all labels of the network.
     """
 
-    def __init__(self, transformer: SiT, vae: Codec, path_type: str = "linear"):
+    def __init__(
+        self,
+        transformer: SiT,
+        vae: Codec,
+        path_type: str = "linear",
+        classes: ClassSet | dict[str, Any] | None = None,
+    ):
         super().__init__()
+        if isinstance(classes, ClassSet):
+            classes = classes.to_json()
         self.register_modules(transformer=transformer, vae=vae)
-        self.register_to_config(path_type=path_type)
+        self.register_to_config(path_type=path_type, classes=classes)
+        self.classes = checkpoint_classes({"classes": classes}, transformer.num_classes, "REGPipeline")
+        self._details: dict[str, Any] = {}
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, vae: str | Codec | None = None) -> REGPipeline:
+    def from_pretrained(
+        cls, path: str | Path, vae: str | Codec | None = None, torch_dtype: torch.dtype | None = None
+    ) -> REGPipeline:
         """Return the pipeline of an exported network or checkpoint. Raises InputError if a file is missing or damaged.
 
         Args:
             path: a local folder, .safetensors file or checkpoint, or a hub repository "owner/name".
             vae: the codec, its name or its folder; default: see `load_decoder`.
+            torch_dtype: dtype of network and codec; default: float32.
         """
         if not Path(path).exists():
-            instead = f"Put its {CONFIG_FILE} and {WEIGHTS_FILE} into a folder and give that folder instead."
-            files = [hub_file(str(path), name, instead) for name in (CONFIG_FILE, WEIGHTS_FILE)]
-            path = files[0].parent
+            path = hub_export(str(path))
         checkpoint = load_checkpoint(path)
         settings = saved_settings(checkpoint, path)
         codec = vae if isinstance(vae, Codec) else load_decoder(LatentFormat.from_json(settings.get("codec")), vae)
-        return cls(build_model(checkpoint, source=path), codec, settings.get("path_type", "linear"))
+        path_type = settings.get("path_type", "linear")
+        pipeline = cls(build_model(checkpoint, source=path), codec, path_type, checkpoint.get("classes"))
+        pipeline._details = {name: settings[name] for name in DETAILS if settings.get(name) is not None}
+        pipeline._details |= {"steps": steps_done(checkpoint, path), "weights": settings.get("weights", "ema")}
+        return pipeline if torch_dtype is None else pipeline.to(torch_dtype)
 
-    @torch.inference_mode()
+    def save_pretrained(self, save_directory: str | Path, *_: Any, push_to_hub: bool = False, **options: Any) -> None:
+        """Write network, codec and configuration to a folder, from which `from_pretrained` makes an equal pipeline.
+
+        The folder is an exported network: all programs accept it. diffusers' arguments about the format of the files
+        have no effect. With `push_to_hub`, the folder is also uploaded; `repo_id` and the further `options` are those
+        of diffusers' method `push_to_hub`.
+        """
+        folder = Path(save_directory)
+        latent_format = self.vae.format.to_json()
+        if isinstance(self.vae, KLCodec):
+            self.vae.autoencoder.save_pretrained(folder / CODEC_FOLDER, safe_serialization=True)
+            latent_format["codec"] = CODEC_FOLDER
+        config = {"_class_name": "SiT", **self.transformer.config.to_json(), **self._details}
+        config |= {"path_type": self.config.path_type, "codec": latent_format}
+        if self.config.classes:
+            config["classes"] = self.classes.to_json()
+        write_network(folder, self.transformer.state_dict(), config)
+        if push_to_hub:
+            repo_id = options.pop("repo_id", folder.name)
+            used = ("commit_message", "private", "token", "create_pr")
+            self.push_to_hub(repo_id, **{name: options[name] for name in used if name in options})
+
+    def to(self, *args: Any, **kwargs: Any) -> REGPipeline:
+        """Move or convert the pipeline, as diffusers does. The time embedder stays float32, see `inference.convert`."""
+        super().to(*args, **kwargs)
+        self.transformer.t_embedder.float()
+        return self
+
+    @torch.no_grad()
     def __call__(
         self,
-        class_labels: int | list[int],
+        class_labels: int | str | list[int | str] | Tensor,
         num_inference_steps: int = 250,
         guidance_scale: float = 1.0,
         cls_guidance_scale: float | None = None,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         mode: str = "sde",
         solver: str = "euler",
-        seed: int = 0,
+        seed: int | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
-    ) -> ImagePipelineOutput:
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple:
         """Return one image for each label.
 
         Args:
-            class_labels: 0 .. num_classes - 1.
+            class_labels: one label or several, 0 .. num_classes - 1; class names, if the training data had them.
             num_inference_steps: number of solver steps (paper: 250).
             guidance_scale: guidance scale of the image; 1: no guidance.
             cls_guidance_scale: guidance scale of the class token; default: `guidance_scale`.
             guidance_interval: lowest and highest time with guidance; time 0 is data (paper: 0 to 0.85).
             mode, solver: see `samplers.sample`.
-            seed: an image depends on the seed, its number and its label, as in generate.py.
-            output_type: "pil" for a list of images, "np" for an array (N, H, W, 3) uint8.
+            seed: an image depends on the seed, its number and its label, as in generate.py; default: 0.
+            generator: decides the noise instead of `seed`: one for all images, or a list with one for each image.
+            output_type: "pil" for a list of images; "np" for an array (N, H, W, 3), float32 from 0 to 1; "pt" for a
+                tensor (N, 3, H, W), float32 from 0 to 1; "latent" for what `vae.decode` takes, (N, C, h, w) float32.
+            return_dict: return an `ImagePipelineOutput` with the field `images`, else a tuple with that element.
+
+        Raises ValueError, naming the argument, for a value that is not allowed.
         """
-        labels = [class_labels] if isinstance(class_labels, int) else list(class_labels)
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type {output_type!r} is unknown; allowed: {', '.join(OUTPUT_TYPES)}")
+        if not isinstance(num_inference_steps, Integral) or num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps is {num_inference_steps}; allowed: whole numbers from 1")
+        if not isinstance(guidance_interval, tuple | list) or len(guidance_interval) != 2:
+            raise ValueError(f"guidance_interval {guidance_interval}: must be a pair, lowest and highest time")
         guidance = Guidance(guidance_scale, cls_guidance_scale, *guidance_interval)
-        sampler, images = (Interpolant(self.config.path_type), guidance, mode, solver, num_inference_steps), []
-        for first in self.progress_bar(range(0, len(labels), BATCH_SIZE)):
-            part = labels[first : first + BATCH_SIZE]
-            seeds = image_seeds(seed, range(first, first + len(part)))
-            latents, _ = sample_images(self.transformer, part, seeds, *sampler)
-            images.append(self.vae.decode(latents.float()).permute(0, 2, 3, 1).cpu())
-        pixels = torch.cat(images).numpy()
-        return ImagePipelineOutput([Image.fromarray(image) for image in pixels] if output_type == "pil" else pixels)
+        sampler = (Interpolant(self.config.path_type), guidance, mode, solver, num_inference_steps)
+        labels = self._labels(class_labels)
+        seeds = _noise_seeds(seed, generator, len(labels))
+
+        parts = [slice(first, first + BATCH_SIZE) for first in range(0, len(labels), BATCH_SIZE)]
+        found = []
+        with self.progress_bar(total=num_inference_steps * len(parts)) as bar:
+            for part in parts:
+                progress = partial(_counted, bar)
+                latents, _ = sample_images(self.transformer, labels[part], seeds[part], *sampler, progress=progress)
+                found.append(latents.float() if output_type == "latent" else self.vae.decode(latents.float()))
+        images = _as_output_type(torch.cat(found), output_type)
+        return ImagePipelineOutput(images) if return_dict else (images,)
+
+    def _labels(self, class_labels: Any) -> list[int]:
+        """Return the labels that the argument `class_labels` names. Warns of labels without training data."""
+        if isinstance(class_labels, Tensor | np.ndarray):
+            class_labels = class_labels.tolist()
+        several = class_labels if isinstance(class_labels, Iterable) and not isinstance(class_labels, str) else None
+        labels, count = [], self.transformer.num_classes
+        for given in [class_labels] if several is None else several:
+            label = given.item() if isinstance(given, Tensor) and given.numel() == 1 else given
+            if isinstance(label, str):
+                labels += self.classes.select(label, count)
+            elif isinstance(label, Integral) and not isinstance(label, bool) and 0 <= label < count:
+                labels.append(int(label))
+            else:
+                raise ValueError(
+                    f"class_labels has {label!r}; allowed: whole numbers 0 .. {count - 1}, and class names"
+                )
+        if not labels:
+            raise ValueError("class_labels is empty; expected at least one label")
+        if untrained := self.classes.untrained(labels):
+            warnings.warn(f"class_labels: {untrained}", stacklevel=4)
+        return labels
+
+
+def _noise_seeds(seed: int | None, generator: torch.Generator | list | None, count: int) -> list[int]:
+    """Return the seed of each image's noise, by the arguments `seed` and `generator` of the pipeline."""
+    if generator is None:
+        seed = 0 if seed is None else seed
+        if not isinstance(seed, Integral) or seed < 0:
+            raise ValueError(f"seed is {seed!r}; allowed: whole numbers from 0")
+        return image_seeds(int(seed), range(count))
+    if seed is not None:
+        raise ValueError("seed and generator are both given; only one of them can decide the noise")
+    if isinstance(generator, torch.Generator):
+        return image_seeds(_drawn(generator), range(count))
+    if not isinstance(generator, list | tuple) or not all(isinstance(one, torch.Generator) for one in generator):
+        raise ValueError(f"generator is {generator!r:.80}; expected a torch.Generator or a list of them")
+    if len(generator) != count:
+        raise ValueError(
+            f"generator is a list of {len(generator)}, but there are {count} labels; expected one for each"
+        )
+    return [image_seeds(_drawn(one), [0])[0] for one in generator]
+
+
+def _drawn(generator: torch.Generator) -> int:
+    """Return a random whole number, which changes the generator's state, so that the next call draws other noise."""
+    return int(torch.randint(2**63 - 1, (1,), generator=generator, device=generator.device))
+
+
+def _counted(bar: tqdm, steps: list[Any]) -> Iterator[Any]:
+    """Yield the steps and count them in the bar."""
+    for step in steps:
+        yield step
+        bar.update()
+
+
+def _as_output_type(found: Tensor, output_type: str) -> Tensor | np.ndarray | list[Image.Image]:
+    """Return latents unchanged, and decoded images (N, 3, H, W) uint8 as diffusers' output types have them."""
+    if output_type == "latent":
+        return found
+    if output_type == "pt":
+        return found.float() / 255
+    pixels = found.permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(image) for image in pixels] if output_type == "pil" else pixels.astype(np.float32) / 255

@@ -1,9 +1,10 @@
 """Exported networks: weights as safetensors, and the configuration as JSON.
 
     NETWORK.safetensors                      one file, with the configuration in its header
-    FOLDER/model.safetensors, config.json    two files, as on the Hugging Face hub
+    FOLDER/model.safetensors, config.json    two files, as on the Hugging Face hub; vae/, the codec, if it is in no hub
 
-The configuration contains the fields of `SiTConfig`. Both files are plain data; reading them never executes code.
+The configuration contains the fields of `SiTConfig`, and the classes and the codec of the training data. Both files are
+plain data; reading them never executes code.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from models.sit import SiTConfig
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
+CODEC_FOLDER = "vae"  # in the folder of an export; also the name of this codec in the configuration
 
 
 def is_exported(path: Path) -> bool:
@@ -49,7 +51,8 @@ def write_network(path: str | Path, state: dict[str, Tensor], config: dict[str, 
 
 
 def read_network(path: str | Path) -> dict[str, Any]:
-    """Return an exported network as a checkpoint: `ema`, and with a configuration also `args`, `steps` and `network`.
+    """Return an exported network as a checkpoint: `ema`, and what its configuration has of `args`, `steps`, `network`
+    and `classes`.
 
     Raises InputError if a file is missing or damaged.
     """
@@ -70,9 +73,14 @@ def read_network(path: str | Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise InputError(f"{path}: its configuration is a {type(config).__name__}; expected an object")
     content = {"ema": state}
+    codec = config.get("codec")
+    if isinstance(codec, dict) and codec.get("codec") == CODEC_FOLDER:
+        config = {**config, "codec": {**codec, "codec": str(path.parent.resolve() / CODEC_FOLDER)}}
     if config:
         content |= {"args": argparse.Namespace(**config), "steps": config.get("steps", 0)}
     names = {field.name for field in dataclasses.fields(SiTConfig)}
     if config.keys() >= names:  # the oldest exports lack a field
         content["network"] = {name: config[name] for name in names}
+    if "classes" in config:
+        content["classes"] = config["classes"]
     return content

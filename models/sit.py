@@ -276,6 +276,11 @@ class SiT(nn.Module):
         """The dtype of the parameters; diffusers' pipelines read this attribute."""
         return self.pos_embed.dtype
 
+    @property
+    def device(self) -> torch.device:
+        """The device of the parameters; diffusers' pipelines read this attribute."""
+        return self.pos_embed.device
+
     def initialize_weights(self, seed: int) -> None:
         """Initialise as DiT (section 3.2) does: a new network returns exactly zero.
 

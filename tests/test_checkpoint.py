@@ -8,12 +8,14 @@ import subprocess
 import pytest
 import torch
 
+from common.classes import ClassSet
 from common.io import InputError, sha256_of
 from export import describe, export
 from models import ema
 from models.checkpoint import (
     OLD_BLOCKS,
     build_model,
+    checkpoint_classes,
     checkpoint_digest,
     checksum_path,
     is_legacy,
@@ -308,3 +310,13 @@ def test_prefixes_of_wrapped_networks_are_removed(tmp_path, prefix):
     save_checkpoint(tmp_path / "wrapped.pt", saved)
     x, t, y, cls = inputs(model)
     assert torch.equal(load_model(tmp_path / "wrapped.pt")(x, t, y, cls).velocity, model(x, t, y, cls).velocity)
+
+
+def test_classes_of_a_checkpoint():
+    classes = ClassSet((0, 2), ("a", "b"))
+    assert checkpoint_classes({"classes": classes.to_json()}, 3) == classes
+    assert checkpoint_classes({}, 3) == ClassSet.of_network(3)
+    with pytest.raises(InputError, match=r"a\.pt: its classes contain label 2, but the network has labels 0 \.\. 1"):
+        checkpoint_classes({"classes": classes.to_json()}, 2, "a.pt")
+    with pytest.raises(InputError, match=r"a\.pt: classes are \[1\]"):
+        checkpoint_classes({"classes": [1]}, 2, "a.pt")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from common.classes import ClassSet
+from common.classes import ClassSet, label_ranges
 from common.io import InputError
 
 SOME = ClassSet((5, 17, 940), ("electric ray", "jay", "spaghetti squash"))
@@ -42,8 +42,37 @@ def test_selection():
 
 
 @pytest.mark.parametrize("text, message", [
-    ("1000", "0 .. 999"), ("17-5", "17-5"), ("jai", "jay"), ("", "expected labels"), ("-1", "expected labels"),
+    ("1000", "0 .. 999"), ("17-5", "a range starts with its smaller"),
+    ("jai", "jay"), ("", "expected labels"), ("-1", "expected labels"),
 ])  # fmt: skip
 def test_wrong_selections_are_refused(text, message):
     with pytest.raises(InputError, match=message):
         SOME.select(text, 1000)
+
+
+def test_captions_are_names_that_a_grid_can_show_or_numbers():
+    classes = ClassSet((3, 5, 9), ("Kätzchen", "日本", "tench"))
+    assert [classes.caption(label) for label in (3, 5, 9, 7)] == ["Katzchen", "5", "tench", "7"]
+    assert ClassSet((3,)).caption(3) == "3"
+
+
+def test_an_element_that_stands_for_several_labels_is_refused():
+    folders = ClassSet((0, 1, 2), ("0", "1", "10"))
+    assert folders.select("1", 20) == (1,)
+    with pytest.raises(InputError, match="10: is a label, and the name of label 2; write 10-10 or 2-2"):
+        folders.select("10", 20)
+    assert folders.select("10-10,2-2", 20) == (10, 2)
+    with pytest.raises(InputError, match="crane: is the name of labels 134, 517; write the number"):
+        ClassSet((134, 517), ("crane", "crane")).select("crane", 1000)
+
+
+def test_labels_outside_the_set_are_named():
+    assert SOME.untrained([5, 940]) == ""
+    assert SOME.untrained([5, 6]).startswith("label 6 does not occur in the training data")
+    assert SOME.untrained([7, 5, 6, 7, 8]).startswith("labels 6-8 do not occur")
+
+
+@pytest.mark.parametrize("labels", [(0, 1, 2, 3), (5, 17, 940), (940, 0, 1, 2, 2, 1), (7,)])
+def test_ranges_are_what_select_reads(labels):
+    assert ClassSet.of_network(1000).select(label_ranges(labels), 1000) == labels
+    assert label_ranges((0, 1, 2, 5)) == "0-2,5"

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import io
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from common.cli import parse
 from common.io import InputError
 from evaluations import evaluator, features, metrics, reference
 from evaluations.batches import open_images
@@ -72,17 +74,17 @@ def write_batch(path: Path, count: int, size: int = 16, seed: int = 0, **arrays:
 
 
 def test_all_five_numbers_equal_those_of_adms_program(tmp_path: Path) -> None:
-    """Three processes, whose shares of the samples differ in length, compute them."""
+    """Three processes, whose shares of the samples differ in length, compute them; without a GPU they join unasked."""
     for name, recipe in adm_images.SETS.items():
         images = adm_images.images(*recipe)
         if adm_images.digest(images) != adm_images.SHA256[name]:
             pytest.skip("this version of Pillow draws other images; the recorded numbers are not theirs")
         np.savez(tmp_path / f"{name}.npz", images)
-    flags = ["--ref_batch", tmp_path / "ref256_300.npz", "--sample_batch", tmp_path / "sample64_200.npz"]
-    flags += ["--inception", adm_standin.graph_file(), "--cpu"]
+    flags = [tmp_path / "ref256_300.npz", tmp_path / "sample64_200.npz", "--inception", adm_standin.graph_file()]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
     command = [*launcher, "evaluations/evaluator.py", *map(str, flags)]  # accelerate launch starts one process on a CPU
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("written to") == 1  # by one process only
     result = json.loads((tmp_path / "sample64_200.metrics.json").read_text())
@@ -257,6 +259,27 @@ def test_bad_flags_are_named(tmp_path: Path, flags: list[str], message: str) -> 
     batch = write_batch(tmp_path / "batch.npz", 4)
     with pytest.raises(InputError, match=message):
         run(evaluator, "--ref_batch", batch, "--sample_batch", batch, *flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "reference and samples not given; expected REFERENCE SAMPLES"),
+        (["ref.npz"], "one of reference and samples not given"),
+        (["--sample_batch", "s.npz"], "one of reference and samples not given"),
+        (["ref.npz", "--sample_batch", "s.npz"], "ref.npz: reference and samples are also given by flags"),
+        (["r.npz", "s.npz", "--ref_batch", "r.npz", "--sample_batch", "s.npz"], "r.npz s.npz: .* also given by flags"),
+        (["a.npz", "b.npz", "c.npz"], "c.npz: unknown argument"),
+    ],
+)
+def test_reference_and_samples_are_given_once(flags: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        parse(evaluator.EvaluatorConfig, "", flags)
+
+
+def test_reference_and_samples_are_files_or_flags() -> None:
+    for flags in (["r.npz", "s.npz"], ["--ref_batch", "r.npz", "--sample_batch", "s.npz"]):
+        assert parse(evaluator.EvaluatorConfig, "", flags).batches == ("r.npz", "s.npz")
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,13 @@ import pytest
 import torch
 
 import export
+from common.classes import ClassSet
 from common.io import InputError
-from models.autoencoder import PixelCodec
-from models.checkpoint import load_checkpoint, load_model, save_checkpoint
+from models.autoencoder import LatentFormat, PixelCodec, load_codec
+from models.checkpoint import checkpoint_classes, load_checkpoint, load_model, save_checkpoint
+from models.exported_codec import export_codec
 from tests.conftest import ROOT
+from tests.test_autoencoder import save_kl
 from tests.test_checkpoint import content, published
 from tests.test_sit import inputs, randomise, small
 
@@ -129,3 +132,39 @@ def test_nothing_is_overwritten_and_errors_are_one_line(checkpoint, tmp_path):
     command = [sys.executable, "export.py", "--ckpt", str(tmp_path / "odd.pt"), "--dest", str(tmp_path / "x")]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2 and result.stderr.startswith("export.py: error: ") and not (tmp_path / "x").exists()
+
+
+def test_a_local_codec_is_part_of_the_export(tmp_path, capsys):
+    save_kl(tmp_path / "codec")
+    codec = load_codec(str(tmp_path / "codec"))
+    model = randomise(small(in_channels=4, num_classes=3)).eval()
+    save_checkpoint(tmp_path / "0000012.pt", content(model, codec=codec.format.to_json()))
+    export.export(tmp_path / "0000012.pt", tmp_path / "folder")
+    for name in ("config.json", "diffusion_pytorch_model.safetensors"):
+        assert (tmp_path / "folder" / "vae" / name).read_bytes() == (tmp_path / "codec" / name).read_bytes()
+    config = json.loads((tmp_path / "folder" / "config.json").read_text())
+    assert config["codec"] == {**codec.format.to_json(), "codec": "vae"}
+    moved = (tmp_path / "folder").rename(tmp_path / "moved")
+    (tmp_path / "codec").rename(tmp_path / "gone")
+    saved = load_checkpoint(moved)["args"].codec
+    assert saved == {**codec.format.to_json(), "codec": str(moved / "vae")}
+    export.export(moved, tmp_path / "again")  # also of an export
+    assert (tmp_path / "again" / "vae" / "config.json").exists() and capsys.readouterr().err == ""
+
+    export.export(tmp_path / "0000012.pt", tmp_path / "without")
+    assert "is not exported, because it is not on this machine" in capsys.readouterr().err
+    assert str(tmp_path) not in (tmp_path / "without" / "config.json").read_text()
+
+
+def test_a_codec_with_a_name_stays_a_name(checkpoint, tmp_path):
+    for name in ("sd-vae-ft-mse", "pixel", "owner/name"):
+        saved = {**load_checkpoint(checkpoint)["args"].codec, "codec": name}
+        assert export_codec(LatentFormat.from_json(saved), tmp_path) == saved
+
+
+@pytest.mark.parametrize("dest", ["network.safetensors", "folder"])
+def test_the_classes_are_exported(checkpoint, tmp_path, dest):
+    classes = ClassSet((0, 2), ("tench", "jay"))
+    save_checkpoint(checkpoint, {**load_checkpoint(checkpoint), "classes": classes.to_json()})
+    export.export(checkpoint, tmp_path / dest)
+    assert checkpoint_classes(load_checkpoint(tmp_path / dest), 3) == classes

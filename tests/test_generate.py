@@ -9,12 +9,18 @@ import pytest
 import torch
 from PIL import Image
 
+import generate
+from common.classes import ClassSet
 from common.cli import parse
 from common.io import InputError
-from generation.config import GenerateConfig, default_name
+from evaluations import evaluator
+from evaluations.batches import open_images
+from generation.config import DEFAULT_COUNT, LABEL_STREAM, GenerateConfig, image_labels, unused_scale
+from generation.naming import default_name
 from models.autoencoder import PixelCodec
 from models.checkpoint import load_checkpoint, save_checkpoint
 from models.encoders import load_encoder
+from samplers import derive_seed
 from tests.conftest import NUM_CLASSES, ROOT, run_generate, run_program, run_training
 from tests.test_checkpoint import content
 from tests.test_sit import randomise, small
@@ -71,8 +77,12 @@ def test_what_a_set_holds(checkpoint, tmp_path, monkeypatch):
 def test_files_do_not_depend_on_processes_and_an_interrupted_set_is_completed(checkpoint, tmp_path, monkeypatch):
     run_generate(flags(checkpoint, tmp_path, "one", "--save-cls"), monkeypatch)
     one = tmp_path / "samples" / "one"
-    result = run_program("generate.py", *flags(checkpoint, tmp_path, "two", "--save-cls"), processes=2)
+    automatic = flags(checkpoint, tmp_path, "two", "--save-cls", "--device", "auto")  # the last one counts
+    with monkeypatch.context() as environment:
+        environment.setenv("CUDA_VISIBLE_DEVICES", "")
+        result = run_program("generate.py", *automatic, processes=2)
     assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count("samples.npz") == 1  # the two processes have joined
     two = tmp_path / "samples" / "two"
     assert hashes(one) == hashes(two)
     assert (one / "samples.npz").read_bytes() == (two / "samples.npz").read_bytes()
@@ -101,6 +111,85 @@ def test_chosen_classes(checkpoint, tmp_path, monkeypatch):
     run_generate(flags(checkpoint, tmp_path, "a", "--classes", "2,0"), monkeypatch)
     labels = json.loads((tmp_path / "samples/a/images/dataset.json").read_text())["labels"]
     assert {label for _, label in labels} == {0, 2}
+
+
+def with_classes(untrained, classes):
+    """Give a checkpoint the classes of its training data."""
+    save_checkpoint(untrained, {**load_checkpoint(untrained), "classes": classes.to_json()})
+
+
+def test_labels_are_drawn_from_the_classes_of_the_training_data():
+    numbers = ["--ckpt", "x.pt", "--num-fid-samples", "500"]
+    drawn = image_labels(settings_of(numbers), ClassSet((5, 17, 940)).labels)
+    assert set(drawn) == {5, 17, 940}
+    balanced = image_labels(settings_of([*numbers, "--label-sampling", "balanced"]), (5, 17, 940))
+    assert balanced[:4] == [5, 17, 940, 5]
+    everything = image_labels(settings_of(numbers), ClassSet.of_network(3).labels)
+    assert everything == [derive_seed(0, LABEL_STREAM, number) % 3 for number in range(500)]  # as before
+
+
+def test_a_set_records_its_classes_and_is_completed_with_them(untrained, tmp_path, monkeypatch, capsys):
+    with_classes(untrained, ClassSet((0, 2), ("tench", "jay")))
+    run_generate(flags(untrained, tmp_path, "a"), monkeypatch)
+    labels = json.loads((tmp_path / "samples/a/images/dataset.json").read_text())["labels"]
+    assert {label for _, label in labels} == {0, 2}
+    assert json.loads((tmp_path / "samples/a/samples.json").read_text())["drawn_labels"] == "0,2"
+    assert "warning" not in capsys.readouterr().err
+
+    run_generate(flags(untrained, tmp_path, "b", "--classes", "jay,0-1"), monkeypatch)
+    labels = json.loads((tmp_path / "samples/b/images/dataset.json").read_text())["labels"]
+    assert {label for _, label in labels} == {0, 1, 2}
+    assert json.loads((tmp_path / "samples/b/samples.json").read_text())["drawn_labels"] == "2,0-1"
+    warning = "--classes jay,0-1: label 1 does not occur in the training data; the network was never trained on it"
+    assert f"warning: {warning}\n" in capsys.readouterr().err
+
+    note = tmp_path / "samples/a/samples.json"  # as an earlier version wrote it
+    note.write_text(json.dumps({k: v for k, v in json.loads(note.read_text()).items() if k != "drawn_labels"}))
+    run_generate(flags(untrained, tmp_path, "a"), monkeypatch)
+
+
+def test_a_contradiction_without_effect_is_a_warning(untrained, tmp_path, monkeypatch, capsys):
+    run_generate(flags(untrained, tmp_path, "a", "--encoder-depth", "8", "--legacy"), monkeypatch)
+    error = capsys.readouterr().err
+    for text in ("--encoder-depth is 8, but", "--legacy is True, but"):
+        line = next(line for line in error.splitlines() if text in line)
+        assert line.startswith("warning: ") and line.endswith("without effect on the images")
+
+
+def test_the_number_of_images_is_small_unless_given_or_started_with(untrained, tmp_path, monkeypatch, capsys):
+    line = ["--ckpt", str(untrained), "--sample-dir", str(tmp_path), "--device", "cpu", "--num-steps", "1"]
+    run_generate([*line, "--name", "new"], monkeypatch)
+    assert len(hashes(tmp_path / "new")) == DEFAULT_COUNT == 64
+    assert "64 images; FID needs 50,000, see --num-fid-samples" in capsys.readouterr().err
+    run_generate([*line, "--name", "a", "--num-fid-samples", "5"], monkeypatch)
+    (tmp_path / "a" / "images" / "000003.png").unlink()
+    run_generate([*line, "--name", "a"], monkeypatch)
+    assert len(hashes(tmp_path / "a")) == 5 and "FID needs" not in capsys.readouterr().err
+
+
+def test_the_published_script_finds_the_npz(untrained, tmp_path, monkeypatch, capsys):
+    line = ["--ckpt", str(untrained), "--sample-dir", str(tmp_path / "samples"), "--device", "cpu"]
+    line += ["--num-fid-samples", "2", "--cfg-scale", "2.3", "--guidance-high", "0.85"]
+    run_generate([*line, "--num-steps", "1"], monkeypatch)
+    said = capsys.readouterr().out.splitlines()
+    name = "SiT-0000012-size-8-vae-pixel-cfg-2.3-seed-0-sde-0.85-2.3.npz"
+    link = tmp_path / "samples" / name
+    assert link.is_symlink() and not os.readlink(link).startswith("/")
+    assert said[-2].startswith(f"{link}: ") and link.samefile(said[-1])
+    assert evaluator.read_sampling(open_images(link).path)["num_steps"] == 1
+    run_generate([*line, "--num-steps", "2"], monkeypatch)  # the latest set has the name
+    assert link.resolve().parent.name.startswith("x-0000012-ema-sde-2-cfg")
+    run_generate([*line, "--num-steps", "2", "--name", "named", "--global-seed", "1"], monkeypatch)
+    assert len(list((tmp_path / "samples").glob("*.npz"))) == 1
+
+
+def test_the_bar_moves_with_the_sampling_steps(untrained, tmp_path, monkeypatch):
+    moved = []
+    monkeypatch.setattr(generate.tqdm, "update", lambda self, count: moved.append(count))
+    run_generate(flags(untrained, tmp_path, "a"), monkeypatch)  # 7 images, 2 at a time, 3 steps
+    # After a batch, the bar is set to the images that are done; it has not moved, because `update` is replaced.
+    batches = ((2, 2), (2, 4), (2, 6), (1, 7))
+    assert moved == pytest.approx([count for images, done in batches for count in (*[images / 3] * 3, done)])
 
 
 def test_known_settings_may_be_repeated(checkpoint, tmp_path, monkeypatch):
@@ -147,16 +236,14 @@ def test_the_batch_size_is_found(checkpoint, tmp_path, monkeypatch):
 BAD = {
     "model": (["--model", "SiT-XL/2"], "--model is SiT-XL/2, but .* has SiT-S/4"),
     "classes": (["--num-classes", "1000"], "--num-classes is 1000, but .* has 3"),
-    "depth": (["--encoder-depth", "8"], "--encoder-depth is 8, but .* has 1"),
     "resolution": (["--resolution", "256"], "--resolution is 256, but .* has 16"),
     "qk norm": (["--no-qk-norm"], "--qk-norm is False, but .* has True"),
     "projectors": (["--projector-embed-dims", "768"], "--projector-embed-dims is 768, but .* has 32"),
     "cls": (["--cls", "768"], "--cls is 768, but .* has 32"),
     "path": (["--path-type", "cosine"], "--path-type is cosine, but .* has linear"),
-    "legacy": (["--legacy"], "--legacy is True, but .* has False"),
-    "class": (["--classes", "5"], r"--classes 5: the checkpoint has classes 0 \.\. 2"),
-    "class names": (["--classes", "cat"], "--classes 'cat': expected whole numbers"),
-    "no class": (["--classes", ""], "--classes '': expected whole numbers"),
+    "class": (["--classes", "5"], r"--classes 5: the network has classes 0 \.\. 2"),
+    "class names": (["--classes", "cat"], "--classes 'cat': expected labels .*no names here"),
+    "no class": (["--classes", ""], "--classes '': expected labels"),
     "sde solver": (["--heun"], "--solver heun is a solver of the ODE"),
     "steps": (["--num-steps", "0"], "--num-steps 0: must be greater than 0"),
     "interval": (["--guidance-low", "0.9", "--guidance-high", "0.5"], "--guidance-low 0.9 is above"),
@@ -189,12 +276,11 @@ def test_numbers_that_are_not_finite_are_refused(name, value):
         settings_of(["--ckpt", "x.pt", name, value])
 
 
-def test_a_scale_of_the_class_token_alone_is_warned_of(capsys):
+def test_a_scale_of_the_class_token_alone_is_warned_of():
     for flags in ([], ["--cfg-scale", "2"], ["--cfg-scale", "2", "--cls-cfg-scale", "3"], ["--cls-cfg-scale", "0"]):
-        settings_of(["--ckpt", "x.pt", *flags]).warn_of_unused_scale()
-    assert capsys.readouterr().err == ""
-    settings_of(["--ckpt", "x.pt", "--cls-cfg-scale", "2.3"]).warn_of_unused_scale()
-    assert "warning: --cls-cfg-scale 2.3 has no effect: only --cfg-scale above 1" in capsys.readouterr().err
+        assert unused_scale(settings_of(["--ckpt", "x.pt", *flags])) == []
+    warning = "--cls-cfg-scale 2.3 has no effect: only --cfg-scale above 1 turns guidance on, and it is 1"
+    assert unused_scale(settings_of(["--ckpt", "x.pt", "--cls-cfg-scale", "2.3"])) == [warning]
 
 
 @pytest.mark.parametrize(
@@ -249,6 +335,28 @@ def test_a_missing_file_is_told_before_images_are_made(tmp_path, missing):
     environment = {**os.environ, **files, missing: "nowhere.npz", "NUM_GPUS": "0"}
     result = subprocess.run(["bash", "eval.sh"], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (2, "eval.sh: error: nowhere.npz: no such file\n")
+
+
+@pytest.mark.parametrize(
+    ("given", "ckpt", "name"),
+    [
+        ("exps/reg/checkpoints/0000100.pt", "exps/reg/checkpoints/0000100.pt", "reg-0000100-"),
+        ("exps/reg", "exps/reg/checkpoints/0000200.pt", "reg-0000200-"),
+        ("exps/reg/checkpoints", "exps/reg/checkpoints/0000200.pt", "reg-0000200-"),
+        ("owner/name", "owner/name", "owner-name-"),
+        ("owner/name/file.pt", "owner/name/file.pt", "owner-name-file-"),
+    ],
+)
+def test_eval_sh_names_the_set_by_its_checkpoint(tmp_path, given, ckpt, name):
+    folder = tmp_path / "exps" / "reg" / "checkpoints"
+    folder.mkdir(parents=True)
+    for step in (100, 200):
+        (folder / f"{step:07d}.pt").write_text("")
+    script = (ROOT / "eval.sh").read_text().replace("source launch/launch.sh", 'launch() { echo "$@"; exit; }')
+    environment = {**os.environ, "CKPT": given, "REF_BATCH": "exps"}
+    script = script.replace('cd "$(dirname "$0")"', f"cd {tmp_path}")
+    result = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True)
+    assert f"generate.py --ckpt {ckpt} --sample-dir samples --name {name}250-cfg-1.0" in result.stdout, result.stderr
 
 
 def test_coherence_of_samples(checkpoint, shared_data, tmp_path, monkeypatch):

@@ -156,7 +156,7 @@ def test_pickled_code_and_missing_files_are_refused(tmp_path: Path) -> None:
 def test_truncated_graph_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "cut.pb"
     path.write_bytes(adm_standin.graph_file().read_bytes()[:50_000_000])
-    with pytest.raises(InputError, match=r"cut\.pb.*ends early"):
+    with pytest.raises(InputError, match=r"cut\.pb: not a TensorFlow graph, or it is damaged or cut short"):
         load_weights(path)
 
 
@@ -213,7 +213,7 @@ def test_download_is_checked_and_only_a_complete_file_is_kept(tmp_path: Path) ->
     source, target = tmp_path / "source.bin", tmp_path / "cache" / "graph.pb"
     source.write_bytes(b"weights")
     right, url = hashlib.sha256(b"weights").hexdigest(), source.as_uri()
-    with pytest.raises(InputError, match=f"{right}.*--inception"):
+    with pytest.raises(InputError, match=f"not downloaded, its SHA-256 is not {'0' * 64}; .*--inception"):
         fetch_graph(target, url, "0" * 64)
     assert not list(target.parent.iterdir())
     assert fetch_graph(target, url, right).read_bytes() == b"weights"
@@ -226,5 +226,5 @@ def test_download_is_checked_and_only_a_complete_file_is_kept(tmp_path: Path) ->
 
 def test_without_network_the_error_says_where_from_and_where_to(tmp_path: Path) -> None:
     url = (tmp_path / "nowhere.pb").as_uri()
-    with pytest.raises(InputError, match=r"nowhere\.pb.*put it at .*graph\.pb"):
+    with pytest.raises(InputError, match=r"nowhere\.pb: not downloaded, it cannot be reached; .*put it at .*graph\.pb"):
         fetch_graph(tmp_path / "graph.pb", url)

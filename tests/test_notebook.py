@@ -14,4 +14,5 @@ def test_the_notebook_runs(train_flags, monkeypatch):
         if cell["cell_type"] == "code":
             exec("".join(cell["source"]), names)
     assert names["images"].shape == (20, 16, 16, 3) and names["cls_tokens"].shape == (20, 32)
+    assert names["labels"][:4] == [0, 1, 2, 0] and names["classes"].labels == (0, 1, 2)
     assert names["picture"].size[0] > 10 * 16

@@ -1,5 +1,6 @@
 """The folder of a set of samples: whose it is, what of it is missing, what is made of it."""
 
+import errno
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from common.classes import ClassSet
 from common.io import InputError
 from generation import sample_set
 from generation.sample_set import DIGEST, SampleSet
@@ -74,7 +76,7 @@ def test_broken_class_tokens_are_named(samples, content):
     part = samples.folder / "cls" / "000007-000010.npy"
     part.parent.mkdir()
     part.write_bytes(content) if isinstance(content, bytes) else np.save(part, content)
-    with pytest.raises(InputError, match=r"000007-000010\.npy: broken class tokens .*; remove it"):
+    with pytest.raises(InputError, match=r"000007-000010\.npy: broken class tokens, .*; remove it"):
         samples.missing_batches(2, with_cls=True)
     assert samples.missing_batches(2, with_cls=False) == []
 
@@ -173,3 +175,54 @@ def test_a_place_that_cannot_be_written_is_told_before(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"--sample-dir .*file is not a writable folder"):
         SampleSet(tmp_path / "file" / "set", 7, SIZE).claim(SETTINGS)
+
+
+def test_a_link_replaces_only_links_to_sample_sets(samples):
+    link = samples.folder.parent / "published.npz"
+    assert samples.link_npz("published") == link == samples.link_npz("published")
+    assert os.readlink(link) == "set/samples.npz"
+    link.unlink()
+    link.symlink_to("other/samples.npz")
+    assert samples.link_npz("published") == link and link.samefile(samples.folder / "samples.npz")
+    link.unlink()
+    link.symlink_to("elsewhere.npz")
+    assert samples.link_npz("published") is None and os.readlink(link) == "elsewhere.npz"
+    link.unlink()
+    link.write_bytes(b"mine")
+    assert samples.link_npz("published") is None and link.read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("missing", [["symlink"], ["symlink", "link"]])
+def test_without_links_there_is_a_copy(samples, monkeypatch, missing):
+    def refuse(*_, **__):
+        raise OSError(errno.EPERM, "no links here")
+
+    for name in missing:
+        monkeypatch.setattr(os, name, refuse)
+    for _ in range(2):
+        link = samples.link_npz("published")
+        assert not link.is_symlink() and link.read_bytes() == (samples.folder / "samples.npz").read_bytes()
+    assert sorted(path.name for path in link.parent.iterdir()) == ["published.npz", "set"]
+
+
+def test_the_number_of_images_of_a_set(tmp_path):
+    assert SampleSet.started_with(tmp_path) is None
+    for content, count in (('{"num_fid_samples": 9}', 9), ("[]", None), ('{"num_fid_samples": "9"}', None)):
+        (tmp_path / "samples.json").write_text(content)
+        assert SampleSet.started_with(tmp_path) == count
+
+
+def test_captions_of_a_grid(samples, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        sample_set, "image_grid", lambda images, columns, captions: seen.append(captions) or Image.new("L", (1, 1))
+    )
+    classes = ClassSet((0, 5, 9), ("tench", "jay", "cr\u00e8me"))
+    samples.finish([5, 0, 9, 5, 5, 5, 3], False, False, False, classes)
+    samples.finish([0, 5, 9, 0, 5, 9, 0], True, False, False, classes)
+    samples.finish([0] * 7, True, False, False, ClassSet((0,)))
+    assert seen == [
+        ["jay", "tench", "creme", "jay", "jay", "jay", "3"],
+        ["tench", "jay", "creme", None, None, None, None],
+        None,
+    ]

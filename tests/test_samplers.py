@@ -155,9 +155,24 @@ def test_guidance_acts_in_its_interval_only_and_in_one_call():
     assert velocity.model.dtypes == {torch.float32}
 
 
-@pytest.mark.parametrize("guidance", [Guidance(1.0, 5.0), Guidance(0.5, 5.0)])
-def test_only_the_image_scale_turns_guidance_on(guidance):
-    assert not guidance.active(0.5)
+def test_only_the_image_scale_turns_guidance_on():
+    assert not Guidance(1.0, 5.0).active(0.5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"scale": 0}, "guidance scale 0: must be 1"),
+        ({"scale": 0.5, "cls_scale": 5.0}, "guidance scale 0.5: must be 1"),
+        ({"scale": math.nan}, "guidance scale nan"),
+        ({"scale": 2.0, "cls_scale": math.inf}, "guidance scale of the class token inf"),
+        ({"scale": 2.0, "low": 0.85, "high": 0.0}, "interval 0.85 .. 0.0: must be 0 <= low <= high <= 1"),
+        ({"scale": 2.0, "high": 85}, "interval 0.0 .. 85"),
+    ],
+)
+def test_impossible_guidance_is_refused(fields, text):
+    with pytest.raises(ValueError, match=text):
+        Guidance(**fields)
 
 
 def test_the_class_token_has_the_scale_of_the_image_unless_given():
@@ -169,6 +184,17 @@ def test_the_second_call_of_a_heun_step_is_guided_by_its_own_time():
     velocity = guided(scale=2.0, low=0.5, high=0.5)
     samplers.fixed_step_ode(velocity, x, cls, pairwise(samplers.ode_times(4)), second_order=True)
     assert velocity.model.batches == [2, 2, 2, 4, 4, 2, 2]  # at times 1, .75; .75, .5; .5, .25; .25
+
+
+def test_grid_times_equal_to_a_bound_are_guided_in_both_calls_of_heun():
+    """Of 20 equal steps, the times 0.85 and 0.3 are on the grid: 12 guided times, two of them bounds."""
+    x, cls = torch.zeros(2, 1, 2, 2).double(), torch.zeros(2, 3).double()
+    velocity = guided(scale=2.0, low=0.3, high=0.85)
+    samplers.fixed_step_ode(velocity, x, cls, pairwise(samplers.ode_times(20)), second_order=True)
+    calls = velocity.model.batches  # two of each step, at its first and its last time; the last step has one
+    first, second = calls[::2], calls[1::2]
+    assert [20 - i for i, size in enumerate(first) if size == 4] == list(range(17, 5, -1))
+    assert [19 - i for i, size in enumerate(second) if size == 4] == list(range(17, 5, -1))
 
 
 def trained_looking_network(cls_token_dim=6):
@@ -282,8 +308,23 @@ def test_no_two_images_share_their_noise():
 
 @pytest.mark.parametrize(
     ("options", "text"),
-    [({"mode": "dde"}, "'dde'"), ({"mode": "ode", "solver": "rk4"}, "'rk4'"), ({"num_steps": 0}, "num_steps is 0")],
+    [
+        ({"mode": "dde"}, "'dde'"),
+        ({"mode": "ode", "solver": "rk4"}, "'rk4'"),
+        ({"mode": "sde", "solver": "heun"}, "'heun' is a solver of the ODE"),
+        ({"num_steps": 0}, "num_steps is 0"),
+        ({"num_steps": 2.5}, "num_steps is 2.5"),
+    ],
 )
 def test_unknown_settings_are_refused(options, text):
     with pytest.raises(ValueError, match=text):
         sample(gaussian_velocity(Interpolant()), standard_normals(), Interpolant(), **options)
+
+
+@pytest.mark.parametrize(
+    ("labels", "text"),
+    [([0, 6], "label 6: .* 0 .. 4, and 5 for no class"), ([-1, 0], "label -1"), ([0], "1 labels and")],
+)
+def test_labels_that_the_network_lacks_are_refused(labels, text):
+    with pytest.raises(ValueError, match=text):
+        sample_images(trained_looking_network(), labels, [1, 2], Interpolant(), num_steps=1)

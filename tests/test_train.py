@@ -198,6 +198,7 @@ BAD = {
     "unknown model": (["--model", "SiT-H/2"], "--model SiT-H/2: must be one of SiT-S/2"),
     "classes": (["--num-classes", "2"], "--num-classes 2: the data in .* have 3"),
     "resolution": (["--resolution", "32"], "--resolution 32: the data in .* have 16"),
+    "grid scale": (["--grid-cfg-scale", "0"], r"--grid-cfg-scale 0\.0: must be 1 \(no guidance\) or greater"),
     "batch": (["--gradient-accumulation-steps", "3"], r"--batch-size 8 \(global\) is not divisible"),
     "cuda": (["--device", "cuda"], "--device cuda: no CUDA device is available"),
     "fp16": (["--mixed-precision", "fp16"], "--mixed-precision fp16 needs a CUDA device"),

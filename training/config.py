@@ -14,6 +14,7 @@ from typing import Any
 
 from common.cli import (
     BELOW_ONE,
+    GUIDANCE_SCALE,
     NON_NEGATIVE,
     POSITIVE,
     Check,
@@ -80,7 +81,7 @@ class GridSettings(Config):
     )
     grid_samples: int = adjustable(36, "images in a grid", check=POSITIVE)
     grid_num_steps: int = adjustable(50, "SDE steps for a grid", check=POSITIVE)
-    grid_cfg_scale: float = adjustable(1.0, "guidance scale of a grid; 1: no guidance")
+    grid_cfg_scale: float = adjustable(1.0, "guidance scale of a grid", check=GUIDANCE_SCALE)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,19 +30,20 @@ class Graph:
             fields = _fields(memoryview(self.path.read_bytes()))
             self._nodes = dict(_parse_node(value) for field, value in fields if field == 1)
         except _DAMAGE as error:
-            raise InputError(f"{path}: not a TensorFlow graph, or damaged ({error})") from error
+            raise InputError(f"{path}: not a TensorFlow graph, or it is damaged or cut short") from error
 
     def constant(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """Return the value of a float32 Const node, which must have the given shape."""
+        attributes = self._attributes(name)
         try:
             # TensorProto: 1 dtype, 2 shape (2 dim (1 size)), 4 raw content, 5 float_val. AttrValue: 8 tensor.
-            fields = list(_fields(dict(_fields(self._attributes(name)["value"]))[8]))
+            fields = list(_fields(dict(_fields(attributes["value"]))[8]))
             tensor = dict(fields)
             found = tuple(dict(_fields(dim)).get(1, 0) for field, dim in _fields(tensor[2]) if field == 2)
             content = tensor.get(4) or b"".join(value for field, value in fields if field == 5)
             numbers = np.frombuffer(content, "<f4")
         except _DAMAGE as error:
-            raise InputError(f"{self.path}: the node {name!r} holds no readable constant ({error})") from error
+            raise InputError(f"{self.path}: the node {name!r} holds no readable constant") from error
         if tensor.get(1) != _DT_FLOAT or found != shape:
             kind = tensor.get(1)
             raise InputError(f"{self.path}: {name!r} has type {kind} and shape {found}, expected float {shape}")
@@ -52,10 +53,11 @@ class Graph:
 
     def switch(self, name: str, attribute: str) -> bool:
         """Return a boolean attribute of a node; an attribute that is absent is false."""
+        attributes = self._attributes(name)
         try:
-            return bool(dict(_fields(self._attributes(name).get(attribute, b""))).get(5, 0))  # AttrValue: 5 b
+            return bool(dict(_fields(attributes.get(attribute, b""))).get(5, 0))  # AttrValue: 5 b
         except _DAMAGE as error:
-            raise InputError(f"{self.path}: {attribute} of the node {name!r} is damaged ({error})") from error
+            raise InputError(f"{self.path}: {attribute} of the node {name!r} is damaged") from error
 
     def _attributes(self, name: str) -> dict[str, memoryview]:
         if name not in self._nodes:

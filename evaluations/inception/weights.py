@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from common.io import InputError, sha256_of
+from common.io import WRITE_ERRORS, InputError, sha256_of
 from evaluations.inception.graphdef import Graph
 from evaluations.inception.layers import NUM_CLASSES, NUM_FEATURES, convolutions, inception_layers
 
@@ -81,9 +81,12 @@ def fetch_graph(path: Path | None = None, url: str = GRAPH_URL, sha256: str = GR
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
-    except (OSError, RuntimeError) as error:  # RuntimeError: another hash
-        advice = f"download it on another machine and put it at {path}, or give its path with --inception"
-        raise InputError(f"{url}: cannot be downloaded ({error}); {advice}") from error
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, OSError) and error.errno in WRITE_ERRORS:
+            raise
+        reason = "it cannot be reached" if isinstance(error, OSError) else f"its SHA-256 is not {sha256}"
+        advice = f"download the file on another machine and put it at {path}, or give its path with --inception"
+        raise InputError(f"{url}: not downloaded, {reason}; {advice}") from error
     return path
 
 
@@ -133,6 +136,6 @@ def _read_port(path: Path) -> dict[str, torch.Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # on a file of another kind, the unpickler can raise any exception
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path}: not a PyTorch file of weights ({reason})") from error
+        expected = "expected a dict of tensors, the PyTorch port pt_inception-2015-12-05"
+        raise InputError(f"{path}: not a PyTorch file of weights, or it holds other objects; {expected}") from error
     return state if isinstance(state, dict) else {}

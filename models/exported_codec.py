@@ -1,0 +1,61 @@
+"""The codec of an exported network: files in the export, or a name that means the same on every machine.
+
+A run records a codec that is a local folder by its path, which other machines do not have. An export in a folder
+therefore contains a copy of such a codec, vae/ (335 MB for the size of Stable Diffusion's, 10 MB for TAESD).
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from common.io import InputError, atomic_write, read_json
+from models.autoencoder import CODECS, CONFIG_FILE, LOCAL_CODEC, WEIGHTS_FILE, LatentFormat
+from models.hub import hub_file
+from models.safetensors_format import CODEC_FOLDER
+from models.safetensors_format import WEIGHTS_FILE as NETWORK_FILE
+
+CODEC_FILES = (CONFIG_FILE, WEIGHTS_FILE)
+
+
+def export_codec(latent_format: LatentFormat, dest: Path) -> dict[str, Any]:
+    """Return the entry `codec` of an export to `dest`, after copying a codec that is a local folder into it.
+
+    If `dest` is a single file, or the folder is not on this machine, the entry only
+    says that the codec has to be given, and a warning on stderr says so too. Raises InputError if a file is missing.
+    """
+    name, codec = latent_format.codec, latent_format.to_json()
+    folder = Path(name)
+    if name in ("pixel", *CODECS) or not (folder.is_dir() or name.startswith(("/", ".", "~"))):
+        return codec
+    if dest.suffix == ".safetensors" or not folder.is_dir():
+        reason = "one file cannot contain it" if folder.is_dir() else "it is not on this machine"
+        advice = "--vae, or `vae` of the pipeline, has to name it when images are generated"
+        print(f"warning: codec {name} is not exported, because {reason}; {advice}", file=sys.stderr)
+        return {**codec, "codec": f"{LOCAL_CODEC}{folder.name}"}
+    for file in CODEC_FILES:
+        if not (folder / file).is_file():
+            raise InputError(
+                f"{folder / file}: no such file; the folder of a codec contains {' and '.join(CODEC_FILES)}"
+            )
+    for file in CODEC_FILES:
+        with open(folder / file, "rb") as source, atomic_write(dest / CODEC_FOLDER / file) as copy:
+            shutil.copyfileobj(source, copy)
+    return {**codec, "codec": CODEC_FOLDER}
+
+
+def hub_export(repo: str) -> Path:
+    """Return the local folder of an export on the hub, with its codec if the export contains one.
+
+    Raises InputError if a file is neither in the local cache nor downloadable.
+    """
+    instead = f"Put its {CONFIG_FILE} and {NETWORK_FILE} into a folder and give that folder instead."
+    config, _ = (hub_file(repo, name, instead) for name in (CONFIG_FILE, NETWORK_FILE))
+    content = read_json(config)
+    codec = content.get("codec") if isinstance(content, dict) else None
+    if isinstance(codec, dict) and codec.get("codec") == CODEC_FOLDER:
+        for file in CODEC_FILES:
+            hub_file(repo, f"{CODEC_FOLDER}/{file}", f"Put the folder {CODEC_FOLDER} next to {CONFIG_FILE} as well.")
+    return config.parent

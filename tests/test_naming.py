@@ -1,0 +1,46 @@
+"""The names of a sample set."""
+
+import argparse
+
+import pytest
+import torch
+
+from generation.naming import published_name
+from models.autoencoder import SD_FORMAT, LatentFormat
+from models.sit import SiT_models
+from tests.test_generate import settings_of
+
+LINE = "--ckpt exps/reg/0400000.pt --cfg-scale 2.3 --guidance-high 0.85 --cls-cfg-scale 2.3 --mode sde"
+
+
+def codec(name):
+    return LatentFormat(name, SD_FORMAT.channels, SD_FORMAT.factor)
+
+
+@pytest.mark.parametrize(
+    ("more", "decoder", "name"),
+    [
+        ("", "sd-vae-ft-ema", "SiT-XL-2-0400000-size-256-vae-ema-cfg-2.3-seed-0-sde-0.85-2.3"),
+        ("--vae mse", "sd-vae-ft-mse", "SiT-XL-2-0400000-size-256-vae-mse-cfg-2.3-seed-0-sde-0.85-2.3"),
+        ("--ckpt reg.pt", "/data/taesd", "SiT-XL-2-reg-size-256-vae-taesd-cfg-2.3-seed-0-sde-0.85-2.3"),
+        (
+            "--mode ode --cfg-scale 1 --guidance-high 1 --global-seed 3 --cls-cfg-scale 1.5",
+            "owner/name/vae",
+            "SiT-XL-2-0400000-size-256-vae-vae-cfg-1.0-seed-3-ode-1.0-1.5",
+        ),
+    ],
+)
+def test_the_published_name(more, decoder, name):
+    with torch.device("meta"):
+        network = SiT_models["SiT-XL/2"]().config
+    config = settings_of([*LINE.split(), *more.split()])
+    assert published_name(config, {"args": argparse.Namespace()}, network, codec(decoder)) == name
+
+
+@pytest.mark.parametrize(("model", "begins"), [("SiT-S/4", "SiT-S-4-"), ("../../evil", "SiT-0"), (7, "SiT-0")])
+def test_a_checkpoint_does_not_choose_where_to_link(model, begins):
+    from tests.test_sit import small
+
+    checkpoint = {"args": argparse.Namespace(model=model)}
+    name = published_name(settings_of(LINE.split()), checkpoint, small().config, codec("pixel"))
+    assert name.startswith(begins) and "/" not in name
