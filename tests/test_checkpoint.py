@@ -276,7 +276,9 @@ def test_code_in_a_checkpoint_is_refused_not_run(tmp_path, trap, as_zip):
 
 
 def test_missing_file_and_latest(tmp_path):
-    with pytest.raises(InputError, match="no such checkpoint file"):
+    with pytest.raises(
+        InputError, match=r"none\.pt: no such file or folder; allowed: a checkpoint file, a run's folder"
+    ):
         load_checkpoint(tmp_path / "none.pt")
     assert list_checkpoints(tmp_path) == []
     for name in ("0000010.pt", "0000200.pt", "best.pt", ".0000300.pt.12.tmp"):
