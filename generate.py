@@ -107,7 +107,7 @@ def make_plan(config: GenerateConfig, accelerator: Accelerator) -> SamplePlan:
     model = build_model(checkpoint, config.weights, device, config.fused_attn, source=config.ckpt)
     latent_format = LatentFormat.from_json(saved.get("codec"))
     check_against_checkpoint(config, checkpoint, model, latent_format)
-    codec = load_decoder(latent_format, config.vae, device).to(memory_format=torch.channels_last)
+    codec = load_decoder(latent_format, config.vae, device)
     coherence = None
     if config.coherence is not None:
         coherence = CoherenceReport(

@@ -64,11 +64,15 @@ def hub_folder(place: HubName, files: Sequence[str], instead: str) -> Path:
     return paths[0].parent
 
 
-def is_cached(repo: str, filename: str) -> bool:
-    """Return whether a file of the hub is in the local cache."""
+def is_cached(place: HubName, file: str) -> bool:
+    """Return whether a file in a repository's folder is in the local cache."""
     from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
-    return isinstance(try_to_load_from_cache(repo, filename), str)
+    try:
+        return isinstance(try_to_load_from_cache(place.repo, f"{place.inside}/{file}".lstrip("/")), str)
+    except HFValidationError:
+        return False
 
 
 def hub_file(repo: str, filename: str, instead: str) -> Path:

@@ -228,5 +228,5 @@ def mismatch(error: Exception) -> str | None:
         text,
     )
     if shapes:
-        found.append(f"of another shape: {some_of(f'{name} {given}, expected {own}' for name, given, own in shapes)}")
+        found.append(f"of another shape: {some_of(f'{name} {given} instead of {own}' for name, given, own in shapes)}")
     return "; ".join(found) or None

@@ -52,8 +52,9 @@ def test_names_of_the_hub(name, place, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "name",
     [
-        "none.pt", "none", "", "exps/none.pt", "models/none.safetensors", "./a/b", "../a/b", "/a/b", "~/a/b", "~nobody/a",
-        "owner/name/", "owner//name", "a b/c", "C:\\\\a\\\\b", "here/none", "here/none/0000001.pt", "link/none", "\0/a",
+        "none.pt", "none", "", "exps/none.pt", "models/none.safetensors", "./a/b", "../a/b", "/a/b", "~/a/b",
+        "~nobody/a", "owner/name/", "owner//name", "a b/c", "C:\\\\a\\\\b", "here/none", "here/none/0000001.pt",
+        "link/none", "\0/a",
     ],
 )  # fmt: skip
 def test_names_of_local_paths_are_never_looked_up_on_the_hub(name, tmp_path, monkeypatch):
@@ -89,7 +90,12 @@ def test_programs_take_weights_from_the_hub(no_hub, tmp_path, monkeypatch):
     put_into_cache(no_hub, "owner/run", "checkpoints/0000012.pt", Path("0000012.pt").read_bytes())
     put_into_cache(no_hub, "owner/weights", "vit.safetensors", Path("vit.safetensors").read_bytes())
     put_into_cache(no_hub, "owner/weights", "model.safetensors", Path("vit.safetensors").read_bytes())
-    for repo, folder, inside in (("reg", "folder", ""), ("kl", "kl", ""), ("pipe", "kl", "vae/"), ("all", "kl", "x/vae/")):
+    for repo, folder, inside in (
+        ("reg", "folder", ""),
+        ("kl", "kl", ""),
+        ("pipe", "kl", "vae/"),
+        ("all", "kl", "x/vae/"),
+    ):
         for file in Path(folder).iterdir():
             put_into_cache(no_hub, f"owner/{repo}", inside + file.name, file.read_bytes())
     assert load_checkpoint("owner/run/checkpoints/0000012.pt")["steps"] == 12

@@ -145,7 +145,7 @@ def test_a_mismatch_has_the_useful_part_first_and_is_short():
         network.load_state_dict(state)
     assert mismatch(error.value) == (
         "missing: 4 (10.bias, 10.weight, 3.bias, 3.weight); unexpected: 1 (head.bias); "
-        "of another shape: 1 (0.weight [3, 2], expected [2, 2])"
+        "of another shape: 1 (0.weight [3, 2] instead of [2, 2])"
     )
     with pytest.raises(RuntimeError) as error:
         network.load_state_dict({})
