@@ -138,8 +138,13 @@ CODECS = {
 
 
 def memory_format(device: torch.device) -> torch.memory_format:
-    """Return the memory format in which codecs compute on a device; see `Codec`."""
+    """Return the memory format of a codec's weights on a device; see `Codec`."""
     return torch.channels_last if device.type == "cuda" else torch.contiguous_format
+
+
+def _accurate(x: Tensor) -> Tensor:
+    """Return the input of a codec's network in a memory format in which it computes accurately."""
+    return x if x.device.type == "cuda" else x.contiguous()
 
 
 class Codec(nn.Module):
@@ -147,8 +152,8 @@ class Codec(nn.Module):
 
     Subclasses define `_moments(pixels)` and `_image(unscaled)`, with pixels from -1 to 1 and latents before scaling.
 
-    Weights and activations are channels_last on CUDA, where convolutions are faster in this layout, and contiguous on
-    other devices: on a CPU, PyTorch's GroupNorm is inaccurate in channels_last if the mean of a group is much larger
+    Weights are channels_last on CUDA, where convolutions are faster in this format. On other devices weights and inputs
+    are contiguous: on a CPU, PyTorch's GroupNorm is inaccurate in channels_last if the mean of a group is much larger
     than its standard deviation.
     """
 
@@ -183,15 +188,14 @@ class Codec(nn.Module):
         if height % factor or width % factor:
             needed = f"codec {self.format.codec} needs multiples of {factor} px"
             raise InputError(f"images of {height} x {width} px: {needed}")
-        pixels = (images.float() / 127.5 - 1).to(self.dtype)
-        return self._moments(pixels.contiguous(memory_format=memory_format(pixels.device))).float()
+        return self._moments(_accurate((images.float() / 127.5 - 1).to(self.dtype))).float()
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Return images (N, 3, H, W), uint8 = clamp(127.5 x + 127.5, 0, 255) of the decoded latents (N, C, h, w)."""
         at_once = max(1, DECODED_PIXELS // (latents.shape[-2] * latents.shape[-1] * self.format.factor**2))
-        latents = latents.float().contiguous(memory_format=memory_format(latents.device))
-        unscaled = (self.format.unscale(part).to(self.dtype) for part in latents.split(at_once))
+        parts = _accurate(latents.float()).split(at_once)
+        unscaled = (self.format.unscale(part).to(self.dtype) for part in parts)
         return torch.cat([self._quantise((127.5 * self._image(x).float() + 127.5).clamp(0, 255)) for x in unscaled])
 
     def _quantise(self, pixels: Tensor) -> Tensor:

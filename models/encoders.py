@@ -133,7 +133,7 @@ class Encoder(nn.Module):
         features = self._probe()
         if self.takes_before_norm and features.ndim == 4:
             raise InputError(f"encoder {name}: tokens={tokens}, but the network has a feature map and no tokens")
-        # Convolutions are faster in this format, on CPUs and in half precision on GPUs; GroupNorm is not accurate in it.
+        # Convolutions are faster in this format, on CPUs and in half precision on GPUs; GroupNorm is inaccurate in it.
         if features.ndim == 4 and not any(isinstance(module, nn.GroupNorm) for module in network.modules()):
             self.network.to(memory_format=torch.channels_last)
         _, self.num_tokens, self.width = self._tokens(features)[:, self.num_prefix_tokens :].shape

@@ -5,6 +5,7 @@ import pickle
 import shutil
 import subprocess
 
+import numpy as np
 import pytest
 import torch
 
@@ -22,6 +23,7 @@ from models.checkpoint import (
     load_model,
     network_config,
     save_checkpoint,
+    steps_done,
 )
 from models.sit import SiT, SiT_models
 from tests.test_sit import inputs, randomise, small
@@ -182,6 +184,23 @@ def test_a_network_is_rebuilt_from_its_entry(tmp_path, options):
         assert rebuilt.config == model.config
         x, t, y, cls = inputs(model)
         assert torch.equal(rebuilt(x, t, y, cls).velocity, model(x, t, y, cls).velocity)
+
+
+def test_settings_of_numpy_and_paths_are_read(tmp_path):
+    model = small()
+    args = argparse.Namespace(num_heads=np.int64(2), encoder_depth=np.int32(2), path_type="linear", output_dir=tmp_path)
+    torch.save({"ema": model.state_dict(), "args": args, "steps": np.int64(5)}, tmp_path / "numpy.pt")
+    checkpoint = load_checkpoint(tmp_path / "numpy.pt")
+    assert build_model(checkpoint).config.num_heads == 2 and steps_done(checkpoint) == 5
+    assert checkpoint["args"].output_dir == str(tmp_path)
+
+
+def test_the_weights_that_do_not_fit_are_counted():
+    state = small(depth=2).state_dict() | {f"blocks.1.extra.{k}": torch.zeros(1) for k in range(9)}
+    del state["t_embedder.mlp.2.bias"]
+    text = r"describes; missing: 1 \(t_embedder\.mlp\.2\.bias\); unexpected: 9 \(blocks\.1\.extra\.0, .* and 5 more\)$"
+    with pytest.raises(InputError, match=rf"odd\.pt: the weights do not fit the network that it {text}"):
+        build_model({"ema": state, "args": argparse.Namespace(num_heads=2)}, source="odd.pt")
 
 
 CONTRADICTIONS = {

@@ -20,9 +20,9 @@ from loss import REGLoss
 from models import ema
 from models.autoencoder import Codec
 from models.checkpoint import list_checkpoints, load_checkpoint, network_weights
-from models.weights_file import mismatch
 from models.encoders import Encoder
 from models.sit import SiT
+from models.weights_file import mismatch
 from training.checkpoint_writer import CheckpointWriter
 from training.config import RunFacts, TrainConfig
 from training.guards import BadSteps, GuardedOptimizer
