@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from common.io import InputError, read_json
 from models.hub import HubName, NotOnHub, hub_folder, is_cached, local_or_hub
 from models.safetensors_format import CONFIG_FILE, PIPELINE_FILE, class_name
-from models.weights_file import mismatch, some_of
+from models.weights_file import mismatch, some_of, unreadable
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 CLASSES = ("AutoencoderKL", "AutoencoderTiny")
@@ -269,7 +269,7 @@ def load_codec(name: str, device: str | torch.device = "cpu") -> Codec:
     config = read_json(folder / CONFIG_FILE)
     found = class_name(config)
     if found not in CLASSES:
-        problem = f"the configuration of a {found}" if found else "names no class"
+        problem = f"the configuration of another class, {found}" if found else "names no class"
         raise InputError(f"{folder / CONFIG_FILE}: {problem}; a codec is one of: {', '.join(CLASSES)}")
     autoencoder = _load_autoencoder(folder, found)
     try:
@@ -337,7 +337,7 @@ def _load_autoencoder(folder: Path, kind: str) -> nn.Module:
             folder, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False, output_loading_info=True
         )
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{weights}: cannot be loaded; it is truncated or of another kind") from error
+        raise InputError(f"{weights}: {unreadable(weights, 'safetensors file')}") from error
     except (ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
         why = mismatch(error) or "the settings in that file are not possible"
         raise InputError(f"{weights}: does not fit {kind} of its {CONFIG_FILE}; {why}") from error

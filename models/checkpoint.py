@@ -253,7 +253,8 @@ def _stored_weights(checkpoint: dict[str, Any], weights: str, source: str | Path
     if isinstance(state, dict):
         state = plain_names(state)
     if not isinstance(state, dict) or "x_embedder.proj.weight" not in state or "pos_embed" not in state:
-        keys = ", ".join(list(map(str, checkpoint))[:6]) or "nothing"
+        held = state if isinstance(state, dict) and state else checkpoint
+        keys = ", ".join(list(map(str, held))[:6]) or "nothing"
         raise InputError(f"{source}: no {weights} weights of a SiT in it; it holds {keys}")
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):

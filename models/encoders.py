@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from common.io import InputError
 from models.hub import hub_file, local_or_hub, url_file
-from models.weights_file import mismatch, read_weights_file
+from models.weights_file import mismatch, read_weights_file, unreadable
 
 Device = str | torch.device
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -347,8 +347,7 @@ def _read_weights(name: str | Path, line: EncoderSpec) -> dict[str, Any]:
     except InputError as error:
         raise InputError(f"--enc-weights {error}") from error
     except (SafetensorError, OSError, ValueError) as error:
-        problem = "not a readable safetensors file; it is truncated or of another kind"
-        raise InputError(f"--enc-weights {path}: {problem}") from error
+        raise InputError(f"--enc-weights {path}: {unreadable(path, 'safetensors file')}") from error
     for wrapper in ("state_dict", "model"):
         if isinstance(checkpoint, dict) and isinstance(checkpoint.get(wrapper), dict):
             checkpoint = checkpoint[wrapper]

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from common.io import InputError, atomic_write, read_json, write_json
 from models.sit import SiTConfig
+from models.weights_file import unreadable
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -71,7 +72,7 @@ def read_network(path: str | Path) -> dict[str, Any]:
             header = file.metadata() or {}
         config = config or json.loads(header.get("config", "{}"))
     except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"{path}: not a readable safetensors file; it is truncated or of another kind") from error
+        raise InputError(f"{path}: {unreadable(path, 'safetensors file')}") from error
     _check_class(config, path)
     content = {"ema": state}
     if config:
@@ -99,7 +100,9 @@ def _check_class(config: Any, source: Path) -> None:
     if not isinstance(config, dict):
         raise InputError(f"{source}: its configuration is a {type(config).__name__}; expected an object")
     if (name := class_name(config)) not in (None, CLASS_NAME):
-        raise InputError(f"{source}: the configuration of a {name}; expected an exported network, {CLASS_NAME}")
+        raise InputError(
+            f"{source}: the configuration of another class, {name}; expected an exported network, {CLASS_NAME}"
+        )
 
 
 def class_name(config: Any) -> str | None:

@@ -111,7 +111,7 @@ def _problem(path: Path) -> str:
     try:
         if not zipfile.is_zipfile(path):
             with open(path, "rb") as file:
-                return _problem_of_pickle(file)
+                return _problem_of_pickle(file) or unreadable(path)
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
             if any(name.endswith("/constants.pkl") for name in names):
@@ -120,12 +120,25 @@ def _problem(path: Path) -> str:
             content = next((name for name in names if name == "data.pkl" or name.endswith("/data.pkl")), None)
             if content is None:
                 return "a zip without weights of PyTorch"
-            return _problem_of_pickle(io.BytesIO(archive.read(content)))
+            return _problem_of_pickle(io.BytesIO(archive.read(content))) or unreadable(path)
     except Exception:  # a damaged zip can fail in any way
         return "damaged or truncated, it cannot be read completely"
 
 
-def _problem_of_pickle(file: IO[bytes]) -> str:
+def unreadable(path: Path, kind: str = "file of weights") -> str:
+    """Return what a file is that cannot be read as a file of this kind, as its first bytes show it."""
+    with open(path, "rb") as file:
+        start = file.read(64)
+    if start.startswith(b"version https://git-lfs"):
+        return f"not a {kind} but a pointer of Git LFS to it; fetch the file by git lfs pull"
+    if start.lstrip()[:1] == b"<":
+        return f"not a {kind} but a web page; download the file again"
+    if start[8:9] == b"{" and path.suffix != ".safetensors":
+        return f"not a {kind} of PyTorch; it looks like a safetensors file, which needs the ending .safetensors"
+    return f"not a readable {kind}; it is truncated or of another kind"
+
+
+def _problem_of_pickle(file: IO[bytes]) -> str | None:
     start = file.read(2)
     file.seek(0)
     if found := sorted(_not_allowed(file)):
@@ -134,7 +147,7 @@ def _problem_of_pickle(file: IO[bytes]) -> str:
         return f"refused, it holds {kinds}{more}; allowed: {ALLOWED}"
     if start[:1] == b"\x80" and len(start) > 1 and start[1] in OTHER_PROTOCOLS:
         return f"refused, it has pickle protocol {start[1]}; allowed: 2, the default of torch.save"
-    return "not a readable file of weights; it is truncated or of another kind"
+    return None
 
 
 def _not_allowed(file: IO[bytes]) -> set[tuple[str, str]]:

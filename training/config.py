@@ -321,7 +321,7 @@ def check_same_run(current: dict[str, Any], saved: dict[str, Any], source: str |
     changeable = settings(TrainConfig).keys() - fixed_settings(TrainConfig)
     for name, value in current.items():
         before = saved.get(name)
-        if name == "enc_type" and value and before:
+        if name == "enc_type" and isinstance(value, str) and isinstance(before, str):
             value, before = name_with_tokens(value), name_with_tokens(before, AFTER_NORM)
         if name not in changeable and value is not None and before is not None and value != before:
             raise InputError(
