@@ -3,6 +3,8 @@
     python export.py --ckpt exps/NAME/checkpoints/0400000.pt --dest reg-xl.safetensors
     python export.py --ckpt exps/NAME/checkpoints/0400000.pt --dest reg-xl
 
+    python export.py --layout sit --ckpt SiT-XL-2-256x256.pt --dest sit-xl    (weights of SiT's authors, converted)
+
 A .safetensors file contains both. A folder has the layout of the Hugging Face hub, and `REGPipeline.from_pretrained`
 generates images from it. All programs accept both in place of a checkpoint. A codec that is a local folder is copied
 into the export, to FOLDER/vae; the files of a codec that has a name are downloaded when they are needed.
@@ -28,7 +30,8 @@ from models.checkpoint import (
     steps_done,
 )
 from models.exported_codec import export_codec
-from models.safetensors_format import CONFIG_FILE, write_network
+from models.layouts import LAYOUTS
+from models.safetensors_format import CLASS_NAME, CONFIG_FILE, write_network
 
 # The settings of a run that a user of the network needs in addition to its architecture.
 KEPT_SETTINGS = ("model", "path_type", "resolution", "enc_type", "exp_name")
@@ -40,7 +43,7 @@ tags: [{tags}]
 # {name}
 
 A {model} denoising transformer of the REG family ([arXiv 2507.01467](https://arxiv.org/abs/2507.01467)), {num_classes}
-classes, trained for {steps} steps; {weights} weights. Written by `export.py`; with the code of that repository:
+classes, {origin}; {weights} weights. Written by `export.py`; with the code of that repository:
 
 ```python
 from models.pipeline import REGPipeline
@@ -54,20 +57,26 @@ images = REGPipeline.from_pretrained("{name}")([0, 1, 2], guidance_scale=2.3, gu
 class ExportConfig(Config):
     """Export."""
 
-    ckpt: str = setting(MISSING, "checkpoint, ours or published; a run's folder: its newest")
+    ckpt: str = setting(MISSING, "checkpoint, ours or published; a run's folder: its newest; or a name on the hub")
     dest: str = setting(MISSING, "a .safetensors file, or a new folder in the layout of the Hugging Face hub")
     weights: str = setting("ema", "which weights of the checkpoint to export", choices=("ema", "model"))
+    layout: str = setting(
+        "auto",
+        "whose weights these are; sit: those of SiT's authors, where t = 0 is noise, which are converted; reg: this "
+        "project's; auto: refuse a file that does not show it",
+        choices=LAYOUTS,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Export the network of a checkpoint as the command line says."""
     config = parse(ExportConfig, "Export the network of a checkpoint.", argv)
-    export(config.ckpt, config.dest, config.weights)
+    export(config.ckpt, config.dest, config.weights, config.layout)
     print(config.dest)
 
 
-def export(ckpt: str | Path, dest: str | Path, weights: str = "ema") -> None:
-    """Write the network of a checkpoint to a .safetensors file or a folder.
+def export(ckpt: str | Path, dest: str | Path, weights: str = "ema", layout: str = "auto") -> None:
+    """Write the network of a checkpoint to a .safetensors file or a folder. `layout`: see `load_checkpoint`.
 
     Raises InputError if the checkpoint has no such network, or if `dest` exists already or cannot be written.
     """
@@ -75,7 +84,7 @@ def export(ckpt: str | Path, dest: str | Path, weights: str = "ema") -> None:
     if dest.exists() and not (dest.is_dir() and not any(dest.iterdir())):
         raise InputError(f"--dest {dest}: there is something already; choose another name")
     check_writable(dest if dest.suffix == ".safetensors" else dest / CONFIG_FILE, "--dest")
-    checkpoint = load_checkpoint(ckpt)
+    checkpoint = load_checkpoint(ckpt, layout=layout)
     build_model(checkpoint, weights, source=ckpt)  # a network that cannot be rebuilt is not exported
     config = describe(checkpoint, weights, ckpt)
     config["codec"] = export_codec(LatentFormat.from_json(config["codec"]), dest)
@@ -83,7 +92,9 @@ def export(ckpt: str | Path, dest: str | Path, weights: str = "ema") -> None:
     if dest.suffix != ".safetensors":
         with atomic_write(dest / "README.md", "w") as file:
             tags = "image-generation" if config["cls_token_dim"] is None else "image-generation, reg"
-            file.write(CARD.format(**{"model": "SiT", **config}, tags=tags, name=dest.name))
+            trained = f"trained for {config['steps']} steps"
+            origin = "converted from the weights of SiT's authors (arXiv 2401.08740)" if layout == "sit" else trained
+            file.write(CARD.format(**{"model": "SiT", **config}, tags=tags, name=dest.name, origin=origin))
 
 
 def describe(checkpoint: dict[str, Any], weights: str, source: str | Path) -> dict[str, Any]:
@@ -91,7 +102,7 @@ def describe(checkpoint: dict[str, Any], weights: str, source: str | Path) -> di
     saved, network = saved_settings(checkpoint, source), network_config(checkpoint, weights, source)
     classes = checkpoint_classes(checkpoint, network.num_classes, source)
     return {
-        "_class_name": "SiT",
+        "_class_name": CLASS_NAME,
         **network.to_json(),
         **{name: saved[name] for name in KEPT_SETTINGS if saved.get(name) is not None},
         "codec": saved.get("codec") or SD_FORMAT.to_json(),

@@ -148,7 +148,7 @@ def make_plan(config: GenerateConfig, accelerator: Accelerator) -> SamplePlan:
     latent_format = LatentFormat.from_json(saved.get("codec"))
     warnings = unused_scale(config)
     warnings += check_against_checkpoint(config, checkpoint, model.config, latent_format)
-    codec = load_decoder(latent_format, config.vae, device).to(memory_format=torch.channels_last)
+    codec = load_decoder(latent_format, config.vae, device)
     coherence = None
     if config.coherence is not None:
         coherence = CoherenceReport(

@@ -28,7 +28,7 @@ from evaluations.batches import DECODERS
 from evaluations.metrics import Sums
 from loss import FROM_ENCODER, entangled_token
 from models.checkpoint import saved_settings
-from models.encoders import Encoder, load_encoder
+from models.encoders import AFTER_NORM, Encoder, load_encoder, name_with_tokens
 
 BATCH_SIZE = 64
 CENTRE_IMAGES = 10_000  # number of images for the means of all classes together
@@ -159,7 +159,8 @@ class CoherenceReport:
             if settings.get(name, found) != found:
                 raise InputError(f"--coherence {data_dir}: {name} {found}, but {source} has {settings[name]}")
         weights = enc_weights or (settings.get("enc_weights") or "").split(",")[0] or None
-        self.encoder = load_encoder(settings["enc_type"].split(",")[0], self.data.resolution, weights, device)
+        name = name_with_tokens(settings["enc_type"].split(",")[0], AFTER_NORM)
+        self.encoder = load_encoder(name, self.data.resolution, weights, device)
 
     def __call__(self, images: Iterable[np.ndarray], cls_tokens: np.ndarray, labels: list[int]) -> dict[str, float]:
         """Return the scores of N images (R, R, 3) uint8 with their generated tokens (N, D) and labels."""

@@ -11,8 +11,10 @@ whose config.json determines channels, factor, scale and shift.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,10 +23,13 @@ import torch
 from torch import Tensor, nn
 
 from common.io import InputError, read_json
-from models.hub import hub_file
+from models.hub import HubName, NotOnHub, hub_folder, is_cached, local_or_hub
+from models.safetensors_format import CONFIG_FILE, PIPELINE_FILE, class_name
+from models.weights_file import mismatch, some_of, unreadable
 
-CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+CLASSES = ("AutoencoderKL", "AutoencoderTiny")
+PIPELINE_PART = "vae"  # folder of the codec in a diffusers pipeline
 DECODED_PIXELS = 2**21  # in one call, 32 images of 256 px; far more would need activations of more than 2^31 values
 LOCAL_CODEC = "local folder "  # starts the name of a codec in an export that does not contain its files
 SD_SCALE = 0.18215  # gives Stable Diffusion's latents about unit variance (arXiv 2112.10752, appendix G)
@@ -133,10 +138,24 @@ CODECS = {
 }
 
 
+def memory_format(device: torch.device) -> torch.memory_format:
+    """Return the memory format of a codec's weights on a device; see `Codec`."""
+    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
+
+
+def _accurate(x: Tensor) -> Tensor:
+    """Return the input of a codec's network in a memory format in which it computes accurately."""
+    return x if x.device.type == "cuda" else x.contiguous()
+
+
 class Codec(nn.Module):
     """A frozen image codec: uint8 images to moments, latents to uint8 images. `format` describes its latents.
 
     Subclasses define `_moments(pixels)` and `_image(unscaled)`, with pixels from -1 to 1 and latents before scaling.
+
+    Weights are channels_last on CUDA, where convolutions are faster in this format. On other devices weights and inputs
+    are contiguous: on a CPU, PyTorch's GroupNorm is inaccurate in channels_last if the mean of a group is much larger
+    than its standard deviation.
     """
 
     def __init__(self, latent_format: LatentFormat):
@@ -152,6 +171,11 @@ class Codec(nn.Module):
     def device(self) -> torch.device:
         """The device of the parameters, the CPU without any; diffusers' pipelines read this attribute."""
         return next((parameter.device for parameter in self.parameters()), torch.device("cpu"))
+
+    def to(self, *args: Any, **kwargs: Any) -> Codec:
+        """Move the codec as `nn.Module.to` does, and give it the memory format of its device."""
+        super().to(*args, **kwargs)
+        return super().to(memory_format=memory_format(self.device))
 
     def train(self, mode: bool = True) -> Codec:
         """Stay in eval mode if a parent module is set to training mode."""
@@ -169,13 +193,14 @@ class Codec(nn.Module):
         if height % factor or width % factor:
             needed = f"codec {self.format.codec} needs multiples of {factor} px"
             raise InputError(f"images of {height} x {width} px: {needed}")
-        return self._moments((images.float() / 127.5 - 1).to(self.dtype)).float()
+        return self._moments(_accurate((images.float() / 127.5 - 1).to(self.dtype))).float()
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Return images (N, 3, H, W), uint8 = clamp(127.5 x + 127.5, 0, 255) of the decoded latents (N, C, h, w)."""
         at_once = max(1, DECODED_PIXELS // (latents.shape[-2] * latents.shape[-1] * self.format.factor**2))
-        unscaled = (self.format.unscale(part).to(self.dtype) for part in latents.float().split(at_once))
+        parts = _accurate(latents.float()).split(at_once)
+        unscaled = (self.format.unscale(part).to(self.dtype) for part in parts)
         return torch.cat([self._quantise((127.5 * self._image(x).float() + 127.5).clamp(0, 255)) for x in unscaled])
 
     def _quantise(self, pixels: Tensor) -> Tensor:
@@ -242,55 +267,91 @@ def load_codec(name: str, device: str | torch.device = "cpu") -> Codec:
     """Return the frozen codec `name`: a line of `CODECS`, `pixel`, a local folder, or a repository of the hub.
 
     Folder and repository contain config.json and diffusion_pytorch_model.safetensors of an AutoencoderKL or an
-    AutoencoderTiny. Raises InputError if there is no such codec, its files are not usable, or the hub is unreachable.
+    AutoencoderTiny, or are a diffusers pipeline that has such a codec in its folder vae.
+    Raises InputError if there is no such codec, its files are not usable, or the hub is unreachable.
     """
     if name == "pixel":
         return PixelCodec().to(device)
     spec = CODECS.get(name, CodecSpec(name))
     folder = _codec_folder(name, spec.source)
     config = read_json(folder / CONFIG_FILE)
-    class_name = config.get("_class_name") if isinstance(config, dict) else None
-    if class_name not in ("AutoencoderKL", "AutoencoderTiny"):
-        allowed = "allowed: AutoencoderKL, AutoencoderTiny"
-        raise InputError(f"{folder / CONFIG_FILE}: _class_name is {class_name!r}; {allowed}")
-    return KLCodec(_load_autoencoder(folder, class_name), _latent_format(name, spec, folder, config)).to(device)
+    found = class_name(config)
+    if found not in CLASSES:
+        problem = f"the configuration of another class, {found}" if found else "names no class"
+        raise InputError(f"{folder / CONFIG_FILE}: {problem}; a codec is one of: {', '.join(CLASSES)}")
+    autoencoder = _load_autoencoder(folder, found)
+    try:
+        latent_format = _latent_format(name, spec, folder, config)
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{folder / CONFIG_FILE}: scale, shift or blocks have impossible values") from error
+    return KLCodec(autoencoder, latent_format).to(device)
 
 
 def _codec_folder(name: str, source: str) -> Path:
     """Return the local folder of a codec's files, which are downloaded first if they are on the hub."""
-    if Path(source).is_dir():
-        return Path(source)
-    if source.count("/") not in (1, 2) or source.startswith((".", "/", "~")):
-        folder = f"a local folder with {CONFIG_FILE} and {WEIGHTS_FILE}"
-        allowed = f"{', '.join(CODECS)}, {folder}, or a repository of the hub (owner/name or owner/name/subfolder)"
-        raise InputError(f"codec {name}: no such folder; allowed: pixel, {allowed}")
-    owner, repo, *subfolder = source.split("/")
+    folder = f"a folder with {CONFIG_FILE} and {WEIGHTS_FILE}, also as {PIPELINE_PART}/ of a diffusers pipeline"
+    allowed = f"pixel, {', '.join(CODECS)}, {folder}, or that on the hub (owner/name or owner/name/subfolder)"
+    owner, _, rest = source.partition("/")
+    if name in CODECS and not os.path.exists(source):
+        place = HubName(f"{owner}/{rest.partition('/')[0]}", rest.partition("/")[2])
+    else:
+        place = local_or_hub(source, allowed, "codec")
+    if isinstance(place, Path):
+        return _local_codec(place)
     instead = (
-        f"Put {CONFIG_FILE} and {WEIGHTS_FILE} of https://huggingface.co/{owner}/{repo} into a folder and give "
+        f"Put {CONFIG_FILE} and {WEIGHTS_FILE} of https://huggingface.co/{place.repo} into a folder and give "
         f"that folder instead of {name}"
     )
-    for file in (WEIGHTS_FILE, CONFIG_FILE):
-        path = hub_file(f"{owner}/{repo}", "/".join([*subfolder, file]), instead)
-    return path.parent
+    files, part = (WEIGHTS_FILE, CONFIG_FILE), HubName(place.repo, f"{place.inside}/{PIPELINE_PART}".lstrip("/"))
+    if is_cached(part, CONFIG_FILE) and not is_cached(place, CONFIG_FILE):
+        return hub_folder(part, files, instead)
+    try:
+        return hub_folder(place, files, instead)
+    except NotOnHub:
+        with contextlib.suppress(NotOnHub):
+            return hub_folder(part, files, instead)
+        raise
 
 
-def _load_autoencoder(folder: Path, class_name: str) -> nn.Module:
+def _local_codec(place: Path) -> Path:
+    """Return the folder with a codec's files: `place`, or the codec's folder in a diffusers pipeline."""
+    if not place.is_dir():
+        raise InputError(f"codec {place}: is a file; give the folder that has {CONFIG_FILE} and {WEIGHTS_FILE}")
+    part, index = place / PIPELINE_PART, place / PIPELINE_FILE
+    if (part / CONFIG_FILE).is_file() and (index.is_file() or not (place / CONFIG_FILE).is_file()):
+        return part
+    if index.is_file() and not (place / CONFIG_FILE).is_file():
+        name = class_name(read_json(index))
+        raise InputError(f"codec {place}: a diffusers pipeline ({name}) without a codec in {PIPELINE_PART}/")
+    return place
+
+
+def _load_autoencoder(folder: Path, kind: str) -> nn.Module:
     """Return diffusers' module with the weights of the folder. No weight may be missing or left over."""
     weights = folder / WEIGHTS_FILE
     if not weights.is_file():
-        raise InputError(f"{weights}: no such file; the folder of a codec contains {CONFIG_FILE} and {WEIGHTS_FILE}")
+        others = sorted(path.name for path in folder.glob("*") if path.suffix in (".bin", ".safetensors", ".pt"))
+        found = f"; the folder has {', '.join(others)}" if others else ""
+        needed = f"the folder of a codec contains {CONFIG_FILE} and {WEIGHTS_FILE}"
+        raise InputError(f"{weights}: no such file; {needed}{found}")
     import diffusers
     from safetensors import SafetensorError
 
     diffusers.logging.set_verbosity_error()  # the check below replaces its warnings
     try:
-        autoencoder, report = getattr(diffusers, class_name).from_pretrained(
+        autoencoder, report = getattr(diffusers, kind).from_pretrained(
             folder, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
-        raise InputError(f"{weights}: cannot be loaded as {class_name} of its {CONFIG_FILE} ({error})") from error
-    if problems := {kind: keys for kind, keys in report.items() if keys}:
-        raise InputError(f"{weights}: does not fit {class_name} of its {CONFIG_FILE}: {problems}")
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{weights}: {unreadable(weights, 'safetensors file')}") from error
+    except (ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
+        why = mismatch(error) or "the settings in that file are not possible"
+        raise InputError(f"{weights}: does not fit {kind} of its {CONFIG_FILE}; {why}") from error
+    if problems := {what: keys for what, keys in report.items() if keys}:
+        why = "; ".join(f"{what.removesuffix('_keys')}: {some_of(map(str, keys))}" for what, keys in problems.items())
+        raise InputError(f"{weights}: does not fit {kind} of its {CONFIG_FILE}; {why}")
     return autoencoder
 
 
@@ -311,7 +372,7 @@ def _latent_format(name: str, spec: CodecSpec, folder: Path, config: dict[str, A
     stages = config.get("num_encoder_blocks" if is_tiny else "block_out_channels")
     if not stages or not config.get("latent_channels"):
         raise InputError(f"{folder / CONFIG_FILE}: latent_channels or the numbers of the encoder's blocks are missing")
-    is_local = spec.source == name and Path(name).is_dir()
+    is_local = spec.source == name and os.path.isdir(os.path.expanduser(name))
     return LatentFormat(
         codec=str(folder.resolve()) if is_local else name,  # absolute, because data sets store it
         channels=config["latent_channels"],

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import io
-import pickle
 import re
 import zipfile
 from pathlib import Path
@@ -27,16 +26,20 @@ import torch
 from torch import Tensor
 
 from common.classes import ClassSet
-from common.io import InputError, atomic_write, first_line, sha256_of
+from common.io import InputError, atomic_write, sha256_of
+from models.exported_codec import hub_export
+from models.hub import hub_file, local_or_hub
 from models.interpolant import PATHS
+from models.layouts import check_layout, from_sit, plain_names
 from models.safetensors_format import is_exported, read_network, weights_file
 from models.sit import ENCODER_DEPTHS, PRESETS, SiT, SiTConfig
+from models.weights_file import mismatch, read_weights_file
 
 CHECKPOINT_NAME = re.compile(r"(\d{7,})\.pt")
 OLD_BLOCKS = "decoder_blocks."  # name of the blocks after the projectors in older REPA checkpoints
 OLD_BLOCK = re.compile(r"^decoder_blocks\.(\d+)\.")
-PREFIXES = re.compile(r"^module\.|\b_orig_mod\.")
 BLOCK_WEIGHT = re.compile(r"(?:decoder_)?blocks\.\d{1,6}\..+")
+PLACES = "a checkpoint file, a run's folder, an exported network, or a repository of the hub (owner/name[/file.pt])"
 
 
 def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
@@ -76,8 +79,10 @@ def verify_checkpoint(path: str | Path) -> None:
             with zipfile.ZipFile(path) as archive:
                 if (name := archive.testzip()) is not None:
                     raise InputError(f"{path}: damaged; the checksum of {name} in it is wrong")
-    except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
-        raise InputError(f"{path}: damaged or truncated, it cannot be read completely ({error})") from error
+    except InputError:
+        raise
+    except Exception as error:  # a damaged zip can fail in any way
+        raise InputError(f"{path}: damaged or truncated, it cannot be read completely") from error
 
 
 def checkpoint_digest(path: str | Path) -> str:
@@ -95,43 +100,47 @@ def _recorded_sum(path: Path) -> str:
     return checksum_path(path).read_text(encoding="utf-8", errors="replace").split(" ")[0]
 
 
-def resolve_checkpoint(path: str | Path) -> Path:
-    """Return the file or export that a path names: for a run's folder or its checkpoints folder, the newest checkpoint.
+def resolve_checkpoint(name: str | Path) -> Path:
+    """Return the file or the export that a name stands for; see `load_checkpoint`.
 
-    Raises InputError if such a folder has no checkpoint.
+    Raises InputError if there is no such file or folder, or if a run has no checkpoint.
     """
-    path = Path(path)
-    folder = path / "checkpoints" if (path / "args.json").exists() or (path / "checkpoints").is_dir() else path
-    found = list_checkpoints(folder) if path.is_dir() else []
-    if not found and folder != path:
-        raise InputError(f"{path}: a training run without a checkpoint; allowed: one with {folder}/NNNNNNN.pt")
-    return found[-1] if found else path
+    place = local_or_hub(name, PLACES)
+    if not isinstance(place, Path):
+        instead = f"There is no local file {name} either. Download the files on another machine and give their folder"
+        if place.is_file:
+            return hub_file(place.repo, place.inside, instead)
+        return hub_export(place)
+    folder = place / "checkpoints" if (place / "args.json").exists() or (place / "checkpoints").is_dir() else place
+    found = list_checkpoints(folder) if place.is_dir() else []
+    if not found and folder != place:
+        raise InputError(f"{place}: a training run without a checkpoint; allowed: one with {folder}/NNNNNNN.pt")
+    return found[-1] if found else place
 
 
-def load_checkpoint(path: str | Path, verify: bool = True) -> dict[str, Any]:
+def load_checkpoint(name: str | Path, verify: bool = True, layout: str = "auto") -> dict[str, Any]:
     """Return the content of a checkpoint, with tensors on the CPU. Tensors in a zip are read when they are used.
 
-    `path` is a checkpoint of this or of the published code; a run's folder, for its newest checkpoint; or an export: a
-    .safetensors file or a folder. With `verify`, the file is first compared with its checksum, see `verify_checkpoint`.
+    `name` is a checkpoint file of this or of the published code; a run's folder or its folder of checkpoints, for the
+    newest; an export, which is a .safetensors file or a folder; or one of these on the Hugging Face hub: `owner/name`
+    for an export, `owner/name/file.pt` for a file. With `verify`, a file is first compared with its checksum, see
+    `verify_checkpoint`. `layout` says whose weights it holds: "sit", SiT's own, which are converted; "reg", those of
+    this project, also if the file has nothing that shows it; "auto", those of this project, and others are refused.
     Raises InputError if the file does not exist, is damaged, truncated or of another kind, or contains anything but
-    tensors, plain Python values and `argparse.Namespace`.
+    tensors, plain Python values, Namespaces, paths and NumPy scalars.
     """
-    path = resolve_checkpoint(path)
+    path = resolve_checkpoint(name)
     if is_exported(path):
-        return read_network(path)
-    if verify:
-        verify_checkpoint(path)
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        why = first_line(error)
-        raise InputError(f"{path}: refused, it contains more than weights or is no checkpoint ({why})") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        why = first_line(error)
-        raise InputError(f"{path}: not a readable checkpoint; it is truncated or of another kind ({why})") from error
+        content = read_network(path)
+    else:
+        if verify:
+            verify_checkpoint(path)
+        content = read_weights_file(path)
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds a {type(content).__name__}; expected a dict with model, ema, opt, args, steps")
+    if layout == "sit":
+        return from_sit(content, path)
+    check_layout(content, path, layout)
     return content
 
 
@@ -243,15 +252,17 @@ def build_model(
             model = SiT(config, fused_attn)
         model.to_empty(device=device).load_state_dict(state, strict=True)
     except (RuntimeError, ValueError, TypeError, OverflowError) as error:
-        raise InputError(f"{source}: the weights do not fit the network that it describes ({error})") from error
+        why = mismatch(error) or f"sizes that are not possible: {config}"
+        raise InputError(f"{source}: the weights do not fit the network that it describes; {why}") from error
     return model.eval().requires_grad_(False)
 
 
 def load_model(path: str | Path, weights: str = "ema", device: torch.device | str = "cpu") -> SiT:
     """Return the trained network of a checkpoint file, frozen and in eval mode.
 
-    The arguments and errors are those of `load_checkpoint` and `build_model`: a REG, REPA or SiT checkpoint of this or
-    of the published code, or an export; "ema", the averaged weights, or "model"; device of the network.
+    The arguments and errors are those of `load_checkpoint` and `build_model`: a REG, REPA or SiT checkpoint of this
+    project, a published one of REG or REPA, or an export, local or on the hub; "ema", the averaged weights, or "model";
+    device of the network.
     """
     return build_model(load_checkpoint(path), weights, device, source=path)
 
@@ -259,10 +270,11 @@ def load_model(path: str | Path, weights: str = "ema", device: torch.device | st
 def _stored_weights(checkpoint: dict[str, Any], weights: str, source: str | Path) -> dict[str, Tensor]:
     """Return what `network_weights` returns, under the names in the file."""
     state = checkpoint.get(weights, checkpoint)
-    if isinstance(state, dict):  # DistributedDataParallel and torch.compile put prefixes in front of names
-        state = {PREFIXES.sub("", name) if isinstance(name, str) else name: value for name, value in state.items()}
+    if isinstance(state, dict):
+        state = plain_names(state)
     if not isinstance(state, dict) or "x_embedder.proj.weight" not in state or "pos_embed" not in state:
-        keys = ", ".join(list(map(str, checkpoint))[:6]) or "nothing"
+        held = state if isinstance(state, dict) and state else checkpoint
+        keys = ", ".join(list(map(str, held))[:6]) or "nothing"
         raise InputError(f"{source}: no {weights} weights of a SiT in it; it holds {keys}")
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):

@@ -2,6 +2,11 @@
 
 REPA (Yu et al., arXiv 2410.06940, section 3) aligns with the patch tokens; REG (arXiv 2507.01467, section 3) adds the
 class token. Each encoder has its own input size and normalization; the output is always a class token and patch tokens.
+
+The class token is taken after the network's last norm, as REG does with DINOv2 (section 3). The patch tokens are taken
+where REPA takes them: before the last norm for CLIP (its ln_post) and MAE, after it for the others. The option `tokens`
+of a name selects the other: `clip-vit-L:tokens=after-norm`.
+
 To add an encoder, add a line to `ENCODERS`, or name any timm model: `timm/<model name>`.
 """
 
@@ -11,7 +16,6 @@ import contextlib
 import dataclasses
 import difflib
 import math
-import pickle
 import textwrap
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -21,14 +25,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.io import InputError, first_line
-from models.hub import hub_file, url_file
+from common.io import InputError
+from models.hub import hub_file, local_or_hub, url_file
+from models.weights_file import mismatch, read_weights_file, unreadable
 
 Device = str | torch.device
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 # Functions of timm.models.efficientnet that accept `channel_multiplier`, which the models with a name fix.
 WIDTH_GENERATORS = {"mobilenetv1": "_gen_mobilenet_v1", "mobilenetv2": "_gen_mobilenet_v2"}
+CLIP_PROJECTION = "visual.proj"  # to the space shared with texts, the classifier in OpenAI's layout
+BEFORE_NORM, AFTER_NORM = TOKENS = ("before-norm", "after-norm")  # where patch tokens are taken: at the last norm
 BASE_RESOLUTION = 256  # images of this size are resized to an encoder's `input_size`, other images in proportion
 
 
@@ -37,8 +44,8 @@ class EncoderSpec:
     """One encoder: the name of its timm model, its input size in px for images of 256 px, and differences from timm.
 
     `mean` and `std` default to those of the timm model. `prefix` precedes the parameter names in checkpoints of the
-    original authors. `local_only` encoders have no weights on the hub and need a file. `options` are arguments of
-    `timm.create_model`.
+    original authors. `local_only` encoders have no weights on the hub and need a file. `tokens` says where the patch
+    tokens are taken. `options` are arguments of `timm.create_model`.
     """
 
     model: str
@@ -47,15 +54,17 @@ class EncoderSpec:
     std: tuple[float, ...] | None = None
     prefix: str = ""
     local_only: bool = False
+    tokens: str = AFTER_NORM
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 # Checkpoints of MoCo v3 contain two networks and a predictor.
 MOCO = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "prefix": "module.base_encoder.", "local_only": True}
 # input_size gives 16 x 16 tokens for images of 256 px: 224 with patches of 14 px, 256 with patches of 16 px.
+# The first names are suggested first.
 ENCODERS = {
-    "dinov2-vit-s": EncoderSpec("vit_small_patch14_dinov2.lvd142m", 224),
     "dinov2-vit-b": EncoderSpec("vit_base_patch14_dinov2.lvd142m", 224),  # the encoder of the paper
+    "dinov2-vit-s": EncoderSpec("vit_small_patch14_dinov2.lvd142m", 224),
     "dinov2-vit-l": EncoderSpec("vit_large_patch14_dinov2.lvd142m", 224),
     "dinov2-vit-g": EncoderSpec("vit_giant_patch14_dinov2.lvd142m", 224),
     "dinov2reg-vit-s": EncoderSpec("vit_small_patch14_reg4_dinov2.lvd142m", 224),
@@ -67,10 +76,11 @@ ENCODERS = {
     "dinov3-vit-l": EncoderSpec("vit_large_patch16_dinov3.lvd1689m", 256),
     "dinov1-vit-b": EncoderSpec("vit_base_patch16_224.dino", 256),
     # OpenAI trained with QuickGELU; timm's model without `quickgelu` uses another GELU with the same weights.
-    "clip-vit-b": EncoderSpec("vit_base_patch16_clip_quickgelu_224.openai", 256),
-    "clip-vit-L": EncoderSpec("vit_large_patch14_clip_quickgelu_224.openai", 224),
-    "mae-vit-b": EncoderSpec("vit_base_patch16_224.mae", 256),
-    "mae-vit-l": EncoderSpec("vit_large_patch16_224.mae", 256),
+    "clip-vit-b": EncoderSpec("vit_base_patch16_clip_quickgelu_224.openai", 256, tokens=BEFORE_NORM),
+    "clip-vit-L": EncoderSpec("vit_large_patch14_clip_quickgelu_224.openai", 224, tokens=BEFORE_NORM),
+    "mae-vit-b": EncoderSpec("vit_base_patch16_224.mae", 256, tokens=BEFORE_NORM),
+    "mae-vit-l": EncoderSpec("vit_large_patch16_224.mae", 256, tokens=BEFORE_NORM),
+    "mocov3-vit-s": EncoderSpec("vit_small_patch16_224", 256, **MOCO, options={"num_heads": 12}),  # heads of 32
     "mocov3-vit-b": EncoderSpec("vit_base_patch16_224", 256, **MOCO),
     "mocov3-vit-l": EncoderSpec("vit_large_patch16_224", 256, **MOCO),
     "jepa-vit-h": EncoderSpec("vit_huge_patch14_gap_224.in1k_ijepa", 224),
@@ -87,12 +97,22 @@ class EncoderOutput(NamedTuple):
 
 
 class Encoder(nn.Module):
-    """A frozen vision encoder: images to class token and patch tokens, both after the network's final norm.
+    """A frozen vision encoder: images to class token and patch tokens.
+
+    The class token is taken after the network's last norm, the patch tokens before or after it, as `tokens` says.
 
     Attributes: `name`, as given; `width` D; `num_tokens` T; `input_size`, height and width of its input in px.
     """
 
-    def __init__(self, name: str, network: nn.Module, input_size: int, mean: tuple[float, ...], std: tuple[float, ...]):
+    def __init__(
+        self,
+        name: str,
+        network: nn.Module,
+        input_size: int,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        tokens: str = AFTER_NORM,
+    ):
         super().__init__()
         self.name = name
         self.input_size = input_size
@@ -104,8 +124,17 @@ class Encoder(nn.Module):
         # In some networks timm applies the final norm after the pooling; the tokens need it as well.
         moved = isinstance(getattr(network, "norm", None), nn.Identity)
         self.final_norm = getattr(network, "fc_norm", nn.Identity()) if moved else nn.Identity()
+        self.takes_before_norm = tokens == BEFORE_NORM
+        self.norm_is_separate = self.takes_before_norm and not moved
+        if self.norm_is_separate:
+            if not hasattr(network, "norm"):
+                raise InputError(f"encoder {name}: tokens={tokens}, but the network has no norm after its last block")
+            self.final_norm, network.norm = network.norm, nn.Identity()
         features = self._probe()
-        if features.ndim == 4:  # convolutions are faster in this format, on CPUs and, in half precision, on GPUs
+        if self.takes_before_norm and features.ndim == 4:
+            raise InputError(f"encoder {name}: tokens={tokens}, but the network has a feature map and no tokens")
+        # Convolutions are faster in this format, on CPUs and in half precision on GPUs; GroupNorm is inaccurate in it.
+        if features.ndim == 4 and not any(isinstance(module, nn.GroupNorm) for module in network.modules()):
             self.network.to(memory_format=torch.channels_last)
         _, self.num_tokens, self.width = self._tokens(features)[:, self.num_prefix_tokens :].shape
 
@@ -124,16 +153,19 @@ class Encoder(nn.Module):
         if pixels.shape[-2:] != (self.input_size, self.input_size):
             pixels = F.interpolate(pixels, (self.input_size, self.input_size), mode="bicubic", align_corners=False)
         features = self.network.forward_features(pixels)
-        tokens = self._tokens(features)
-        cls_token = tokens[:, 0] if self.has_class_token else self._pooled(features, tokens)
-        return EncoderOutput(cls_token.float(), tokens[:, self.num_prefix_tokens :].float())
+        sequence = self._tokens(features)
+        tokens = self.final_norm(sequence)
+        pooled_from = tokens if self.norm_is_separate else features
+        cls_token = tokens[:, 0] if self.has_class_token else self._pooled(pooled_from, tokens)
+        patch_tokens = (sequence if self.takes_before_norm else tokens)[:, self.num_prefix_tokens :]
+        return EncoderOutput(cls_token.float(), patch_tokens.float())
 
     def _tokens(self, features: Tensor) -> Tensor:
-        """Return all tokens (N, prefix + T, D), normalized, of a sequence or of a map (channels first or last)."""
+        """Return all tokens (N, prefix + T, D) of a sequence or of a map (channels first or last)."""
         if features.ndim == 4:
             channels_last = getattr(self.network, "output_fmt", None) == "NHWC"
             features = features.flatten(1, 2) if channels_last else features.flatten(2).transpose(1, 2)
-        return self.final_norm(features)
+        return features
 
     def _pooled(self, features: Tensor, tokens: Tensor) -> Tensor:
         """Return (N, D), pooled as in timm (attention pool or mean), or the mean if the head changes the width."""
@@ -184,14 +216,15 @@ def load_encoder(spec: str, resolution: int, weights: str | Path | None = None, 
 
     spec: a name of `ENCODERS` or `timm/<model name>`, optionally followed by options `:key=value`. `input` is the input
     size in px (default: that of the encoder, times resolution/256); `mean` and `std` are the normalization (one number,
-    or three numbers separated by slashes); all other keys are arguments of `timm.create_model`.
-    weights: a safetensors or PyTorch file in the layout of timm or of the authors (DINOv2, MAE, MoCo v3, I-JEPA).
-    Position tables are resampled to the grid.
+    or three numbers separated by slashes); `tokens` is before-norm or after-norm, where the patch tokens are taken;
+    all other keys are arguments of `timm.create_model`.
+    weights: a safetensors or PyTorch file in the layout of timm or of the authors (DINOv2, MAE, MoCo v3, I-JEPA, CLIP),
+    local or on the hub (`owner/name/file`). Position tables are resampled to the grid.
     Raises InputError if the encoder or an option is unknown, the weights do not fit, or the hub is unreachable.
     """
     line, input_size = _resolve(spec, resolution)
     weights = weights or _hub_weights(spec, line)
-    return _build(spec, line, input_size, _read_weights(Path(weights), line), weights).to(device)
+    return _build(spec, line, input_size, _read_weights(weights, line), weights).to(device)
 
 
 def untrained_encoder(spec: str, resolution: int, device: Device = "cpu") -> Encoder:
@@ -218,7 +251,10 @@ def _resolve(spec: str, resolution: int) -> tuple[EncoderSpec, int]:
     given = dict(_parse_option(spec, option) for option in options)
     fixed_input = given.pop("input", None)
     normalization = {key: _three_numbers(spec, key, given.pop(key)) for key in ("mean", "std") if key in given}
-    line = dataclasses.replace(line, **normalization, options={**line.options, **given})
+    tokens = given.pop("tokens", line.tokens)
+    if tokens not in TOKENS:
+        raise InputError(f"encoder {spec}: tokens={tokens}; allowed: {', '.join(TOKENS)}")
+    line = dataclasses.replace(line, **normalization, tokens=tokens, options={**line.options, **given})
     if fixed_input is not None:
         if not isinstance(fixed_input, int) or fixed_input < 1:
             raise InputError(f"encoder {spec}: input={fixed_input}; allowed: a whole number of px")
@@ -232,9 +268,26 @@ def _resolve(spec: str, resolution: int) -> tuple[EncoderSpec, int]:
 
 
 def _suggestion(name: str, known: Iterable[str]) -> str:
-    spelt = {other.lower(): other for other in known}
-    near = [spelt[match] for match in difflib.get_close_matches(name.lower(), spelt, n=3, cutoff=0.6)]
+    """Return a hint at the names nearest to an unknown one; of equally near names, those that `known` has first."""
+    text = name.lower()
+    nearness = {other: difflib.SequenceMatcher(None, text, other.lower()).ratio() for other in known}
+    near = sorted((other for other in nearness if nearness[other] >= 0.6), key=nearness.__getitem__, reverse=True)[:3]
     return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def name_with_tokens(specs: str, default: str | None = None) -> str:
+    """Return names of encoders with the option `tokens` where `ENCODERS` has before-norm. Runs record these names.
+
+    `default` is the value for a name without the option; None: that of `ENCODERS`. A record without the option is older
+    than the option: its tokens were taken after the norm, so it has to be read with `default=AFTER_NORM`.
+    """
+    names = [name.strip() for name in specs.split(",")]
+    for index, name in enumerate(names):
+        base, *options = name.split(":")
+        tokens = ENCODERS[base].tokens if base in ENCODERS else AFTER_NORM
+        if tokens == BEFORE_NORM and not any(option.startswith("tokens=") for option in options):
+            names[index] = f"{name}:tokens={default or tokens}"
+    return ",".join(names)
 
 
 def _parse_option(spec: str, option: str) -> tuple[str, Any]:
@@ -278,25 +331,30 @@ def _hub_weights(spec: str, line: EncoderSpec) -> Path:
     return hub_file(cfg.hf_hub_id, cfg.hf_hub_filename or "model.safetensors", instead)
 
 
-def _read_weights(path: Path, line: EncoderSpec) -> dict[str, Any]:
+def _read_weights(name: str | Path, line: EncoderSpec) -> dict[str, Any]:
     """Return the parameters of a file without the classifier, in the file's layout. Code in a file is never run."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    if not path.is_file():
-        raise InputError(f"--enc-weights {path}: no such file")
+    path = local_or_hub(name, "a safetensors or PyTorch file, local or on the hub (owner/name/file)", "--enc-weights")
+    if not isinstance(path, Path):
+        instead = f"There is no local file {name} either"
+        path = hub_file(path.repo, path.inside or "model.safetensors", instead)
+    if path.is_dir():
+        raise InputError(f"--enc-weights {path}: is a folder; allowed: a safetensors or PyTorch file")
     try:
-        is_plain = path.suffix == ".safetensors"
-        checkpoint = load_file(path) if is_plain else torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, SafetensorError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        problem = f"damaged, no file of weights, or one with code, which is never run ({first_line(error)})"
-        raise InputError(f"--enc-weights {path}: {problem}") from error
+        checkpoint = load_file(path) if path.suffix == ".safetensors" else read_weights_file(path)
+    except InputError as error:
+        raise InputError(f"--enc-weights {error}") from error
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"--enc-weights {path}: {unreadable(path, 'safetensors file')}") from error
     for wrapper in ("state_dict", "model"):
         if isinstance(checkpoint, dict) and isinstance(checkpoint.get(wrapper), dict):
             checkpoint = checkpoint[wrapper]
     checkpoint = {str(key): value for key, value in checkpoint.items()} if isinstance(checkpoint, dict) else {}
     if any(key.startswith(line.prefix) for key in checkpoint):
         checkpoint = {k.removeprefix(line.prefix): v for k, v in checkpoint.items() if k.startswith(line.prefix)}
+    checkpoint = {k: v for k, v in checkpoint.items() if k.removeprefix("module.") != CLIP_PROJECTION}
     classifier = _pretrained_cfg(line.model).classifier or ()
     heads = tuple(f"{name}." for name in ((classifier,) if isinstance(classifier, str) else classifier))
     state = {key: value for key, value in checkpoint.items() if not key.startswith(heads)}
@@ -327,9 +385,9 @@ def _build(
         network = create(model, pretrained=state is not None, **options)
     except (TypeError, ValueError, RuntimeError, AssertionError, KeyError) as error:
         culprit = f"--enc-weights {source}: does not fit encoder {spec}" if state else f"encoder {spec}"
-        raise InputError(f"{culprit}: {_brief(error)}") from error
+        raise InputError(f"{culprit}: {mismatch(error) or _brief(error)}") from error
     network.pretrained_cfg["state_dict"] = None  # a second copy of all parameters
-    return Encoder(spec, network, input_size, line.mean or cfg.mean, line.std or cfg.std)
+    return Encoder(spec, network, input_size, line.mean or cfg.mean, line.std or cfg.std, line.tokens)
 
 
 def _brief(error: Exception) -> str:

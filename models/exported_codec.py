@@ -13,7 +13,7 @@ from typing import Any
 
 from common.io import InputError, atomic_write, read_json
 from models.autoencoder import CODECS, CONFIG_FILE, LOCAL_CODEC, WEIGHTS_FILE, LatentFormat
-from models.hub import hub_file
+from models.hub import HubName, hub_folder
 from models.safetensors_format import CODEC_FOLDER
 from models.safetensors_format import WEIGHTS_FILE as NETWORK_FILE
 
@@ -23,8 +23,8 @@ CODEC_FILES = (CONFIG_FILE, WEIGHTS_FILE)
 def export_codec(latent_format: LatentFormat, dest: Path) -> dict[str, Any]:
     """Return the entry `codec` of an export to `dest`, after copying a codec that is a local folder into it.
 
-    If `dest` is a single file, or the folder is not on this machine, the entry only
-    says that the codec has to be given, and a warning on stderr says so too. Raises InputError if a file is missing.
+    If `dest` is a single file, or the folder is not on this machine, the entry only says that the codec has to be
+    given, and a warning on stderr says so too. Raises InputError if a file is missing.
     """
     name, codec = latent_format.codec, latent_format.to_json()
     folder = Path(name)
@@ -46,16 +46,16 @@ def export_codec(latent_format: LatentFormat, dest: Path) -> dict[str, Any]:
     return {**codec, "codec": CODEC_FOLDER}
 
 
-def hub_export(repo: str) -> Path:
+def hub_export(place: HubName) -> Path:
     """Return the local folder of an export on the hub, with its codec if the export contains one.
 
     Raises InputError if a file is neither in the local cache nor downloadable.
     """
-    instead = f"Put its {CONFIG_FILE} and {NETWORK_FILE} into a folder and give that folder instead."
-    config, _ = (hub_file(repo, name, instead) for name in (CONFIG_FILE, NETWORK_FILE))
-    content = read_json(config)
+    instead = f"Download both files of {place.repo} into a folder and give that folder, or give owner/name/FILE"
+    folder = hub_folder(place, (CONFIG_FILE, NETWORK_FILE), instead)
+    content = read_json(folder / CONFIG_FILE)
     codec = content.get("codec") if isinstance(content, dict) else None
     if isinstance(codec, dict) and codec.get("codec") == CODEC_FOLDER:
-        for file in CODEC_FILES:
-            hub_file(repo, f"{CODEC_FOLDER}/{file}", f"Put the folder {CODEC_FOLDER} next to {CONFIG_FILE} as well.")
-    return config.parent
+        files = [f"{CODEC_FOLDER}/{file}" for file in CODEC_FILES]
+        hub_folder(place, files, f"Put the folder {CODEC_FOLDER} next to {CONFIG_FILE}, and give the folder of both")
+    return folder

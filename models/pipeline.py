@@ -27,7 +27,6 @@ from tqdm import tqdm
 from common.classes import ClassSet
 from models.autoencoder import Codec, KLCodec, LatentFormat, load_decoder
 from models.checkpoint import build_model, checkpoint_classes, load_checkpoint, saved_settings, steps_done
-from models.exported_codec import hub_export
 from models.interpolant import Interpolant
 from models.safetensors_format import CODEC_FOLDER, write_network
 from models.sit import SiT
@@ -71,12 +70,10 @@ class REGPipeline(DiffusionPipeline):
         """Return the pipeline of an exported network or checkpoint. Raises InputError if a file is missing or damaged.
 
         Args:
-            path: a local folder, .safetensors file or checkpoint, or a hub repository "owner/name".
+            path: as for `models.checkpoint.load_checkpoint`, such as a local folder or a hub repository "owner/name".
             vae: the codec, its name or its folder; default: see `load_decoder`.
             torch_dtype: dtype of network and codec; default: float32.
         """
-        if not Path(path).exists():
-            path = hub_export(str(path))
         checkpoint = load_checkpoint(path)
         settings = saved_settings(checkpoint, path)
         codec = vae if isinstance(vae, Codec) else load_decoder(LatentFormat.from_json(settings.get("codec")), vae)

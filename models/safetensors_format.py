@@ -19,10 +19,13 @@ from torch import Tensor
 
 from common.io import InputError, atomic_write, read_json, write_json
 from models.sit import SiTConfig
+from models.weights_file import unreadable
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 CODEC_FOLDER = "vae"  # in the folder of an export; also the name of this codec in the configuration
+PIPELINE_FILE = "model_index.json"  # of a diffusers pipeline, whose parts are in folders
+CLASS_NAME = "SiT"
 
 
 def is_exported(path: Path) -> bool:
@@ -54,24 +57,26 @@ def read_network(path: str | Path) -> dict[str, Any]:
     """Return an exported network as a checkpoint: `ema`, and what its configuration has of `args`, `steps`, `network`
     and `classes`.
 
-    Raises InputError if a file is missing or damaged.
+    Raises InputError if a file is missing or damaged, or if the configuration is that of another class.
     """
     from safetensors import SafetensorError, safe_open
 
     path = Path(path)
-    config = read_json(path / CONFIG_FILE) if path.is_dir() else None
+    config = None
+    if path.is_dir():
+        config = read_json(_config_file(path))
+        _check_class(config, path / CONFIG_FILE)
     path = weights_file(path)
     if not path.is_file():
-        raise InputError(f"{path}: no such file")
+        raise InputError(f"{path}: no such file; an exported network has {CONFIG_FILE} and {WEIGHTS_FILE}")
     try:
         with safe_open(path, "pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
             header = file.metadata() or {}
         config = config or json.loads(header.get("config", "{}"))
     except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"{path}: not a readable safetensors file ({error})") from error
-    if not isinstance(config, dict):
-        raise InputError(f"{path}: its configuration is a {type(config).__name__}; expected an object")
+        raise InputError(f"{path}: {unreadable(path, 'safetensors file')}") from error
+    _check_class(config, path)
     content = {"ema": state}
     codec = config.get("codec")
     if isinstance(codec, dict) and codec.get("codec") == CODEC_FOLDER:
@@ -84,3 +89,33 @@ def read_network(path: str | Path) -> dict[str, Any]:
     if "classes" in config:
         content["classes"] = config["classes"]
     return content
+
+
+def _config_file(folder: Path) -> Path:
+    """Return the path of a folder's configuration. Raises InputError, which says what the folder is, if it has none."""
+    path = folder / CONFIG_FILE
+    if path.is_file():
+        return path
+    if (folder / PIPELINE_FILE).is_file():
+        pipeline = read_json(folder / PIPELINE_FILE)
+        name = pipeline.get("_class_name") if isinstance(pipeline, dict) else None
+        raise InputError(f"{folder}: a diffusers pipeline ({name}) without {CONFIG_FILE} of an exported network")
+    raise InputError(f"{path}: no such file; allowed: a run's folder, or the folder of an exported network")
+
+
+def _check_class(config: Any, source: Path) -> None:
+    """Raise InputError, naming the class, if a configuration is that of another network."""
+    if not isinstance(config, dict):
+        raise InputError(f"{source}: its configuration is a {type(config).__name__}; expected an object")
+    if (name := class_name(config)) not in (None, CLASS_NAME):
+        raise InputError(
+            f"{source}: the configuration of another class, {name}; expected an exported network, {CLASS_NAME}"
+        )
+
+
+def class_name(config: Any) -> str | None:
+    """Return the class in a config.json of diffusers or transformers, None if it names none."""
+    if not isinstance(config, dict):
+        return None
+    first = config.get("architectures") or [None]
+    return config.get("_class_name") or (first[0] if isinstance(first, list) else None) or config.get("model_type")

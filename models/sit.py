@@ -122,11 +122,11 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(TIME_FEATURES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
     @staticmethod
-    def features(t: Tensor) -> Tensor:
-        """Return [cos, sin] of t at geometric frequencies, (N, 256) float32. t is not multiplied by 1000."""
+    def features(t: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return [cos, sin] of t at geometric frequencies, (N, 256) of `dtype`. t is not multiplied by 1000."""
         half = TIME_FEATURES // 2
         frequencies = torch.exp(-math.log(10000) / half * torch.arange(half, dtype=torch.float32, device=t.device))
-        angles = t.float()[:, None] * frequencies  # (N, 128)
+        angles = t.to(dtype)[:, None] * frequencies  # (N, 128)
         return torch.cat([angles.cos(), angles.sin()], dim=-1)  # (N, 256)
 
     def forward(self, t: Tensor) -> Tensor:

@@ -115,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     accelerator = Accelerator(kwargs_handlers=[long_collective_timeout()])
     torch.backends.cudnn.deterministic = True  # an interrupted run must give the bytes of an uninterrupted one
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = config.tf32
-    codec = load_codec(config.vae, accelerator.device).to(memory_format=torch.channels_last)
+    codec = load_codec(config.vae, accelerator.device)
     if resolution % codec.format.factor:
         needed = f"codec {config.vae} needs a multiple of {codec.format.factor}"
         raise InputError(f"{config.source}: images of {resolution} px; {needed}")

@@ -4,7 +4,8 @@
 
 checks that images and latents form pairs and that their labels match, decodes every image, and reads all latents
 (shape, finite values, standard deviation not negative). It writes `DATA/checksums.sha256` or compares with the existing
-file. It decodes some latents, prints their PSNR against the images, and saves the pairs as a picture, DATA/verify.png.
+file. It compares the magnitude of the scaled latents with that of their codec, decodes some latents, prints their PSNR
+against the images, and saves the pairs as a picture, DATA/verify.png.
 The exit status is 2 if there is an error.
 """
 
@@ -33,6 +34,10 @@ CHUNK = 200  # items per task of a worker
 ERRORS_SHOWN = 20
 SHEET_COLUMNS = 8
 CHECKSUM_FILE = "checksums.sha256"
+# Root mean square of all scaled latents. Correct ones of TAESD: 0.77 for photographs, 0.58 for grey images, 1.63 for
+# black ones; at Stable Diffusion's scale, 0.18215, they have 0.11 to 0.30. Those of Stable Diffusion have 0.8 to 1.1,
+# and 5 without their scale. Pixels are from -1 to 1, and their magnitude depends on the images only.
+MAGNITUDE, PIXEL_MAGNITUDE = (0.4, 2.5), (0.0, 1.001)
 MIN_PSNR = 15.0  # dB; the weakest codec here (TAESD) reaches 23.7, latents of other images about 9
 
 
@@ -124,6 +129,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if found.count:
         mean, std = latent_statistics(found, dataset.latent_format)
         print(f"scaled latents by channel: mean {np.round(mean, 3)}, standard deviation {np.round(std, 3)}")
+        errors += check_magnitude(mean, std, dataset)
 
     # Decode some latents, and report.
     if codec is not None and not errors:
@@ -191,6 +197,20 @@ def latent_statistics(found: Findings, latent_format: LatentFormat) -> tuple[np.
     mean, square = found.sums / found.count
     deviation = np.sqrt(np.maximum(square - mean**2, 0))
     return (mean - shift) * scale, deviation * scale
+
+
+def check_magnitude(mean: np.ndarray, std: np.ndarray, dataset: LatentDataset) -> list[str]:
+    """Return an error if scaled latents of this mean and standard deviation (C,) cannot be those of their codec."""
+    codec, magnitude = dataset.latent_format, float(np.sqrt(np.mean(mean**2 + std**2)))
+    low, high = PIXEL_MAGNITUDE if codec.codec == "pixel" else MAGNITUDE
+    if low <= magnitude <= high:
+        return []
+    expected = f"the scaled latents of {codec.codec} have a root mean square of {low:g} to {high:g}"
+    question = "is that the codec that made them, and is its scale right?"
+    named = f"{dataset.latents.describe('dataset.json')} says codec {codec.codec}, scale {codec.scale}"
+    if "dataset.json" not in dataset.latents:
+        named = f"{dataset.latents.path} has no dataset.json, which means codec {codec.codec}, scale {codec.scale}"
+    return [f"{dataset.latents.path}: root mean square {magnitude:.3g}, but {expected}: {question} {named}"]
 
 
 def decoding_codec(config: VerifyConfig, latent_format: LatentFormat) -> Codec:

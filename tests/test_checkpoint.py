@@ -5,6 +5,7 @@ import pickle
 import shutil
 import subprocess
 
+import numpy as np
 import pytest
 import torch
 
@@ -24,6 +25,7 @@ from models.checkpoint import (
     load_model,
     network_config,
     save_checkpoint,
+    steps_done,
 )
 from models.sit import SiT, SiT_models
 from tests.test_sit import inputs, randomise, small
@@ -186,6 +188,23 @@ def test_a_network_is_rebuilt_from_its_entry(tmp_path, options):
         assert torch.equal(rebuilt(x, t, y, cls).velocity, model(x, t, y, cls).velocity)
 
 
+def test_settings_of_numpy_and_paths_are_read(tmp_path):
+    model = small()
+    args = argparse.Namespace(num_heads=np.int64(2), encoder_depth=np.int32(2), path_type="linear", output_dir=tmp_path)
+    torch.save({"ema": model.state_dict(), "args": args, "steps": np.int64(5)}, tmp_path / "numpy.pt")
+    checkpoint = load_checkpoint(tmp_path / "numpy.pt")
+    assert build_model(checkpoint).config.num_heads == 2 and steps_done(checkpoint) == 5
+    assert checkpoint["args"].output_dir == str(tmp_path)
+
+
+def test_the_weights_that_do_not_fit_are_counted():
+    state = small(depth=2).state_dict() | {f"blocks.1.extra.{k}": torch.zeros(1) for k in range(9)}
+    del state["t_embedder.mlp.2.bias"]
+    text = r"describes; missing: 1 \(t_embedder\.mlp\.2\.bias\); unexpected: 9 \(blocks\.1\.extra\.0, .* and 5 more\)$"
+    with pytest.raises(InputError, match=rf"odd\.pt: the weights do not fit the network that it {text}"):
+        build_model({"ema": state, "args": argparse.Namespace(num_heads=2)}, source="odd.pt")
+
+
 CONTRADICTIONS = {
     "depth": ({"depth": 4}, "network has depth 4, but the weights have 3"),
     "huge depth": ({"depth": 10**12}, f"network has depth {10**12}, but the weights have 3"),
@@ -278,7 +297,9 @@ def test_code_in_a_checkpoint_is_refused_not_run(tmp_path, trap, as_zip):
 
 
 def test_missing_file_and_latest(tmp_path):
-    with pytest.raises(InputError, match="no such checkpoint file"):
+    with pytest.raises(
+        InputError, match=r"none\.pt: no such file or folder; allowed: a checkpoint file, a run's folder"
+    ):
         load_checkpoint(tmp_path / "none.pt")
     assert list_checkpoints(tmp_path) == []
     for name in ("0000010.pt", "0000200.pt", "best.pt", ".0000300.pt.12.tmp"):

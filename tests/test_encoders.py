@@ -120,6 +120,111 @@ def test_moco_checkpoint_gives_its_base_encoder(tmp_path):
     assert torch.equal(moco.cls_token, ours.cls_token) and torch.equal(moco.patch_tokens, ours.patch_tokens)
 
 
+SIZES = {"depth": 1, "embed_dim": 96, "num_heads": 3}  # so that the networks are built quickly
+SMALL = ":".join(f"{key}={value}" for key, value in SIZES.items())
+BY_TOKENS = {"clip-vit-b": encoders.BEFORE_NORM, "mae-vit-b": encoders.BEFORE_NORM, "dinov1-vit-b": encoders.AFTER_NORM}
+
+
+@pytest.mark.parametrize("name", BY_TOKENS)
+def test_patch_tokens_are_taken_where_repa_takes_them(tmp_path, name):
+    """For CLIP and MAE before the last norm, by default; the class token after it in each case."""
+    network = save_timm(tmp_path / "w.safetensors", ENCODERS[name].model, **SIZES, img_size=64, num_classes=0)
+    images = random_images()
+
+    def encoded(tokens):
+        return load_encoder(f"{name}:{SMALL}:input=64{tokens}", 256, tmp_path / "w.safetensors")(images)
+
+    line = encoders._resolve(name, 256)[0]
+    cfg = encoders._pretrained_cfg(line.model)
+    mean, std = (torch.tensor(value).view(-1, 1, 1) for value in (cfg.mean, cfg.std))
+    seen = []
+    network.norm.register_forward_hook(lambda module, inputs, output: seen.extend([inputs[0], output]))
+    with torch.no_grad():
+        network.forward_features((images / 255 - mean) / std)
+    before, after = seen
+    assert (before - after).abs().mean() > 0.01
+    for tokens, expected in (("", BY_TOKENS[name]), *((f":tokens={value}", value) for value in encoders.TOKENS)):
+        output = encoded(tokens)
+        patches = before if expected == encoders.BEFORE_NORM else after
+        torch.testing.assert_close(output.patch_tokens, patches[:, 1:])
+        torch.testing.assert_close(output.cls_token, after[:, 0])
+
+
+def test_a_pooled_class_token_does_not_depend_on_where_tokens_are_taken(tmp_path):
+    save_timm(tmp_path / "w.safetensors", "vit_base_patch16_siglip_256", depth=1)
+    before, after = (
+        load_encoder(f"timm/vit_base_patch16_siglip_256:depth=1:tokens={tokens}", 256, tmp_path / "w.safetensors")(
+            random_images()
+        )
+        for tokens in encoders.TOKENS
+    )
+    torch.testing.assert_close(before.cls_token, after.cls_token)
+    assert (before.patch_tokens - after.patch_tokens).abs().mean() > 0.01
+
+
+@pytest.mark.parametrize("network, text", [("resnet18", "no norm"), ("swin_tiny_patch4_window7_224", "a feature map")])
+def test_a_network_without_a_last_norm_of_tokens_has_no_tokens_before_it(network, text):
+    with torch.device("meta"), pytest.raises(InputError, match=f"tokens=before-norm, but the network has {text}"):
+        encoders.untrained_encoder(f"timm/{network}:tokens=before-norm", 256, "meta")
+
+
+def test_recorded_names_keep_their_meaning():
+    """A record without the option is older than the option."""
+    specs = "clip-vit-L, dinov2-vit-b,mae-vit-b:input=112,clip-vit-b:tokens=after-norm"
+    now = (
+        "clip-vit-L:tokens=before-norm,dinov2-vit-b,mae-vit-b:input=112:tokens=before-norm,clip-vit-b:tokens=after-norm"
+    )
+    assert encoders.name_with_tokens(specs) == now
+    assert encoders.name_with_tokens(specs, encoders.AFTER_NORM) == now.replace("before", "after")
+    assert encoders.name_with_tokens(now, encoders.AFTER_NORM) == now
+    assert encoders.name_with_tokens("none") == "none"
+
+
+def test_a_run_keeps_where_its_tokens_are_taken():
+    from training.config import check_same_run
+
+    for saved in ("clip-vit-b", "clip-vit-b:tokens=after-norm"):
+        with pytest.raises(
+            InputError, match=r"--enc-type is clip-vit-b:tokens=before-norm, .*clip-vit-b:tokens=after-norm"
+        ):
+            check_same_run({"enc_type": "clip-vit-b"}, {"enc_type": saved}, "run")
+        check_same_run({"enc_type": "clip-vit-b:tokens=after-norm"}, {"enc_type": saved}, "run")
+    check_same_run({"enc_type": "clip-vit-b"}, {"enc_type": "clip-vit-b:tokens=before-norm"}, "run")
+    check_same_run({"enc_type": "dinov2-vit-b"}, {"enc_type": "dinov2-vit-b"}, "run")
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_openai_layout_of_clip_equals_timm_layout(tmp_path, prefix):
+    network = save_timm(tmp_path / "timm.safetensors", ENCODERS["clip-vit-b"].model, **SIZES)
+    swaps = {
+        "patch_embed.proj": "conv1", "norm_pre": "ln_pre", "blocks.": "transformer.resblocks.", "norm1": "ln_1",
+        "norm2": "ln_2", "attn.qkv.": "attn.in_proj_", "attn.proj": "attn.out_proj", "mlp.fc1": "mlp.c_fc",
+        "mlp.fc2": "mlp.c_proj", "cls_token": "class_embedding", "pos_embed": "positional_embedding",
+    }  # fmt: skip
+    openai = {f"{prefix}visual.proj": torch.zeros(96, 512), f"{prefix}logit_scale": torch.tensor(1.0)}
+    for name, value in network.state_dict().items():
+        if name.startswith("head."):
+            continue
+        for ours, theirs in swaps.items():
+            name = name.replace(ours, theirs)
+        name = "ln_post" + name.removeprefix("norm") if name.startswith("norm.") else name
+        openai[f"{prefix}visual.{name}"] = value.squeeze(0) if "embedding" in name else value
+    openai[f"{prefix}visual.class_embedding"] = openai[f"{prefix}visual.class_embedding"].flatten()
+    torch.save({**openai, f"{prefix}transformer.resblocks.0.ln_1.bias": torch.zeros(2)}, tmp_path / "openai.pt")
+    ours, theirs = (
+        load_encoder(f"clip-vit-b:{SMALL}", 256, tmp_path / name)(random_images())
+        for name in ("timm.safetensors", "openai.pt")
+    )
+    assert torch.equal(ours.cls_token, theirs.cls_token) and torch.equal(ours.patch_tokens, theirs.patch_tokens)
+
+
+def test_mocov3_s_has_heads_of_32():
+    """MoCo v3 (arXiv 2104.02057, appendix) trained a ViT-S with 12 heads."""
+    with torch.device("meta"):
+        attention = encoders._build("mocov3-vit-s", *encoders._resolve("mocov3-vit-s", 256)).network.blocks[0].attn
+    assert (attention.num_heads, attention.head_dim) == (12, 32)
+
+
 @pytest.mark.parametrize(
     ("spec", "width", "num_tokens"),
     [
@@ -188,6 +293,11 @@ def test_several_encoders_and_the_number_of_tokens(tmp_path):
     ("spec", "message"),
     [
         ("dinov2-vitb", "did you mean dinov2-vit-b"),
+        ("dinov2", "did you mean dinov2-vit-b or dinov2-vit-s or"),
+        ("DINOv2-B", "did you mean dinov2-vit-b or"),
+        ("dino", "unknown; allowed: dinov2-vit-b, "),
+        ("mae", "allowed: dinov2-vit-b"),
+        ("clip-vit-b:tokens=before", "tokens=before; allowed: before-norm, after-norm"),
         ("clip-vit-l", "did you mean clip-vit-L"),
         ("timm/vit_smal_patch14_dinov2", "did you mean vit_small_patch14_dinov2"),
         ("timm/resnet18.nonsense", "no such model"),
@@ -207,21 +317,34 @@ def test_errors_name_unusable_weights(tmp_path):
     network = save_timm(path, "vit_tiny_patch16_224", depth=2)
     with pytest.raises(InputError, match=r"depth_=2.*depth_"):
         load_encoder("timm/vit_tiny_patch16_224:depth_=2", 256, path)
-    with pytest.raises(InputError, match=r"w\.safetensors: does not fit .*Missing key.*blocks\.2"):
+    with pytest.raises(
+        InputError,
+        match=r"w\.safetensors: does not fit .*: missing: 12 \(blocks\.2\.attn\.proj\.bias, .* and 8 more\)$",
+    ):
         load_encoder("timm/vit_tiny_patch16_224:depth=3", 256, path)
-    with pytest.raises(InputError, match=r"w\.safetensors: does not fit .*Unexpected key.*blocks\.1"):
+    with pytest.raises(
+        InputError,
+        match=r"w\.safetensors: does not fit .*: unexpected: 12 \(blocks\.1\.attn\.proj\.bias, .* and 8 more\)$",
+    ):
         load_encoder("timm/vit_tiny_patch16_224:depth=1", 256, path)
-    with pytest.raises(InputError, match=r"absent: no such file"):
+    with pytest.raises(
+        InputError, match=r"--enc-weights .*absent: no such file or folder; allowed: a safetensors or PyTorch file"
+    ):
         load_encoder(TINY_VIT, 256, tmp_path / "absent")
     path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(InputError, match=r"w\.safetensors: damaged"):
+    with pytest.raises(
+        InputError, match=r"--enc-weights .*w\.safetensors: not a readable safetensors file; it is truncated"
+    ):
         load_encoder(TINY_VIT, 256, path)
     for content in ({}, {"head.weight": torch.zeros(2, 2)}, torch.zeros(2)):
         torch.save(content, tmp_path / "empty.pth")
         with pytest.raises(InputError, match=r"empty\.pth: holds no parameters"):
             load_encoder(TINY_VIT, 256, tmp_path / "empty.pth")
     torch.save(network, tmp_path / "code.pth")
-    with pytest.raises(InputError, match=r"code\.pth: .*never run"):
+    with pytest.raises(
+        InputError,
+        match=r"--enc-weights .*code\.pth: refused, it holds timm\.models\.vision_transformer\.VisionTransformer; ",
+    ):
         load_encoder(TINY_VIT, 256, tmp_path / "code.pth")
 
 

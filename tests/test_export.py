@@ -121,6 +121,36 @@ def test_errors_name_the_damaged_file(checkpoint, tmp_path):
         load_model(tmp_path / "empty")
 
 
+def test_folders_and_files_of_others_are_named(tmp_path):
+    folder = tmp_path / "other"
+    folder.mkdir()
+    (folder / "model_index.json").write_text('{"_class_name": "DiTPipeline"}')
+    with pytest.raises(InputError, match=r"other: a diffusers pipeline \(DiTPipeline\) without config\.json"):
+        load_model(folder)
+    (folder / "config.json").write_text('{"_class_name": "DiTTransformer2DModel"}')
+    with pytest.raises(InputError, match=r"config\.json: the configuration of another class, DiTTransformer2DModel"):
+        load_model(folder)
+    for data, text in (
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "a pointer of Git LFS"),
+        (b"<!DOCTYPE html>", "a web page"),
+    ):
+        for name in ("x.safetensors", "x.pt"):
+            (tmp_path / name).write_bytes(data)
+            with pytest.raises(InputError, match=rf"{name}: not a .* but {text}"):
+                load_model(tmp_path / name)
+    (tmp_path / "y.pt").write_bytes((2).to_bytes(8, "little") + b"{}")
+    with pytest.raises(InputError, match=r"y\.pt: .* needs the ending \.safetensors"):
+        load_model(tmp_path / "y.pt")
+
+
+def test_a_run_is_not_resumed_from_an_export(checkpoint, tmp_path):
+    from training.state import load_resumable
+
+    export.export(checkpoint, tmp_path / "folder")
+    with pytest.raises(InputError, match=r"folder: cannot be resumed, it lacks model, opt; .* new run by --init-from"):
+        load_resumable(tmp_path / "folder")
+
+
 def test_nothing_is_overwritten_and_errors_are_one_line(checkpoint, tmp_path):
     (tmp_path / "there.safetensors").write_bytes(b"mine")
     with pytest.raises(InputError, match="there is something already"):

@@ -257,7 +257,7 @@ BAD = {
         "--mixed-precision bf16 excludes --network-dtype bf16",
     ),
     "unknown": (["--cfg-scal", "2"], "--cfg-scal: unknown argument; did you mean --cfg-scale?"),
-    "checkpoint": (["--ckpt", "nowhere.pt"], r"nowhere\.pt: no such checkpoint file"),
+    "checkpoint": (["--ckpt", "nowhere.pt"], r"nowhere\.pt: no such file or folder"),
     "codec": (["--vae", "nowhere"], "nowhere"),
 }
 

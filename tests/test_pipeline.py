@@ -213,9 +213,7 @@ def test_an_export_on_the_hub_brings_its_codec(tmp_path, monkeypatch):
     codec = load_codec(str(tmp_path / "codec"))
     export(write_checkpoint(tmp_path / "0000012.pt", codec.format.to_json()), tmp_path / "folder")
     asked = []
-    monkeypatch.setattr(
-        "models.exported_codec.hub_file", lambda repo, name, _: asked.append(name) or tmp_path / "folder" / name
-    )
+    monkeypatch.setattr("models.hub.hub_file", lambda repo, name, _: asked.append(name) or tmp_path / "folder" / name)
     assert REGPipeline.from_pretrained("owner/name").vae.format.channels == codec.format.channels
     assert asked[:2] == ["config.json", "model.safetensors"] and all(name.startswith("vae/") for name in asked[2:])
     assert len(asked) == 4

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,12 +15,15 @@ import torch
 from PIL import Image
 
 from common.io import InputError
+from models.autoencoder import SD_FORMAT, LatentFormat, load_codec
 from preprocessing import verify
 from preprocessing.destination import write_dataset_json
+from tests.test_autoencoder import photographs
 from tests.test_crops import header_only_png
 from tests.test_encode import make_images
 from tests.test_encode import run as run_encode
 
+ASSETS = os.environ.get("REG_ASSETS")
 LATENT = "vae-sd/00000/img-mean-std-00000003.npy"
 
 
@@ -167,11 +173,75 @@ def test_statistics_equal_those_of_sampled_latents():
     rng = np.random.default_rng(0)
     moments = np.stack([rng.normal(1, 2, (1, 100, 100)), np.full((1, 100, 100), 0.5)], axis=1)[0]
     found = verify.Findings(count=10_000, sums=np.array([[moments[0].sum()], [(moments**2).sum()]]))
-    latent_format = verify.LatentFormat("x", channels=1, factor=8, scale=0.5, shift=0.2)
+    latent_format = LatentFormat("x", channels=1, factor=8, scale=0.5, shift=0.2)
     mean, std = verify.latent_statistics(found, latent_format)
     drawn = latent_format.sample(torch.tensor(moments)[None], torch.tensor(rng.normal(size=(1, 1, 100, 100))))
     np.testing.assert_allclose(mean, drawn.mean(), atol=0.02)
     np.testing.assert_allclose(std, drawn.std(), atol=0.02)
+
+
+class Latents(dict):
+    """Stands for the files of latents with a dataset.json, or without."""
+
+    path = "vae-sd"
+
+    def describe(self, name):
+        return f"vae-sd/{name}"
+
+
+def magnitude_errors(moments, latent_format, files=("dataset.json",)):
+    found = verify.Findings()
+    for one in moments:
+        found.add_moments(np.asarray(one))
+    dataset = SimpleNamespace(latent_format=latent_format, latents=Latents.fromkeys(files))
+    return verify.check_magnitude(*verify.latent_statistics(found, latent_format), dataset)
+
+
+TAESD_FORMAT = LatentFormat("taesd", channels=4, factor=8)
+
+
+@pytest.mark.parametrize(
+    ("latent_format", "std", "is_right"),
+    [
+        (TAESD_FORMAT, 0.78, True),
+        (SD_FORMAT, 0.78, False),  # TAESD's, read as Stable Diffusion's
+        (SD_FORMAT, 1.6, False),  # the same for black images
+        (SD_FORMAT, 0.8 / 0.18215, True),
+        (SD_FORMAT, 1.1 / 0.18215, True),
+        (TAESD_FORMAT, 1 / 0.18215, False),  # Stable Diffusion's, read as TAESD's
+        (LatentFormat("pixel", channels=4, factor=1), 0.0, True),  # black images of digits
+        (LatentFormat("pixel", channels=4, factor=1), 0.5, True),
+        (LatentFormat("pixel", channels=4, factor=1), 1.5, False),
+    ],
+)
+def test_the_magnitude_of_latents_is_that_of_their_codec(latent_format, std, is_right):
+    mean = np.random.default_rng(0).normal(0, std, (3, 4, 64, 64))
+    errors = magnitude_errors([np.concatenate([one, np.zeros_like(one)]) for one in mean], latent_format)
+    assert len(errors) == (0 if is_right else 1)
+    if errors:
+        assert "vae-sd/dataset.json says codec" in errors[0] and "is its scale right?" in errors[0]
+
+
+def test_latents_of_a_wrong_scale_are_a_problem(data, capsys):
+    content = json.loads((data / "vae-sd/dataset.json").read_text())
+    content["codec"] = {**content["codec"], "codec": "taesd", "scale": 0.18215}
+    write_dataset_json(data / "vae-sd/dataset.json", content)
+    with pytest.raises(InputError, match="number of errors: 1;"):
+        run(data, "--reconstruct", "0")
+    said = capsys.readouterr().err
+    assert re.search(r"root mean square 0\.1\d*, but the scaled latents of taesd have .* of 0\.4 to 2\.5", said)
+
+
+@pytest.mark.assets
+@pytest.mark.skipif(not ASSETS, reason="REG_ASSETS is not set")
+def test_the_magnitude_of_real_latents():
+    """Photographs and flat images encoded by TAESD; read as Stable Diffusion's, each of them is found."""
+    codec = load_codec(str(Path(ASSETS) / "taesd"))
+    flat = torch.tensor([0, 128, 255], dtype=torch.uint8).view(3, 1, 1, 1).expand(3, 3, 64, 64)
+    for images in (photographs(6)[..., ::2, ::2], *flat.split(1)):
+        moments = codec.encode(images).numpy()
+        assert magnitude_errors(moments, codec.format) == []
+        assert "has no dataset.json, which means codec sd-vae-ft-mse" in magnitude_errors(moments, SD_FORMAT, ())[0]
 
 
 def test_a_codec_that_cannot_be_loaded_is_not_needed_without_decoding(data):

@@ -30,6 +30,7 @@ from common.cli import (
 from common.io import InputError
 from loss import ENTANGLED, FROM_ENCODER, TERMS
 from models.autoencoder import LatentFormat
+from models.encoders import AFTER_NORM, name_with_tokens
 from models.interpolant import PATHS
 from models.sit import ENCODER_DEPTHS, PRESETS, SiT_models, SiTConfig
 from training.randomness import TIME_DISTRIBUTIONS
@@ -293,6 +294,7 @@ def saved_args(config: TrainConfig, facts: RunFacts) -> dict[str, Any]:
     network = facts.network
     return {
         **asdict(config),
+        "enc_type": name_with_tokens(config.enc_type),
         "entangle": config.slot,
         "cls_token": config.slot != "none",
         "mixed_precision": config.precision,
@@ -320,6 +322,8 @@ def check_same_run(current: dict[str, Any], saved: dict[str, Any], source: str |
     changeable = settings(TrainConfig).keys() - fixed_settings(TrainConfig)
     for name, value in current.items():
         before = saved.get(name)
+        if name == "enc_type" and isinstance(value, str) and isinstance(before, str):
+            value, before = name_with_tokens(value), name_with_tokens(before, AFTER_NORM)
         if name not in changeable and value is not None and before is not None and value != before:
             raise InputError(
                 f"{flag(name)} is {value}, but {source} was started with {before}, and a run keeps this setting. To "

@@ -22,6 +22,7 @@ from models.autoencoder import Codec
 from models.checkpoint import list_checkpoints, load_checkpoint, network_weights
 from models.encoders import Encoder
 from models.sit import SiT
+from models.weights_file import mismatch
 from training.checkpoint_writer import CheckpointWriter
 from training.config import RunFacts, TrainConfig
 from training.guards import BadSteps, GuardedOptimizer
@@ -123,7 +124,7 @@ def restore_weights(checkpoint: dict[str, Any], model: SiT, average: SiT) -> Non
         model.load_state_dict(network_weights(checkpoint, "model"))
         average.load_state_dict(network_weights(checkpoint, "ema"))
     except RuntimeError as error:
-        raise InputError(f"the checkpoint does not fit the network of the flags: {error}") from error
+        raise InputError(f"the checkpoint does not fit the network of the flags; {mismatch(error)}") from error
 
 
 def restore_optimizer(checkpoint: dict[str, Any], optimizer: torch.optim.Optimizer, model: SiT) -> None:
@@ -207,5 +208,7 @@ def load_resumable(path: Path, verify: bool = True) -> dict[str, Any]:
     """Return a checkpoint from which a run can be resumed."""
     checkpoint = load_checkpoint(path, verify)
     if missing := {"model", "ema", "opt", "args", "steps"} - checkpoint.keys():
-        raise InputError(f"{path}: cannot be resumed, it lacks {', '.join(sorted(missing))}")
+        lacks = f"it lacks {', '.join(sorted(missing))}"
+        start = "an exported network starts a new run by --init-from"
+        raise InputError(f"{path}: cannot be resumed, {lacks}; allowed: a checkpoint of a run, and {start}")
     return checkpoint

@@ -1,0 +1,153 @@
+"""Files of weights: what is allowed in them, what is named, and that nothing is executed."""
+
+import argparse
+import datetime
+import pickle
+import types
+import zipfile
+from collections import OrderedDict
+from pathlib import Path, PureWindowsPath
+
+import numpy as np
+import pytest
+import torch
+
+from common.io import InputError
+from models import weights_file
+from models.weights_file import mismatch, read_weights_file
+
+ALLOWED = {
+    "float64": (np.float64(1.5), 1.5),
+    "float32": (np.float32(0.1), float(np.float32(0.1))),
+    "int64": (np.int64(-3), -3),
+    "bool": (np.bool_(True), True),
+    "big endian": (np.dtype(">i4").type(7), 7),
+    "dtype": (np.dtype("float32"), "f4"),
+    "path": (Path("a/b"), "a/b"),
+    "path of Windows": (PureWindowsPath("C:/a"), "C:\\a"),
+    "namespace": (argparse.Namespace(lr=np.float64(0.5)), argparse.Namespace(lr=0.5)),
+    "ordered": (OrderedDict(a=1), OrderedDict(a=1)),
+    "size": (torch.Size([2]), torch.Size([2])),
+    "torch dtype": (torch.float16, torch.float16),
+}
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+@pytest.mark.parametrize("value, expected", ALLOWED.values(), ids=ALLOWED)
+def test_plain_values_are_read(tmp_path, value, expected, is_zip):
+    content = {"ema": {"w": torch.ones(2)}, "args": argparse.Namespace(value=[value])}
+    torch.save(content, tmp_path / "w.pt", _use_new_zipfile_serialization=is_zip)
+    found = read_weights_file(tmp_path / "w.pt")
+    assert found["args"].value[0] == expected and not isinstance(found["args"].value[0], np.generic)
+    assert torch.equal(found["ema"]["w"], torch.ones(2))
+
+
+def test_a_simple_namespace_is_a_namespace(tmp_path):
+    torch.save({"args": types.SimpleNamespace(depth=3)}, tmp_path / "w.pt")
+    found = read_weights_file(tmp_path / "w.pt")["args"]
+    assert isinstance(found, argparse.Namespace) and found.depth == 3
+
+
+NAMED = {
+    "date": (datetime.date(2020, 1, 1), "datetime.date"),
+    "array": (np.zeros(2), "numpy.ndarray"),
+    "function": (print, "builtins.print"),
+    "module": (torch.nn.Linear(1, 1), "torch.nn.modules.linear.Linear"),
+    "class": (Path, "pathlib.Path"),
+}
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("value, name", NAMED.values(), ids=NAMED)
+def test_other_types_are_named_with_their_place(tmp_path, value, name, protocol, is_zip):
+    content = {"ema": {}, "args": argparse.Namespace(tables=[{"first": value}])}
+    torch.save(content, tmp_path / "w.pt", pickle_protocol=protocol, _use_new_zipfile_serialization=is_zip)
+    with pytest.raises(InputError) as error:
+        read_weights_file(tmp_path / "w.pt")
+    assert f"refused, it holds {name} (args.tables[0].first); allowed: tensors, numbers" in str(error.value)
+
+
+@pytest.mark.parametrize("protocol", [3, 4, 5])
+def test_the_protocol_is_named(tmp_path, protocol):
+    torch.save({"args": argparse.Namespace(a=1), "b": b"x"}, tmp_path / "w.pt", pickle_protocol=protocol)
+    with pytest.raises(InputError, match=f"it has pickle protocol {protocol}; allowed: 2, the default of torch.save"):
+        read_weights_file(tmp_path / "w.pt")
+
+
+def test_many_types_are_counted(tmp_path):
+    torch.save([datetime.date(2020, 1, day) for day in range(1, 10)], tmp_path / "w.pt")
+    with pytest.raises(InputError, match=r"datetime\.date \(\[0\]\), .*\(\[3\]\) and 5 more; allowed: "):
+        read_weights_file(tmp_path / "w.pt")
+
+
+def test_texts_of_pytorch_are_not_passed_on(tmp_path):
+    cyclic = []
+    cyclic.append(cyclic)
+    contents = [b"", b"hello", b"\x80", b"\x80\x02", b"\x80\x04K\x01.", pickle.dumps({"a": 1}), pickle.dumps(cyclic, 2)]
+    contents += [pickle.dumps(torch.zeros(2), protocol) for protocol in (2, 4)]
+    torch.save({"a": torch.zeros(9), "date": datetime.date(2020, 1, 1)}, tmp_path / "good.pt")
+    good = (tmp_path / "good.pt").read_bytes()
+    contents += [good[:size] for size in range(0, len(good), 50)]
+    contents += [good[:at] + b"\xff\x00" + good[at + 2 :] for at in range(0, len(good), 50)]
+    for data in contents:
+        (tmp_path / "w.pt").write_bytes(data)
+        try:
+            read_weights_file(tmp_path / "w.pt")
+        except InputError as error:
+            assert not any(
+                word in str(error) for word in ("weights_only", "torch.load(", "\n", "Unsupported", "<class")
+            )
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_other_archives_are_named(tmp_path):
+    network = torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2))
+    network.save(str(tmp_path / "program.pt"))
+    with pytest.raises(InputError, match=r"TorchScript program, .* torch\.save\(torch\.jit\.load\(\"program\.pt\""):
+        read_weights_file(tmp_path / "program.pt")
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        archive.writestr("a.png", b"")
+    with pytest.raises(InputError, match=r"images\.zip: a zip without weights"):
+        read_weights_file(tmp_path / "images.zip")
+    with pytest.raises(InputError, match="is a folder"):
+        read_weights_file(tmp_path)
+
+
+def test_an_outline_executes_nothing_and_changes_nothing(tmp_path):
+    """Code in a file may call anything, and may set attributes of classes."""
+    hostile = [
+        b"\x80\x02cargparse\nNamespace\n}X\x01\x00\x00\x00xK\x01sb.",  # BUILD on a class
+        b"\x80\x02cargparse\nNamespace\nN}X\x08\x00\x00\x00__init__K\x01s\x86b.",  # its slots
+        b"\x80\x02cbuiltins\nsetattr\ncargparse\nNamespace\nX\x01\x00\x00\x00xK\x01\x87R.",
+        b"\x80\x02cbuiltins\neval\nX\x10\x00\x00\x00open('ran', 'w') \x85R.",
+        b"\x80\x04\x95\xff\xff\xff\xff\xff\xff\xff\x7fK\x01.",  # a frame of 2^63 bytes
+        b"\x80\x02K\x01r\xff\xff\xff\xff.",  # memo 2^32
+        b"(" * 5_000,
+        b"]" * 5_000 + b"a" * 4_999 + b".",
+    ]
+    before = dict(vars(argparse.Namespace))
+    for data in hostile:
+        (tmp_path / "w.pt").write_bytes(data)
+        try:
+            read_weights_file(tmp_path / "w.pt")
+        except InputError as error:
+            assert "\n" not in str(error)
+    assert dict(vars(argparse.Namespace)) == before
+    assert not any(name in vars(weights_file._Placeholder) for name in ("x", "ran"))
+
+
+def test_a_mismatch_has_the_useful_part_first_and_is_short():
+    network = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(12)))
+    state = {name: value for name, value in network.state_dict().items() if not name.startswith(("3.", "10."))}
+    state |= {"0.weight": torch.zeros(3, 2), "head.bias": torch.zeros(1)}
+    with pytest.raises(RuntimeError) as error:
+        network.load_state_dict(state)
+    assert mismatch(error.value) == (
+        "missing: 4 (10.bias, 10.weight, 3.bias, 3.weight); unexpected: 1 (head.bias); "
+        "of another shape: 1 (0.weight [3, 2] instead of [2, 2])"
+    )
+    with pytest.raises(RuntimeError) as error:
+        network.load_state_dict({})
+    assert mismatch(error.value) == "missing: 24 (0.bias, 0.weight, 1.bias, 1.weight and 20 more)"
+    assert mismatch(RuntimeError("something else")) is None
