@@ -208,4 +208,4 @@ def finish(plan: SamplePlan, samples: SampleSet) -> None:
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(main, memory_advice="give it a smaller --per-proc-batch-size")
