@@ -200,7 +200,7 @@ BAD = {
     "resolution": (["--resolution", "32"], "--resolution 32: the data in .* have 16"),
     "batch": (["--gradient-accumulation-steps", "3"], r"--batch-size 8 \(global\) is not divisible"),
     "cuda": (["--device", "cuda"], "--device cuda: no CUDA device is available"),
-    "fp16": (["--mixed-precision", "fp16"], "--mixed-precision fp16 needs a CUDA device"),
+    "fp16": (["--mixed-precision", "fp16"], "--mixed-precision fp16, by this flag or .*, needs a CUDA device"),
     "tokens": (["--model", "SiT-S/2"], "16 tokens .* 64 latent tokens"),
     "slot": (["--enc-type", "none"], "--enc-type none: the class slot needs an encoder"),
     "patch mean": (
@@ -239,8 +239,8 @@ def test_a_run_is_never_overwritten_or_mixed_with_another(train_flags):
     before = (run / "metrics.jsonl").read_bytes()
     with pytest.raises(InputError, match="already holds a run; resume it with --resume latest"):
         run_training(flags)
-    with pytest.raises(InputError, match=r"--learning-rate is 0\.5, but .* was started with 0\.001"):
-        run_training([*flags, "--resume", "latest", "--learning-rate", "0.5"])
+    with pytest.raises(InputError, match=r"--adam-beta1 is 0\.5, but .* was started with 0\.9"):
+        run_training([*flags, "--resume", "latest", "--adam-beta1", "0.5"])
     with pytest.raises(InputError, match=r"--seed is 3, but .* was started with 0"):
         run_training([*flags, "--resume", "latest", "--seed", "3"])
     assert (run / "metrics.jsonl").read_bytes() == before
