@@ -139,7 +139,8 @@ def test_accumulation_and_bf16_change_rounding_only(train_flags, more):
 
 def test_two_processes_give_the_losses_of_one(train_flags):
     one = run_training(with_flags(train_flags, "--exp-name", "one"))
-    result = run_program("train.py", *with_flags(train_flags, "--exp-name", "two"), processes=2)
+    device = [] if torch.cuda.is_available() else ["--device", "auto"]  # without GPUs the processes join as well
+    result = run_program("train.py", *with_flags(train_flags, "--exp-name", "two", *device), processes=2)
     assert result.returncode == 0, result.stderr[-3000:]
     np.testing.assert_allclose(terms(one), terms(one.parent / "two"), rtol=1e-5, atol=1e-6)
     a, b = (load_checkpoint(one.parent / name / "checkpoints" / "0000004.pt")["ema"] for name in ("one", "two"))
