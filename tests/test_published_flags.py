@@ -12,7 +12,7 @@ from training.config import TrainConfig, parse_args
 
 REG_TRAIN = """--report-to=wandb --allow-tf32 --mixed-precision=fp16 --seed=0 --path-type=linear --prediction=v
     --weighting=uniform --model=SiT-B/2 --enc-type=dinov2-vit-b --proj-coeff=0.5 --encoder-depth=4
-    --output-dir=your_path --exp-name=reg_xlarge_dinov2_base_align_8_cls --batch-size=256 --data-dir=data_path/imagenet_vae --cls=0.03"""
+    --output-dir=your_path --exp-name=reg_xlarge_dinov2_base_align_8_cls --batch-size=256 --data-dir=data --cls=0.03"""
 REPA_TRAIN = """--report-to=wandb --allow-tf32 --mixed-precision=fp16 --seed=0 --path-type=linear --prediction=v
     --weighting=uniform --model=SiT-XL/2 --enc-type=dinov2-vit-b --proj-coeff=0.5 --encoder-depth=8 --output-dir=exps
     --exp-name=linear-dinov2-b-enc8 --data-dir=data --ops-head=16 --resume-step=0 --sampling-steps=10000"""
