@@ -15,6 +15,7 @@ from accelerate.utils import (
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
     broadcast_object_list,
+    check_cuda_p2p_ib_support,
     find_executable_batch_size,
     gather_object,
 )
@@ -61,6 +62,8 @@ def start_processes(
         raise InputError(f"process {number + 1} of this machine has no GPU: {found}; start fewer processes")
     if device == "auto" and not on_gpu and number == 0 and torch.backends.mps.is_available():
         print("note: Apple's GPU (MPS) is not used, because it has no float64: this program runs on the CPU")
+    if on_gpu and not check_cuda_p2p_ib_support():  # RTX 40: as accelerate's launcher does
+        os.environ.update(NCCL_P2P_DISABLE="1", NCCL_IB_DISABLE="1")
     return Accelerator(
         cpu=not on_gpu,
         mixed_precision=mixed_precision,

@@ -70,7 +70,7 @@ if ((NUM_PROCESSES > 1)); then # torchrun's own default is 1 thread
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 fi
 if [[ $(trap -p HUP) == *"''"* ]]; then # nohup; by default torchrun would end at SIGHUP nevertheless
-    export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGQUIT
+    export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGQUIT
 fi
 # By default, all restarts share one key-value store, and new processes may read the addresses of dead ones there.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1

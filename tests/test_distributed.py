@@ -95,6 +95,17 @@ def test_a_process_without_a_gpu_and_apples_gpu(monkeypatch, capsys):
     assert torch.cuda.is_available() or capsys.readouterr().out.count("this program runs on the CPU") == 1
 
 
+def test_gpus_without_peer_access_are_told_to_nccl(monkeypatch):
+    """Without it, accelerate ends a program that torchrun started on them."""
+    monkeypatch.setattr(distributed, "uses_cuda", lambda device: True)
+    monkeypatch.setattr(distributed, "check_cuda_p2p_ib_support", lambda: False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr(distributed, "Accelerator", lambda **how: how)
+    monkeypatch.setattr(distributed.os, "environ", environment := {})
+    assert start_processes("auto")["cpu"] is False
+    assert environment == {"NCCL_P2P_DISABLE": "1", "NCCL_IB_DISABLE": "1"}
+
+
 def device_that_holds(images, tried):
     """Return work that runs out of memory above a number of images."""
 

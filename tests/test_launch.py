@@ -192,7 +192,7 @@ def test_settings_that_are_refused(settings, message):
 FAKE_PYTHON = """#!/bin/sh
 [ "$1" = -W ] && echo "$GPUS" && exit
 echo "in $PWD: $*"
-echo "signals ${TORCHELASTIC_SIGNALS_TO_HANDLE:-all}"
+echo "signals ${PET_SIGNALS_TO_HANDLE:-all}"
 echo "${STATUS:-0}" > "$REG_STATUS_FILE"
 """
 TOOLS = ("bash", "sh", "dirname", "basename", "sed", "mktemp", "cat", "rm", "getconf", "nohup", "head", "realpath")
