@@ -133,6 +133,22 @@ class LatentDataset(Dataset):
         image, moments = self.image(i), self._moments(i, bool(mirrored))
         return image.flip(2) if mirrored else image, torch.from_numpy(moments), torch.tensor(self.labels[i])
 
+    def keep(self, count: int) -> None:
+        """Reduce the data set to `count` images, or to all if it has fewer: the first ones of each class in turn.
+
+        The number of classes stays; `classes` are those of the images that stay.
+        """
+        order = np.argsort(self.labels, kind="stable")
+        _, starts, sizes = np.unique(self.labels[order], return_index=True, return_counts=True)
+        rank = np.empty(len(order), dtype=np.int64)  # of an image among those of its class
+        rank[order] = np.arange(len(order)) - np.repeat(starts, sizes)
+        kept = np.sort(np.lexsort((self.labels, rank))[:count])
+        self.image_names, self.latent_names = self.image_names[kept], self.latent_names[kept]
+        self.labels = self.labels[kept]
+        labels = tuple(map(int, np.unique(self.labels)))
+        names = [self.classes.name(label) for label in labels] if self.classes.names else []
+        self.classes = ClassSet(labels, tuple(names))
+
     def image(self, i: int) -> Tensor:
         """Return image i, (3, R, R) uint8, without reading its latents. Raises InputError if it is broken."""
         return self.images.load(self.image_file(i), partial(_decode_image, side=self.resolution))

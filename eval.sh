@@ -6,14 +6,26 @@
 #     CFG_SCALE=2.3 GUIDANCE_HIGH=0.85 CKPT=... REF_BATCH=... bash eval.sh
 #
 # CKPT is a checkpoint, a run's folder for its newest checkpoint, an exported network, or a name of the hub. The same
-# command resumes an interrupted evaluation. The result is written next to the images, as result.json.
+# command resumes an interrupted evaluation. The result is written next to the images, as result.json. Relative paths
+# that are given mean the folder of the caller; the default is in the folder of this script.
 set -euo pipefail
-cd "$(dirname "$0")"
-source launch/launch.sh
+REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+if [ ! -e "$REPOSITORY/launch/launch.sh" ]; then # sbatch runs a copy of this script
+    original=$(scontrol show job "${SLURM_JOB_ID:-}" 2> /dev/null | sed -n 's/^ *Command=\([^ ]*\).*/\1/p') || true
+    for REPOSITORY in "$(dirname "$original")" "${SLURM_SUBMIT_DIR:-}" ""; do
+        [ ! -e "$REPOSITORY/launch/launch.sh" ] || break
+    done
+fi
+if [ -z "$REPOSITORY" ]; then
+    echo "eval.sh: error: its folder, which has launch/launch.sh, is not found; call sbatch in that folder, or submit the" \
+        'job with --wrap "srun bash /FOLDER/eval.sh"' >&2
+    exit 2
+fi
+source "$REPOSITORY/launch/launch.sh"
 
 CKPT=${CKPT:?must name the checkpoint to evaluate}
 REF_BATCH=${REF_BATCH:?must name the reference .npz, VIRTUAL_imagenet256_labeled.npz for ImageNet at 256 px}
-SAMPLE_DIR=${SAMPLE_DIR:-samples}            # folder of all sample sets
+SAMPLE_DIR=${SAMPLE_DIR:-$REPOSITORY/samples} # folder of all sample sets
 NUM_SAMPLES=${NUM_SAMPLES:-50000}            # images
 LABELS=${LABELS:-random}                     # random (as published) or balanced
 NUM_STEPS=${NUM_STEPS:-250}                  # SDE steps
@@ -35,7 +47,7 @@ RUN=$(dirname "$CKPT")
 if [ -e "$CKPT" ]; then RUN=$(basename "$(dirname "$(dirname "$(realpath "$CKPT")")")"); fi
 NAME=${NAME:-${RUN//\//-}-$(basename "$CKPT" .pt)-$NUM_STEPS-cfg-$CFG_SCALE-$CLS_CFG_SCALE-to-$GUIDANCE_HIGH-$LABELS}
 
-launch generate.py \
+launch "$REPOSITORY/generate.py" \
     --ckpt "$CKPT" \
     --sample-dir "$SAMPLE_DIR" \
     --name "$NAME" \
@@ -49,7 +61,7 @@ launch generate.py \
     --per-proc-batch-size "$BATCH_SIZE" \
     "$@"
 
-launch evaluations/evaluator.py \
+launch "$REPOSITORY/evaluations/evaluator.py" \
     --ref_batch "$REF_BATCH" \
     --sample_batch "$SAMPLE_DIR/$NAME/samples.npz" \
     --save_path "$SAMPLE_DIR/$NAME/result.json" \

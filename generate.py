@@ -12,7 +12,6 @@ Without --name, samples.npz also gets the name that the published script gives i
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,8 +27,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.classes import ClassSet, label_ranges
-from common.cli import AUTO, parse, uses_cuda
-from common.distributed import broadcast_from_main, largest_batch, long_collective_timeout, to_host
+from common.cli import AUTO, changed, parse
+from common.distributed import broadcast_from_main, largest_batch, long_collective_timeout, start_processes, to_host
 from common.io import InputError, progress_bar, run_cli, write_json
 from evaluations.coherence import CoherenceReport
 from evaluations.comparison import PUBLISHED_COUNT
@@ -128,10 +127,7 @@ def start_accelerator(config: GenerateConfig) -> Accelerator:
     if config.local_rank is not None and torch.cuda.is_available():
         torch.cuda.set_device(config.local_rank)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
-    handlers = [long_collective_timeout()]
-    # Without `cpu=True`, processes on a machine without a GPU would not join.
-    cpu = not uses_cuda(config.device)
-    return Accelerator(cpu=cpu, mixed_precision=config.mixed_precision, kwargs_handlers=handlers)
+    return start_processes(config.device, config.mixed_precision, kwargs_handlers=[long_collective_timeout()])
 
 
 def make_plan(config: GenerateConfig, accelerator: Accelerator) -> SamplePlan:
@@ -141,7 +137,7 @@ def make_plan(config: GenerateConfig, accelerator: Accelerator) -> SamplePlan:
     saved = saved_settings(checkpoint, config.ckpt)
     folder = Path(config.sample_dir) / (config.name or default_name(config, checkpoint))
     if config.num_fid_samples is None:
-        config = dataclasses.replace(config, num_fid_samples=SampleSet.started_with(folder) or DEFAULT_COUNT)
+        config = changed(config, num_fid_samples=SampleSet.started_with(folder) or DEFAULT_COUNT)
 
     # Load the networks, and compare the settings with them.
     model = build_model(checkpoint, config.weights, device, config.fused_attn, source=config.ckpt)
@@ -285,4 +281,4 @@ def finish(plan: SamplePlan, samples: SampleSet) -> None:
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(main, memory_advice="give it a smaller --per-proc-batch-size")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Generator, Iterator
 
 import torch
@@ -26,7 +27,7 @@ from training.config import parse_args, saved_args
 from training.parallelism import full_norm, gather_full, to_device
 from training.preemption import StopSignal, exit_status, shield_worker
 from training.sampling import score_samples, write_reconstructions, write_samples
-from training.setup import set_up
+from training.setup import peak_memory, set_up
 from training.state import Run
 
 SHOWN = ("loss", *(term.name for term in TERMS))  # in the progress bar
@@ -204,9 +205,36 @@ def main() -> None:
     """Train as the command line says."""
     stop_signal = StopSignal()
     stop_signal.listen()
-    finished = train(set_up(parse_args(), stop_signal))
-    sys.exit(exit_status(finished))
+    run = set_up(parse_args(), stop_signal)
+    if run.config.dry_run:
+        try_steps(run)
+    else:
+        sys.exit(exit_status(train(run)))
+
+
+def try_steps(run: Run, count: int = 2) -> None:
+    """Do `count` training steps without writing anything, and print what they took."""
+    accelerator, size, seconds = run.accelerator, run.config.batch_size, []
+    batches = load_batches(run, range(run.step, run.step + count))
+    run.model.train()
+    for _ in range(count):
+        start = time.perf_counter()
+        training_step(run, batches)
+        run.step += 1
+        read_reports(run, wait_for_all=True)
+        seconds.append(time.perf_counter() - start)
+    batches.close()
+    accelerator.print(
+        f"dry run: {count} steps of {size} images done: {seconds[0]:.2f} s with all that a first step starts, then "
+        f"{seconds[-1]:.2f} s ({size / seconds[-1]:.1f} images/s); peak memory {peak_memory(accelerator.device)}; "
+        f"nothing was written to {run.folder}"
+    )
+    accelerator.end_training()
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(
+        main,
+        memory_advice="give it a smaller --batch-size or, for the same step, more --gradient-accumulation-steps; "
+        "--activation-checkpointing, and with several GPUs --fsdp, need less memory as well",
+    )

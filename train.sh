@@ -7,22 +7,31 @@
 # machine with NUM_MACHINES, MACHINE_RANK, HEAD_ADDRESS and HEAD_PORT (launch/launch.sh), or submit it to SLURM:
 #
 #     sbatch --nodes 4 --ntasks-per-node 1 --gpus-per-node 8 --requeue --open-mode append --signal USR1@300 --wrap "srun --kill-on-bad-exit=1 bash train.sh"
+#     sbatch --gpus 8 --requeue --open-mode append --signal B:USR1@300 train.sh (one machine)
+#
+# Relative paths that are given mean the folder of the caller; the defaults are in the folder of this script.
 #
 # A run that lost a process restarts by itself, at most MAX_RESTARTS times. After SIGTERM, SIGUSR1, SIGHUP or Ctrl-C,
 # the run saves a checkpoint and ends with exit status 75, "can be resumed". A SLURM job is then put back into the
 # queue, except after Ctrl-C.
 set -euo pipefail
-cd "$(dirname "$0")"
-if [ ! -e launch/launch.sh ]; then
-    echo "train.sh: error: launch/launch.sh: not found in $PWD; sbatch runs a copy of this script, so submit it with" \
-        '--wrap "srun bash train.sh" instead' >&2
+REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+if [ ! -e "$REPOSITORY/launch/launch.sh" ]; then # sbatch runs a copy of this script
+    original=$(scontrol show job "${SLURM_JOB_ID:-}" 2> /dev/null | sed -n 's/^ *Command=\([^ ]*\).*/\1/p') || true
+    for REPOSITORY in "$(dirname "$original")" "${SLURM_SUBMIT_DIR:-}" ""; do
+        [ ! -e "$REPOSITORY/launch/launch.sh" ] || break
+    done
+fi
+if [ -z "$REPOSITORY" ]; then
+    echo "train.sh: error: its folder, which has launch/launch.sh, is not found; call sbatch in that folder, or submit the" \
+        'job with --wrap "srun bash /FOLDER/train.sh"' >&2
     exit 2
 fi
-source launch/launch.sh
+source "$REPOSITORY/launch/launch.sh"
 
 MODEL=${MODEL:-SiT-B/2}                   # SiT-{S,B,L,XL}/{2,4,8}
-DATA_DIR=${DATA_DIR:-data/imagenet256}    # images and latents: preprocessing/README.md
-OUTPUT_DIR=${OUTPUT_DIR:-exps}            # folder of all runs
+DATA_DIR=${DATA_DIR:-$REPOSITORY/data/imagenet256} # images and latents: preprocessing/README.md
+OUTPUT_DIR=${OUTPUT_DIR:-$REPOSITORY/exps} # folder of all runs
 EXP_NAME=${EXP_NAME:-reg-${MODEL//\//-}}  # folder of this run in OUTPUT_DIR
 ENCODER=${ENCODER:-dinov2-vit-b}          # names: README.md
 BATCH_SIZE=${BATCH_SIZE:-256}             # in total, over all GPUs of all machines
@@ -31,7 +40,7 @@ PRECISION=${PRECISION:-}                  # fp16, bf16 or no; empty: fp16 on GPU
 REPORT_TO=${REPORT_TO:-none}              # wandb, tensorboard or none
 
 status=0
-launch train.py \
+launch "$REPOSITORY/train.py" \
     --model "$MODEL" \
     --data-dir "$DATA_DIR" \
     --output-dir "$OUTPUT_DIR" \
@@ -48,6 +57,12 @@ if ((status == EXIT_RESUMABLE && !INTERRUPTED)) && [ -n "${SLURM_JOB_ID:-}" ]; t
     # The head machine requeues the job. The other machines end with 0: otherwise srun --kill-on-bad-exit=1 could kill
     # the task of the head machine first.
     ((MACHINE_RANK == 0)) || exit 0
-    scontrol requeue "$SLURM_JOB_ID"
+    if ! command -v scontrol > /dev/null; then
+        echo "train.sh: scontrol is not in PATH, so job $SLURM_JOB_ID is not requeued; submit it again to resume" >&2
+    elif scontrol requeue "$SLURM_JOB_ID"; then
+        echo "train.sh: job $SLURM_JOB_ID is back in the queue, restart $((${SLURM_RESTART_COUNT:-0} + 1))"
+    else
+        echo "train.sh: job $SLURM_JOB_ID cannot be requeued; submit it again to resume" >&2
+    fi
 fi
 exit "$status"

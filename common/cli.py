@@ -8,6 +8,9 @@
 
 A field states its type, default, help, allowed values, and whether a resumed run may change it. The parser, the range
 checks, the check of a resumed run and the tables in docs/flags.md are made from these fields.
+
+Each program also reads settings from a JSON file, `--config FILE`. Its keys are the names of the fields, and flags
+of the command line replace its values.
 """
 
 from __future__ import annotations
@@ -17,13 +20,18 @@ import dataclasses
 import difflib
 import importlib.util
 import math
-from collections.abc import Callable, Sequence
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, dataclass, field
 from types import UnionType
-from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from common.io import InputError
+from common.arguments import Parser, suggestion
+from common.io import InputError, read_json
 
+CONFIG = "config"
+CONFIG_HELP = "JSON file of settings, such as args.json of a run; flags replace its values"
 AUTO = "auto"  # value of a batch size: the largest that fits, see `common.distributed.largest_batch`
 
 
@@ -54,6 +62,7 @@ def setting(
     changeable: bool = False,
     flag: str | None = None,
     parse: Callable[[str], Any] | None = None,
+    environment: str | None = None,
 ) -> Any:
     """Return the dataclass field of one flag.
 
@@ -65,9 +74,11 @@ def setting(
         changeable: whether a resumed run may have another value.
         flag: name on the command line; default: the field's name with dashes. Without dashes in front it is positional.
         parse: text to value; default: from the field's type (int, float, str, Path, bool).
+        environment: variable that gives the value if the flag is not given; "no" counts as not set.
     """
     metadata = {
         "help": help, "check": check, "choices": tuple(choices), "changeable": changeable, "flag": flag, "parse": parse,
+        "environment": environment,
     }  # fmt: skip
     return field(default=default, metadata=metadata)
 
@@ -81,9 +92,18 @@ def adjustable(default: Any, help: str, **more: Any) -> Any:
 class Config:
     """Settings of a program. Subclasses declare their fields by `setting`; their base classes are groups of flags.
 
+    Attributes:
+        given: names of the settings that the command line or its --config file contains; the others have their default.
+        recorded: names in a --config file that are no settings, but what a program recorded there about its work.
+        example: a command line for the message about a missing flag; made from the required flags if empty.
+
     Raises:
         InputError: a value is outside its range; the message names flag, value and what is allowed.
     """
+
+    given: ClassVar[frozenset[str]] = frozenset()  # `parse` gives each configuration its own
+    recorded: ClassVar[frozenset[str]] = frozenset()
+    example: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         for name, item in settings(type(self)).items():
@@ -99,6 +119,11 @@ class Config:
 
     def check_combination(self) -> None:
         """Raise InputError for settings that exclude each other. Subclasses override it."""
+
+    @classmethod
+    def from_record(cls, values: dict[str, Any], source: str) -> dict[str, Any]:
+        """Return the settings in a --config file that a program wrote about its own work. Subclasses override it."""
+        return values
 
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)
@@ -131,26 +156,111 @@ def parse(config_class: type[AnyConfig], description: str, argv: Sequence[str] |
         InputError: an unknown flag, a missing one, or a value that is not allowed.
     """
     parser = make_parser(config_class, description)
+    values = _parsed(parser, sys.argv[1:] if argv is None else argv)
+    if source := values.pop(CONFIG, None):
+        values = _from_file(config_class, parser, source) | values
+    required = {name: item for name, item in settings(config_class).items() if item.default is MISSING}
+    if missing := [flag_of(item) for name, item in required.items() if name not in values]:
+        example = config_class.example or _example(required.values())
+        verb = "is" if len(missing) == 1 else "are"
+        raise InputError(f"{' and '.join(missing)} {verb} required; example: {example}; --help lists all flags")
+    return _with_given(config_class(**(_from_environment(config_class) | values)), values)
+
+
+def changed(config: AnyConfig, **values: Any) -> AnyConfig:
+    """Return a configuration with other values of some settings; `given` stays."""
+    return _with_given(dataclasses.replace(config, **values), config.given)
+
+
+def _with_given(config: AnyConfig, names: Iterable[str]) -> AnyConfig:
+    object.__setattr__(config, "given", frozenset(names))
+    return config
+
+
+def _example(required: Iterable[dataclasses.Field]) -> str:
+    """Return a command line with the required flags of the running program."""
+    words = ["python", sys.argv[0]]
+    for item in required:
+        words += [flag_of(item)] if flag_of(item).startswith("-") else []
+        words.append(item.name.upper())
+    return " ".join(words)
+
+
+def _parsed(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
+    """Return the values that a command line contains, without defaults."""
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
         known = [option for action in parser._actions for option in action.option_strings]
-        raise InputError(f"{unknown[0]}: unknown argument; {_suggestion(unknown[0], known)}")
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(namespace).items()}
-    return config_class(**values)
+        raise InputError(f"{unknown[0]}: unknown argument; {suggestion(unknown[0], known)}")
+    found = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(namespace).items()}
+    return {name: value for name, value in found.items() if value not in (None, ())}  # positional, and not given
 
 
-def _suggestion(given: str, known: list[str]) -> str:
-    """Return a hint at the known flag that is nearest to an unknown one, by its spelling or by its initials (--lr)."""
-    name = given.split("=")[0].strip("-").replace("_", "-")
-    by_name = {option.strip("-"): option for option in known}
-    nearest = [n for n in by_name if "".join(word[0] for word in n.split("-")) == name and len(name) > 1]
-    nearest += difflib.get_close_matches(name, by_name, n=1)
-    return f"did you mean {by_name[nearest[0]]}?" if nearest else "--help lists all flags"
+def _from_environment(config_class: type[Config]) -> dict[str, str]:
+    """Return the values of settings that environment variables give."""
+    values = {}
+    for name, item in settings(config_class).items():
+        variable = item.metadata["environment"]
+        value = os.environ.get(variable, "no") if variable else "no"
+        if value not in ("no", "", *item.metadata["choices"]):
+            allowed = ", ".join(item.metadata["choices"])
+            raise InputError(f"environment variable {variable}={value}: allowed: {allowed}; or give {flag_of(item)}")
+        if value not in ("no", ""):
+            values[name] = value
+    return values
+
+
+def _from_file(config_class: type[Config], parser: argparse.ArgumentParser, source: str) -> dict[str, Any]:
+    """Return the values in a --config file. Raises InputError, naming file and key, for all that is not allowed."""
+    content = read_json(source)
+    if not isinstance(content, dict):
+        raise InputError(f"--config {source}: must be a JSON object, with names of settings as keys")
+    items = settings(config_class)
+    is_record = bool(config_class.recorded & content.keys())
+    content = {key: value for key, value in content.items() if key not in config_class.recorded}
+    for key in content:
+        if key not in items:
+            near = difflib.get_close_matches(key.replace("-", "_"), items, n=1)
+            raise InputError(f"--config {source}: {key}: no setting of this program" + f"; {near[0]}?" * bool(near))
+    if is_record:
+        content = config_class.from_record(content, source)
+    hints = get_type_hints(config_class)
+    arguments = []
+    for key, value in content.items():
+        try:
+            arguments += _as_arguments(items[key], _value_type(hints[key]), value)
+        except InputError as error:
+            raise InputError(f"--config {source}: {key}: {error}") from error
+    try:
+        return _parsed(parser, arguments)
+    except InputError as error:
+        raise InputError(f"--config {source}: {error}") from error
+
+
+def _as_arguments(item: dataclasses.Field, kind: Any, value: Any) -> list[str]:
+    """Return a value of a --config file as a command line gives it. Null stands for the default."""
+    name = flag_of(item)
+    if value is None:
+        return []
+    if isinstance(value, bool) != (kind is bool):
+        raise InputError(f"{value!r}: must be {'true or false' if kind is bool else 'a value, not true or false'}")
+    if kind is bool:
+        return [name if value else "--no-" + name.removeprefix("--")]
+    several = value if isinstance(value, list) else [value]
+    if not all(isinstance(one, str | int | float) for one in several) or (
+        len(several) != 1 and (get_origin(kind) is not tuple or item.metadata["parse"])
+    ):
+        raise InputError(f"{value!r}: must be a single number or text")
+    texts = [str(one) for one in several]
+    if not name.startswith("-"):
+        return texts
+    return [f"{name}={texts[0]}"] if len(texts) == 1 else [name, *texts]
 
 
 def make_parser(config_class: type[Config], description: str) -> argparse.ArgumentParser:
-    """Return the parser of a program's command line."""
-    parser = _Parser(description=description, allow_abbrev=False)
+    """Return the parser of a program's command line. It sets no defaults, so its result shows what was given."""
+    parser = Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.add_argument(f"--{CONFIG}", metavar="FILE", help=CONFIG_HELP)
     hints = get_type_hints(config_class)
     for title, items in groups(config_class).items():
         group = parser.add_argument_group(title)
@@ -199,7 +309,7 @@ def finite_float(text: str) -> float:
 
 def batch_size(text: str) -> int | str:
     """Return a number of images, or AUTO."""
-    return text if text == AUTO else int(text)
+    return text if text == AUTO else whole_number(text)
 
 
 def require(package: str, purpose: str, module: str | None = None) -> None:
@@ -209,40 +319,48 @@ def require(package: str, purpose: str, module: str | None = None) -> None:
 
 
 def uses_cuda(device: str) -> bool:
-    """Return whether --device, which is auto, cpu or cuda, means a GPU. Raises InputError if there is none."""
+    """Return whether --device, which is auto, cpu or cuda, means a GPU.
+
+    `accelerate launch --cpu` and launch/launch.sh without GPUs set ACCELERATE_USE_CPU, which auto follows.
+    Raises InputError if there is no GPU, or if it must not be used.
+    """
     import torch  # only here: programs that crop photographs start faster without it
 
+    only_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "y", "t", "on")
+    if device == "cuda" and only_cpu:
+        raise InputError("--device cuda: ACCELERATE_USE_CPU (accelerate launch --cpu, or NUM_GPUS=0) says CPU")
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: no CUDA device is available; allowed here: cpu, auto")
-    return device != "cpu" and torch.cuda.is_available()
+    return device != "cpu" and not only_cpu and torch.cuda.is_available()
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports a bad command line as InputError instead of printing a page of usage."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(message.removeprefix("argument "))
+def whole_number(text: str) -> int:
+    """Return an integer."""
+    try:
+        return int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from error
 
 
 def _argument(item: dataclasses.Field, hint: Any) -> dict[str, Any]:
     """Return the keyword arguments of `add_argument` for a field of type `hint`."""
     rules, required = item.metadata, item.default is MISSING
-    text = rules["help"].replace("%", "%%") + ("" if required else _suffix(item.default))
-    if not flag_of(item).startswith("-"):
-        how = {} if required else {"nargs": "?", "default": item.default}
-    else:
-        how = {"required": True} if required else {"default": item.default}
+    text = rules["help"].replace("%", "%%") + (" (required)" if required else _suffix(item.default))
+    how: dict[str, Any] = {"help": text}
+    if flag_of(item).startswith("-"):
         how["dest"] = item.name
+    else:
+        how |= {"nargs": "?", "default": None}  # `parse` reports it if it is missing
     kind = _value_type(hint)
     if kind is bool:
-        return {**how, "help": text, "action": argparse.BooleanOptionalAction}
+        return {**how, "action": argparse.BooleanOptionalAction}
     if get_origin(kind) is tuple:  # several values after one flag, unless `parse` splits a single one
         kind = get_args(kind)[0]
-        how |= {} if rules["parse"] else {"nargs": "+"}
-    how["type"] = rules["parse"] or (finite_float if kind is float else kind)
-    if rules["choices"]:
-        how["choices"] = rules["choices"]
-    return {**how, "help": text}
+        how |= {} if rules["parse"] else {"nargs": "+" if "dest" in how else "*"}
+    how["type"] = rules["parse"] or {float: finite_float, int: whole_number}.get(kind, kind)
+    if rules["choices"]:  # checked by Config
+        how["metavar"] = "{" + ",".join(rules["choices"]) + "}"
+    return how
 
 
 def _value_type(hint: Any) -> type:

@@ -2,21 +2,87 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, find_executable_batch_size, gather_object
+from accelerate.utils import (
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    check_cuda_p2p_ib_support,
+    find_executable_batch_size,
+    gather_object,
+)
 from torch import Tensor
 
-from common.io import InputError
+from common.cli import uses_cuda
+from common.io import InputError, memory_message
 
 LONGEST_WORK = timedelta(days=2)
+ACCUMULATION = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
+# Variables by which accelerate's launcher passes on its configuration, and what to use instead of them.
+REFUSED_SETTINGS = {
+    "ACCELERATE_USE_FSDP": "train.py --fsdp shards",
+    "ACCELERATE_USE_DEEPSPEED": "train.py --fsdp shards",
+    "ACCELERATE_USE_MEGATRON_LM": "train.py --fsdp shards",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "processes share the batch, or train.py --fsdp shards",
+    "ACCELERATE_USE_SAGEMAKER": "start the processes by torchrun or accelerate launch",
+    "ACCELERATE_DYNAMO_BACKEND": "--compile compiles",
+    "ACCELERATE_TORCH_DEVICE": "--device chooses, and CUDA_VISIBLE_DEVICES among GPUs",
+}
 Value = TypeVar("Value")
+
+
+def start_processes(
+    device: str, mixed_precision: str = "no", gradient_accumulation_steps: int = 1, **more: Any
+) -> Accelerator:
+    """Return accelerate's object for the processes of a program: those of a launcher, or this one alone.
+
+    Processes without GPUs are connected by gloo. Of accelerate's own configuration, which its launcher passes on as
+    environment variables, CPU and processes are followed, and what this code does by flags of its own is refused.
+
+    Args:
+        device: value of --device: auto, cpu or cuda.
+        mixed_precision: no, fp16 or bf16.
+        gradient_accumulation_steps: micro-batches of a step.
+        more: further arguments of `Accelerator`.
+
+    Raises InputError if there are fewer GPUs than processes, or for a setting of accelerate that is not supported.
+    """
+    check_launch_settings(os.environ, gradient_accumulation_steps)
+    on_gpu, number = uses_cuda(device), int(os.environ.get("LOCAL_RANK", "0"))
+    if on_gpu and number >= torch.cuda.device_count():
+        found = f"PyTorch finds {torch.cuda.device_count()} GPUs (CUDA_VISIBLE_DEVICES may hide some)"
+        raise InputError(f"process {number + 1} of this machine has no GPU: {found}; start fewer processes")
+    if device == "auto" and not on_gpu and number == 0 and torch.backends.mps.is_available():
+        print("note: Apple's GPU (MPS) is not used, because it has no float64: this program runs on the CPU")
+    if on_gpu and not check_cuda_p2p_ib_support():  # RTX 40: as accelerate's launcher does
+        os.environ.update(NCCL_P2P_DISABLE="1", NCCL_IB_DISABLE="1")
+    return Accelerator(
+        cpu=not on_gpu,
+        mixed_precision=mixed_precision,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=gradient_accumulation_steps),
+        **more,
+    )
+
+
+def check_launch_settings(environment: Mapping[str, str], gradient_accumulation_steps: int = 1) -> None:
+    """Raise InputError, naming the variable and what to do, for a setting of accelerate that is not supported."""
+    for variable, instead in REFUSED_SETTINGS.items():
+        value = environment.get(variable, "")
+        if value.lower() not in ("", "no", "false", "0"):
+            where = "set by accelerate's configuration or launcher"
+            raise InputError(f"environment variable {variable}={value} ({where}): not supported; {instead}")
+    steps = environment.get(ACCUMULATION, "1")
+    if steps not in ("1", str(gradient_accumulation_steps)):
+        instead = "accumulation is set by train.py --gradient-accumulation-steps alone"
+        raise InputError(f"environment variable {ACCUMULATION}={steps} (set by accelerate's configuration): {instead}")
 
 
 def broadcast_from_main(accelerator: Accelerator, decide: Callable[[], Value]) -> Value:
@@ -57,7 +123,8 @@ def largest_batch(attempt: Callable[[int], object], largest: int) -> int:
     def halve() -> int:  # called while the out-of-memory error is handled
         nonlocal size
         if size == 1:
-            raise InputError(f"the memory is too small for a batch of one image ({sys.exc_info()[1]})")
+            full = memory_message(sys.exc_info()[1]) or "the memory is full"
+            raise InputError(f"{full}: it is too small for a batch of one image")
         size //= 2
         return size
 

@@ -13,9 +13,11 @@ import hashlib
 import io
 import json
 import os
+import re
 import signal
 import socket
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -24,6 +26,9 @@ from tqdm import tqdm
 
 WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 LOCK_NAME = ".lock"
+# How PyTorch reports that a GPU's memory is full, and that another process is lost: parts of messages, types of errors.
+GPU_MEMORY_MARKS = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+LOST_PROCESS = ("DistBackendError", "DistNetworkError", "DistStoreError", "gloo/transport", "Connection closed by peer")
 HASH_BLOCK = 1 << 24  # bytes
 
 _locks: dict[Path, IO[bytes]] = {}  # locks of this process by path; closing the file releases the lock
@@ -54,11 +59,12 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def run_cli(main: Callable[[], None]) -> None:
+def run_cli(main: Callable[[], None], memory_advice: str = "give it smaller batches") -> None:
     """Run a program's `main` and exit without a traceback if the cause is outside the program.
 
-    Invalid input and files that cannot be read or written give one line on stderr and exit status 2. Ctrl-C gives one
-    line and status 130.
+    Invalid input, files that cannot be read or written, and too little memory give one line on stderr and exit status
+    2; `memory_advice` completes that line. Ctrl-C gives one line and status 130. A process that lost the others of its
+    run gives one line and status 1, with which a launcher starts all of them again.
     """
     program = Path(sys.argv[0]).name
     for stream in (sys.stdout, sys.stderr):  # a name that the terminal's encoding lacks must not end the program
@@ -70,15 +76,51 @@ def run_cli(main: Callable[[], None]) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would interrupt the exit
         print(f"\n{program}: interrupted; every file that it wrote is complete", file=sys.stderr)
         sys.exit(130)
-    except (InputError, OSError) as error:
-        message = str(error)
-        if isinstance(error, OSError):
-            if error.filename is None and error.errno not in WRITE_ERRORS:
-                raise
-            message = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+    except Exception as error:
+        message, status = explain(error, memory_advice)
+        if message is None:
+            raise
         print(f"{program}: error: {message}", file=sys.stderr)
-        report_status(2)
-        sys.exit(2)
+        if status == 2:
+            report_status(2)
+        sys.exit(status)
+
+
+def explain(error: Exception, memory_advice: str) -> tuple[str | None, int]:
+    """Return the message for an error whose cause is outside the program, None for others, and the exit status."""
+    if isinstance(error, InputError):
+        return str(error), 2
+    if full := memory_message(error):
+        return f"{full}{_place(error)}; {memory_advice}, or end other programs that use this memory", 2
+    if type(error).__name__ in LOST_PROCESS or any(text in str(error) for text in LOST_PROCESS):
+        lost = "another process of this run has ended or does not answer; its own message says why"
+        return f"{lost} ({first_line(error)})", 1
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}", 2
+    if isinstance(error, OSError) and error.errno in WRITE_ERRORS:
+        return error.strerror, 2
+    return None, 1
+
+
+def memory_message(error: BaseException) -> str | None:
+    """Return the message for an error by which PyTorch or Python reports too little memory; None for other errors."""
+    text = str(error)
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in text:
+        return "the memory of this machine is full"
+    if type(error).__name__ != "OutOfMemoryError" and not any(mark in text for mark in GPU_MEMORY_MARKS):
+        return None
+    gpu = re.search(r"(GPU \d+) has a total capacity of ([\d.]+ \w+)", text)
+    asked = re.search(r"Tried to allocate ([\d.]+ \w+)", text)
+    device = f"the memory of {gpu[1]} ({gpu[2]})" if gpu else "the GPU's memory"
+    return f"{device} is full" + (f", {asked[1]} more were needed" if asked else "")
+
+
+def _place(error: BaseException) -> str:
+    """Return the function of this repository in which an error was raised, for a message."""
+    root = str(Path(__file__).resolve().parents[1])
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.startswith(root)]
+    frames = [frame for frame in frames if "site-packages" not in frame.filename and frame.name != "run_cli"]
+    return f", in {frames[-1].name} ({Path(frames[-1].filename).name})" if frames else ""
 
 
 def check_writable(path: str | Path, flag: str) -> None:

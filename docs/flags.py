@@ -37,6 +37,8 @@ INTRODUCTION = """# Flags
 
 Written by `python docs/flags.py` from the configuration classes of the programs. Flags that are on or off are given as
 `--flag` and `--no-flag`. A resumed run of train.py or generate.py may change the flags that are marked with *.
+`--config FILE` of each program reads settings from a JSON file, such as args.json of a run; flags replace its values.
+[published-flags.md](published-flags.md) compares the flags with those of the published scripts.
 """
 
 

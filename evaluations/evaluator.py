@@ -24,7 +24,7 @@ import torch
 from accelerate import Accelerator
 
 from common.cli import Config, parse, setting, settings
-from common.distributed import long_collective_timeout
+from common.distributed import long_collective_timeout, start_processes
 from common.io import InputError, check_writable, read_json, run_cli, write_json
 from evaluations.batches import ImageBatch, open_images
 from evaluations.comparison import Reference, check_reference, count_notes, load_reference, weights_notes
@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_writable(path, "--save_path")
     if config.cache:
         check_writable(Path(config.cache) / "features.npz", "--cache")
-    accelerator = Accelerator(cpu=config.on_cpu, kwargs_handlers=[long_collective_timeout()])
+    accelerator = start_processes("cpu" if config.cpu else "auto", kwargs_handlers=[long_collective_timeout()])
 
     # Open images and reference
     samples, statistics = open_images(sample_path), load_reference(ref_path)

@@ -86,11 +86,6 @@ class ExtractionConfig(Config):
     )
     cpu: bool = setting(False, "use the CPU even if there is a GPU")
 
-    @property
-    def on_cpu(self) -> bool:
-        """Whether the CPU is used. accelerate has to know it: without a GPU, processes would not join."""
-        return self.cpu or not torch.cuda.is_available()
-
     def check_combination(self) -> None:
         if self.enc_weights and not self.encoder:
             raise InputError(f"--enc-weights {self.enc_weights}: needs --encoder, the encoder that has these weights")

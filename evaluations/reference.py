@@ -17,10 +17,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
-from accelerate import Accelerator
 
 from common.cli import NON_NEGATIVE, POSITIVE, Config, parse, setting
-from common.distributed import long_collective_timeout
+from common.distributed import long_collective_timeout, start_processes
 from common.io import InputError, atomic_write, check_writable, run_cli
 from evaluations.batches import open_images
 from evaluations.features import ExtractionConfig, Extractor
@@ -54,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     images = open_images(config.source)
     if images.count < 2:
         raise InputError(f"{config.source}: {images.count} image; a covariance needs at least 2")
-    accelerator = Accelerator(cpu=config.on_cpu, kwargs_handlers=[long_collective_timeout()])
+    accelerator = start_processes("cpu" if config.cpu else "auto", kwargs_handlers=[long_collective_timeout()])
     for note in images.notes:
         accelerator.print(note)
 

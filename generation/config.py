@@ -98,7 +98,12 @@ class MachineSettings(Config):
         check=BATCH_SIZE,
         parse=batch_size,
     )
-    mixed_precision: str = setting("no", "autocast of the network", choices=("no", "fp16", "bf16"))
+    mixed_precision: str = setting(
+        "no",
+        "autocast of the network; default: as accelerate's configuration says",
+        choices=("no", "fp16", "bf16"),
+        environment="ACCELERATE_MIXED_PRECISION",
+    )
     network_dtype: str = setting(
         "float32", "dtype of the network; the sampler uses float64", choices=tuple(NETWORK_DTYPES)
     )
@@ -130,7 +135,9 @@ class CheckpointSettings(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig(FileSettings, ContentSettings, SamplerSettings, MachineSettings, CheckpointSettings):
-    """Settings of generate.py. The published flags keep their names and meanings."""
+    """Settings of generate.py. docs/published-flags.md compares them with the published flags."""
+
+    recorded = frozenset({"steps", "checkpoint_sha256", "drawn_labels"})  # in samples.json
 
     @property
     def with_cls_tokens(self) -> bool:

@@ -13,7 +13,8 @@
 #
 # On several machines, torchrun assigns the ranks: the process with rank 0 may run on any of them.
 
-source launch/openmp.sh
+LAUNCH=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+source "$LAUNCH/openmp.sh"
 
 # Ends the script with an error message.
 fail() {
@@ -22,8 +23,24 @@ fail() {
 }
 
 # NUM_GPUS: of this machine, as CUDA_VISIBLE_DEVICES allows; 0: use the CPU
-NUM_GPUS=${NUM_GPUS:-$(python -c "import torch; print(torch.cuda.device_count())")}
+command -v python > /dev/null || fail "python is not in PATH; activate the Python environment first"
+if [[ " $* " == *" --device cpu "* || " $* " == *" --device=cpu "* ]]; then
+    NUM_GPUS=${NUM_GPUS:-0}
+fi
+[[ ${NUM_GPUS:-0} =~ ^[0-9]+$ ]] || fail "NUM_GPUS $NUM_GPUS: must be a whole number; 0 uses the CPU"
+if [ "${NUM_GPUS:-}" != 0 ] && [[ " $* " != *" --device cpu "* && " $* " != *" --device=cpu "* ]]; then
+    found=$(python -W ignore -c "import torch; print(torch.cuda.device_count())") ||
+        fail "this Python environment has no PyTorch that works: $(command -v python)"
+    hint="nvidia-smi shows GPUs and driver, and CUDA_VISIBLE_DEVICES may hide GPUs; NUM_GPUS=0 uses the CPU"
+    ((found > 0)) || fail "PyTorch finds no GPU: $hint"
+    NUM_GPUS=${NUM_GPUS:-$found}
+    ((NUM_GPUS <= found)) || fail "NUM_GPUS $NUM_GPUS: PyTorch finds $found: $hint"
+fi
 NUM_PROCESSES=${NUM_PROCESSES:-$((NUM_GPUS > 0 ? NUM_GPUS : 1))} # on this machine
+if [ -z "${NUM_MACHINES:-}${SLURM_STEP_ID:-}" ] && ((${SLURM_NNODES:-1} > 1)); then
+    fail "the job has $SLURM_NNODES nodes, but only the first one runs this script; start it by srun, with" \
+        '--wrap "srun --kill-on-bad-exit=1 bash SCRIPT" in place of SCRIPT'
+fi
 NUM_MACHINES=${NUM_MACHINES:-${SLURM_NNODES:-1}}                 # all with the same number of processes
 MACHINE_RANK=${MACHINE_RANK:-${SLURM_NODEID:-0}}                 # 0 on the head machine, then 1, 2, ...
 HEAD_PORT=${HEAD_PORT:-$((NUM_MACHINES > 1 ? 29500 : 0))}        # free on the head machine; 0: torchrun chooses one
@@ -31,6 +48,8 @@ MAX_RESTARTS=${MAX_RESTARTS:-3}                                  # after failed 
 INTERRUPTED=0                                                    # 1 after Ctrl-C
 EXIT_RESUMABLE=75                                                # of a program that was stopped and can be resumed
 if [ -z "${HEAD_ADDRESS:-}" ] && ((NUM_MACHINES > 1)) && [ -n "${SLURM_JOB_NODELIST:-}" ]; then
+    command -v scontrol > /dev/null ||
+        fail "scontrol is not in PATH; set HEAD_ADDRESS to the first node of $SLURM_JOB_NODELIST"
     HEAD_ADDRESS=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 fi
 HEAD_ADDRESS=${HEAD_ADDRESS:-127.0.0.1} # of the head machine
@@ -50,13 +69,16 @@ if ((NUM_PROCESSES > 1)); then # torchrun's own default is 1 thread
     threads=$(($(getconf _NPROCESSORS_ONLN) / NUM_PROCESSES))
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 fi
+if [[ $(trap -p HUP) == *"''"* ]]; then # nohup; by default torchrun would end at SIGHUP nevertheless
+    export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGQUIT
+fi
 # By default, all restarts share one key-value store, and new processes may read the addresses of dead ones there.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 # Some SLURM configurations send SIGTERM to torchrun as well. It then kills its processes after this many seconds;
 # before PyTorch 2.12, always after 30.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-3600}
 
-# Runs a program with its flags and returns its exit status.
+# Runs a program with its flags and returns its exit status. Relative paths mean the folder of the caller.
 launch() {
     local status torchrun="" is_head=$((MACHINE_RANK == 0))
     local flags=(--nnodes "$NUM_MACHINES" --nproc-per-node "$NUM_PROCESSES" --max-restarts "$MAX_RESTARTS")
@@ -75,7 +97,7 @@ launch() {
     set -m
     (
         trap '' USR1
-        exec python -m torch.distributed.run "${flags[@]}" --no-python bash launch/worker.sh "$@"
+        exec python -m torch.distributed.run "${flags[@]}" --no-python bash "$LAUNCH/worker.sh" "$@"
     ) < /dev/null &
     torchrun=$!
     set +m

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.cli import AUTO, BATCH_SIZE, NON_NEGATIVE, batch_size, parse, setting
-from common.distributed import broadcast_from_main, largest_batch, long_collective_timeout
+from common.distributed import broadcast_from_main, largest_batch, long_collective_timeout, start_processes
 from common.image_files import convert_command
 from common.images import decode_rgb
 from common.io import InputError, progress_bar, run_cli
@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     source = FileSource(config.source)
     listing = list_converted(source)
     resolution = read_rgb(source, listing.names[0]).shape[0]
-    accelerator = Accelerator(kwargs_handlers=[long_collective_timeout()])
+    accelerator = start_processes("auto", kwargs_handlers=[long_collective_timeout()])
     torch.backends.cudnn.deterministic = True  # an interrupted run must give the bytes of an uninterrupted one
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = config.tf32
     codec = load_codec(config.vae, accelerator.device)
@@ -208,4 +208,4 @@ def finish(destination: Destination, listing: Listing, codec: Codec, flip: bool)
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(main, memory_advice="give it a smaller --batch-size")

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 
@@ -13,11 +14,13 @@ from common.cli import (
     UNIT_INTERVAL,
     Config,
     batch_size,
+    changed,
     fixed_settings,
     flag_table,
     make_parser,
     parse,
     setting,
+    uses_cuda,
 )
 from common.io import InputError
 
@@ -77,19 +80,24 @@ def test_a_configuration_cannot_change():
     ("flags", "text"),
     [
         ("--num-steps 0", r"--num-steps 0: must be greater than 0"),
-        ("--num-steps many", r"--num-steps: invalid int value: 'many'"),
+        ("--num-steps many", r"--num-steps: 'many' is no whole number"),
         ("--scale -1", r"--scale -1\.0: must be 0 or greater"),
         ("--scale nan", r"--scale: 'nan' is no finite number"),
         ("--decay 1", r"--decay 1\.0: must be at least 0 and less than 1"),
         ("--share 2", r"--share 2\.0: must be from 0 to 1"),
         ("--size 0", r"--size 0: must be 1 or greater, or auto"),
-        ("--mode pde", r"--mode: invalid choice: 'pde' \(choose from .*sde.*ode"),
+        ("--mode pde", r"--mode pde: allowed: sde, ode"),
         ("--mode ode --share 0.5", r"--share 0\.5 does not go with --mode ode"),
         ("--num-step 3", r"--num-step: unknown argument; did you mean --num-steps\?"),
         ("--num_steps=3", r"--num_steps=3: unknown argument; did you mean --num-steps\?"),
         ("--ns 3", r"--ns: unknown argument; did you mean --num-steps\?"),
+        ("--num", r"--num: unknown argument; did you mean --num-steps\?"),
+        ("--s 2", r"--s: unknown argument; --help lists all flags"),
+        ("--SCALE=2", r"--SCALE=2: unknown argument; did you mean --scale\?"),
+        ("--tf32=yes", r"--tf32/--no-tf32: takes no value; given: 'yes'"),
+        ("more", r"more: unknown argument"),
         ("--zzzzzz", r"--zzzzzz: unknown argument; --help lists all flags"),
-        ("--name", r"--name: expected one argument"),
+        ("--name", r"--name: needs a value"),
     ],
 )
 def test_a_bad_command_line_is_one_line_with_flag_value_and_what_is_allowed(flags, text):
@@ -97,9 +105,92 @@ def test_a_bad_command_line_is_one_line_with_flag_value_and_what_is_allowed(flag
         example(*flags.split())
 
 
-def test_a_missing_flag_is_named():
-    with pytest.raises(InputError, match="required: --name"):
+def test_missing_flags_are_named_with_an_example(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["do.py"])
+    example = "example: python do.py SOURCE --name NAME; --help lists all flags"
+    with pytest.raises(InputError, match=f"^--name is required; {example}$"):
         parse(Example, "Does things.", ["images"])
+    with pytest.raises(InputError, match=f"^source and --name are required; {example}$"):
+        parse(Example, "Does things.", [])
+
+
+def test_flags_that_were_given_are_known():
+    assert example("--num-steps", "250").given == {"source", "name", "num_steps"}
+    assert changed(example(), num_steps=3).given == {"source", "name"}
+    assert example("--num-steps", "250") == example()
+
+
+def write(path: Path, content) -> str:
+    path.write_text(json.dumps(content))
+    return str(path)
+
+
+def test_a_file_gives_values_and_flags_replace_them(tmp_path):
+    content = {"name": "-x", "num_steps": 7, "scale": 2, "tf32": False, "qk_norm": None, "size": "auto", "source": "a"}
+    file = write(tmp_path / "a.json", content)
+    config = parse(Example, "Does things.", ["--config", file, "--scale", "3"])
+    assert (config.name, config.num_steps, config.scale, config.tf32) == ("-x", 7, 3.0, False)
+    assert (config.qk_norm, config.size, config.source, config.mode) == (None, AUTO, Path("a"), "sde")
+    assert config.given == {"name", "num_steps", "scale", "tf32", "size", "source"}
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ({"num_step": 3}, r"a\.json: num_step: no setting of this program; num_steps\?"),
+        ({"num_steps": "many"}, r"a\.json: --num-steps: 'many' is no whole number"),
+        ({"num_steps": 2.5}, r"a\.json: --num-steps: '2\.5' is no whole number"),
+        ({"num_steps": True}, r"a\.json: num_steps: True: must be a value, not true or false"),
+        ({"tf32": "yes"}, r"a\.json: tf32: 'yes': must be true or false"),
+        ({"name": ["a", "b"]}, r"a\.json: name: .*: must be a single number or text"),
+        ({"name": {"a": 1}}, r"a\.json: name: .*: must be a single number or text"),
+        ({"num_steps": 0, "name": "x"}, r"--num-steps 0: must be greater than 0"),
+        ([1], r"a\.json: must be a JSON object"),
+    ],
+)
+def test_a_bad_file_is_named_with_its_key(tmp_path, content, text):
+    with pytest.raises(InputError, match=text):
+        parse(Example, "Does things.", ["images", "--config", write(tmp_path / "a.json", content)])
+    with pytest.raises(InputError, match="no such file"):
+        example("--config", str(tmp_path / "none.json"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recorded(Sampler):
+    """settings"""
+
+    recorded = frozenset({"seconds"})
+    dtype: str = setting("no", "number format", choices=("no", "fp16"), environment="TEST_DTYPE")
+
+    @classmethod
+    def from_record(cls, values, source):
+        return {name: value for name, value in values.items() if name != "mode"}
+
+
+def test_what_a_program_recorded_is_no_setting(tmp_path):
+    plain, record = {"num_steps": 7, "mode": "ode"}, {"num_steps": 7, "mode": "ode", "seconds": 1.5}
+    for content, mode in ((plain, "ode"), (record, "sde")):
+        config = parse(Recorded, "Does things.", ["--config", write(tmp_path / "a.json", content)])
+        assert (config.num_steps, config.mode) == (7, mode)
+
+
+def test_the_environment_gives_a_value_that_no_flag_gives(monkeypatch):
+    for value, flags, expected in (("fp16", [], "fp16"), ("fp16", ["--dtype", "no"], "no"), ("no", [], "no")):
+        monkeypatch.setenv("TEST_DTYPE", value)
+        config = parse(Recorded, "Does things.", flags)
+        assert config.dtype == expected and ("dtype" in config.given) == bool(flags)
+    monkeypatch.setenv("TEST_DTYPE", "fp8")
+    with pytest.raises(InputError, match="environment variable TEST_DTYPE=fp8: allowed: no, fp16; or give --dtype"):
+        parse(Recorded, "Does things.", [])
+
+
+def test_auto_does_not_mean_a_gpu_that_must_not_be_used(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert uses_cuda("auto") and uses_cuda("cuda") and not uses_cuda("cpu")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert not uses_cuda("auto")
+    with pytest.raises(InputError, match="--device cuda: ACCELERATE_USE_CPU"):
+        uses_cuda("cuda")
 
 
 def test_values_are_checked_without_a_command_line_too():

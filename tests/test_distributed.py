@@ -5,15 +5,14 @@ import pytest
 import torch
 
 from common import distributed
-from common.distributed import broadcast_from_main, largest_batch, to_host
+from common.distributed import broadcast_from_main, check_launch_settings, largest_batch, start_processes, to_host
 from common.io import InputError
-from tests.conftest import run_program
+from tests.conftest import reset_accelerate, run_program
 
 PROGRAM = """
 import sys
 sys.path.insert(0, ".")
-from accelerate import Accelerator
-from common.distributed import broadcast_from_main, largest_batch
+from common.distributed import broadcast_from_main, largest_batch, start_processes
 from common.io import InputError
 
 def attempt(size):
@@ -23,7 +22,7 @@ def attempt(size):
 def refuse():
     raise InputError("no")
 
-accelerator = Accelerator(cpu=True)
+accelerator = start_processes("auto")
 decided = broadcast_from_main(accelerator, lambda: f"by process {accelerator.process_index}")
 print("decided", decided, "batch", largest_batch(attempt, 16), flush=True)
 try:
@@ -60,6 +59,53 @@ def test_only_the_main_process_decides(monkeypatch):
             broadcast_from_main(process, refuse)
 
 
+@pytest.mark.parametrize("variable", distributed.REFUSED_SETTINGS)
+def test_settings_of_accelerate_that_the_code_does_otherwise_are_refused_by_name(variable):
+    for value in ("", "no", "NO", "false"):
+        check_launch_settings({variable: value})
+    with pytest.raises(InputError, match=rf"environment variable {variable}=inductor \(.*\): not supported; .+"):
+        check_launch_settings({variable: "inductor"})
+
+
+def test_accelerates_accumulation_must_be_that_of_the_flag():
+    variable = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
+    for steps, ours in (("1", 1), ("1", 4), ("4", 4)):
+        check_launch_settings({variable: steps}, ours)
+    with pytest.raises(InputError, match=f"{variable}=4 .*--gradient-accumulation-steps alone"):
+        check_launch_settings({variable: "4"}, 2)
+
+
+def test_the_flag_decides_the_accumulation(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    reset_accelerate()
+    accelerator = start_processes("cpu", gradient_accumulation_steps=4)
+    assert accelerator.gradient_accumulation_steps == 4 and accelerator.device.type == "cpu"
+
+
+def test_a_process_without_a_gpu_and_apples_gpu(monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(InputError, match="process 3 of this machine has no GPU: PyTorch finds 2 GPUs"):
+        start_processes("auto")
+    monkeypatch.undo()
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
+    reset_accelerate()
+    assert start_processes("auto").device.type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert torch.cuda.is_available() or capsys.readouterr().out.count("this program runs on the CPU") == 1
+
+
+def test_gpus_without_peer_access_are_told_to_nccl(monkeypatch):
+    """Without it, accelerate ends a program that torchrun started on them."""
+    monkeypatch.setattr(distributed, "uses_cuda", lambda device: True)
+    monkeypatch.setattr(distributed, "check_cuda_p2p_ib_support", lambda: False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr(distributed, "Accelerator", lambda **how: how)
+    monkeypatch.setattr(distributed.os, "environ", environment := {})
+    assert start_processes("auto")["cpu"] is False
+    assert environment == {"NCCL_P2P_DISABLE": "1", "NCCL_IB_DISABLE": "1"}
+
+
 def device_that_holds(images, tried):
     """Return work that runs out of memory above a number of images."""
 
@@ -79,7 +125,7 @@ def test_the_largest_batch_that_fits_is_found(holds, found):
 
 
 def test_no_batch_fits():
-    with pytest.raises(InputError, match=r"memory is too small for a batch of one image \(.* 1 images do not fit\)"):
+    with pytest.raises(InputError, match=r"^the GPU's memory is full: it is too small for a batch of one image$"):
         largest_batch(device_that_holds(0, []), 8)
 
 

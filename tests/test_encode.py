@@ -258,8 +258,7 @@ def test_the_published_command_line(tmp_path):
 
 def test_two_processes_give_the_same_files(tmp_path, kl_codec):
     images = make_images(tmp_path / "images", 20)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1"]
-    launch += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     program = [
         REPOSITORY / "preprocessing/encode.py",
         "--source",

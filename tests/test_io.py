@@ -7,12 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from common.io import (
     InputError,
     atomic_write,
     check_writable,
+    explain,
     lock_folder,
+    memory_message,
     printable,
     progress_bar,
     read_json,
@@ -107,6 +110,11 @@ ENDS = {
     "raise KeyboardInterrupt": (130, "x.py: interrupted"),
     "open('/nowhere/file')": (2, "x.py: error: /nowhere/file: No such file or directory"),
     "raise OSError(28, 'No space left on device')": (2, "x.py: error: No space left on device"),
+    "raise MemoryError": (2, "x.py: error: the memory of this machine is full; give it smaller batches, or end other"),
+    "raise RuntimeError('[gloo/transport/tcp/pair.cc:547] Connection closed by peer')": (
+        1,
+        "x.py: error: another process of this run has ended or does not answer; its own message says why ([gloo/",
+    ),
 }
 
 
@@ -164,3 +172,44 @@ def test_tqdm_disable_is_honoured(more, shown):
     environment = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"} | more
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert found.returncode == 0 and ("1/1" in found.stderr) == shown
+
+
+# What torch says, with the numbers that a message keeps.
+FULL = (
+    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 1 has a total capacity of 79.25 GiB of which 1.10 GiB is "
+    "free. Including non-PyTorch memory, this process has 78.14 GiB memory in use."
+)
+
+
+def test_a_full_memory_is_told_with_device_place_and_advice():
+    def step():
+        raise torch.OutOfMemoryError(FULL)
+
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        step()
+    message, status = explain(caught.value, "give a smaller --batch-size")
+    assert message == (
+        "the memory of GPU 1 (79.25 GiB) is full, 2.00 GiB more were needed, in step (test_io.py); give a smaller "
+        "--batch-size, or end other programs that use this memory"
+    )
+    assert status == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (RuntimeError("CUDA error: out of memory"), "the GPU's memory is full"),
+        (
+            RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"),
+            "the GPU's memory is full",
+        ),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+            "the memory of this machine is full",
+        ),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), None),
+    ],
+)
+def test_other_forms_of_a_full_memory(error, text):
+    assert memory_message(error) == text
+    assert text is not None or explain(error, "") == (None, 1)

@@ -6,7 +6,6 @@ may change it (`changeable`). What the data and the encoders determine is in `Ru
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from common.cli import (
     settings,
     uses_cuda,
 )
-from common.io import InputError
+from common.io import InputError, read_json
 from loss import ENTANGLED, FROM_ENCODER, TERMS
 from models.autoencoder import LatentFormat
 from models.encoders import AFTER_NORM, name_with_tokens
@@ -40,6 +39,10 @@ SEED = Check("from 0 to 2^63 - 1", lambda value: 0 <= value < 2**63)
 TIMEOUT = Check(f"greater than 0 and at most a year, {MINUTES_PER_YEAR}", lambda value: 0 < value <= MINUTES_PER_YEAR)
 MODEL = Check(f"one of {', '.join(SiT_models)}", lambda value: value in SiT_models)
 WEIGHTS = {term.name: term.weight for term in TERMS}
+# In args.json: facts about the run that are no settings, and the names of the settings that follow from others.
+DERIVED = "derived"
+RECORDED = frozenset({"codec", "latent_size", "z_dims", "in_channels", "cls_token_dim", DERIVED})
+OF_ONE_RUN = ("exp_name", "resume", "resume_step", "dry_run")  # another run does not take them from args.json
 FOLDER_NAME = Check("the name of a folder", lambda value: bool(value.strip(". ")))
 
 
@@ -49,8 +52,12 @@ class RunSettings(Config):
 
     output_dir: str = adjustable("exps", "folder of all runs")
     exp_name: str = adjustable(MISSING, "name of this run; its folder in --output-dir", check=FOLDER_NAME)
-    logging_dir: str = adjustable("logs", "folder of the tracker, inside the run's folder")
-    report_to: str = adjustable("none", "tracker to use in addition", choices=("none", "wandb", "tensorboard"))
+    logging_dir: str = adjustable("logs", "folder of the tracker, inside the run's folder (published: OUTPUT_DIR/logs)")
+    report_to: str = adjustable(
+        "none",
+        "tracker to use in addition to metrics.jsonl; one that fails is a warning",
+        choices=("none", "wandb", "tensorboard"),
+    )
     log_steps: int = adjustable(100, "steps between two rows of metrics.jsonl", check=POSITIVE)
     checkpointing_steps: int = adjustable(50_000, "steps between two checkpoints", check=POSITIVE)
     keep_last: int = adjustable(0, "keep the N newest checkpoints; 0: all", check=NON_NEGATIVE)
@@ -68,15 +75,25 @@ class RunSettings(Config):
         "checkpoint whose averaged weights initialize a new run; weights that do not fit (other classes, encoders, "
         "resolution) are initialized as usual",
     )
-    legacy: bool | None = adjustable(None, "whether the checkpoint has the older REPA layout; detected if not given")
+    legacy: bool | None = adjustable(
+        None,
+        "whether the checkpoint to resume from has the older REPA layout; detected if not given. The published switch "
+        "of this name drops labels twice: --cfg-prob 0.19",
+    )
     device: str = adjustable("auto", "where to train; auto: CUDA if available", choices=("auto", "cpu", "cuda"))
+    dry_run: bool = adjustable(False, "check everything, do two steps, show their time and memory, and write nothing")
 
 
 @dataclass(frozen=True, kw_only=True)
 class GridSettings(Config):
     """sample grids"""
 
-    sampling_steps: int = adjustable(10_000, "steps between two grids; 0: none, no codec needed", check=NON_NEGATIVE)
+    sampling_steps: int = adjustable(
+        10_000,
+        "steps between two grids; 0: none, no codec needed. Without this flag and --vae, a codec that cannot be loaded "
+        "is a warning, and there are no grids",
+        check=NON_NEGATIVE,
+    )
     vae: str | None = adjustable(
         None, "codec that decodes samples; default: that of the latents (for sd-vae-ft-mse: sd-vae-ft-ema)"
     )
@@ -107,14 +124,20 @@ class NetworkSettings(Config):
     num_heads: int | None = setting(None, "attention heads; default: the preset's", check=POSITIVE)
     projector_dim: int = setting(2048, "inner width of the projectors", check=POSITIVE)
     num_classes: int | None = setting(
-        None, "number of classes, at least that of the data; default: that of the data", check=POSITIVE
+        None,
+        "number of classes, at least that of the data; default: that of the data. Only a network of 1000 classes fits "
+        "the published code",
+        check=POSITIVE,
     )
     encoder_depth: int | None = setting(
-        None, "align after this block, counted from 1; default: 4 for S and B, 8 for L and XL", check=POSITIVE
+        None,
+        "align after this block, counted from 1; default: 4 for S and B, 8 for L and XL (published: 8)",
+        check=POSITIVE,
     )
     fused_attn: bool = adjustable(True, "attention through scaled_dot_product_attention")
     qk_norm: bool = setting(False, "LayerNorm on queries and keys")
     cls_token: bool | None = setting(None, "class slot: REG with it, REPA without (--entangle none)")
+    ops_head: int | None = adjustable(None, "accepted and ignored: the published code has it and does not use it")
     ema_decay: float = setting(0.9999, "decay of the averaged weights", check=BELOW_ONE)
 
 
@@ -124,7 +147,12 @@ class DataSettings(Config):
 
     data_dir: str = adjustable("data/imagenet256", "folder with images and latents")
     resolution: int | None = setting(None, "image size in px; read from the data, this only checks it")
-    batch_size: int = setting(256, "samples of an optimizer step, over all processes", check=POSITIVE)
+    max_images: int | None = setting(
+        None, "train on N images only, equally many of each class, for a trial", check=POSITIVE
+    )
+    batch_size: int = setting(
+        256, "samples of an optimizer step, over all processes and micro-batches (published default: 8)", check=POSITIVE
+    )
     num_workers: int = adjustable(4, "loader processes of each training process", check=NON_NEGATIVE)
     flip: bool = setting(False, "mirror half of the images (needs preprocessing/encode.py --flip)")
     check_data: bool = adjustable(True, "check every file for truncation before training")
@@ -136,7 +164,10 @@ class PrecisionSettings(Config):
 
     allow_tf32: bool = adjustable(True, "TF32 in matrix products on CUDA")
     mixed_precision: str | None = adjustable(
-        None, "autocast; default: fp16 on CUDA, no on the CPU", choices=("no", "fp16", "bf16")
+        None,
+        "autocast; default: fp16 or bf16 if accelerate's configuration says so, else fp16 on CUDA, no on the CPU",
+        choices=("no", "fp16", "bf16"),
+        environment="ACCELERATE_MIXED_PRECISION",
     )
 
 
@@ -161,9 +192,14 @@ class OptimizationSettings(Config):
     max_train_steps: int = adjustable(400_000, "number of training steps", check=POSITIVE)
     epochs: int | None = adjustable(None, "stop after N passes over the data, if this is earlier", check=POSITIVE)
     gradient_accumulation_steps: int = adjustable(
-        1, "micro-batches into which a process divides its samples", check=POSITIVE
+        1,
+        "micro-batches into which a process divides its samples; --batch-size stays the total of a step (published: "
+        "the total is --batch-size times this number)",
+        check=POSITIVE,
     )
-    learning_rate: float = setting(1e-4, "constant learning rate", check=POSITIVE)
+    learning_rate: float = adjustable(
+        1e-4, "constant learning rate; a resumed run keeps its own unless this flag is given", check=POSITIVE
+    )
     adam_beta1: float = setting(0.9, "of AdamW", check=BELOW_ONE)
     adam_beta2: float = setting(0.999, "of AdamW", check=BELOW_ONE)
     adam_weight_decay: float = setting(0.0, "of AdamW", check=NON_NEGATIVE)
@@ -179,7 +215,11 @@ class MethodSettings(Config):
     path_type: str = setting("linear", "path between data and noise", choices=PATHS)
     prediction: str = setting("v", "what the network predicts: the velocity", choices=("v",))
     weighting: str = setting("uniform", "distribution of training times", choices=tuple(TIME_DISTRIBUTIONS))
-    cfg_prob: float = setting(0.1, "probability that a label is replaced by the null class", check=BELOW_ONE)
+    cfg_prob: float = setting(
+        0.1,
+        "probability that a label is replaced by the null class (in the published code without effect: always 0.1)",
+        check=BELOW_ONE,
+    )
     enc_type: str = setting("dinov2-vit-b", "frozen encoders, comma-separated; the first gives the class token")
     enc_weights: str | None = adjustable(None, "local weight files of the encoders, comma-separated; default: the hub")
     entangle: str | None = setting(
@@ -189,7 +229,11 @@ class MethodSettings(Config):
         "case the slot is aligned with the class token",
         choices=ENTANGLED,
     )
-    proj_coeff: float = setting(WEIGHTS["proj"], "weight of the alignment; 0: no projectors", check=NON_NEGATIVE)
+    proj_coeff: float = setting(
+        WEIGHTS["proj"],
+        "weight of the alignment; 0: no projectors, and the checkpoint does not fit the published code",
+        check=NON_NEGATIVE,
+    )
     cls: float = setting(WEIGHTS["cls"], "weight of the class token's velocity", check=NON_NEGATIVE)
 
 
@@ -198,7 +242,16 @@ class TrainConfig(
     RunSettings, GridSettings, EvaluationSettings, NetworkSettings, DataSettings, PrecisionSettings, SpeedSettings,
     OptimizationSettings, MethodSettings,
 ):  # fmt: skip
-    """The settings of train.py. Names and meanings of the published flags are kept."""
+    """The settings of train.py. docs/published-flags.md compares them with the published flags."""
+
+    example = "python train.py --exp-name NAME --data-dir DATA --model SiT-B/2"
+    recorded = RECORDED
+
+    @classmethod
+    def from_record(cls, values: dict[str, Any], source: str) -> dict[str, Any]:
+        """Return the settings in args.json of a run, for another run: without its name, and without what follows."""
+        derived = read_json(source).get(DERIVED) or []
+        return {name: value for name, value in values.items() if name not in (*OF_ONE_RUN, *derived)}
 
     def check_combination(self) -> None:
         if self.eval_steps and not self.eval_ref:
@@ -212,10 +265,9 @@ class TrainConfig(
             raise InputError(f"--resume {self.resume} and --resume-step {self.resume_step}: give one of them")
         if self.keep_every and not self.keep_last:
             raise InputError(f"--keep-every {self.keep_every}: extends --keep-last; give --keep-last as well")
-        if self.report_to != "none" and importlib.util.find_spec(self.report_to) is None:
-            raise InputError(f"--report-to {self.report_to}: the package {self.report_to} is not installed")
         if self.precision == "fp16" and not uses_cuda(self.device):
-            raise InputError("--mixed-precision fp16 needs a CUDA device; allowed on the CPU: no, bf16")
+            who = "--mixed-precision fp16, by this flag or by accelerate's configuration,"
+            raise InputError(f"{who} needs a CUDA device; allowed on the CPU: --mixed-precision no or bf16")
 
     @property
     def slot(self) -> str:
@@ -309,6 +361,13 @@ def saved_args(config: TrainConfig, facts: RunFacts) -> dict[str, Any]:
             )
         },
     }  # fmt: skip
+
+
+def run_record(config: TrainConfig, facts: RunFacts) -> dict[str, Any]:
+    """Return the content of args.json: `saved_args`, and which settings the data, the model and others determined."""
+    saved = saved_args(config, facts)
+    derived = [name for name in settings(TrainConfig) if getattr(config, name) is None and saved[name] is not None]
+    return {**saved, DERIVED: derived}
 
 
 def check_same_run(current: dict[str, Any], saved: dict[str, Any], source: str | Path) -> None:

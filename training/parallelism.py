@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -26,9 +25,7 @@ from models.sit import SiT
 
 
 def check_sharding(accelerator: Accelerator, fsdp: bool) -> None:
-    """Raise InputError if the processes cannot shard, or if accelerate's own configuration asks for sharding."""
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        raise InputError(f"accelerate is configured for {accelerator.distributed_type.value}; allowed: --fsdp instead")
+    """Raise InputError if the processes cannot shard."""
     if fsdp and accelerator.num_processes == 1:
         raise InputError("--fsdp with 1 process: sharding needs 2 processes or more")
     if fsdp and accelerator.device.type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):

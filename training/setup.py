@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import resource
+import sys
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
-from PIL.Image import Image
 from tqdm import tqdm
 
-from common.distributed import broadcast_from_main
-from common.io import InputError, lock_folder, progress_bar, read_json, write_json
+from common.cli import changed
+from common.distributed import broadcast_from_main, start_processes
+from common.io import InputError, check_writable, lock_folder, progress_bar, read_json, read_metrics, write_json
 from dataset import GlobalBatchSampler, LatentDataset
 from evaluations.in_training import TrainingEvaluation
 from loss import FROM_ENCODER, REGLoss
@@ -26,7 +27,7 @@ from models.encoders import Encoder, load_encoders
 from models.interpolant import Interpolant
 from models.sit import SiT
 from training.checkpoint_writer import CheckpointWriter
-from training.config import RunFacts, TrainConfig, check_same_run, find_facts, saved_args
+from training.config import RunFacts, TrainConfig, check_same_run, find_facts, run_record, saved_args
 from training.guards import BadSteps, GuardedOptimizer
 from training.metrics import RunLog, StepReports, warn_if_unwritable
 from training.parallelism import check_sharding, compile_training, count_parameters
@@ -34,12 +35,16 @@ from training.preemption import StopSignal
 from training.randomness import StepRandomness
 from training.state import Run, load_resumable, newest_complete, prepare_networks
 from training.throughput import describe_start, peak_flops, training_flops
+from training.tracker import installed_tracker, start_tracker
 
 REQUESTS = ("stop", "save")  # what a process can ask all processes for
 
 
 def set_up(config: TrainConfig, stop_signal: StopSignal | None = None) -> Run:
-    """Return a run that is ready to train. Without a `stop_signal` only its end stops it."""
+    """Return a run that is ready to train. Without a `stop_signal` only its end stops it.
+
+    The run's folder is claimed last. With --dry-run nothing is written.
+    """
     # Processes and precision.
     accelerator = make_accelerator(config)
     check_sharding(accelerator, config.fsdp)
@@ -47,9 +52,13 @@ def set_up(config: TrainConfig, stop_signal: StopSignal | None = None) -> Run:
 
     # Everything that can be wrong with the input.
     checkpoint = find_checkpoint(config, accelerator)
+    config = choose_learning_rate(config, checkpoint, accelerator)
+    say_differences(config, accelerator)
     data = open_data(config, accelerator)
     encoders = make_encoders(config, data, accelerator)
     codec = make_codec(config, data, accelerator)
+    if config.sampling_steps and broadcast_from_main(accelerator, lambda: codec is None):
+        config = changed(config, sampling_steps=0)
     evaluation = make_evaluation(config, accelerator, encoders)
     widths = [encoder.width for encoder in encoders]
     facts = find_facts(config, data.resolution, data.latent_size, data.num_classes, data.latent_format, widths)
@@ -83,11 +92,11 @@ def set_up(config: TrainConfig, stop_signal: StopSignal | None = None) -> Run:
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
     """Return accelerate's object for processes, precision and trackers."""
-    return Accelerator(
-        cpu=config.device == "cpu",
-        mixed_precision=config.precision,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        log_with=None if config.report_to == "none" else config.report_to,
+    return start_processes(
+        config.device,
+        config.precision,
+        config.gradient_accumulation_steps,
+        log_with=installed_tracker(config),
         project_dir=str(config.folder / config.logging_dir),
         kwargs_handlers=[
             # Without accumulation every step has the same graph; with it, some micro-batches do not reduce gradients.
@@ -100,24 +109,71 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
 
 
 def find_checkpoint(config: TrainConfig, accelerator: Accelerator) -> dict[str, Any] | None:
-    """Return the checkpoint to resume from, or None for a new run. A folder that holds a run is never overwritten."""
+    """Return the checkpoint to resume from, or None for a new run.
+
+    A folder that holds checkpoints or rows of a run is never overwritten. What a start left that ended before its first
+    row, args.json, is replaced, so that the start can be repeated with other settings.
+    """
     folder, checkpoints = config.folder, config.folder / "checkpoints"
+    args, metrics = folder / "args.json", folder / "metrics.jsonl"
     if config.resume == "latest":
         path = broadcast_from_main(accelerator, lambda: newest_complete(checkpoints))
-        if path is not None:
-            return load_resumable(path, verify=False)
-        if (folder / "args.json").exists():
-            check_same_run(vars(config), read_json(folder / "args.json"), folder / "args.json")
-        return None
-    if config.resume or config.resume_step:
+    elif config.resume or config.resume_step:
         path = Path(config.resume) if config.resume else checkpoints / f"{config.resume_step:07d}.pt"
-        checkpoint = load_resumable(path, verify=accelerator.is_main_process)
+    else:
+        path = None
+    if path is not None:
+        checkpoint = load_resumable(path, verify=accelerator.is_main_process and config.resume != "latest")
         if config.legacy is not None and config.legacy != is_legacy(checkpoint):
             raise InputError(f"--legacy {config.legacy}, but {path} has legacy layout {is_legacy(checkpoint)}")
         return checkpoint
-    if (folder / "args.json").exists() or list_checkpoints(checkpoints):
+
+    # A new run.
+    has_rows = metrics.exists() and bool(read_metrics(metrics))
+    if config.resume != "latest" and (has_rows or list_checkpoints(checkpoints)):
         raise InputError(f"{folder} already holds a run; resume it with --resume latest, or choose another --exp-name")
+    if has_rows and args.exists():
+        check_same_run(asdict(config), read_json(args), args)
+    elif args.exists():
+        accelerator.print(f"note: an earlier start in {folder} ended before its first row; its args.json is replaced")
+    if config.legacy:
+        raise InputError(
+            "--legacy: the published switch, which drops labels twice in a new run (probability 0.19), does not exist "
+            "here; the same distribution: --cfg-prob 0.19. Here the flag says which layout a checkpoint to resume has"
+        )
     return None
+
+
+def choose_learning_rate(
+    config: TrainConfig, checkpoint: dict[str, Any] | None, accelerator: Accelerator
+) -> TrainConfig:
+    """Return the settings with the learning rate of the run: the flag's if it is given, else the checkpoint's."""
+    try:
+        before = float(checkpoint["opt"]["param_groups"][0]["lr"])
+    except (KeyError, IndexError, TypeError):  # no checkpoint, or one that `restore_optimizer` refuses
+        return config
+    if before == config.learning_rate:
+        return config
+    if "learning_rate" in config.given:
+        now, first = config.learning_rate, checkpoint["steps"] + 1
+        accelerator.print(
+            f"note: the learning rate is {now:g} from step {first}, as --learning-rate says; before {before:g}"
+        )
+        return config
+    accelerator.print(f"note: the learning rate is {before:g}, that of the checkpoint; --learning-rate changes it")
+    return changed(config, learning_rate=before)
+
+
+def say_differences(config: TrainConfig, accelerator: Accelerator) -> None:
+    """Say where the given flags mean something else than in the published program (docs/published-flags.md)."""
+    total, parts = config.batch_size, config.gradient_accumulation_steps
+    if parts > 1:
+        accelerator.print(
+            f"note: a step takes {total} images in total, {parts} micro-batches on each process; the published program "
+            f"would take {total} x {parts} = {total * parts} with these flags"
+        )
+    if config.ops_head is not None:
+        accelerator.print(f"note: --ops-head {config.ops_head} is accepted and ignored, as in the published program")
 
 
 def open_data(config: TrainConfig, accelerator: Accelerator) -> LatentDataset:
@@ -127,6 +183,10 @@ def open_data(config: TrainConfig, accelerator: Accelerator) -> LatentDataset:
         raise InputError(f"--num-classes {config.num_classes}: the data in {config.data_dir} have {data.num_classes}")
     if config.resolution is not None and config.resolution != data.resolution:
         raise InputError(f"--resolution {config.resolution}: the data in {config.data_dir} have {data.resolution}")
+    if config.max_images is not None:
+        data.keep(config.max_images)
+    processes, parts = accelerator.num_processes, config.gradient_accumulation_steps
+    GlobalBatchSampler(len(data), config.batch_size, config.seed, range(0), 0, processes, parts)  # checks divisibility
     if config.check_data:
         part, parts = accelerator.process_index, accelerator.num_processes
         with progress_bar(total=len(data) // parts, desc="checking the data", unit="image", main=part == 0) as bar:
@@ -143,10 +203,19 @@ def make_encoders(config: TrainConfig, data: LatentDataset, accelerator: Acceler
 
 
 def make_codec(config: TrainConfig, data: LatentDataset, accelerator: Accelerator) -> Codec | None:
-    """Return the codec that decodes samples, on the processes that need it."""
-    if config.eval_steps or (config.sampling_steps and accelerator.is_main_process):
+    """Return the codec that decodes samples, on the processes that need it.
+
+    If no flag asks for grids or a codec, a codec that cannot be loaded is a warning, and None is returned.
+    """
+    if not (config.eval_steps or (config.sampling_steps and accelerator.is_main_process)):
+        return None
+    try:
         return load_decoder(data.latent_format, config.vae, accelerator.device)
-    return None
+    except InputError as error:
+        if config.eval_steps or config.given & {"sampling_steps", "vae"}:
+            raise
+        print(f"warning: there will be no sample grids, because the codec cannot be loaded: {error}", file=sys.stderr)
+        return None
 
 
 def make_evaluation(
@@ -185,12 +254,20 @@ def make_randomness(
 
 
 def claim_folder(config: TrainConfig, facts: RunFacts, accelerator: Accelerator, step: int) -> None:
-    """Lock the run's folder for this run and write args.json."""
-    if accelerator.is_main_process:
+    """Lock the run's folder for this run and write args.json. A dry run only checks that it could."""
+    args = config.folder / "args.json"
+
+    def claim() -> None:
+        if step == 0:
+            check_writable(args, "--output-dir")
+        if config.dry_run:
+            return
         lock_folder(config.folder, "training")
         # A new run needs a writable folder; a resumed run continues on a full disk.
-        with warn_if_unwritable(str(config.folder / "args.json")) if step else contextlib.nullcontext():
-            write_json(config.folder / "args.json", saved_args(config, facts))
+        with warn_if_unwritable(str(args)) if step else contextlib.nullcontext():
+            write_json(args, run_record(config, facts))
+
+    broadcast_from_main(accelerator, claim)
 
 
 def make_log(
@@ -205,15 +282,15 @@ def make_log(
     log = RunLog(
         config.folder,
         config.batch_size,
-        accelerator.is_main_process,
+        accelerator.is_main_process and not config.dry_run,
         lambda row, at: accelerator.log(row, step=at),
-        lambda picture, at: track_picture(accelerator, picture, at),
+        lambda picture, at: [tracker.show(picture, at) for tracker in accelerator.trackers],
         checkpoint.get("log") if checkpoint else None,
         step,
         peak_images_per_second(config, facts, accelerator),
     )
     start = describe_start(config.seed, step, accelerator.device, accelerator.num_processes)
-    log.write_line("starts.jsonl", start | count_parameters(model))
+    log.write_line("starts.jsonl", start | count_parameters(model) | {"learning_rate": config.learning_rate})
     return log
 
 
@@ -222,7 +299,7 @@ def make_writer(config: TrainConfig, accelerator: Accelerator) -> CheckpointWrit
     writer = CheckpointWriter(
         config.folder / "checkpoints", config.keep_last, config.keep_every, config.background_save, tqdm.write
     )
-    if accelerator.is_main_process:
+    if accelerator.is_main_process and not config.dry_run:
         writer.clear_leftovers()
     return writer
 
@@ -245,29 +322,9 @@ def peak_images_per_second(config: TrainConfig, facts: RunFacts, accelerator: Ac
     return peak * accelerator.num_processes / training_flops(network)
 
 
-def start_tracker(config: TrainConfig, facts: RunFacts, accelerator: Accelerator) -> None:
-    """Start wandb or tensorboard; a resumed run continues the same wandb run."""
-    if config.report_to == "none":
-        return
-    settings = {
-        name: value if isinstance(value, int | float | str | bool) else str(value)
-        for name, value in saved_args(config, facts).items()
-    }
-    run_id = f"{config.exp_name}-{hashlib.sha256(str(config.folder.resolve()).encode()).hexdigest()[:8]}"
-    (config.folder / config.logging_dir).mkdir(parents=True, exist_ok=True)
-    accelerator.init_trackers(
-        "REG",
-        config=settings,
-        init_kwargs={"wandb": {"name": config.exp_name, "id": run_id, "resume": "allow", "dir": str(config.folder)}},
-    )
-
-
-def track_picture(accelerator: Accelerator, picture: Image, step: int) -> None:
-    """Pass a picture of samples to the tracker."""
-    for tracker in accelerator.trackers:
-        if tracker.name == "wandb":
-            import wandb
-
-            tracker.log({"samples": wandb.Image(picture)}, step=step)
-        elif tracker.name == "tensorboard":
-            tracker.writer.add_image("samples", np.asarray(picture), step, dataformats="HWC")
+def peak_memory(device: torch.device) -> str:
+    """Return the largest amount of memory that this process has used so far, on its GPU or of the machine."""
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_reserved(device) / 1e9:.1f} GB of GPU memory"
+    units = 1 if sys.platform == "darwin" else 1024
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * units / 1e9:.1f} GB"

@@ -129,8 +129,9 @@ def restore_weights(checkpoint: dict[str, Any], model: SiT, average: SiT) -> Non
 
 def restore_optimizer(checkpoint: dict[str, Any], optimizer: torch.optim.Optimizer, model: SiT) -> None:
     """Load the optimizer state, strictly."""
-    # Published checkpoints, and older ones of ours, come from another implementation of the same AdamW.
-    own = {name: optimizer.defaults[name] for name in IMPLEMENTATION if name in optimizer.defaults}
+    # Published checkpoints, and older ones of ours, come from another implementation of the same AdamW. The learning
+    # rate is a setting: `training.setup.choose_learning_rate` has compared it with the checkpoint's.
+    own = {name: optimizer.defaults[name] for name in (*IMPLEMENTATION, "lr") if name in optimizer.defaults}
     groups = [{**group, **own} for group in checkpoint["opt"]["param_groups"]]
     try:
         state = shard_like(place_state(checkpoint, model), model)
