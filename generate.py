@@ -19,11 +19,10 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from tqdm import tqdm
 
 from common.cli import AUTO, parse
 from common.distributed import broadcast_from_main, largest_batch, long_collective_timeout, to_host
-from common.io import InputError, run_cli, write_json
+from common.io import InputError, progress_bar, run_cli, write_json
 from evaluations.coherence import CoherenceReport
 from generation.config import GenerateConfig, check_against_checkpoint, default_name, image_labels
 from generation.sample_set import DIGEST, SampleSet
@@ -150,7 +149,7 @@ def generate(plan: SamplePlan, accelerator: Accelerator, samples: SampleSet, bat
     rows = plan.batch_size if config.compile or config.cuda_graphs else 1
     sampler = (plan.interpolant, config.guidance, config.mode, config.chosen_solver, config.num_steps)
     mine = batches[accelerator.process_index :: accelerator.num_processes]
-    bar = tqdm(total=sum(map(len, mine)), unit="img", disable=not accelerator.is_main_process, desc="generating")
+    bar = progress_bar(total=sum(map(len, mine)), unit="img", main=accelerator.is_main_process, desc="generating")
     with ThreadPoolExecutor(WRITER_THREADS) as pool, bar:
         writing: list[Future[int]] = []
         for numbers in mine:

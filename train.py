@@ -16,10 +16,9 @@ from collections.abc import Generator, Iterator
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from common.distributed import broadcast_from_main
-from common.io import InputError, read_json, run_cli, unlock_folder, write_json
+from common.io import InputError, progress_bar, read_json, run_cli, unlock_folder, write_json
 from dataset import ErrorsAsItems, GlobalBatchSampler, collate, raise_errors
 from loss import TERMS, Targets, alignment_target, entangled_token
 from models import ema
@@ -42,7 +41,7 @@ def train(run: Run) -> bool:
     batches = load_batches(run, range(run.step, last_step))
     if run.step == 0:
         write_reconstructions(run)
-    bar = tqdm(total=last_step, initial=run.step, desc=config.exp_name, disable=not accelerator.is_main_process)
+    bar = progress_bar(total=last_step, initial=run.step, desc=config.exp_name, main=accelerator.is_main_process)
     run.model.train()
     while run.step < last_step and "stop" not in run.requests:
         training_step(run, batches)

@@ -34,14 +34,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from benchmarks import timing
 from common.cli import AUTO, BATCH_SIZE, NON_NEGATIVE, POSITIVE, batch_size, parse, require, setting
 from common.distributed import largest_batch
-from common.io import InputError, run_cli
+from common.io import InputError, progress_bar, run_cli
 from common.sources import FileSource
 from dataset import GlobalBatchSampler, LatentDataset
 from models.autoencoder import SD_FORMAT, Codec, KLCodec, load_codec
@@ -219,7 +218,7 @@ def measure_programs(config: Encode) -> list[Row]:
 def copy_files(source: FileSource, names: list[str], path: Path) -> Path:
     """Write some of a source's files to an uncompressed zip and return its path."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        for name in tqdm(names, desc=f"writing {path.name}", unit="file"):
+        for name in progress_bar(names, desc=f"writing {path.name}", unit="file"):
             archive.writestr(name, source.read(name))
     return path
 

@@ -22,13 +22,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import timing
 from common.cli import AUTO, BATCH_SIZE, NON_NEGATIVE, POSITIVE, UNIT_INTERVAL, Check, batch_size, parse, setting
 from common.distributed import largest_batch
-from common.io import run_cli
+from common.io import progress_bar, run_cli
 from models.checkpoint import load_model
 from models.inference import NETWORK_DTYPES, CudaGraphs, compile_blocks, convert
 from models.interpolant import Interpolant
@@ -175,7 +174,7 @@ def measure(config: Sample, forms: list[Form], flops: int) -> list[dict[str, Any
     device = config.torch_device
     kinds = {"step_plain": Guidance(), "step_guided": Guidance(max(config.cfg_scale, 1.1))}
     memory, latents, runs = {}, {}, {}
-    for form in tqdm(forms, desc="first runs", unit="form"):  # includes compilation and capture; not timed
+    for form in progress_bar(forms, desc="first runs", unit="form"):  # includes compilation and capture; not timed
         before = None
         if device.type == "cuda":
             timing.reset_peak_memory(device)

@@ -18,10 +18,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 from common.cli import Config, setting, uses_cuda
-from common.io import InputError, check_writable, write_json
+from common.io import InputError, check_writable, progress_bar, write_json
 from training.throughput import describe_code
 
 Name = TypeVar("Name", bound=Hashable)
@@ -76,7 +75,7 @@ def seconds(run: Callable[[], object], device: torch.device, at_least: float) ->
 def in_turns(runs: dict[Name, Callable[[], object]], device: torch.device, rounds: int) -> dict[Name, list[float]]:
     """Return the times of each run, one per round. The runs alternate, so that other load affects all of them."""
     times: dict[Name, list[float]] = {name: [] for name in runs}
-    for number in tqdm(range(rounds), desc="timing", unit="round"):
+    for number in progress_bar(range(rounds), desc="timing", unit="round"):
         for name in list(runs)[:: 1 if number % 2 else -1]:
             times[name].append(timed(runs[name], device))
     return times
@@ -85,7 +84,7 @@ def in_turns(runs: dict[Name, Callable[[], object]], device: torch.device, round
 def compare(runs: dict[str, Callable[[], Tensor]], device: torch.device, rounds: int) -> list[dict[str, Any]]:
     """Return a row for each run: setting, seconds (median), ratio and deviation relative to the first, memory_gb."""
     results, memory = {}, {}
-    for name, run in tqdm(runs.items(), desc="first runs", unit="form"):
+    for name, run in progress_bar(runs.items(), desc="first runs", unit="form"):
         reset_peak_memory(device)
         results[name] = run().float()
         memory[name] = peak_memory(device)

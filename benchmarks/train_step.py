@@ -32,7 +32,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
@@ -40,7 +39,7 @@ from benchmarks import timing
 from benchmarks.training_steps import Form, OurForm, PlainForm, Workload
 from common import distributed
 from common.cli import NON_NEGATIVE, POSITIVE, parse, setting
-from common.io import InputError, check_writable, run_cli
+from common.io import InputError, check_writable, progress_bar, run_cli
 from training.checkpoint_writer import CheckpointWriter
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -159,9 +158,11 @@ def measure(config: TrainStep, case: Case) -> list[Row]:
 
     # First steps of each form, then turns of those that fit into memory
     name = f"{case.model}, batch {case.batch_size}"
-    fitting = [(form, row) for form, row in tqdm(pairs, desc=f"{name}, first steps") if fits(form, warm_up, row)]
+    fitting = [
+        (form, row) for form, row in progress_bar(pairs, desc=f"{name}, first steps") if fits(form, warm_up, row)
+    ]
     turns: dict[int, list[tuple[float, float]]] = {id(row): [] for _, row in fitting}
-    for _ in tqdm(range(config.rounds), desc=name, unit="round"):
+    for _ in progress_bar(range(config.rounds), desc=name, unit="round"):
         fitting = [(form, row) for form, row in fitting if fits(form, turn, row, config.steps, turns[id(row)])]
 
     for form, row in fitting:
@@ -332,7 +333,7 @@ def train_all(config: TrainStep) -> dict[str, list[float]]:
                     parameter.mul_(factor)
             start_moved = ", start moved by one ulp" if factor != 1 else ""
             name = f"{form.name}{start_moved}, {'float32' if precision == 'no' else precision}"
-            for _ in tqdm(range(config.losses), desc=name):
+            for _ in progress_bar(range(config.losses), desc=name):
                 form.step()
             losses[name] = form.finish()
     return losses

@@ -1,4 +1,4 @@
-"""Reading and writing files, and reporting errors.
+"""Reading and writing files, reporting errors, progress bars.
 
 `atomic_write` and `write_json` never leave an incomplete file under its final name. `lock_folder` lets one process at a
 time write to a folder. `InputError` and `run_cli` end a program with one line instead of a traceback.
@@ -15,9 +15,11 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
+
+from tqdm import tqdm
 
 WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 LOCK_NAME = ".lock"
@@ -190,3 +192,14 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
             if isinstance(row, dict) and type(row.get("step")) is int:
                 rows.append(row)
     return rows
+
+
+def progress_bar(items: Iterable[Any] | None = None, main: bool = True, **options: Any) -> tqdm:
+    """Return tqdm's progress bar over `items`, or, without them, one to be moved by `update`.
+
+    It is shown on stderr if that is a terminal, by the `main` process only, and not if the environment has
+    TQDM_DISABLE=1. `options` are tqdm's: total, desc, unit and others.
+    """
+    if not (main and sys.stderr and sys.stderr.isatty()):
+        options["disable"] = True
+    return tqdm(items, **options)

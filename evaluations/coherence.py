@@ -21,9 +21,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
-from common.io import InputError
+from common.io import InputError, progress_bar
 from dataset import LatentDataset
 from evaluations.batches import DECODERS
 from evaluations.metrics import Sums
@@ -117,7 +116,7 @@ def class_mean_sums(
     sums = CentreSums(data.num_classes, encoder.width, device)
     mine = centre_images(data.labels)[process::processes]
     with ThreadPoolExecutor(DECODERS) as pool:
-        for first in tqdm(range(0, len(mine), batch_size), desc="class means", disable=process > 0):
+        for first in progress_bar(range(0, len(mine), batch_size), desc="class means", main=process == 0):
             numbers = mine[first : first + batch_size]
             images = torch.stack(list(pool.map(data.image, numbers)))
             tokens = entangled_token(kind, encoder(images.to(device)), None)
@@ -166,7 +165,7 @@ class CoherenceReport:
         """Return the scores of N images (R, R, 3) uint8 with their generated tokens (N, D) and labels."""
         centres = class_mean_sums(self.encoder, self.kind, self.data, BATCH_SIZE, self.device).centres().cpu()
         sums, images = CoherenceSums(self.encoder.width), iter(images)
-        for first in tqdm(range(0, len(labels), BATCH_SIZE), desc="coherence"):
+        for first in progress_bar(range(0, len(labels), BATCH_SIZE), desc="coherence"):
             rows = slice(first, first + BATCH_SIZE)
             pixels = torch.from_numpy(np.stack(list(islice(images, BATCH_SIZE)))).permute(0, 3, 1, 2)
             encoded = entangled_token(self.kind, self.encoder(pixels.to(self.device)), None).cpu()

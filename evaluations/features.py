@@ -15,11 +15,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from common.cli import AUTO, BATCH_SIZE, Config, batch_size, setting
 from common.distributed import broadcast_from_main, largest_batch
-from common.io import InputError, atomic_write
+from common.io import InputError, atomic_write, progress_bar
 from evaluations.batches import ImageBatch
 from evaluations.comparison import encoder_name
 from evaluations.inception.layers import NUM_CLASSES, NUM_FEATURES
@@ -162,7 +161,7 @@ class Extractor:
         process, processes = self.accelerator.process_index, self.accelerator.num_processes
         start, stop = images.count * process // processes, images.count * (process + 1) // processes
         size = self._find_batch_size(network, images) if self.batch_size == AUTO else self.batch_size
-        bar = tqdm(total=stop - start, desc=images.path.name, unit="image", disable=process > 0)
+        bar = progress_bar(total=stop - start, desc=images.path.name, unit="image", main=process == 0)
         with bar, full_precision(self.device):
             for first, batch in images.batches(start, stop, size):
                 extraction.update(network(batch.to(self.device)), first)

@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from common.distributed import broadcast_from_main
-from common.io import InputError
+from common.io import InputError, progress_bar
 from evaluations.comparison import check_reference, count_notes, encoder_name, load_reference, weights_notes
 from evaluations.inception.layers import NUM_FEATURES
 from evaluations.inception.network import SPATIAL_FEATURES, full_precision, load_inception
@@ -78,7 +77,7 @@ class TrainingEvaluation:
         sums = nn.ModuleDict({name: FeatureSums(widths[name], device) for name in self.expected})
         batches = [range(i, min(i + self.batch_size, self.count)) for i in range(0, self.count, self.batch_size)]
         mine = batches[accelerator.process_index :: accelerator.num_processes]
-        for numbers in tqdm(mine, desc="evaluating", unit="batch", disable=not accelerator.is_main_process):
+        for numbers in progress_bar(mine, desc="evaluating", unit="batch", main=accelerator.is_main_process):
             images = draw(numbers)
             output = self.inception(images)
             features = {"fid": output.pool, "sfid": output.spatial}

@@ -19,9 +19,8 @@ from typing import IO, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from common.io import InputError
+from common.io import InputError, progress_bar
 
 MAX_RATIO = 500  # unpacked / packed size; deflate reaches 1032 on constant bytes, images stay far below
 SMALL = 1 << 28  # bytes; arrays up to this size are allowed to have any ratio
@@ -158,5 +157,5 @@ def write_npz(
                 np.lib.format.write_array(member, np.asarray(array), allow_pickle=False)
         with new_member("arr_0") as member:
             np.lib.format.write_array_header_1_0(member, header)
-            for image in tqdm(images, total=shape[0], desc="writing .npz", unit="image"):
+            for image in progress_bar(images, total=shape[0], desc="writing .npz", unit="image"):
                 member.write(np.ascontiguousarray(image, dtype=np.uint8).tobytes())

@@ -35,11 +35,10 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from tqdm import tqdm
 
 from common import cli
 from common.cli import POSITIVE, Config, parse, setting, uses_cuda
-from common.io import InputError, check_writable, read_json, read_metrics, run_cli, write_json
+from common.io import InputError, check_writable, progress_bar, read_json, read_metrics, run_cli, write_json
 from experiments import imagenet, report
 from experiments.judge import load_images
 from experiments.presets import ABLATIONS, METHODS, PRESETS, REG, Files, Preset, ablations, run
@@ -181,7 +180,7 @@ class Study:
         known = read_json(path) if path.exists() else {}
         found: dict[str, list[float]] = {row: [] for row in self.rows if row not in known}
         for turn in range(TIMING_ROUNDS):
-            for row in tqdm(found, desc=f"timing, round {turn + 1}", unit="row"):
+            for row in progress_bar(found, desc=f"timing, round {turn + 1}", unit="row"):
                 folder = (self.config.out / "timing" / f"{row.lower().replace(' ', '-')}-{turn}").resolve()
                 flags = self.flags(row, folder, max_train_steps=steps, log_steps=max(1, steps // 4))
                 run(["train.py", *flags], folder, self.threads)
@@ -249,7 +248,7 @@ def run_jobs(jobs: list[Job], parallel: int) -> None:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(parallel, context) as pool:
         missing = [job for job in jobs if missing_steps(job)]
-        for _ in tqdm(pool.map(run_job, missing), total=len(missing), desc="comparing", unit="run"):
+        for _ in progress_bar(pool.map(run_job, missing), total=len(missing), desc="comparing", unit="run"):
             pass
 
 

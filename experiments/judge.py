@@ -12,10 +12,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from common.images import decode_rgb
-from common.io import InputError, atomic_write
+from common.io import InputError, atomic_write, progress_bar
 from common.sources import FileSource, label_entries, read_dataset_json
 
 BATCH_SIZE = 128
@@ -86,7 +85,7 @@ def train_classifier(
     """
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=LEARNING_RATE, total_steps=steps)
-    for step in (bar := tqdm(range(steps), desc=f"training the {name}", unit="step")):
+    for step in (bar := progress_bar(range(steps), desc=f"training the {name}", unit="step")):
         rows = torch.randint(len(images), (BATCH_SIZE,))
         loss = F.cross_entropy(logits_of(transformed(images[rows]).to(device)), labels[rows].to(device))
         optimizer.zero_grad(set_to_none=True)

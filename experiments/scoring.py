@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from common.images import image_grid, save_png
+from common.io import progress_bar
 from evaluations.coherence import CentreSums, CoherenceSums
 from evaluations.metrics import FeatureSums, frechet_distance
 from experiments.judge import load_images, load_judge
@@ -112,7 +112,7 @@ class Scorer:
         settings = checkpoint["args"]
         decoded, tokens, labels = [], [], torch.arange(sampling.images) % self.classes
         parts = range(0, sampling.images, sampling.batch_size)
-        for first in tqdm(parts, desc=f"sampling {settings.exp_name} {path.stem}", unit="batch", leave=False):
+        for first in progress_bar(parts, desc=f"sampling {settings.exp_name} {path.stem}", unit="batch", leave=False):
             numbers = range(first, min(first + sampling.batch_size, sampling.images))
             latents, cls_tokens = sample_images(
                 model,

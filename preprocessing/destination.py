@@ -20,10 +20,17 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from common.cli import Config, setting
-from common.io import LOCK_NAME, InputError, atomic_write, lock_folder, read_json, unlock_folder, write_json
+from common.io import (
+    LOCK_NAME,
+    InputError,
+    atomic_write,
+    lock_folder,
+    progress_bar,
+    read_json,
+    unlock_folder,
+    write_json,
+)
 from common.sources import FileSource
 
 _LEFTOVER = re.compile(r"\..+\.\d+\.tmp")  # temporary files of a killed `atomic_write`
@@ -164,7 +171,7 @@ def _pack(folder: Path, target: Path) -> None:
     files = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     names = sorted(name for name in files if name != LOCK_NAME)  # reading it would release the lock
     with atomic_write(target) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-        for name in tqdm(names, desc=f"packing {target.name}", unit="file", mininterval=1):
+        for name in progress_bar(names, desc=f"packing {target.name}", unit="file", mininterval=1):
             member = zipfile.ZipInfo(name, _ZIP_TIME)
             member.external_attr = 0o644 << 16
             archive.writestr(member, (folder / name).read_bytes())

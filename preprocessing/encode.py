@@ -26,13 +26,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.cli import AUTO, BATCH_SIZE, NON_NEGATIVE, batch_size, parse, setting
 from common.distributed import broadcast_from_main, largest_batch, long_collective_timeout
 from common.images import decode_rgb
-from common.io import InputError, run_cli
+from common.io import InputError, progress_bar, run_cli
 from common.sources import FileSource, latents_name, mirrored_name
 from dataset import ErrorsAsItems, raise_errors
 from models.autoencoder import Codec, load_codec
@@ -172,7 +171,7 @@ def encode(
     reading = {"num_workers": config.workers, "pin_memory": device.type == "cuda"}
     loader = DataLoader(ErrorsAsItems(images), batch_size=None, **reading)
     total = sum(len(batch.outputs) for batch in images.batches)
-    progress = tqdm(total=total, desc="encoding", unit="image", disable=not accelerator.is_main_process)
+    progress = progress_bar(total=total, desc="encoding", unit="image", main=accelerator.is_main_process)
     writing: deque[Future] = deque()
     with ThreadPoolExecutor(1) as writer, progress:
         for batch, pixels in zip(images.batches, raise_errors(loader), strict=True):

@@ -11,9 +11,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-from tqdm import tqdm
-
-from common.io import InputError
+from common.io import InputError, progress_bar
 
 _job: Callable[[Any], Any]
 
@@ -40,7 +38,7 @@ def in_workers(job: Callable[[Any], Any], pieces: Sequence[Any], workers: int, *
     pool = ProcessPoolExecutor(min(workers, len(pieces)) or 1, initializer=_start_worker, initargs=(job,))
     try:
         running = {pool.submit(_run_job, piece): piece for piece in pieces}
-        with tqdm(disable=not bar, **bar) as progress:
+        with progress_bar(main=bool(bar), **bar) as progress:
             for done in as_completed(running):
                 yield done.result()
                 progress.update(len(running[done]) if bar else 1)

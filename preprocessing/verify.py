@@ -20,12 +20,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.cli import NON_NEGATIVE, POSITIVE, Config, parse, setting
 from common.images import decode_rgb, image_grid, save_png
-from common.io import InputError, atomic_write, check_writable, first_line, run_cli, sha256_of
+from common.io import InputError, atomic_write, check_writable, first_line, progress_bar, run_cli, sha256_of
 from dataset import LatentDataset, decode_moments
 from models.autoencoder import Codec, LatentFormat, load_decoder
 from preprocessing.parallel import available_cores, chunks, in_workers
@@ -206,7 +205,7 @@ def report_reconstruction(config: VerifyConfig, dataset: LatentDataset, codec: C
     # Decode latents at regular distances in the data set.
     positions = np.linspace(0, len(dataset) - 1, min(config.reconstruct, len(dataset))).astype(int)
     originals, reconstructions = [], []
-    for i in tqdm(positions, desc="decoding", unit="image"):
+    for i in progress_bar(positions, desc="decoding", unit="image"):
         image, moments, _ = dataset[int(i)]
         latents = dataset.latent_format.sample(moments[None].to(config.torch_device), noise=None)
         originals.append(image)

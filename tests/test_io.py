@@ -1,5 +1,7 @@
 """Files are written completely or not at all, folders are locked, and programs end with one line."""
 
+import io
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ from common.io import (
     atomic_write,
     check_writable,
     lock_folder,
+    progress_bar,
     read_json,
     read_metrics,
     unlock_folder,
@@ -112,3 +115,29 @@ def test_a_program_ends_with_one_line(cause):
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     status, text = ENDS[cause]
     assert result.returncode == status and text in result.stderr and "Traceback" not in result.stderr
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(
+    ("stream", "main", "shown"),
+    [(Terminal, True, True), (Terminal, False, False), (io.StringIO, True, False), (lambda: None, True, False)],
+)
+def test_a_bar_is_shown_by_the_main_process_on_a_terminal_only(monkeypatch, stream, main, shown):
+    stream = stream()
+    monkeypatch.setattr(sys, "stderr", stream)
+    assert list(progress_bar([1, 2], main, desc="copying")) == [1, 2]
+    with progress_bar(total=3, main=main) as bar:
+        bar.update(2)
+    assert ("copying" in stream.getvalue() if stream else False) == shown
+
+
+@pytest.mark.parametrize(("more", "shown"), [({}, True), ({"TQDM_DISABLE": "1"}, False)])
+def test_tqdm_disable_is_honoured(more, shown):
+    code = "import sys; from common.io import progress_bar; sys.stderr.isatty = lambda: True; list(progress_bar([1]))"
+    environment = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"} | more
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert found.returncode == 0 and ("1/1" in found.stderr) == shown

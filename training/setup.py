@@ -16,7 +16,7 @@ from PIL.Image import Image
 from tqdm import tqdm
 
 from common.distributed import broadcast_from_main
-from common.io import InputError, lock_folder, read_json, write_json
+from common.io import InputError, lock_folder, progress_bar, read_json, write_json
 from dataset import GlobalBatchSampler, LatentDataset
 from evaluations.in_training import TrainingEvaluation
 from loss import FROM_ENCODER, REGLoss
@@ -129,7 +129,7 @@ def open_data(config: TrainConfig, accelerator: Accelerator) -> LatentDataset:
         raise InputError(f"--resolution {config.resolution}: the data in {config.data_dir} have {data.resolution}")
     if config.check_data:
         part, parts = accelerator.process_index, accelerator.num_processes
-        with tqdm(total=len(data) // parts, desc="checking the data", unit="image", disable=part > 0) as bar:
+        with progress_bar(total=len(data) // parts, desc="checking the data", unit="image", main=part == 0) as bar:
             data.check(bar.update, part, parts)
     return data
 
