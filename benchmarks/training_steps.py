@@ -191,7 +191,7 @@ class PlainForm(Form):
     def step(self) -> None:
         """Take one step."""
         run, network, device = self.run, self.work.network, self.work.device
-        with run.log.waiting_for_data():
+        with run.log.clock.waiting_for_data():
             images, moments, y = (tensor.to(device) for tensor in next(self.batches))
         draws = run.randomness.draw(run.step)
         x = run.facts.latent_format.sample(moments, draws.latent_noise)
@@ -213,6 +213,7 @@ class PlainForm(Form):
         # Log
         values = [value.item() for value in (*(term.mean() for term in terms.values()), grad_norm)]
         self.losses.append(values[0])
+        run.log.clock.end_step()
         run.step += 1
 
 

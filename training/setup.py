@@ -13,7 +13,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from PIL.Image import Image
-from tqdm import tqdm
 
 from common.distributed import broadcast_from_main
 from common.io import InputError, lock_folder, progress_bar, read_json, write_json
@@ -28,6 +27,7 @@ from models.sit import SiT
 from training.checkpoint_writer import CheckpointWriter
 from training.config import RunFacts, TrainConfig, check_same_run, find_facts, saved_args
 from training.guards import BadSteps, GuardedOptimizer
+from training.messages import logger, start_messages
 from training.metrics import RunLog, StepReports, warn_if_unwritable
 from training.parallelism import check_sharding, compile_training, count_parameters
 from training.preemption import StopSignal
@@ -42,6 +42,7 @@ def set_up(config: TrainConfig, stop_signal: StopSignal | None = None) -> Run:
     """Return a run that is ready to train. Without a `stop_signal` only its end stops it."""
     # Processes and precision.
     accelerator = make_accelerator(config)
+    start_messages(accelerator.is_main_process)
     check_sharding(accelerator, config.fsdp)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
 
@@ -58,7 +59,7 @@ def set_up(config: TrainConfig, stop_signal: StopSignal | None = None) -> Run:
 
     # Network, optimizer, loss.
     model, average, optimizer = prepare_networks(config, facts, accelerator, checkpoint)
-    optimizer = GuardedOptimizer(optimizer, accelerator.print)
+    optimizer = GuardedOptimizer(optimizer, logger.info)
     path = Interpolant(config.path_type)
     criterion = REGLoss(path, config.loss_weights)
     if config.compile:
@@ -220,7 +221,11 @@ def make_log(
 def make_writer(config: TrainConfig, accelerator: Accelerator) -> CheckpointWriter:
     """Return the writer of checkpoints; files that a killed process left incomplete are removed."""
     writer = CheckpointWriter(
-        config.folder / "checkpoints", config.keep_last, config.keep_every, config.background_save, tqdm.write
+        config.folder / "checkpoints",
+        config.keep_last,
+        config.keep_every,
+        config.background_save,
+        config.checkpointing_minutes,
     )
     if accelerator.is_main_process:
         writer.clear_leftovers()
