@@ -47,15 +47,23 @@ class _Console(logging.Handler):
 class _LogFile(logging.FileHandler):
     """Appends to log.txt. Training does not need the file: a failure, such as a full disk, loses lines only."""
 
+    def emit(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(OSError):
+            super().emit(record)
+
     def handleError(self, record: logging.LogRecord) -> None:
         pass
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            super().close()
 
 
 def start_messages(main: bool) -> None:
     """Write messages to the console, if this is the main process, and keep them for `log_file`."""
-    for handler in logger.handlers[:]:  # of an earlier run in this process
-        logger.removeHandler(handler)
-        handler.close()
+    for handler in logger.handlers[:]:
+        if isinstance(handler, _Console | logging.handlers.MemoryHandler):  # of an earlier run in this process
+            logger.removeHandler(handler)
     logger.propagate = False
     logger.setLevel(ROW if main else logging.ERROR)
     for handler in (_Console(), logging.handlers.MemoryHandler(LINES_KEPT, flushLevel=logging.CRITICAL + 1)):

@@ -12,7 +12,7 @@ from loss import TERMS
 from training.state import Run
 
 SHOWN = ("loss", *(term.name for term in TERMS))  # in the lines and in the progress bar
-NOTABLE_WAIT = 0.05  # share of the time waiting for data, from which it is shown
+NOTABLE_WAIT = 0.1  # share of the time waiting for data, from which it is shown
 SCORES = {"fid": "FID", "sfid": "sFID", "encoder_fd": "encoder FD", "coherence": "coherence"}
 
 
@@ -50,7 +50,9 @@ def device(run: Run) -> str:
     config, count, where = run.config, run.accelerator.num_processes, run.accelerator.device
     tf32 = " (matrix products in TF32)" if where.type == "cuda" and config.allow_tf32 else ""
     precision = {"no": f"float32{tf32}"}.get(config.precision, f"{config.precision} autocast")
-    name = torch.cuda.get_device_name(where) if where.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)"
+    threads = torch.get_num_threads()
+    cpu = f"CPU ({threads} {'thread' if threads == 1 else 'threads'})"
+    name = torch.cuda.get_device_name(where) if where.type == "cuda" else cpu
     switches = [name for name in ("compile", "activation_checkpointing", "fsdp") if getattr(config, name)]
     return ", ".join([f"{count} x {name}" if count > 1 else name, precision, *switches]).replace("_", " ")
 
@@ -104,10 +106,14 @@ def files(run: Run) -> str:
     """Return how often files are written."""
     config = run.config
     minutes = f" and {config.checkpointing_minutes:g} minutes" if config.checkpointing_minutes else ""
-    every = [f"a row every {config.log_steps:,} steps", f"a checkpoint every {config.checkpointing_steps:,}{minutes}"]
-    every += [f"a grid every {config.sampling_steps:,}"] if config.sampling_steps else []
-    every += [f"{config.eval_samples:,} samples scored every {config.eval_steps:,}"] if config.eval_steps else []
-    return ", ".join(every)
+    every = {"row": config.log_steps, "checkpoint": config.checkpointing_steps, "grid": config.sampling_steps}
+    every |= {f"scores of {config.eval_samples:,} samples": config.eval_steps}
+    parts = [
+        f"{name} every {f'{steps:,} steps' if steps > 1 else 'step'}{minutes if name == 'checkpoint' else ''}"
+        for name, steps in every.items()
+        if steps
+    ]
+    return ", ".join(parts)
 
 
 def row_line(row: dict[str, Any], last_step: int, seconds_left: float | None) -> str:
