@@ -29,6 +29,7 @@ from loss import Draws, REGLoss, Targets, alignment
 from models.autoencoder import SD_FORMAT
 from models.encoders import untrained_encoder
 from training.config import parse_args
+from training.messages import logger
 from training.parallelism import compile_training, to_device
 from training.setup import set_up
 from training.state import Run, new_network
@@ -71,6 +72,7 @@ class Workload:
             settings += ["--enc-type", encoder, *(["--enc-weights", weights] if weights else [])]
             settings += ["--depth", str(depth), "--encoder-depth", "1"] if depth else []
             self.run = set_up(parse_args([*settings, *flags]))
+            logger.setLevel("WARNING")  # no line for each checkpoint that a benchmark writes
             unlock_folder(self.run.folder)
         self.device = self.run.accelerator.device
         # Without accelerate's autocast, so that each form can have its own precision.
