@@ -1,11 +1,13 @@
 """loss.png, drawn from the rows of metrics.jsonl."""
 
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from training import metrics
 from training.curves import loss_curves, smoothed
 
 ROW = '{"step": %d, "loss": 1.5, "proj": null, "notes": ["a\\u2028b"]}'
@@ -53,3 +55,26 @@ def test_smoothing_looks_at_earlier_rows_only() -> None:
     assert np.isclose(found[499], values[450:].mean()) and np.isclose(found[99], values[90:100].mean())
     values[300:] += 100
     assert np.array_equal(smoothed(values)[:300], found[:300])
+
+
+def test_the_picture_follows_the_rows_in_a_thread_and_at_most_once_a_minute(tmp_path, monkeypatch) -> None:
+    drawn, go_on = [], threading.Event()
+    monkeypatch.setattr(metrics, "loss_curves", lambda rows, picture: drawn.append(go_on.wait(10)))
+    log = metrics.RunLog(tmp_path, 4, True, lambda row, step: None)
+    log.append({"step": 1, "loss": 1.0})
+    assert not drawn and log._drawing is None
+    monkeypatch.setattr(metrics, "DRAW_SECONDS", 0)
+    for step in (2, 3):  # the second one finds that a picture is being drawn
+        log.append({"step": step, "loss": 1.0})
+    assert not drawn and log._drawing.is_alive()
+    go_on.set()
+    log.draw()
+    assert drawn == [True, True]
+
+
+def test_a_picture_that_cannot_be_drawn_is_a_warning(tmp_path, monkeypatch, said) -> None:
+    monkeypatch.setattr(metrics, "loss_curves", lambda rows, picture: 1 / 0)
+    log = metrics.RunLog(tmp_path, 4, True, lambda row, step: None)
+    log.append({"step": 1, "loss": 1.0})
+    log.draw()
+    assert said == [f"warning: {tmp_path / 'loss.png'} cannot be written, training continues: division by zero"]
