@@ -153,7 +153,7 @@ def set_step_axis(axes: Axes, logarithmic: bool) -> None:
         decades = math.log10(last / first)
         locator = LogLocator(subs=(1, 2, 5) if decades < 2 else (1, 3) if decades < 3 else (1,))
     else:
-        locator = MaxNLocator(5, integer=True)
+        locator = MaxNLocator(5, steps=[1, 2, 5, 10], integer=True)
     axes.xaxis.set(major_locator=locator, major_formatter=lambda step, _: short_number(step), minor_formatter="")
 
 

@@ -11,7 +11,7 @@ from loss import TERMS
 
 SMOOTHED_SHARE = 10  # each point of a smoothed curve is the mean of the last tenth of the rows up to it
 SMOOTHED_FROM = 50  # rows; shorter curves are not smoothed
-LOGARITHMIC_FROM = 20  # ratio of last to first step
+LOGARITHMIC_FROM = 10  # ratio of last to first step
 LOSSES = {"loss": "loss"} | {term.name: term.title for term in TERMS}
 SCORES = {"fid": "FID"}
 

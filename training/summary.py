@@ -105,7 +105,7 @@ def loss(run: Run) -> str:
 def files(run: Run) -> str:
     """Return how often files are written."""
     config = run.config
-    minutes = f" and {config.checkpointing_minutes:g} minutes" if config.checkpointing_minutes else ""
+    minutes = f" and {config.checkpointing_minutes:g} min" if config.checkpointing_minutes else ""
     every = {"row": config.log_steps, "checkpoint": config.checkpointing_steps, "grid": config.sampling_steps}
     every |= {f"scores of {config.eval_samples:,} samples": config.eval_steps}
     parts = [
