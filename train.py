@@ -2,9 +2,9 @@
 
     accelerate launch train.py --data-dir DATA --exp-name NAME --model SiT-XL/2
 
-The defaults are the paper's recipe. A run is a folder, OUTPUT_DIR/EXP_NAME: args.json, metrics.jsonl, loss.png,
-checkpoints/, samples/. Everything random in step s comes from (seed, s) only and is drawn for the global batch
-(training/randomness.py), so a run is the same for any number of processes and after any interruption.
+The defaults are the paper's recipe. A run is a folder, OUTPUT_DIR/EXP_NAME: args.json, log.txt, metrics.jsonl,
+loss.png, checkpoints/, samples/. Everything random in step s comes from (seed, s) only and is drawn for the global
+batch (training/randomness.py), so a run is the same for any number of processes and after any interruption.
 """
 
 from __future__ import annotations
@@ -17,52 +17,48 @@ from collections.abc import Generator, Iterator
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from common.distributed import broadcast_from_main
 from common.io import InputError, progress_bar, read_json, run_cli, unlock_folder, write_json
 from dataset import ErrorsAsItems, GlobalBatchSampler, collate, raise_errors
-from loss import TERMS, Targets, alignment_target, entangled_token
+from loss import Targets, alignment_target, entangled_token
 from models import ema
+from training import summary
 from training.config import parse_args, saved_args
+from training.messages import ROW, log_file, logger, show_rows
 from training.parallelism import full_norm, gather_full, to_device
 from training.preemption import StopSignal, exit_status, shield_worker
 from training.sampling import score_samples, write_reconstructions, write_samples
 from training.setup import peak_memory, set_up
 from training.state import Run
 
-SHOWN = ("loss", *(term.name for term in TERMS))  # in the progress bar
-
 
 def train(run: Run) -> bool:
     """Run the training loop; return whether it reached its last step, and was not stopped by a signal before."""
     config, accelerator = run.config, run.accelerator
     last_step = last_step_of(run)
-    if run.step >= last_step:
-        accelerator.print(f"nothing to do: the run is at step {run.step}, its last step is {last_step}")
-    batches = load_batches(run, range(run.step, last_step))
-    if run.step == 0:
-        write_reconstructions(run)
-    bar = progress_bar(total=last_step, initial=run.step, desc=config.exp_name, main=accelerator.is_main_process)
-    run.model.train()
-    while run.step < last_step and "stop" not in run.requests:
-        training_step(run, batches)
-        run.step += 1
-        bar.update()
-        last = run.step == last_step
-        read_reports(run)
-        if run.step % config.log_steps == 0 or last:
-            read_reports(run, wait_for_all=True)
-            row = run.log.write_row(run.step, epoch=run.step * config.batch_size / len(run.data))
-            bar.set_postfix({name: f"{row[name]:.3f}" for name in SHOWN if name in row})
-        if config.sampling_steps and (run.step % config.sampling_steps == 0 or last):
-            write_samples(run)
-        if config.eval_steps and (run.step % config.eval_steps == 0 or last):
-            evaluate(run)
-        if run.step % config.checkpointing_steps == 0 or last or run.requests:
-            save(run)
-    bar.close()
-    batches.close()
-    finish(run, last_step)
+    with log_file(run.folder / "log.txt", accelerator.process_index):
+        announce(summary.starting(run, last_step))
+        if run.step >= last_step:
+            logger.info("nothing to do: the run is at step %d, its last step is %d", run.step, last_step)
+        batches = load_batches(run, range(run.step, last_step))
+        if run.step == 0:
+            write_reconstructions(run)
+        bar = progress_bar(total=last_step, initial=run.step, desc=config.exp_name, main=accelerator.is_main_process)
+        show_rows(bar.disable or not sys.stdout.isatty())
+        run.model.train()
+        while run.step < last_step and "stop" not in run.requests:
+            training_step(run, batches)
+            run.step += 1
+            bar.update()
+            read_reports(run, wait_for_all=run.log.clock.in_first_step)
+            if run.log.clock.in_first_step:
+                run.log.clock.end_first_step()
+            after_step(run, last_step, bar)
+        bar.close()
+        batches.close()
+        finish(run, last_step)
     return run.step >= last_step
 
 
@@ -74,12 +70,38 @@ def last_step_of(run: Run) -> int:
     return min(config.max_train_steps, max(1, config.epochs * len(run.data) // config.batch_size))
 
 
+def after_step(run: Run, last_step: int, bar: tqdm) -> None:
+    """Write the row, grid, scores and checkpoint that are due. The clocks stand still, except for the row."""
+    config = run.config
+
+    def due(every: int) -> bool:
+        return every > 0 and (run.step % every == 0 or run.step == last_step)
+
+    if due(config.log_steps):
+        read_reports(run, wait_for_all=True)
+        row = run.log.write_row(run.step, epoch=run.step * config.batch_size / len(run.data))
+        logger.log(ROW, summary.row_line(row, last_step, run.log.clock.seconds_left(last_step - run.step)))
+        bar.set_postfix({name: f"{row[name]:.3f}" for name in summary.SHOWN if name in row})
+    regular = due(config.checkpointing_steps)
+    if not (due(config.sampling_steps) or due(config.eval_steps) or regular or run.requests):
+        return
+    read_reports(run, wait_for_all=True)  # the time of these steps is training time
+    with run.log.clock.stopped():
+        if due(config.sampling_steps):
+            write_samples(run)
+        if due(config.eval_steps):
+            evaluate(run)
+        if regular or run.requests:
+            save(run, temporary=not regular and "stop" not in run.requests)
+    bar.unpause()
+
+
 def training_step(run: Run, batches: Iterator[tuple[Tensor, Tensor, Tensor]]) -> None:
     """Do one optimizer step: the complete method. Nothing here waits for the device."""
     accelerator, parts = run.accelerator, run.config.gradient_accumulation_steps
     global_draws = run.randomness.draw(run.step)
     for part in range(parts):
-        with run.log.waiting_for_data():
+        with run.log.clock.waiting_for_data():
             images, moments, y = next(batches)
         first = (accelerator.process_index * parts + part) * len(y)
         draws = global_draws.rows(first, first + len(y))
@@ -96,7 +118,7 @@ def training_step(run: Run, batches: Iterator[tuple[Tensor, Tensor, Tensor]]) ->
                 run.optimizer.zero_grad()
     ema.update(run.ema, accelerator.unwrap_model(run.model), run.config.ema_decay, good)
     run.reports.send(run.step, grad_norm, own_requests(run))
-    run.log.end_step()
+    run.log.clock.end_step()
 
 
 @torch.no_grad()
@@ -110,9 +132,10 @@ def encode_tokens(run: Run, images: Tensor, x: Tensor) -> Targets:
 
 
 def own_requests(run: Run) -> set[str]:
-    """Return what this process asks all processes for: to stop, or to save again after a failed save."""
+    """Return what this process asks all processes for: to stop, or to save (after a failure, or by minutes)."""
     requests = {"stop"} if run.stop_signal.received else set()
-    if run.writer.failure and run.step >= run.retry_save_at:
+    failed = run.writer.failure and run.step >= run.retry_save_at
+    if failed or (run.accelerator.is_main_process and run.writer.overdue):
         requests.add("save")
     return requests
 
@@ -120,6 +143,8 @@ def own_requests(run: Run) -> set[str]:
 def read_reports(run: Run, wait_for_all: bool = False) -> None:
     """Process the reports of steps that have arrived; with `wait_for_all`, of all steps."""
     for report in run.reports.receive(wait_for_all):
+        if "stop" in report.requests - run.requests:
+            logger.info("a signal asks the run to stop: it saves a checkpoint and ends")
         run.requests |= report.requests
         run.bad_steps.record(report)
         if report.good:
@@ -151,8 +176,11 @@ def load_batches(run: Run, steps: range) -> Generator[tuple[Tensor, Tensor, Tens
     yield from to_device(raise_errors(loader), accelerator.device)
 
 
-def save(run: Run, name: str | None = None) -> None:
-    """Write a checkpoint, by default named after its step: the published keys, and what resuming needs."""
+def save(run: Run, name: str | None = None, temporary: bool = False) -> None:
+    """Write a checkpoint, by default named after its step: the published keys, and what resuming needs.
+
+    A `temporary` one is removed when the next one is complete, see `CheckpointWriter`.
+    """
     accelerator = run.accelerator
     read_reports(run, wait_for_all=True)
     run.requests.discard("save")
@@ -166,22 +194,26 @@ def save(run: Run, name: str | None = None) -> None:
             "args": argparse.Namespace(**saved_args(run.config, run.facts)),
             "steps": run.step,
             "network": run.facts.network.to_json(),
+            "classes": run.data.classes.to_json(),
             "scaler": None if accelerator.scaler is None else accelerator.scaler.state_dict(),
             "log": run.log.state(),
         }
-        run.writer.save(run.step, content, name)
+        run.writer.save(run.step, content, name, temporary)
 
 
 def evaluate(run: Run) -> None:
     """Score EMA samples, write the scores to metrics.jsonl, and keep the checkpoint of the best FID as best.pt."""
+    started = time.perf_counter()
     scores = score_samples(run)
     run.log.append({"step": run.step, **scores})
-    best = run.folder / "checkpoints" / "best.json"
-    if broadcast_from_main(run.accelerator, lambda: not best.exists() or scores["fid"] < read_json(best)["fid"]):
+    path = run.folder / "checkpoints" / "best.json"
+    best = broadcast_from_main(run.accelerator, lambda: not path.exists() or scores["fid"] < read_json(path)["fid"])
+    logger.info(summary.score_line(run.step, scores, time.perf_counter() - started, best))
+    if best:
         save(run, "best")
         run.writer.finish()
         if run.accelerator.is_main_process and not run.writer.failure:
-            write_json(best, {"step": run.step, **scores})
+            write_json(path, {"step": run.step, **scores})
 
 
 def finish(run: Run, last_step: int) -> None:
@@ -193,12 +225,16 @@ def finish(run: Run, last_step: int) -> None:
     if accelerator.is_main_process:
         unlock_folder(run.folder)
     accelerator.wait_for_everyone()  # a launcher ends the other processes soon after the first one has exited
-    if run.step < last_step:
-        source = "the previous checkpoint" if failure else "this step"
-        accelerator.print(f"stopped at step {run.step}; --resume latest resumes from {source}")
-    elif failure:
+    if run.step >= last_step and failure:
         raise InputError(f"{failure}; free some space, then resume from the previous checkpoint by --resume latest")
+    announce(summary.ending(run, last_step))
     accelerator.end_training()
+
+
+def announce(lines: list[str]) -> None:
+    """Write lines to the console and to log.txt."""
+    for line in lines:
+        logger.info("%s", line)
 
 
 def main() -> None:

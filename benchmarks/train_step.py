@@ -232,14 +232,14 @@ def warm_up(form: Form, row: Row) -> None:
 
 def turn(form: Form, row: Row, steps: int, turns: list[tuple[float, float]]) -> None:
     """Take `steps` steps; append the seconds of one step, and the share of time spent waiting for data, to `turns`."""
-    work, log = form.work, form.run.log
+    work, clock = form.work, form.run.log.clock
     timing.reset_peak_memory(work.device)
-    log.waited = 0.0
+    clock.end_lap()
     elapsed = timing.timed(lambda: [form.step() for _ in range(steps)], work.device)
     # Without the state of the other optimizer, which only other forms use
     row.memory_gb = timing.peak_memory(work.device) - work.optimizer_bytes(not form.fused) / 1e9
     form.finish()
-    turns.append((elapsed / steps, log.waited / elapsed))
+    turns.append((elapsed / steps, clock.end_lap().waited / elapsed))
 
 
 def measure_saves(form: OurForm, folder: Path) -> dict[str, float]:

@@ -29,6 +29,7 @@ from loss import Draws, REGLoss, Targets, alignment
 from models.autoencoder import SD_FORMAT
 from models.encoders import untrained_encoder
 from training.config import parse_args
+from training.messages import logger
 from training.parallelism import compile_training, to_device
 from training.setup import set_up
 from training.state import Run, new_network
@@ -71,6 +72,7 @@ class Workload:
             settings += ["--enc-type", encoder, *(["--enc-weights", weights] if weights else [])]
             settings += ["--depth", str(depth), "--encoder-depth", "1"] if depth else []
             self.run = set_up(parse_args([*settings, *flags]))
+            logger.setLevel("WARNING")  # no line for each checkpoint that a benchmark writes
             unlock_folder(self.run.folder)
         self.device = self.run.accelerator.device
         # Without accelerate's autocast, so that each form can have its own precision.
@@ -191,7 +193,7 @@ class PlainForm(Form):
     def step(self) -> None:
         """Take one step."""
         run, network, device = self.run, self.work.network, self.work.device
-        with run.log.waiting_for_data():
+        with run.log.clock.waiting_for_data():
             images, moments, y = (tensor.to(device) for tensor in next(self.batches))
         draws = run.randomness.draw(run.step)
         x = run.facts.latent_format.sample(moments, draws.latent_noise)
@@ -213,6 +215,7 @@ class PlainForm(Form):
         # Log
         values = [value.item() for value in (*(term.mean() for term in terms.values()), grad_norm)]
         self.losses.append(values[0])
+        run.log.clock.end_step()
         run.step += 1
 
 

@@ -25,8 +25,8 @@ from models.encoders import Encoder
 class TrainingEvaluation:
     """Scores images against a reference .npz.
 
-    `notes` says how far the scores are comparable, as in the evaluator; the constructor prints it. Raises InputError if
-    the reference has no statistics, or those of another network.
+    `notes` says how far the scores are comparable, as in the evaluator. Raises InputError if the reference has no
+    statistics, or those of another network.
 
     Args:
         accelerator: the run's.
@@ -61,8 +61,6 @@ class TrainingEvaluation:
             self.expected["encoder_fd"] = statistics.of_encoder(encoder_name(encoder.name, encoder_weights))
         self.expected = {name: part for name, part in self.expected.items() if part is not None}
         self.notes = weights_notes(self.inception) + count_notes(count)
-        for note in self.notes if accelerator.is_main_process else []:
-            print(f"note: evaluation while training: {note}")
 
     @torch.no_grad()
     def __call__(self, draw: Callable[[range], Tensor]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ of samples, and says whether the Inception weights are not the published ones.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
@@ -19,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import AutoLocator, LogLocator
+from matplotlib.ticker import AutoLocator, LogLocator, MaxNLocator
 
 from common.cli import Config, parse, setting
 from common.io import InputError, atomic_write, check_writable, read_metrics, run_cli
@@ -134,15 +135,34 @@ def plot(curves: dict[str, Curve], published: dict[str, Curve], config: PlotConf
 
 
 def set_scales(axes: Axes, points: Curve) -> None:
-    """Make each axis logarithmic if all its values are positive, with plain numbers at the vertical axis."""
+    """Make each axis logarithmic if all its values are positive, with plain numbers at both axes."""
     steps, values = zip(*points, strict=True)
-    if min(steps) > 0:
-        axes.set_xscale("log")
+    set_step_axis(axes, logarithmic=min(steps) > 0)
     if min(values) > 0:
         axes.set_yscale("log")
         lowest, highest = axes.get_ylim()
         locator = AutoLocator() if highest < CROWDED * lowest else LogLocator(subs=(1, 2, 5))
         axes.yaxis.set(major_locator=locator, major_formatter="{x:g}", minor_formatter="")
+
+
+def set_step_axis(axes: Axes, logarithmic: bool) -> None:
+    """Make the horizontal axis one of training steps, with labels like 500, 50K and 4M."""
+    if logarithmic:
+        axes.set_xscale("log")
+        first, last = axes.get_xlim()
+        decades = math.log10(last / first)
+        locator = LogLocator(subs=(1, 2, 5) if decades < 2 else (1, 3) if decades < 3 else (1,))
+    else:
+        locator = MaxNLocator(5, steps=[1, 2, 5, 10], integer=True)
+    axes.xaxis.set(major_locator=locator, major_formatter=lambda step, _: short_number(step), minor_formatter="")
+
+
+def short_number(value: float) -> str:
+    """Return a number with K for thousands and M for millions, such as 50K."""
+    for size, unit in ((1e6, "M"), (1e3, "K")):
+        if abs(value) >= size:
+            return f"{value / size:g}{unit}"
+    return f"{value:g}"
 
 
 if __name__ == "__main__":

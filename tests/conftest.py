@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+from training.messages import logger
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM_CLASSES = 3
@@ -89,6 +93,20 @@ def train_flags(shared_data: Path, encoder_weights: Path, tmp_path: Path) -> lis
         --model SiT-S/4 --depth 2 --hidden-size 32 --num-heads 2 --encoder-depth 1 --projector-dim 16
         --batch-size 8 --num-workers 0 --log-steps 1 --sampling-steps 0 --ema-decay 0.9 --learning-rate 0.001"""
     return flags.split()
+
+
+@pytest.fixture
+def said() -> Iterator[list[str]]:
+    """What training says, each with its level: "warning: ..."."""
+    found: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: found.append(f"{record.levelname.lower()}: {record.getMessage()}")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    yield found
+    logger.removeHandler(handler)
+    logger.setLevel(level)
 
 
 def reset_accelerate() -> None:

@@ -42,6 +42,92 @@ def test_going_back_does_not_clear_away_what_is_written_now(tmp_path):
     assert steps_in(tmp_path) == [150, 200, 300]
 
 
+def test_a_written_checkpoint_is_announced_with_its_size(tmp_path, said):
+    write(CheckpointWriter(tmp_path), 10)
+    size = (tmp_path / "0000010.pt").stat().st_size / 1e6
+    (line,) = said
+    assert line.startswith(f"info: checkpoint {tmp_path / '0000010.pt'}: {size:.4g} MB written in ")
+
+
+def save_by_minutes(folder: Path, *steps: int, **more: int) -> None:
+    """Write checkpoints in a new process's writer; those of steps that are no multiple of 100 are temporary."""
+    writer = CheckpointWriter(folder, **more)
+    for step in steps:
+        writer.save(step, CONTENT, temporary=step % 100 != 0)
+    writer.finish()
+
+
+@pytest.mark.parametrize(
+    ("starts", "left"),
+    [
+        ([(10, 20, 30)], [30]),
+        ([(10, 100)], [100]),
+        ([(100, 110, 120), (130,)], [100, 130]),  # the process that wrote 120 was killed
+        ([(100, 110), (200, 210, 220, 300)], [100, 200, 300]),
+    ],
+)
+def test_a_checkpoint_by_minutes_is_removed_when_the_next_one_is_complete(tmp_path, starts, left):
+    for steps in starts:
+        save_by_minutes(tmp_path, *steps)
+    assert steps_in(tmp_path) == left
+    assert (tmp_path / "temporary.json").exists() == bool(left[-1] % 100)
+    assert len(list(tmp_path.glob("*.sha256"))) == len(left)
+
+
+def test_checkpoints_by_minutes_do_not_count_for_keep_last(tmp_path):
+    save_by_minutes(tmp_path, 100, 110, 200, 210, 220, keep_last=2)
+    assert steps_in(tmp_path) == [100, 200, 220]
+
+
+def test_a_checkpoint_is_kept_if_its_step_is_saved_again_to_be_kept(tmp_path):
+    save_by_minutes(tmp_path, 110)
+    writer = CheckpointWriter(tmp_path)
+    writer.save(110, CONTENT)
+    writer.finish()
+    save_by_minutes(tmp_path, 120, 130)
+    assert steps_in(tmp_path) == [110, 130]
+
+
+def test_going_back_keeps_later_checkpoints_by_minutes(tmp_path):
+    save_by_minutes(tmp_path, 100, 150)
+    save_by_minutes(tmp_path, 120, 130)
+    assert steps_in(tmp_path) == [100, 130, 150]
+
+
+@pytest.mark.parametrize("content", ["{", "3", '["../other", 5, "0000100.pt"]'])
+def test_a_damaged_list_of_checkpoints_by_minutes_stops_nothing(tmp_path, content):
+    (tmp_path / "temporary.json").write_text(content)
+    save_by_minutes(tmp_path, 10, 20)
+    assert steps_in(tmp_path) == [20]
+
+
+def test_a_failed_checkpoint_that_is_made_up_for_later_is_kept(tmp_path, monkeypatch):
+    writer = CheckpointWriter(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_writer, "save_checkpoint", lambda *a: 1 / 0)
+        writer.save(100, CONTENT)
+        writer.finish()
+    for step in (110, 120, 130):
+        writer.save(step, CONTENT, temporary=True)
+    writer.finish()
+    assert writer.failure is None and steps_in(tmp_path) == [110, 130]
+
+
+def test_a_checkpoint_is_overdue_after_some_minutes(tmp_path):
+    now = 0.0
+    writer = CheckpointWriter(tmp_path, background=False, every_minutes=2, now=lambda: now)
+    found = []
+    for now in (0.0, 119.0, 120.0):  # noqa: B007 (the writer reads it)
+        found.append(writer.overdue)
+    writer.save(5, CONTENT)
+    now = 150.0
+    writer.save(6, CONTENT, "best")
+    for now in (239.0, 240.0):  # noqa: B007
+        found.append(writer.overdue)
+    assert found == [False, False, True, False, True]
+    assert not CheckpointWriter(tmp_path, now=iter([0.0, 1e9]).__next__).overdue  # by default there are none
+
+
 def test_training_goes_on_while_a_file_is_written_from_a_copy(tmp_path, monkeypatch):
     go_on = threading.Event()
     save = checkpoint_writer.save_checkpoint
@@ -100,15 +186,14 @@ class FullDisk:
 
 @pytest.mark.parametrize("room", [0, 100, 3000])
 @pytest.mark.parametrize("background", [True, False])
-def test_a_full_disk_is_reported_and_touches_nothing(tmp_path, monkeypatch, room, background):
-    messages = []
-    writer = CheckpointWriter(tmp_path, keep_last=1, background=background, report=messages.append)
+def test_a_full_disk_is_reported_and_touches_nothing(tmp_path, monkeypatch, said, room, background):
+    writer = CheckpointWriter(tmp_path, keep_last=1, background=background)
     write(writer, 10)
     with monkeypatch.context() as patch:
         patch.setattr(files, "open", lambda *args, **more: FullDisk(open(*args, **more), room), raising=False)  # noqa: SIM115
         write(writer, 20)
     assert "0000020.pt cannot be written" in writer.failure and "No space left on device" in writer.failure
-    assert messages == [f"warning: {writer.failure}; earlier checkpoints are untouched"]
+    assert said[1:] == [f"warning: {writer.failure}; earlier checkpoints are untouched"]
     assert steps_in(tmp_path) == [10] and not list(tmp_path.glob(".*"))
     verify_checkpoint(tmp_path / "0000010.pt")
     write(writer, 30)
@@ -116,12 +201,11 @@ def test_a_full_disk_is_reported_and_touches_nothing(tmp_path, monkeypatch, room
 
 
 @pytest.mark.parametrize("background", [True, False])
-def test_any_failure_of_a_write_is_known_to_the_run(tmp_path, background):
-    messages = []
-    writer = CheckpointWriter(tmp_path, background=background, report=messages.append)
+def test_any_failure_of_a_write_is_known_to_the_run(tmp_path, said, background):
+    writer = CheckpointWriter(tmp_path, background=background)
     writer.save(10, {"model": lambda: None})  # cannot be pickled
     writer.finish()
-    assert "0000010.pt cannot be written" in writer.failure and len(messages) == 1 and steps_in(tmp_path) == []
+    assert "0000010.pt cannot be written" in writer.failure and len(said) == 1 and steps_in(tmp_path) == []
 
 
 def test_leftovers_of_a_killed_process_are_removed_and_nothing_else(tmp_path):

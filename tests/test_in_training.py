@@ -49,6 +49,8 @@ def test_scores_are_logged_the_best_is_kept_and_training_is_not_disturbed(train_
     assert [note.split(":")[0] for note in scored[0]["notes"]] == NOTES
     printed = capsys.readouterr().out
     assert all(printed.count(f"note: evaluation while training: {note}") == 1 for note in scored[0]["notes"])
+    (line,) = [line for line in printed.splitlines() if "evaluation at step" in line]
+    assert f"evaluation at step 4: FID {scored[0]['fid']:.4g}, sFID" in line and line.endswith("; the best FID so far")
     best = json.loads((run / "checkpoints" / "best.json").read_text())
     assert best["fid"] == min(row["fid"] for row in scored)
     assert load_checkpoint(run / "checkpoints" / "best.pt")["steps"] == best["step"]

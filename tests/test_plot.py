@@ -77,6 +77,26 @@ def test_numbers_at_the_axis_are_plain_and_have_room(
 
 
 @pytest.mark.parametrize(
+    ("steps", "some"),
+    [
+        ((50_000, 100_000, 400_000), {"50K", "100K", "200K"}),
+        ((400_000, 4_000_000), {"500K", "1M", "2M"}),
+        ((10, 3000), {"10", "100", "1K"}),
+        ((100, 100), {"100"}),
+        ((0, 200_000), {"100K", "200K"}),
+        ((1, 4_000_000), {"1", "1K", "1M"}),
+    ],
+)
+def test_steps_at_the_axis_are_short_and_have_room(tmp_path, monkeypatch, steps, some) -> None:
+    path = write_rows(tmp_path / "m.jsonl", *({"step": step, "fid": 20.0} for step in steps))
+    figure = drawn(monkeypatch, path, "--out", tmp_path / "fid.png")
+    labels = [label for label in figure.axes[0].xaxis.get_ticklabels(which="both") if label.get_text()]
+    assert some <= {label.get_text() for label in labels}
+    boxes = sorted((label.get_window_extent() for label in labels), key=lambda box: box.x0)
+    assert all(right.x0 - left.x1 > 8 for left, right in itertools.pairwise(boxes))
+
+
+@pytest.mark.parametrize(
     ("content", "flags", "message"),
     [
         ('{"step": 1, "loss": 2}\n', [], "no line with an integer `step` and a number `fid`"),

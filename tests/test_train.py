@@ -5,13 +5,15 @@ import pytest
 import torch
 from PIL import Image
 
+import train
 from common.io import InputError
 from models.checkpoint import load_checkpoint, load_model
 from models.interpolant import Interpolant
 from models.sit import SiT, SiT_models, SiTConfig
 from samplers import sample_images
-from tests.conftest import NUM_CLASSES, read_rows, run_program, run_training
+from tests.conftest import NUM_CLASSES, read_rows, reset_accelerate, run_program, run_training
 from training.config import parse_args
+from training.preemption import StopSignal
 from training.state import place_state
 
 MODES = {
@@ -120,6 +122,61 @@ def test_a_resumed_run_equals_one_never_stopped(train_flags):
     assert terms(undisturbed) == terms(resumed)
 
 
+def test_checkpoints_by_minutes_change_nothing_and_do_not_fill_the_disk(train_flags, said):
+    flags = ["--max-train-steps", "6", "--checkpointing-steps", "4", "--no-background-save"]
+    runs = [
+        run_training(with_flags(train_flags, *flags, "--exp-name", minutes, "--checkpointing-minutes", minutes))
+        for minutes in ("0", "1e-9")
+    ]
+    names = [sorted(path.name for path in (run / "checkpoints").glob("*")) for run in runs]
+    assert names == [["0000004.pt", "0000004.pt.sha256", "0000006.pt", "0000006.pt.sha256"]] * 2
+    a, b = (load_checkpoint(run / "checkpoints" / "0000006.pt") for run in runs)
+    assert all(torch.equal(a[part][key], b[part][key]) for part in ("model", "ema") for key in a[part])
+    assert terms(runs[0]) == terms(runs[1])
+    assert sum("1e-9/checkpoints" in line and "to be replaced by the next one" in line for line in said) == 4
+
+
+def test_the_log_of_a_run_can_be_read(train_flags, capsys):
+    folder = run_training(with_flags(train_flags, "--log-steps", "2"))
+    text = (folder / "log.txt").read_text()
+    assert text == capsys.readouterr().out
+    messages = [line[21:] for line in text.splitlines()]
+    subjects = ["run", "device", "batch", "network", "encoder", "data", "loss", "steps", "files"]
+    assert [line.split()[0] for line in messages[:9]] == subjects and all(line[7:9] == "  " for line in messages[:9])
+    start = "\n".join(messages[:9])
+    expected = """exps/run, new; last step 4|float32|1 process x 8 samples = 8 samples per step|SiT-S/4, 2 blocks
+        |24 images of 16 px, 3 classes, latents 3 x 16 x 16, codec pixel|1 denoise + 0.5 proj + 0.03 cls; linear path
+        |learning rate 0.001|row every 2 steps, checkpoint every 50,000 steps and 30 min"""
+    for part in expected.split("|"):
+        assert part.strip() in start
+    rows = [line.split("  ") for line in messages if line.startswith("step ")]
+    assert [row[0] for row in rows] == ["step 2 / 4", "step 4 / 4"]
+    assert rows[0][1].startswith("loss 1.") and rows[0][-1].endswith(" left") and "images/s" in text
+    assert messages[-1] == f"next         python generate.py --ckpt {folder}/checkpoints/0000004.pt"
+    run_training(with_flags(train_flags, "--resume", "latest", "--max-train-steps", "5"))
+    more = (folder / "log.txt").read_text()
+    assert more.startswith(text) and f"resumed from step 4 of {folder}/checkpoints/0000004.pt; last step 5" in more
+
+
+def test_a_run_that_is_stopped_says_how_it_resumes(train_flags, said):
+    reset_accelerate()
+    signal = StopSignal()
+    signal.received = True
+    run = train.set_up(train.parse_args(with_flags(train_flags)), signal)
+    assert train.train(run) is False
+    assert "info: a signal asks the run to stop: it saves a checkpoint and ends" in said
+    assert said[-1] == "info: stopped at step 1 of 4; the same command with --resume latest resumes from this step"
+
+
+def test_an_exception_ends_the_log(train_flags, monkeypatch):
+    monkeypatch.setattr(train, "training_step", lambda run, batches: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_training(with_flags(train_flags))
+    folder = Path(train_flags[train_flags.index("--output-dir") + 1]) / "run"
+    last = (folder / "log.txt").read_text().splitlines()[-1]
+    assert last.endswith("  error: ZeroDivisionError: division by zero")
+
+
 def test_resume_step_and_published_optimizer_layout(train_flags):
     flags = with_flags(train_flags, "--checkpointing-steps", "2")
     run_training(flags)
@@ -139,13 +196,19 @@ def test_accumulation_and_bf16_change_rounding_only(train_flags, more):
 
 def test_two_processes_give_the_losses_of_one(train_flags):
     one = run_training(with_flags(train_flags, "--exp-name", "one"))
-    device = [] if torch.cuda.is_available() else ["--device", "auto"]  # without GPUs the processes join as well
-    result = run_program("train.py", *with_flags(train_flags, "--exp-name", "two", *device), processes=2)
+    more = ["--exp-name", "two", "--checkpointing-minutes", "1e-9"]  # all processes save at the same steps
+    more += [] if torch.cuda.is_available() else ["--device", "auto"]  # without GPUs the processes join as well
+    result = run_program("train.py", *with_flags(train_flags, *more), processes=2)
     assert result.returncode == 0, result.stderr[-3000:]
     np.testing.assert_allclose(terms(one), terms(one.parent / "two"), rtol=1e-5, atol=1e-6)
     a, b = (load_checkpoint(one.parent / name / "checkpoints" / "0000004.pt")["ema"] for name in ("one", "two"))
     for key in a:
         torch.testing.assert_close(a[key], b[key], rtol=1e-4, atol=1e-6)
+    text = (one.parent / "two" / "log.txt").read_text()
+    assert text == result.stdout and "2 processes x 4 samples = 8 samples per step" in text
+    assert [text.count(f"  step {step} / 4  loss ") for step in range(1, 5)] == [1, 1, 1, 1]
+    assert ", to be replaced by the next one" in text
+    assert [path.name for path in (one.parent / "two" / "checkpoints").glob("*.pt")] == ["0000004.pt"]
 
 
 def test_an_indivisible_batch_is_refused_by_all_processes(train_flags):
@@ -161,9 +224,10 @@ def test_grids_and_tracker(train_flags):
     names = sorted(path.name for path in (run / "samples").iterdir())
     assert names == ["0000002.png", "0000004.png", "reconstructions.png"]
     grid = np.array(Image.open(run / "samples" / "reconstructions.png"))
-    assert grid.shape == (2 * 64 + 2, 2 * 64 + 2, 3)
+    line = (grid.shape[0] - 2 * 64 - 2) // 2  # of captions
+    assert 10 < line < 20 and grid.shape[1:] == (2 * 64 + 2, 3)
     first = np.array(Image.open(train_flags_data(train_flags) / "images/00000/img00000000.png"))
-    assert np.array_equal(grid[:64:4, :64:4], first)  # enlarged four times
+    assert np.array_equal(grid[line : line + 64 : 4, :64:4], first)  # enlarged four times
 
 
 def train_flags_data(flags):

@@ -2,11 +2,15 @@
 
 The copy into pinned memory on the current stream takes a fraction of a training step; hashing, writing and syncing
 gigabytes takes seconds to minutes. If a write fails, for example on a full disk, earlier checkpoints do not change.
+
+Checkpoints by steps are kept. A checkpoint by minutes only protects against a loss of work: it is removed as soon as
+the next checkpoint is complete. TEMPORARY lists it, so that a resumed run can remove it.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.io import first_line
+from common.io import InputError, first_line, read_json, write_json
 from models.checkpoint import checksum_path, list_checkpoints, save_checkpoint
+from training.messages import logger
+
+TEMPORARY = "temporary.json"  # in the folder of the checkpoints: the names of those by minutes
 
 
 @dataclass
@@ -27,23 +34,39 @@ class CheckpointWriter:
     keep_last: int = 0  # number of newest checkpoints to keep; 0 keeps all
     keep_every: int = 0  # checkpoints whose step is a multiple of this are kept in addition; 0: none
     background: bool = True  # write in a thread; otherwise `save` returns when the file is on the disk
-    report: Callable[[str], None] = print  # called in the writing thread with the message of a failed write
+    every_minutes: float = 0  # after which the last checkpoint is overdue; 0: never
+    now: Callable[[], float] = time.monotonic
     failure: str | None = field(default=None, init=False)  # why the last write failed; None if it did not
 
     def __post_init__(self) -> None:
         self._thread: threading.Thread | None = None
         self._copies = TensorCopies()
+        self._saved_at = self.now()
+        self._kept_one_failed = False  # the last checkpoint that was to be kept could not be written
 
-    def save(self, step: int, content: dict[str, Any], name: str | None = None) -> None:
-        """Write `content` as the checkpoint of `step`, or as NAME.pt, which later calls do not remove."""
+    def save(self, step: int, content: dict[str, Any], name: str | None = None, temporary: bool = False) -> None:
+        """Write `content` as the checkpoint of `step`, or as NAME.pt, which later calls do not remove.
+
+        A `temporary` checkpoint is removed when the next one of a step is complete, unless it replaces one that could
+        not be written.
+        """
         self.finish()  # the previous checkpoint
+        if name is None:
+            self._saved_at = self.now()
+            temporary = temporary and not self._kept_one_failed
         copy = self._copies.take(content) if self.background else None
         if copy is None:
-            self._write(step, content, name)
+            self._write(step, content, name, temporary)
             return
         # Not a daemon thread: after an exception elsewhere, the program ends only when the file is complete.
-        self._thread = threading.Thread(target=self._write, args=(step, copy, name), name="checkpoint writer")
+        arguments = (step, copy, name, temporary)
+        self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint writer")
         self._thread.start()
+
+    @property
+    def overdue(self) -> bool:
+        """Whether the last checkpoint of a step is `every_minutes` old, and no file is being written."""
+        return self.every_minutes > 0 and not self.busy and self.now() - self._saved_at >= 60 * self.every_minutes
 
     @property
     def busy(self) -> bool:
@@ -61,27 +84,64 @@ class CheckpointWriter:
         for path in self.folder.glob(".*.pt.*.tmp"):  # checkpoints and their checksums
             path.unlink(missing_ok=True)
 
-    def _write(self, step: int, content: dict[str, Any], name: str | None) -> None:
-        path = self.folder / f"{name or f'{step:07d}'}.pt"
+    def _write(self, step: int, content: dict[str, Any], name: str | None, temporary: bool) -> None:
+        path, started = self.folder / f"{name or f'{step:07d}'}.pt", time.perf_counter()
         try:
+            if temporary:
+                write_json(self.folder / TEMPORARY, [*self._temporary(), path.name])
             self._copies.wait()
             save_checkpoint(path, content)
-            self._prune(step)
+            if name is None:
+                self._remove_temporary(path, temporary)
+                self._prune(step)
         except Exception as error:  # whatever it is, the run must know that there is no file
             self.failure = f"{path} cannot be written: {_root_cause(error)}"
-            self.report(f"warning: {self.failure}; earlier checkpoints are untouched")
+            self._kept_one_failed |= name is None and not temporary
+            logger.warning("%s; earlier checkpoints are untouched", self.failure)
         else:
             self.failure = None
+            self._kept_one_failed &= name is not None or temporary
+            note = ", to be replaced by the next one" if temporary else ""
+            size, seconds = path.stat().st_size, time.perf_counter() - started
+            logger.info("checkpoint %s: %.4g MB written in %.1f s%s", path, size / 1e6, seconds, note)
+
+    def _temporary(self) -> list[str]:
+        """Return the names of the temporary checkpoints."""
+        try:
+            names = read_json(self.folder / TEMPORARY)
+        except InputError:
+            return []
+        known = isinstance(names, list)
+        return [path.name for path in list_checkpoints(self.folder) if known and path.name in names]
+
+    def _remove_temporary(self, path: Path, temporary: bool) -> None:
+        """Remove the temporary checkpoints of steps before that of `path`, which is complete."""
+        if not (self.folder / TEMPORARY).exists():
+            return
+        names = self._temporary()
+        for old in (name for name in names if int(Path(name).stem) < int(path.stem)):
+            _remove(self.folder / old)
+        left = [name for name in names if int(Path(name).stem) > int(path.stem)] + [path.name] * temporary
+        if left:
+            write_json(self.folder / TEMPORARY, left)
+        else:
+            (self.folder / TEMPORARY).unlink()
 
     def _prune(self, step: int) -> None:
         """Remove old checkpoints, except those of later steps, which exist if the run resumed from an earlier one."""
         if not self.keep_last:
             return
-        old = [path for path in list_checkpoints(self.folder) if int(path.stem) <= step][: -self.keep_last]
-        for path in old:
+        temporary = self._temporary()
+        found = [path for path in list_checkpoints(self.folder) if path.name not in temporary]
+        for path in [path for path in found if int(path.stem) <= step][: -self.keep_last]:
             if not (self.keep_every and int(path.stem) % self.keep_every == 0):
-                path.unlink(missing_ok=True)
-                checksum_path(path).unlink(missing_ok=True)
+                _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint and its checksum."""
+    path.unlink(missing_ok=True)
+    checksum_path(path).unlink(missing_ok=True)
 
 
 class TensorCopies:

@@ -60,7 +60,14 @@ class RunSettings(Config):
     )
     log_steps: int = adjustable(100, "steps between two rows of metrics.jsonl", check=POSITIVE)
     checkpointing_steps: int = adjustable(50_000, "steps between two checkpoints", check=POSITIVE)
-    keep_last: int = adjustable(0, "keep the N newest checkpoints; 0: all", check=NON_NEGATIVE)
+    checkpointing_minutes: float = adjustable(
+        30,
+        "minutes after which a checkpoint is written in addition, to be removed when the next one is complete; 0: none",
+        check=NON_NEGATIVE,
+    )
+    keep_last: int = adjustable(
+        0, "keep the N newest checkpoints, those by minutes not counted; 0: all", check=NON_NEGATIVE
+    )
     keep_every: int = adjustable(0, "in addition, keep the checkpoints of every N-th step; 0: none", check=NON_NEGATIVE)
     background_save: bool = adjustable(True, "write checkpoints in the background, from a copy")
     retry_steps: int = adjustable(100, "steps until a failed checkpoint is tried again", check=POSITIVE)

@@ -7,7 +7,6 @@ its samples are written to bad_steps.jsonl; too many consecutive bad steps end t
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -16,6 +15,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor
 
 from common.io import InputError
+from training.messages import logger
 from training.metrics import RunLog, StepReport
 
 ADVICE = {
@@ -125,9 +125,8 @@ class BadSteps:
                 f"the last {self.consecutive} steps, up to step {report.step}, had no finite gradient: the run stops. "
                 f"The checkpoints are good. Samples of these steps: {file}. {ADVICE[kind]}"
             )
-        if self.log.main:
-            what = "loss" if not report.finite_loss else "gradient"
-            print(f"warning: step {report.step} skipped, its {what} is not finite; see {file}", file=sys.stderr)
+        what = "loss" if not report.finite_loss else "gradient"
+        logger.warning("step %d skipped, its %s is not finite; see %s", report.step, what, file)
 
     def _samples(self, report: StepReport, overflow: bool) -> tuple[str, list[dict[str, Any]]]:
         """Return a key of ADVICE, and the samples whose loss is not finite, or all if only the gradient is not."""

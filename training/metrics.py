@@ -1,4 +1,4 @@
-"""The numbers of a training run: means of each step, rows of metrics.jsonl, loss.png, rows for a tracker.
+"""The numbers of a training run: means of each step, rows of metrics.jsonl, rows for a tracker.
 
 The numbers of a step are averaged over the processes and copied to the host while the device computes; they are read
 some steps later, when they have arrived, so the device never waits. All processes read the same numbers at the same
@@ -11,7 +11,7 @@ import contextlib
 import json
 import math
 import os
-import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -19,18 +19,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from common.io import atomic_write, read_metrics
-from loss import TERMS
+from common.io import atomic_write, first_line, read_metrics
+from training.curves import loss_curves
+from training.messages import logger
+from training.throughput import StepClock
 
 COUNTS = ("bad_steps", "overflow_steps")  # summed over the steps of a row; all other numbers are averaged
 GPU_LAG = 2  # steps: the GPU always has a complete step queued while the host reads an older one
-SMOOTHED_SHARE = 20  # a curve is averaged over a window of 1/20 of its points
-SMOOTHED_FROM = 50  # points; shorter curves are not averaged
+DRAW_SECONDS = 60  # at least, between two pictures of the loss curves
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,7 @@ class RunLog:
         state: what `state()` returned when the run was saved; None for a new run.
         step: at which the run starts or resumes; rows of later steps are removed, since these steps are repeated.
         peak_images_per_second: throughput at the peak FLOP/s of the devices; None if unknown.
+        clock: measures the speed. It is stopped during other work than training.
     """
 
     def __init__(
@@ -134,6 +135,7 @@ class RunLog:
         state: dict[str, Any] | None = None,
         step: int = 0,
         peak_images_per_second: float | None = None,
+        clock: StepClock | None = None,
     ):
         self.folder = folder
         self.metrics = folder / "metrics.jsonl"
@@ -149,7 +151,9 @@ class RunLog:
         self.counts = {name: state.get(name, 0) for name in COUNTS}
         self.started = time.perf_counter() - state["seconds"]
         self.unwritten: dict[str, list[str]] = {}  # lines that could not be written because the disk was full
-        self._start_interval()
+        self.clock = clock or StepClock()
+        self._drawn_at = time.monotonic()
+        self._drawing: threading.Thread | None = None
         if main:
             for path in (self.metrics, folder / "bad_steps.jsonl"):
                 _remove_rows_after(path, step)
@@ -169,28 +173,17 @@ class RunLog:
         """Count a bad step under one of `COUNTS`."""
         self.counts[name] += 1
 
-    def end_step(self) -> None:
-        """Count a step, good or bad, for images per second."""
-        self.steps_in_interval += 1
-
-    @contextlib.contextmanager
-    def waiting_for_data(self) -> Iterator[None]:
-        """Count the time inside the block as waiting for data."""
-        start = time.perf_counter()
-        yield
-        self.waited += time.perf_counter() - start
-
     def write_row(self, step: int, **more: float) -> dict[str, Any]:
         """Write and return the means since the last row."""
-        elapsed = time.perf_counter() - self.interval_started
-        speed = self.steps_in_interval * self.batch_size / elapsed
+        lap = self.clock.end_lap()
+        speed = self.batch_size / lap.seconds_per_step
         row = {
             "step": step,
             **{name: self.sums[name] / self.steps for name in sorted(self.sums)},
             **{name: count for name, count in self.counts.items() if count},
             **more,
             "images_per_second": speed,
-            "data_wait": self.waited / elapsed,
+            "data_wait": lap.data_wait,
             "seconds": self.seconds,
         }
         if self.peak_images_per_second:
@@ -198,7 +191,6 @@ class RunLog:
         if torch.cuda.is_available():
             row["gpu_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
         self.sums, self.steps, self.counts = {}, 0, dict.fromkeys(COUNTS, 0)
-        self._start_interval()
         self.append(row)
         return row
 
@@ -210,6 +202,8 @@ class RunLog:
         self.write_line("metrics.jsonl", row)
         numbers = {key: value for key, value in row.items() if isinstance(value, int | float) and key != "step"}
         self.track(numbers, row["step"])
+        if time.monotonic() - self._drawn_at >= DRAW_SECONDS:
+            self.draw(wait=False)
 
     def write_line(self, name: str, row: dict[str, Any]) -> None:
         """Append a row, which must have a step, to a file of the run's folder and sync it to the disk.
@@ -225,20 +219,29 @@ class RunLog:
             _append("".join(lines), self.folder / name)
             lines.clear()
 
-    def draw(self) -> None:
-        """Write the loss curves."""
-        if self.main and self.metrics.exists():
-            with warn_if_unwritable(str(self.picture)):
-                loss_curves(self.metrics, self.picture)
+    def draw(self, wait: bool = True) -> None:
+        """Write the loss curves; without `wait` in a thread, unless a picture is being drawn."""
+        if not self.main or not self.metrics.exists():
+            return
+        if self._drawing is not None:
+            if not wait and self._drawing.is_alive():
+                return
+            self._drawing.join()
+        self._drawn_at = time.monotonic()
+        self._drawing = threading.Thread(target=self._draw, name="loss curves")
+        self._drawing.start()
+        if wait:
+            self._drawing.join()
+
+    def _draw(self) -> None:
+        try:
+            loss_curves(self.metrics, self.picture)
+        except Exception as error:  # a picture is no reason to end a run
+            logger.warning("%s cannot be written, training continues: %s", self.picture, first_line(error))
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint stores, so that a resumed run writes the rows of a run that was never stopped."""
         return {"sums": dict(self.sums), "steps": self.steps, "seconds": self.seconds, **self.counts}
-
-    def _start_interval(self) -> None:
-        self.interval_started = time.perf_counter()
-        self.steps_in_interval = 0
-        self.waited = 0.0
 
 
 @contextlib.contextmanager
@@ -247,38 +250,7 @@ def warn_if_unwritable(what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        print(f"warning: {what} cannot be written, training continues: {error}", file=sys.stderr)
-
-
-def loss_curves(metrics: str | Path, picture: str | Path) -> None:
-    """Plot the loss and its terms over the steps of a metrics.jsonl, raw and averaged, and write a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    rows = read_metrics(metrics)
-    titles = {"loss": "loss"} | {term.name: term.title for term in TERMS}
-    panels = {name: title for name, title in titles.items() if any(row.get(name) is not None for row in rows)}
-    if not panels:
-        return
-    figure = Figure(figsize=(4 * len(panels), 3.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axis, (name, title) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels.items(), strict=True):
-        steps, values = np.array([(row["step"], row[name]) for row in rows if row.get(name) is not None]).T
-        if len(steps) >= SMOOTHED_FROM:
-            axis.plot(steps, values, color="tab:blue", alpha=0.3, linewidth=0.8)
-            values = _smooth(values)
-        marker = "o" if len(steps) == 1 else None  # a line of one point is invisible
-        axis.plot(steps, values, color="tab:blue", linewidth=1.5, marker=marker)
-        axis.set(title=title, xlabel="step")
-        axis.grid(alpha=0.3)
-    with atomic_write(picture) as file:
-        figure.savefig(file, format="png", dpi=120)
-
-
-def _smooth(values: np.ndarray) -> np.ndarray:
-    """Return the mean over a window centred on each value, shortened at the ends."""
-    window = np.ones(len(values) // SMOOTHED_SHARE | 1)
-    return np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")
+        logger.warning("%s cannot be written, training continues: %s", what, error)
 
 
 def _append(text: str, path: Path) -> None:

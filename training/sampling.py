@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from common.classes import ClassSet
 from common.images import image_grid, save_png
 from evaluations.coherence import CoherenceSums, class_mean_sums
 from loss import FROM_ENCODER, entangled_token
 from models.sit import SiT
 from samplers import Guidance, image_seeds, sample_images
+from training.messages import logger
 from training.metrics import warn_if_unwritable
 from training.parallelism import gather_full
 from training.state import Run, new_network
 
+MAX_COLUMNS = 12  # of a grid with a column for each class
+
 
 def write_samples(run: Run) -> None:
-    """Write a grid of EMA samples, with the same noise and labels each time, to the run's folder and the tracker."""
+    """Write a grid of EMA samples to the run's folder and the tracker.
+
+    Image n always has the same label, that of `image_labels`, and the same noise, that of (seed, n).
+    """
     network = averaged_network(run)
     if run.accelerator.is_main_process:
         config = run.config
         guidance = Guidance(config.grid_cfg_scale)
-        latents, _ = draw_latents(run, network, range(config.grid_samples), config.grid_num_steps, guidance)
-        write_grid(run, f"{run.step:07d}", latents)
-        run.log.draw()
+        numbers = range(config.grid_samples)
+        latents, _ = draw_latents(run, network, numbers, config.grid_num_steps, guidance)
+        labels = image_labels(run, numbers)
+        columns = grid_columns(len(run.data.classes.labels), len(labels))
+        write_grid(run, f"{run.step:07d}", latents, labels, columns)
     run.accelerator.wait_for_everyone()
 
 
@@ -82,13 +93,16 @@ def write_reconstructions(run: Run) -> None:
     """Write a grid of decoded real latents: an upper bound for the samples, and a check of data and codec."""
     if run.config.sampling_steps and run.accelerator.is_main_process:
         count = min(run.config.grid_samples, len(run.data))
-        moments = torch.stack([run.data[i * len(run.data) // count][1] for i in range(count)])  # from all classes
-        write_grid(run, "reconstructions", run.facts.latent_format.sample(moments.to(run.accelerator.device), None))
+        chosen = [run.data[i * len(run.data) // count] for i in range(count)]  # from all classes
+        moments = torch.stack([moments for _, moments, _ in chosen]).to(run.accelerator.device)
+        labels = [int(label) for *_, label in chosen]
+        write_grid(run, "reconstructions", run.facts.latent_format.sample(moments, None), labels)
 
 
 def image_labels(run: Run, numbers: range) -> list[int]:
-    """Return the labels of images given by number, balanced over the classes."""
-    return [number % run.data.num_classes for number in numbers]
+    """Return the labels of images given by number: the classes of the data in turn."""
+    labels = run.data.classes.labels
+    return [labels[number % len(labels)] for number in numbers]
 
 
 def draw_latents(
@@ -105,10 +119,34 @@ def draw_latents(
     )
 
 
-def write_grid(run: Run, name: str, latents: Tensor) -> None:
-    """Decode latents and write them as samples/NAME.png, and to the tracker."""
-    grid = image_grid(run.codec.decode(latents.float()).permute(0, 2, 3, 1).cpu().numpy())
+def grid_columns(classes: int, samples: int) -> int | None:
+    """Return how many columns a grid of samples, of the classes in turn, has so that each column is of one class.
+
+    None if there are too many classes, or only one.
+    """
+    if not 1 < classes <= min(samples, MAX_COLUMNS):
+        return None
+    return classes * max(1, math.ceil(math.sqrt(samples)) // classes)
+
+
+def grid_captions(classes: ClassSet, labels: list[int], columns: int | None) -> list[str | None] | None:
+    """Return the captions of a grid: the class of each image, or of each column of a class. None for a single class."""
+    if len(classes.labels) == 1:
+        return None
+    return [
+        classes.caption(label) if number < (columns or len(labels)) else None for number, label in enumerate(labels)
+    ]
+
+
+def write_grid(run: Run, name: str, latents: Tensor, labels: list[int], columns: int | None = None) -> None:
+    """Decode latents and write them as samples/NAME.png with captions, and to the tracker.
+
+    labels: of the images. columns: as `grid_columns` returns it; None: a square grid.
+    """
+    images = run.codec.decode(latents.float()).permute(0, 2, 3, 1).cpu().numpy()
+    grid = image_grid(images, columns, captions=grid_captions(run.data.classes, labels, columns))
     path = run.folder / "samples" / f"{name}.png"
     with warn_if_unwritable(str(path)):
         save_png(path, grid)
+        logger.info("grid %s: %d images", path, len(labels))
     run.log.track_picture(grid, run.step)

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
-from tqdm import tqdm
 
 from common.cli import changed
 from common.distributed import broadcast_from_main, start_processes
@@ -29,6 +28,7 @@ from models.sit import SiT
 from training.checkpoint_writer import CheckpointWriter
 from training.config import RunFacts, TrainConfig, check_same_run, find_facts, run_record, saved_args
 from training.guards import BadSteps, GuardedOptimizer
+from training.messages import logger, start_messages
 from training.metrics import RunLog, StepReports, warn_if_unwritable
 from training.parallelism import check_sharding, compile_training, count_parameters
 from training.preemption import StopSignal
@@ -47,6 +47,7 @@ def set_up(config: TrainConfig, stop_signal: StopSignal | None = None) -> Run:
     """
     # Processes and precision.
     accelerator = make_accelerator(config)
+    start_messages(accelerator.is_main_process)
     check_sharding(accelerator, config.fsdp)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
 
@@ -67,7 +68,7 @@ def set_up(config: TrainConfig, stop_signal: StopSignal | None = None) -> Run:
 
     # Network, optimizer, loss.
     model, average, optimizer = prepare_networks(config, facts, accelerator, checkpoint)
-    optimizer = GuardedOptimizer(optimizer, accelerator.print)
+    optimizer = GuardedOptimizer(optimizer, logger.info)
     path = Interpolant(config.path_type)
     criterion = REGLoss(path, config.loss_weights)
     if config.compile:
@@ -135,7 +136,7 @@ def find_checkpoint(config: TrainConfig, accelerator: Accelerator) -> dict[str, 
     if has_rows and args.exists():
         check_same_run(asdict(config), read_json(args), args)
     elif args.exists():
-        accelerator.print(f"note: an earlier start in {folder} ended before its first row; its args.json is replaced")
+        logger.info(f"note: an earlier start in {folder} ended before its first row; its args.json is replaced")
     if config.legacy:
         raise InputError(
             "--legacy: the published switch, which drops labels twice in a new run (probability 0.19), does not exist "
@@ -156,11 +157,9 @@ def choose_learning_rate(
         return config
     if "learning_rate" in config.given:
         now, first = config.learning_rate, checkpoint["steps"] + 1
-        accelerator.print(
-            f"note: the learning rate is {now:g} from step {first}, as --learning-rate says; before {before:g}"
-        )
+        logger.info(f"note: the learning rate is {now:g} from step {first}, as --learning-rate says; before {before:g}")
         return config
-    accelerator.print(f"note: the learning rate is {before:g}, that of the checkpoint; --learning-rate changes it")
+    logger.info(f"note: the learning rate is {before:g}, that of the checkpoint; --learning-rate changes it")
     return changed(config, learning_rate=before)
 
 
@@ -168,12 +167,12 @@ def say_differences(config: TrainConfig, accelerator: Accelerator) -> None:
     """Say where the given flags mean something else than in the published program (docs/published-flags.md)."""
     total, parts = config.batch_size, config.gradient_accumulation_steps
     if parts > 1:
-        accelerator.print(
+        logger.info(
             f"note: a step takes {total} images in total, {parts} micro-batches on each process; the published program "
             f"would take {total} x {parts} = {total * parts} with these flags"
         )
     if config.ops_head is not None:
-        accelerator.print(f"note: --ops-head {config.ops_head} is accepted and ignored, as in the published program")
+        logger.info(f"note: --ops-head {config.ops_head} is accepted and ignored, as in the published program")
 
 
 def open_data(config: TrainConfig, accelerator: Accelerator) -> LatentDataset:
@@ -214,7 +213,7 @@ def make_codec(config: TrainConfig, data: LatentDataset, accelerator: Accelerato
     except InputError as error:
         if config.eval_steps or config.given & {"sampling_steps", "vae"}:
             raise
-        print(f"warning: there will be no sample grids, because the codec cannot be loaded: {error}", file=sys.stderr)
+        logger.warning("there will be no sample grids, because the codec cannot be loaded: %s", error)
         return None
 
 
@@ -297,7 +296,11 @@ def make_log(
 def make_writer(config: TrainConfig, accelerator: Accelerator) -> CheckpointWriter:
     """Return the writer of checkpoints; files that a killed process left incomplete are removed."""
     writer = CheckpointWriter(
-        config.folder / "checkpoints", config.keep_last, config.keep_every, config.background_save, tqdm.write
+        config.folder / "checkpoints",
+        config.keep_last,
+        config.keep_every,
+        config.background_save,
+        config.checkpointing_minutes,
     )
     if accelerator.is_main_process and not config.dry_run:
         writer.clear_leftovers()

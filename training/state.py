@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +25,7 @@ from models.weights_file import mismatch
 from training.checkpoint_writer import CheckpointWriter
 from training.config import RunFacts, TrainConfig
 from training.guards import BadSteps, GuardedOptimizer
+from training.messages import logger
 from training.metrics import RunLog, StepReports
 from training.parallelism import device_mesh, shard, shard_like
 from training.preemption import StopSignal
@@ -96,7 +96,7 @@ def prepare_networks(
         restore_weights(checkpoint, model, average)
     elif config.init_from:
         initial = initialize_from(config.init_from, model, average)
-        accelerator.print(f"weights of {config.init_from}; newly initialized: {', '.join(initial) or 'none'}")
+        logger.info("weights of %s; newly initialized: %s", config.init_from, ", ".join(initial) or "none")
 
     # Devices.
     if config.fsdp:
@@ -197,7 +197,7 @@ def newest_complete(checkpoints: Path) -> Path | None:
             load_resumable(path)
             return path
         except InputError as error:
-            print(f"warning: {path.name} is skipped, the previous checkpoint is tried: {error}", file=sys.stderr)
+            logger.warning("%s is skipped, the previous checkpoint is tried: %s", path.name, error)
     if found:
         raise InputError(
             f"{checkpoints}: all of its {len(found)} checkpoints are damaged; remove them to start a new run"

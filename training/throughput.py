@@ -1,13 +1,18 @@
-"""Floating-point operations of training, peak rates of GPUs, and a record of the machine and code of each start."""
+"""Speed of training, floating-point operations, peak rates of GPUs, a record of the machine and code of each start."""
 
 from __future__ import annotations
 
+import contextlib
+import math
 import platform
 import shlex
 import socket
 import subprocess
 import sys
 import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,6 +30,101 @@ PEAK_FLOPS = {
 PACKAGES = ("accelerate", "timm", "diffusers", "numpy")
 # Files of the repository that determine what a run does; data and results in its folder do not.
 CODE = (":/*.py", ":/*.sh", ":/requirements.txt")
+RECENT_LAPS = 10  # the time left is estimated from their speed
+
+
+@dataclass
+class Lap:
+    """Some consecutive steps: their number, their duration in seconds, and how much of it was waiting for data."""
+
+    steps: int = 0
+    seconds: float = 0.0
+    waited: float = 0.0
+
+    @property
+    def seconds_per_step(self) -> float:
+        """Mean duration of a step."""
+        return self.seconds / self.steps if self.steps else math.nan
+
+    @property
+    def data_wait(self) -> float:
+        """Share of the time that was spent waiting for data."""
+        return self.waited / self.seconds if self.seconds else math.nan
+
+
+class StepClock:
+    """Measures the speed of training steps. The clock stands still during other work, inside `stopped`.
+
+    The first step since the start of the process is slow (compilation, start of the loader's workers), so it is a lap
+    of its own, reported only if no other step has ended.
+
+    Args:
+        now: returns the time in seconds.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.perf_counter):
+        self._now = now
+        self._stopped = 0.0  # seconds in total
+        self._is_stopped = False
+        self._lap, self._first = Lap(), Lap()
+        self._laps: deque[Lap] = deque(maxlen=RECENT_LAPS)
+        self._lap_started = self.time()
+
+    def time(self) -> float:
+        """Return the time without that spent inside `stopped`."""
+        return self._now() - self._stopped
+
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Stop the clock inside the block. Wait for the device before, so that its steps are measured completely."""
+        if self._is_stopped:
+            yield
+            return
+        started, self._is_stopped = self._now(), True
+        try:
+            yield
+        finally:
+            self._stopped += self._now() - started
+            self._is_stopped = False
+
+    @contextlib.contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """Count the time inside the block as waiting for data."""
+        started = self.time()
+        yield
+        self._lap.waited += self.time() - started
+
+    def end_step(self) -> None:
+        """Count a step, good or bad."""
+        self._lap.steps += 1
+
+    @property
+    def in_first_step(self) -> bool:
+        """Whether `end_first_step` has not been called."""
+        return not self._first.steps
+
+    def end_first_step(self) -> None:
+        """Begin the measurement, when the device has finished the first step."""
+        self._first = self._end_lap()
+
+    def end_lap(self) -> Lap:
+        """Return the lap that ends now, and begin another one."""
+        lap = self._end_lap()
+        if not lap.steps:
+            return self._first
+        self._laps.append(lap)
+        return lap
+
+    def seconds_left(self, steps: int) -> float | None:
+        """Return how long `steps` more steps take at the speed of the recent laps; None if it is unknown."""
+        done = sum(lap.steps for lap in self._laps)
+        return steps * sum(lap.seconds for lap in self._laps) / done if done else None
+
+    def _end_lap(self) -> Lap:
+        lap, now = self._lap, self.time()
+        lap.seconds = now - self._lap_started
+        self._lap, self._lap_started = Lap(), now
+        return lap
 
 
 def training_flops(network: SiT) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import re
-import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -15,6 +14,7 @@ from PIL.Image import Image
 
 from common.io import first_line
 from training.config import RunFacts, TrainConfig, saved_args
+from training.messages import logger
 
 # What the messages of trackers contain, and what it means.
 CAUSES = {
@@ -99,5 +99,5 @@ def cause_of(error: Exception) -> str:
 
 
 def warn(name: str, cause: str) -> None:
-    """Print that a tracker gets no more numbers."""
-    print(f"warning: --report-to {name}: {cause}. The run continues; metrics.jsonl has everything", file=sys.stderr)
+    """Say that a tracker gets no more numbers."""
+    logger.warning("--report-to %s: %s. The run continues; metrics.jsonl has everything", name, cause)

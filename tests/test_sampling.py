@@ -1,0 +1,66 @@
+"""Grids and samples of a run are of the classes of its data."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import train
+from common.classes import ClassSet
+from models.checkpoint import load_checkpoint
+from tests.conftest import reset_accelerate
+from training import sampling
+from training.sampling import grid_captions, grid_columns, image_labels
+
+LABELS = {0: 5, 1: 17, 2: 40}  # in place of 0, 1, 2
+
+
+@pytest.fixture
+def run(train_flags, data):
+    """A run that was trained on three of 50 classes, which have names."""
+    names = [f"name {label}" for label in range(50)]
+    for folder in ("images", "vae-sd"):
+        path = data / folder / "dataset.json"
+        content = json.loads(path.read_text())
+        content["labels"] = [[name, LABELS[label]] for name, label in content["labels"]]
+        path.write_text(json.dumps({**content, "classes": names}))
+    flags = f"""--data-dir {data} --exp-name run --max-train-steps 2 --sampling-steps 2 --grid-samples 7
+        --grid-num-steps 1"""
+    reset_accelerate()
+    run = train.set_up(train.parse_args([*train_flags, *flags.split()]))
+    train.train(run)
+    return run
+
+
+def test_only_classes_of_the_data_are_drawn_and_recorded(run, monkeypatch):
+    assert run.facts.network.num_classes == 50
+    assert image_labels(run, range(2, 8)) == [40, 5, 17, 40, 5, 17]
+    checkpoint = load_checkpoint(run.folder / "checkpoints" / "0000002.pt")
+    assert ClassSet.from_json(checkpoint["classes"]) == ClassSet((5, 17, 40), ("name 5", "name 17", "name 40"))
+    grid = np.array(Image.open(run.folder / "samples" / "0000002.png"))
+    assert grid.shape[1] == 3 * 66 - 2 and 10 < grid.shape[0] - (3 * 66 - 2) < 20  # 3 columns, 3 rows, 1 line
+    asked = []
+    monkeypatch.setattr(sampling, "image_grid", lambda *given, **more: asked.append(more) or Image.new("L", (1, 1)))
+    sampling.write_samples(run)
+    assert asked == [{"captions": ["name 5", "name 17", "name 40", None, None, None, None]}]
+
+
+@pytest.mark.parametrize(
+    ("classes", "samples", "columns"),
+    [(1, 36, None), (2, 36, 6), (3, 36, 6), (4, 36, 4), (5, 36, 5), (10, 36, 10), (12, 36, 12), (13, 36, None),
+     (1000, 36, None), (10, 9, None), (3, 4, 3), (2, 1, None)],
+)  # fmt: skip
+def test_a_column_is_of_one_class_where_the_number_of_samples_allows_it(classes, samples, columns):
+    found = grid_columns(classes, samples)
+    assert found == columns
+    if found:
+        labels = [number % classes for number in range(samples)]
+        assert all(len(set(labels[column::found])) == 1 for column in range(found))
+
+
+def test_captions_name_columns_or_images_and_a_single_class_not_at_all():
+    classes = ClassSet((3, 8), ("cat", "日本"))
+    assert grid_captions(classes, [3, 8, 3, 8], 2) == ["cat", "8", None, None]
+    assert grid_captions(classes, [8, 3, 3], None) == ["8", "cat", "cat"]
+    assert grid_captions(ClassSet((0,)), [0, 0], None) is None
