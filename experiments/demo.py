@@ -47,9 +47,9 @@ class Demo(Config):
 
     command: str = setting("", "images, encoder, encoder-spec or score", flag="command")
     dest: Path | None = setting(None, "folder (images) or file (encoder: .safetensors, score: .json) to write")
-    images: Path | None = setting(None, "encoder, score: pictures that networks are trained on, as convert.py makes them")
+    images: Path | None = setting(None, "encoder, score: the pictures to train on, as convert.py makes them")
     held_out: Path | None = setting(None, "score: other pictures, as convert.py makes them")
-    steps: int = setting(200, "encoder: training steps", check=POSITIVE)
+    steps: int = setting(100, "encoder: training steps", check=POSITIVE)
     samples: Path | None = setting(None, "score: folder of a set of samples, made by generate.py")
     encoder: Path | None = setting(None, "score: weights of the encoder")
 

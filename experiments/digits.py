@@ -1,4 +1,4 @@
-"""The handwritten digits of scikit-learn (1,797 scans of 8 x 8 px, 10 classes): data and encoder of a convergence study.
+"""The handwritten digits of scikit-learn (1,797 scans of 8 x 8 px): data and encoder of a convergence study.
 
 One half is for training, the other for scores. Source: Alpaydin and Kaynak, Optical Recognition of Handwritten Digits,
 UCI, 1998.

@@ -71,4 +71,4 @@ def test_an_active_environment_is_used(checkout, variables):
     text, installs = set_up(checkout, "active", **{k: v.format(here=checkout) for k, v in variables.items()})
     assert text == f"environment: {checkout}/active (active)\n" and not (checkout / ".venv").exists()
     (install,) = installs
-    assert install.endswith(f"-m pip install --quiet --requirement requirements.txt")
+    assert install.endswith("-m pip install --quiet --requirement requirements.txt")
