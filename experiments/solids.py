@@ -144,10 +144,10 @@ def draw_scenes(count: int, generator: torch.Generator) -> Scenes:
     def uniform(low: float, high: float) -> Tensor:
         return torch.rand(count, generator=generator) * (high - low) + low
 
-    azimuth, elevation = uniform(-1.2, 1.2), uniform(0.7, 0.9)
+    azimuth, elevation = uniform(-1.2, -0.3), uniform(0.65, 0.9)
     light = [elevation.cos() * azimuth.sin(), elevation.sin(), elevation.cos() * azimuth.cos()]
     return Scenes(
-        yaw=uniform(-0.6, 0.6),
+        yaw=uniform(0.15, 0.75),
         light=torch.stack(light, dim=1),
         solid_colour=rgb(uniform(0, 1), uniform(0.65, 0.95), uniform(0.85, 1)),
         floor_colour=rgb(uniform(0, 1), uniform(0.04, 0.18), uniform(0.8, 0.95)),
