@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -64,6 +65,14 @@ class ClassSet:
     def name(self, label: int) -> str:
         """Return the name of a label, its number if it has none."""
         return self.names[self.labels.index(label)] if self.names and label in self.labels else str(label)
+
+    def caption(self, label: int) -> str:
+        """Return the name of a label without accents, or its number if the name needs more letters than ASCII has.
+
+        For `common.images.image_grid`, whose font has ASCII only.
+        """
+        name = "".join(c for c in unicodedata.normalize("NFKD", self.name(label)) if not unicodedata.combining(c))
+        return name if name.isascii() else str(label)
 
     def select(self, text: str, num_classes: int) -> tuple[int, ...]:
         """Return the labels that a text names, in its order, such as "207,360-365,tench".

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from common.io import InputError, atomic_write
 
@@ -19,6 +19,7 @@ IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 # Exceptions of Pillow on damaged files, found by trials with random damage.
 DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 MIN_TILE = 64  # px; a grid shows smaller images enlarged
+MIN_FONT_SIZE = 11  # of captions
 
 
 def open_image(data: bytes, formats: Sequence[str] = IMAGE_FORMATS, max_side: int | None = None) -> Image.Image:
@@ -46,21 +47,58 @@ def decode_rgb(data: bytes, resolution: int | None = None) -> np.ndarray:
     return pixels
 
 
-def image_grid(images: np.ndarray, columns: int | None = None, gap: int = 2) -> Image.Image:
+def image_grid(
+    images: np.ndarray, columns: int | None = None, gap: int = 2, captions: Sequence[str | None] | None = None
+) -> Image.Image:
     """Return one picture of images (N, H, W, 3) uint8, row by row with `gap` white pixels between them.
 
     Images smaller than MIN_TILE are enlarged by an integer factor. The default for `columns` gives a square grid.
+    `captions` holds an ASCII text or None for each image, drawn above it; long texts are shortened.
     """
     import torch  # imported here: convert.py uses this module without torch
     from torchvision.utils import make_grid
 
     images = np.asarray(images)
+    columns = columns or math.ceil(math.sqrt(len(images)))
     zoom = max(1, MIN_TILE // images.shape[1])
     tiles = torch.from_numpy(images.repeat(zoom, axis=1).repeat(zoom, axis=2)).permute(0, 3, 1, 2)
-    grid = make_grid(tiles, nrow=columns or math.ceil(math.sqrt(len(tiles))), padding=gap, pad_value=255)
+    grid = make_grid(tiles, nrow=columns, padding=gap, pad_value=255)
     if len(tiles) > 1:  # make_grid adds a margin around all other grids
         grid = grid[:, gap : grid.shape[1] - gap, gap : grid.shape[2] - gap]
-    return Image.fromarray(grid.permute(1, 2, 0).numpy())
+    picture = Image.fromarray(grid.permute(1, 2, 0).numpy())
+    return picture if captions is None else _with_captions(picture, columns, tiles.shape[2:], gap, captions)
+
+
+def _with_captions(
+    grid: Image.Image, columns: int, tile: tuple[int, int], gap: int, captions: Sequence[str | None]
+) -> Image.Image:
+    """Return a grid of tiles (height, width) with a line of captions above each row that has one."""
+    height, width = tile
+    font = ImageFont.load_default(max(MIN_FONT_SIZE, width // 16))
+    line = sum(font.getmetrics()) + 2
+    rows = [captions[first : first + columns] for first in range(0, len(captions), columns)]
+    picture = Image.new("RGB", (grid.width, grid.height + line * sum(map(any, rows))), "white")
+    draw, top = ImageDraw.Draw(picture), 0
+    for number, row in enumerate(rows):
+        for column, text in enumerate(row):
+            centre = (column * (width + gap) + width // 2, top + line // 2)
+            draw.text(centre, _shortened(text or "", font, width), "black", font, anchor="mm")
+        top += line * any(row)
+        above = number * (height + gap)
+        band = grid.crop((0, above, grid.width, min(above + height + gap, grid.height)))
+        picture.paste(band, (0, top))
+        top += band.height
+    return picture
+
+
+def _shortened(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    """Return a text in one line, with an ellipsis at its end if it would be wider than `width` pixels."""
+    text = " ".join(text.split())
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(f"{text}…") > width:
+        text = text[:-1].rstrip()
+    return f"{text}…"
 
 
 def save_png(path: str | Path, picture: Image.Image) -> None:

@@ -47,3 +47,9 @@ def test_selection():
 def test_wrong_selections_are_refused(text, message):
     with pytest.raises(InputError, match=message):
         SOME.select(text, 1000)
+
+
+def test_captions_are_names_that_a_grid_can_show_or_numbers():
+    classes = ClassSet((3, 5, 9), ("Kätzchen", "日本", "tench"))
+    assert [classes.caption(label) for label in (3, 5, 9, 7)] == ["Katzchen", "5", "tench", "7"]
+    assert ClassSet((3,)).caption(3) == "3"

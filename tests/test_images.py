@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFont
 
-from common.images import MIN_TILE, decode_rgb, image_grid, open_image
+from common.images import MIN_TILE, _shortened, decode_rgb, image_grid, open_image
 from common.io import InputError
 from tests.test_crops import encoded, header_only_png, noise
 
@@ -65,3 +65,30 @@ def test_a_grid_shows_images_in_order_with_white_between(count, columns, shape, 
     between = np.ones(picture.shape[:2], bool)
     between[np.ix_(*(np.arange(size) % (shown + 2) < shown for size in picture.shape[:2]))] = False
     assert (picture[between] == 255).all()
+
+
+def test_captions_stand_above_their_images_and_change_no_pixel_of_the_grid():
+    images = np.stack([np.full((70, 70, 3), 10 + i, np.uint8) for i in range(5)])
+    plain = np.asarray(image_grid(images, 2))
+    assert np.array_equal(np.asarray(image_grid(images, 2, captions=[None] * 5)), plain)
+    assert np.array_equal(np.asarray(image_grid(images[:1], captions=[""])), images[0])
+    captions = ["tench", "a very long name of a class", None, "", "x\ny"]
+    picture = np.asarray(image_grid(images, 2, captions=captions))
+    line = (len(picture) - len(plain)) // 2  # rows 1 and 3 have captions
+    assert 13 <= line <= 20 and picture.shape[1:] == plain.shape[1:]
+    bands = [slice(0, line), slice(line + 72 * 2, 2 * line + 72 * 2)]
+    assert np.array_equal(np.delete(picture, np.r_[tuple(bands)], axis=0), plain)
+    drawn = [(picture[band, column] < 128).any() for band in bands for column in (slice(0, 70), slice(72, 142))]
+    assert drawn == [True, True, True, False]
+    assert (picture[bands[0], 70:72] == 255).all()  # the long name does not reach the next tile
+
+
+@pytest.mark.parametrize(("text", "shown"), [("tench", "tench"), ("a b\nc", "a b c"), ("", "")])
+def test_captions_that_fit_are_not_shortened(text, shown):
+    assert _shortened(text, ImageFont.load_default(11), 64) == shown
+
+
+def test_long_captions_are_shortened_with_an_ellipsis():
+    font = ImageFont.load_default(11)
+    assert _shortened("American black bear", font, 64) == "American…"
+    assert font.getlength(_shortened("W" * 100, font, 64)) <= 64
