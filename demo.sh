@@ -1,59 +1,66 @@
 #!/usr/bin/env bash
-# Runs REG on two CPU cores in minutes; only Python packages are downloaded. The script sets up the environment,
-# prepares real handwritten digits, trains an encoder and REG on one half of them, generates images, and evaluates them
-# against the other half. Results: demo/samples.png, demo/loss.png and demo/score.json.
+# Runs REG on two CPU cores in minutes; only Python packages are downloaded. The script sets up the environment, renders
+# pictures of ten solids, trains an encoder and REG on them, generates pictures, and compares these with other rendered
+# pictures. Results: demo/samples.png, demo/loss.png and demo/score.json.
 set -euo pipefail
 cd "$(dirname "$0")"
 source launch/environment.sh
 
 OUT=demo
-rm -rf "$OUT/raw" "$OUT/data" "$OUT/exps" "$OUT/samples" # from an earlier demo
+rm -rf "$OUT/raw" "$OUT/data" "$OUT/held_out" "$OUT/exps" "$OUT/samples" # from an earlier demo
 START=$SECONDS
 
-echo "1. images of digits, one folder per class"
-python experiments/digits.py images --dest "$OUT/raw"
+echo "1. 4,000 rendered pictures, one folder per class: 3,000 for training, 1,000 for evaluation"
+python experiments/demo.py images --dest "$OUT/raw"
 
-echo "2. preprocessing: crops of 16 px, then latents (here the pixels themselves)"
-python preprocessing/convert.py --source "$OUT/raw" --dest "$OUT/data/images" --resolution 16
+echo "2. preprocessing: crops of 24 px, then latents (here the pixels themselves)"
+python preprocessing/convert.py --source "$OUT/raw/train" --dest "$OUT/data/images" --resolution 24
+python preprocessing/convert.py --source "$OUT/raw/held_out" --dest "$OUT/held_out/images" --resolution 24
 python preprocessing/encode.py --source "$OUT/data/images" --dest "$OUT/data/vae-sd" --vae pixel --batch-size 128
 
-echo "3. a small vision transformer is trained to classify digits; it is used in place of DINOv2"
-python experiments/digits.py encoder --dest "$OUT/encoder.safetensors"
+echo "3. a small network is trained to classify the pictures; it is used in place of DINOv2"
+python experiments/demo.py encoder --images "$OUT/data/images" --dest "$OUT/encoder.safetensors"
 
-echo "4. REG: a small SiT is trained to denoise digits together with the encoder's class token"
+echo "4. REG: a small SiT is trained to denoise pictures together with the encoder's class token"
 python train.py \
     --output-dir "$OUT/exps" \
-    --exp-name digits \
+    --exp-name solids \
     --data-dir "$OUT/data" \
-    --enc-type "$(python experiments/digits.py encoder-spec)" \
+    --enc-type "$(python experiments/demo.py encoder-spec)" \
     --enc-weights "$OUT/encoder.safetensors" \
-    --model SiT-S/4 --depth 6 --hidden-size 192 --num-heads 3 --encoder-depth 3 --projector-dim 256 \
-    --batch-size 64 \
-    --learning-rate 1e-3 \
-    --ema-decay 0.98 \
-    --max-train-steps 900 \
+    --model SiT-S/4 --depth 4 --hidden-size 192 --num-heads 3 --encoder-depth 2 --projector-dim 256 \
+    --batch-size 32 \
+    --learning-rate 2e-3 \
+    --ema-decay 0.99 \
+    --max-train-steps 1200 \
     --log-steps 10 \
-    --sampling-steps 450 \
-    --checkpointing-steps 450 \
+    --sampling-steps 400 \
+    --checkpointing-steps 600 \
     --num-workers 1
 
-echo "5. generation of images and class tokens from noise, without the encoder"
+echo "5. generation of pictures and class tokens from noise, without the encoder"
 python generate.py \
-    --ckpt "$OUT/exps/digits/checkpoints/0000900.pt" \
+    --ckpt "$OUT/exps/solids/checkpoints/0001200.pt" \
     --sample-dir "$OUT/samples" \
-    --name digits \
-    --num-fid-samples 900 \
+    --name solids \
+    --num-fid-samples 600 \
     --label-sampling balanced \
     --num-steps 50 \
-    --per-proc-batch-size 300 \
+    --per-proc-batch-size 200 \
     --save-cls
 
-echo "6. evaluation with a classifier and 899 digits that were not used in training"
-python experiments/digits.py score \
-    --samples "$OUT/samples/digits" \
+echo "6. evaluation with a classifier that is trained on the 1,000 held-out pictures"
+python experiments/demo.py score \
+    --samples "$OUT/samples/solids" \
     --encoder "$OUT/encoder.safetensors" \
+    --images "$OUT/data/images" \
+    --held-out "$OUT/held_out/images" \
     --dest "$OUT/score.json"
 
-cp "$OUT/samples/digits/grid.png" "$OUT/samples.png"
-cp "$OUT/exps/digits/loss.png" "$OUT/loss.png"
-echo "demo: $((SECONDS - START)) seconds; results: $OUT/samples.png, $OUT/loss.png and $OUT/score.json"
+cp "$OUT/samples/solids/grid.png" "$OUT/samples.png"
+cp "$OUT/exps/solids/loss.png" "$OUT/loss.png"
+echo "demo: $((SECONDS - START)) seconds. What to look at:"
+echo "  $OUT/samples.png                generated pictures, one column for each class"
+echo "  $OUT/exps/solids/samples/       the same noise and classes during training; real ones: reconstructions.png"
+echo "  $OUT/loss.png                   the loss terms over training"
+echo "  $OUT/score.json                 the scores printed above"

@@ -1,4 +1,4 @@
-import json
+import importlib.util
 
 import numpy as np
 import pytest
@@ -9,6 +9,7 @@ from common.images import save_png
 from common.io import InputError, write_json
 from experiments import digits
 from experiments.judge import load_images
+from models.encoders import load_encoder
 
 
 def write_samples(folder, pixels, labels):
@@ -21,37 +22,26 @@ def write_samples(folder, pixels, labels):
     return folder
 
 
-def test_commands(tmp_path, capsys):
-    digits.main(["encoder-spec"])
-    assert capsys.readouterr().out.strip() == digits.ENCODER_SPEC
-    for argv in ([], ["other"], ["--dest", "x"]):
-        with pytest.raises(InputError, match="allowed: images, encoder, encoder-spec, score"):
-            digits.main(argv)
-    with pytest.raises(InputError, match="--dest"):
-        digits.main(["images"])
-
-
 def test_the_two_halves_are_different_digits_of_all_classes(tmp_path):
     (scans, labels), (held_out, held_out_labels) = digits.load_halves()
     assert len(scans) + len(held_out) == 1797 and set(labels) == set(held_out_labels) == set(range(10))
-    digits.main(["images", "--dest", str(tmp_path)])
+    digits.write_images(tmp_path)
     assert len(list(tmp_path.glob("*/*.png"))) == len(scans)
     assert np.array_equal(np.array(Image.open(tmp_path / str(labels[3]) / "0003.png")), scans[3])
 
 
-def test_real_digits_get_the_score_of_real_digits(tmp_path, monkeypatch):
+def test_a_missing_package_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="reading the digits: needs the package scikit-learn"):
+        digits.write_images(tmp_path)
+
+
+def test_the_encoder_is_read_by_its_description(tmp_path, monkeypatch):
     halves = [(scans[:200], labels[:200]) for scans, labels in digits.load_halves()]
     monkeypatch.setattr(digits, "load_halves", lambda: halves)
-    digits.main(["encoder", "--dest", str(tmp_path / "encoder.safetensors"), "--steps", "2"])
-    scans, labels = halves[0]
-    pixels = digits.enlarge(scans).permute(0, 2, 3, 1).numpy()
-    samples = write_samples(tmp_path / "samples", pixels, labels)
-    flags = ["--samples", samples, "--encoder", tmp_path / "encoder.safetensors", "--dest", tmp_path / "score.json"]
-    digits.main(["score", *map(str, flags)])
-    found = json.loads((tmp_path / "score.json").read_text())
-    assert found["images"] == len(scans) and found["cls_tokens_right"] is None
-    assert found["digits_right"] == found["digits_right_of_real"] > 0.8
-    assert found["frechet_distance"] == found["frechet_distance_of_real"] < found["frechet_distance_of_noise"]
+    digits.train_encoder(tmp_path / "encoder.safetensors", steps=2)
+    encoder = load_encoder(digits.ENCODER_SPEC, digits.RESOLUTION, tmp_path / "encoder.safetensors")
+    assert (encoder.num_tokens, encoder.width) == (16, 96)
 
 
 def test_images_are_read_in_the_order_of_their_labels_and_faults_are_named(tmp_path):
