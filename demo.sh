@@ -29,24 +29,26 @@ python train.py \
     --enc-type "$(python experiments/demo.py encoder-spec)" \
     --enc-weights "$OUT/encoder.safetensors" \
     --model SiT-S/4 --depth 4 --hidden-size 192 --num-heads 3 --encoder-depth 2 --projector-dim 256 \
-    --batch-size 32 \
-    --learning-rate 2e-3 \
-    --ema-decay 0.99 \
-    --max-train-steps 1200 \
+    --batch-size 16 \
+    --learning-rate 3e-3 \
+    --ema-decay 0.995 \
+    --max-train-steps 2100 \
     --log-steps 10 \
-    --sampling-steps 400 \
-    --checkpointing-steps 600 \
+    --sampling-steps 700 \
+    --grid-samples 40 \
+    --checkpointing-steps 1050 \
     --num-workers 1
 
 echo "5. generation of pictures and class tokens from noise, without the encoder"
 python generate.py \
-    --ckpt "$OUT/exps/solids/checkpoints/0001200.pt" \
+    --ckpt "$OUT/exps/solids/checkpoints/0002100.pt" \
     --sample-dir "$OUT/samples" \
     --name solids \
-    --num-fid-samples 600 \
+    --num-fid-samples 500 \
     --label-sampling balanced \
-    --num-steps 50 \
-    --per-proc-batch-size 200 \
+    --num-steps 40 \
+    --cfg-scale 1.5 \
+    --per-proc-batch-size 250 \
     --save-cls
 
 echo "6. evaluation with a classifier that is trained on the 1,000 held-out pictures"

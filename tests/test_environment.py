@@ -8,9 +8,11 @@ import pytest
 
 from tests.conftest import ROOT
 
-# `python -m venv .venv` makes an environment whose python is this script too.
+# `python -m venv .venv` makes an environment whose python is this script, too. `python -c` checks the version.
 FAKE_PYTHON = """#!/bin/bash
-if [ "$2" = venv ]; then
+if [ "$1" = -c ]; then
+    exit "${TOO_OLD:-0}"
+elif [ "$2" = venv ]; then
     mkdir -p "$3/bin"
     cp "$0" "$3/bin/python"
     echo "export PATH=$PWD/$3/bin:\\$PATH" > "$3/bin/activate"
@@ -28,8 +30,8 @@ def checkout(tmp_path):
     return tmp_path
 
 
-def set_up(checkout, environment: str, **variables: str) -> tuple[str, list[str]]:
-    """Source environment.sh with the python of a folder; return its output and the commands that install packages."""
+def source(checkout, environment: str, **variables: str) -> subprocess.CompletedProcess:
+    """Source environment.sh in a shell whose python lies in the folder `environment`."""
     for name in ("python", "python3"):
         path = checkout / environment / "bin" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -37,26 +39,29 @@ def set_up(checkout, environment: str, **variables: str) -> tuple[str, list[str]
         path.chmod(0o755)
     settings = {"PATH": f"{path.parent}:{os.environ['PATH']}", **variables}
     command = ["bash", "-euo", "pipefail", "-c", "source launch/environment.sh"]
-    done = subprocess.run(command, cwd=checkout, env=settings, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    installs = checkout / "installs"
-    return done.stdout, installs.read_text().splitlines() if installs.exists() else []
+    return subprocess.run(command, cwd=checkout, env=settings, capture_output=True, text=True)
+
+
+def installs(checkout) -> list[str]:
+    """Return the commands that have installed packages."""
+    return (checkout / "installs").read_text().splitlines()
 
 
 @pytest.mark.parametrize("sign", ["name", "folder", "none"])
 def test_packages_are_never_installed_into_the_base_of_conda(checkout, sign):
-    """`sign`: how the base is known. Without any active environment the result is the same."""
+    """`sign`: how the base is recognized. With no active environment the result is the same."""
     variables = {} if sign == "none" else {"CONDA_PREFIX": str(checkout / "conda")}
     if sign == "name":
         variables["CONDA_DEFAULT_ENV"] = "base"
     if sign == "folder":
         (checkout / "conda" / "condabin").mkdir(parents=True)
         variables["CONDA_DEFAULT_ENV"] = str(checkout / "conda")
-    text, installs = set_up(checkout, "conda", **variables)
-    assert ("base environment is active" in text) == (sign != "none")
-    (install,) = installs
+    done = source(checkout, "conda", **variables)
+    assert done.returncode == 0 and ("base environment is active" in done.stdout) == (sign != "none")
+    (install,) = installs(checkout)
     assert install.startswith(f"{checkout}/.venv/bin/python -m pip install") and "--constraint" in install
-    assert set_up(checkout, "conda", **variables)[1] == installs  # nothing is missing the second time
+    assert source(checkout, "conda", **variables).returncode == 0
+    assert installs(checkout) == [install]  # nothing is missing the second time
 
 
 @pytest.mark.parametrize(
@@ -68,7 +73,12 @@ def test_packages_are_never_installed_into_the_base_of_conda(checkout, sign):
     ],
 )
 def test_an_active_environment_is_used(checkout, variables):
-    text, installs = set_up(checkout, "active", **{k: v.format(here=checkout) for k, v in variables.items()})
-    assert text == f"environment: {checkout}/active (active)\n" and not (checkout / ".venv").exists()
-    (install,) = installs
+    done = source(checkout, "active", **{name: value.format(here=checkout) for name, value in variables.items()})
+    assert done.stdout == f"environment: {checkout}/active (active)\n" and not (checkout / ".venv").exists()
+    (install,) = installs(checkout)
     assert install.endswith("-m pip install --quiet --requirement requirements.txt")
+
+
+def test_an_old_python_is_refused(checkout):
+    done = source(checkout, "old", TOO_OLD="1")
+    assert done.returncode == 1 and "older than Python 3.10" in done.stderr and not (checkout / ".venv").exists()
