@@ -36,9 +36,11 @@ _MAGIC = re.compile(
     re.DOTALL,
 )  # the first bytes of JPEG, PNG, GIF, BMP, WebP, TIFF, PPM, AVIF, HEIC, JPEG XL, JPEG 2000
 SHOWN = 5  # names in a message, of each kind
+# Parts of data sets: train, val2017, test_images, seg_train, ILSVRC2012_img_val, train.X1. Groups: what is before the
+# word, and one for each word.
 _SPLIT = re.compile(
-    r"(?:.*_img_|images?_)?(?:(train(?:ing)?)|(val(?:id(?:ation)?)?|dev|eval(?:uation)?)|(test(?:ing)?))"
-    r"(?:[_-]?(?:\d+|set|data|images?|split|[ab]))?",
+    r"(.*[_.-])?(?:(train(?:ing)?)|(val(?:id(?:ation)?)?|dev|eval(?:uation)?)|(test(?:ing)?))"
+    r"(?:[_.-]?(?:x?\d+|x|set|data|images?|split|[ab]))?",
     re.IGNORECASE,
 )
 
@@ -147,11 +149,11 @@ def check_split(source: FileSource, folders: Iterable[str]) -> None:
 
     `folders` are paths below the source that have the same parent.
     """
-    parts = {}
+    found: dict[str, dict[int, str]] = {}  # by what is before train, val, test
     for folder in sorted(folders):
         if match := _SPLIT.fullmatch(folder.rpartition("/")[2]):
-            parts.setdefault(match.lastindex, folder)
-    if len(parts) > 1:
+            found.setdefault(match[1], {}).setdefault(match.lastindex, folder)
+    for parts in (parts for parts in found.values() if len(parts) > 1):
         names = " and ".join(parts[number] for number in sorted(parts))
         first = parts[min(parts)]
         use = f"unpack the zip and use {first}" if source.is_zip else f"use {shlex.quote(str(source.path / first))}"

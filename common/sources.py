@@ -66,7 +66,13 @@ def read_dataset_json(source: FileSource) -> dict[str, Any]:
         also = f" in addition to {source.describe('dataset.json')}" if "dataset.json" in source else ""
         where = f"{source.describe(deeper[0])}: found{also}; expected only at the top of {source.path}"
         folder = printable(deeper[0].rpartition("/")[0])
-        raise InputError(f"{where}; use {folder} itself, pack or copy the content of {folder}, or remove this file")
+        move = (
+            f"pack the content of {folder} without this folder"
+            if source.is_zip
+            else f"move its content to {source.path}"
+        )
+        use = "" if source.is_zip else f"use {source.path / folder}, "
+        raise InputError(f"{where}; {use}{move}, or remove this file")
     return source.load("dataset.json", _json_object) if "dataset.json" in source else {}
 
 

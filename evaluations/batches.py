@@ -67,7 +67,7 @@ def open_images(path: str | Path) -> ImageBatch:
     folder = Path(path)
     if (folder / "samples.json").exists():
         path = folder / "samples.npz" if (folder / "samples.npz").exists() else folder / "images"
-    return NpzImages(path) if Path(path).suffix == ".npz" else FileImages(path)
+    return NpzImages(path) if Path(path).suffix.lower() == ".npz" else FileImages(path)
 
 
 class NpzImages(ImageBatch):
@@ -103,6 +103,9 @@ class FileImages(ImageBatch):
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self._source = FileSource(path)
+        if sets := [name for name in self._source.names if name.rpartition("/")[2] == "samples.json"]:
+            where = self._source.describe(sets[0])
+            raise InputError(f"{where}: a sample set of generate.py; give its folder, its samples.npz or its images/")
         found = find_images(self._source)
         bare = {folder: reason for folder, reason in found.bare_folders.items() if folder not in found.other_folders}
         stop_if_incomplete(found, bare, "correct or remove this, and start again")
@@ -117,9 +120,12 @@ class FileImages(ImageBatch):
             image = self._decode(name)
             if image.shape != row.shape:
                 found, expected = f"{image.shape[1]} x {image.shape[0]}", f"{self.width} x {self.height}"
-                problem = f"{found} pixels, but the first image has {expected}"
-                place = self._source.describe(name)
-                raise InputError(f"{place}: {problem}; resize them with preprocessing/convert.py")
+                first = self._source.describe(self._names[0])
+                problem = f"{found} pixels, but {first} has {expected}; allowed: images of one size"
+                advice = (
+                    "remove what is not one of the images (a grid, a plot), or resize all with preprocessing/convert.py"
+                )
+                raise InputError(f"{self._source.describe(name)}: {problem}; {advice}")
             row[:] = image
         return images
 
