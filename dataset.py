@@ -13,7 +13,6 @@ from __future__ import annotations
 import io
 import os
 import re
-import shlex
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -25,8 +24,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, default_collate
 
-from common.classes import ClassSet
-from common.image_files import contains_images, convert_command, suggested_images
+from common.classes import ClassSet, class_names
+from common.image_files import contains_images, convert_command, encode_command, preparation
 from common.images import open_image
 from common.io import InputError
 from common.packed import explain_packed
@@ -74,7 +73,9 @@ class LatentDataset(Dataset):
         if not self.data_dir.is_dir():
             problem = "no such folder"
             if self.data_dir.exists():
-                problem = f"is a file; use the folder of images and latents, such as {self.data_dir.resolve().parent}"
+                is_half = self.data_dir.stem in (*IMAGE_FOLDERS, *LATENT_FOLDERS)
+                advice = f"; use {self.data_dir.resolve().parent}" if is_half else preparation(self.data_dir)
+                problem = f"is a file; allowed: the folder of images and latents{advice}"
             raise InputError(f"--data-dir {data_dir}: {problem}")
 
         # Pair the files by their index. The names are arrays: worker processes would copy lists of strings.
@@ -94,7 +95,7 @@ class LatentDataset(Dataset):
         described = {source: read_dataset_json(source) for source in (self.images, self.latents)}
         self._check_place_of_json()
         self.labels = _labels(described, indices)
-        names = max((content.get("classes") or [] for content in described.values()), key=len)
+        names = class_names({source.describe("dataset.json"): content for source, content in described.items()})
         self.classes = ClassSet.of_data(np.unique(self.labels), names)
         self.num_classes = max(int(self.labels.max()) + 1, len(names))  # the last class may have no image
         try:
@@ -332,21 +333,11 @@ def _advice(data_dir: Path) -> str:
     if parts := [folder for folder in sorted(path.iterdir()) if any((folder / name).exists() for name in own_names)]:
         return f"; use {' or '.join(str(data_dir / folder.name) for folder in parts[:2])}"
     if images := next((path / name for name in IMAGE_FOLDERS if (path / name).exists()), None):
-        return f"; encode the images first:\n{_encode_command(images)}"
+        return f"; encode the images first:\n{encode_command(images)}"
     if contains_images(path):
-        images = suggested_images(path)
-        commands = f"{convert_command(path)}\n{_encode_command(images)}"
-        return (
-            f"; it contains photographs, prepare them first:\n{commands}\n"
-            f"python train.py --data-dir {shlex.quote(str(images.parent))} ..."
-        )
+        return preparation(path)
     packed = explain_packed(path, FileSource(path).names)
     return f"; it {packed}" if packed else ""
-
-
-def _encode_command(images: Path) -> str:
-    source, dest = (shlex.quote(str(path)) for path in (images, images.with_name(LATENT_FOLDERS[0])))
-    return f"python preprocessing/encode.py --source {source} --dest {dest}"
 
 
 def _by_index(source: FileSource, pattern: re.Pattern[str], example: str) -> dict[int, str]:

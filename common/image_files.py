@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import zipfile
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -170,6 +171,23 @@ def convert_command(source: Path) -> str:
     """Return the command that converts photographs to images for training."""
     paths = f"--source {shlex.quote(str(source))} --dest {shlex.quote(str(suggested_images(source)))}"
     return f"python preprocessing/convert.py {paths} --resolution 256"
+
+
+def encode_command(images: Path) -> str:
+    """Return the command that encodes converted images."""
+    source, dest = (shlex.quote(str(path)) for path in (images, images.with_name("vae-sd")))
+    return f"python preprocessing/encode.py --source {source} --dest {dest}"
+
+
+def preparation(source: Path) -> str:
+    """Return the commands that prepare photographs for training; what a file is, if it contains no photographs."""
+    if source.is_file() and not zipfile.is_zipfile(source):
+        packed = explain_packed(source)
+        return f"; it {packed}" if packed else ""
+    images = suggested_images(source)
+    commands = f"{convert_command(source)}\n{encode_command(images)}"
+    train = f"python train.py --data-dir {shlex.quote(str(images.parent))} ..."
+    return f"; it contains photographs, prepare them first:\n{commands}\n{train}"
 
 
 def contains_images(folder: Path) -> bool:

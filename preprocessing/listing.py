@@ -138,6 +138,9 @@ def list_converted(source: FileSource) -> Listing:
     if others := [name for name in by_name if not IMAGE_NAME.fullmatch(name)]:
         problem = f"images are named like {image_name(0)} after convert.py; convert them first"
         raise InputError(f"{source.describe(others[0])}: {problem}:\n{convert_command(source.path)}")
+    if unlisted := [name for name in source.names if IMAGE_NAME.fullmatch(name) and name not in by_name]:
+        problem = f"and {len(unlisted) - 1:,} other images are not in {source.describe('dataset.json')}"
+        raise InputError(f"{source.describe(unlisted[0])} {problem}; list or remove them")
     names = sorted(by_name, key=image_index)
     for name, following in pairwise(names):
         if image_index(name) == image_index(following):
