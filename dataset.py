@@ -63,6 +63,7 @@ class LatentDataset(Dataset):
         resolution: R.
         latent_size: h.
         latent_format: channels, scale and codec of the latents.
+        names_codec: whether a dataset.json states them; otherwise they are Stable Diffusion's.
         has_mirrored: whether the latents of the mirrored images exist.
 
     Raises InputError, naming them, if files or labels are missing or inconsistent.
@@ -98,6 +99,7 @@ class LatentDataset(Dataset):
         names = class_names({source.describe("dataset.json"): content for source, content in described.items()})
         self.classes = ClassSet.of_data(np.unique(self.labels), names)
         self.num_classes = max(int(self.labels.max()) + 1, len(names))  # the last class may have no image
+        self.names_codec = described[self.latents].get("codec") is not None
         try:
             self.latent_format = LatentFormat.from_json(described[self.latents].get("codec"))
         except InputError as error:

@@ -17,7 +17,11 @@ PACKED = {
     ".zip": "zip", ".7z": "7z archive", ".rar": "RAR archive", ".gz": "gzip file",
 }  # fmt: skip
 SHARD_MEMBERS = 20  # members of a tar that are read to find out whether it is a shard of a WebDataset
-UNPACK = {TAR: "mkdir -p {folder} && tar -xf {file} -C {folder}", "zip": "unzip -q {file} -d {folder}"}
+UNPACK = {
+    TAR: "mkdir -p {folder} && tar -xf {file} -C {folder}",
+    "zip": "unzip -q {file} -d {folder}",
+    "7z archive": "7z x {file} -o{folder}",
+}
 READERS = {  # of the batches of a table
     "Parquet table": 'pyarrow.parquet.ParquetFile(file).iter_batches(100, columns=["image", "label"])',
     "Arrow table": "pyarrow.ipc.open_stream(pyarrow.memory_map(str(file)))",
