@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler, default_collate
 
 from common.classes import ClassSet, class_names
-from common.image_files import contains_images, convert_command, encode_command, preparation
+from common.image_files import convert_command, encode_command, has_images, preparation
 from common.images import open_image
 from common.io import InputError
 from common.packed import explain_packed
@@ -58,7 +58,8 @@ class LatentDataset(Dataset):
     `data_dir` contains images and latents. With `flip`, the latents of the mirrored images are required.
 
     Attributes:
-        classes: the labels that occur, with their names if a dataset.json has them.
+        class_names: the "classes" of a dataset.json, [] if there are none.
+        classes: the labels that occur, with their names if there are any.
         num_classes: the largest label plus one, or the number of class names in dataset.json if that is larger.
         resolution: R.
         latent_size: h.
@@ -96,9 +97,11 @@ class LatentDataset(Dataset):
         described = {source: read_dataset_json(source) for source in (self.images, self.latents)}
         self._check_place_of_json()
         self.labels = _labels(described, indices)
-        names = class_names({source.describe("dataset.json"): content for source, content in described.items()})
-        self.classes = ClassSet.of_data(np.unique(self.labels), names)
-        self.num_classes = max(int(self.labels.max()) + 1, len(names))  # the last class may have no image
+        self.class_names = class_names(
+            {source.describe("dataset.json"): content for source, content in described.items()}
+        )
+        self.classes = ClassSet.of_data(np.unique(self.labels), self.class_names)
+        self.num_classes = max(int(self.labels.max()) + 1, len(self.class_names))  # the last class may have no image
         self.names_codec = described[self.latents].get("codec") is not None
         try:
             self.latent_format = LatentFormat.from_json(described[self.latents].get("codec"))
@@ -148,9 +151,7 @@ class LatentDataset(Dataset):
         kept = np.sort(np.lexsort((self.labels, rank))[:count])
         self.image_names, self.latent_names = self.image_names[kept], self.latent_names[kept]
         self.labels = self.labels[kept]
-        labels = tuple(map(int, np.unique(self.labels)))
-        names = [self.classes.name(label) for label in labels] if self.classes.names else []
-        self.classes = ClassSet(labels, tuple(names))
+        self.classes = ClassSet.of_data(np.unique(self.labels), self.class_names)
 
     def image(self, i: int) -> Tensor:
         """Return image i, (3, R, R) uint8, without reading its latents. Raises InputError if it is broken."""
@@ -336,9 +337,10 @@ def _advice(data_dir: Path) -> str:
         return f"; use {' or '.join(str(data_dir / folder.name) for folder in parts[:2])}"
     if images := next((path / name for name in IMAGE_FOLDERS if (path / name).exists()), None):
         return f"; encode the images first:\n{encode_command(images)}"
-    if contains_images(path):
+    names = FileSource(path).names
+    if has_images(names):
         return preparation(path)
-    packed = explain_packed(path, FileSource(path).names)
+    packed = explain_packed(path, names)
     return f"; it {packed}" if packed else ""
 
 
@@ -352,7 +354,7 @@ def _by_index(source: FileSource, pattern: re.Pattern[str], example: str) -> dic
                 raise InputError(f"{source.path}: {other} and {name} have the same index {index}")
     if not names:
         advice = explain_packed(source.path, source.names)
-        if pattern is IMAGE_NAME and not advice and source.path.is_dir() and contains_images(source.path):
+        if pattern is IMAGE_NAME and has_images(source.names):
             advice = f"its images are not converted:\n{convert_command(source.path)}"
         raise InputError(f"{source.path}: no file named like {example}{f'; {advice}' if advice else ''}")
     return names

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from common.io import InputError, printable
 from common.packed import TAR, explain_packed, packed_kind, unpack_command
-from common.sources import FileSource, describe_dead_link, folders_above, is_hidden, map_files
+from common.sources import FileSource, describe_dead_link, folders_above, map_files
 
 # Names of images that are read. Their format is known from their content, not from their name.
 IMAGE_SUFFIXES = (
@@ -190,13 +190,9 @@ def preparation(source: Path) -> str:
     return f"; it contains photographs, prepare them first:\n{commands}\n{train}"
 
 
-def contains_images(folder: Path) -> bool:
-    """Return whether a folder contains an image, at any depth. Usually not all files are listed for that."""
-    for _, folders, files in os.walk(folder):  # without links to folders
-        folders[:] = [name for name in sorted(folders) if not is_hidden(name)]
-        if any(name.lower().endswith(IMAGE_SUFFIXES) and not is_hidden(name) for name in files):
-            return True
-    return any(name.lower().endswith(IMAGE_SUFFIXES) for name in FileSource(folder).names)
+def has_images(names: Iterable[str]) -> bool:
+    """Return whether one of the names is that of an image."""
+    return any(name.lower().endswith(IMAGE_SUFFIXES) for name in names)
 
 
 def _no_images(found: ImageFiles, rest: list[str]) -> str:

@@ -68,8 +68,7 @@ def explain_packed(path: Path, names: Sequence[str] | None = None) -> str | None
         return kind and f"is a {kind}, which is not read; {_advice(kind, path.parent, [path.name], path)}"
     packed = [name for name in names if packed_kind(name)]
     if not packed:
-        tables = any(name.rpartition("/")[2] in ("dataset_infos.json", "dataset_info.json") for name in names)
-        return "is a data set of the Hugging Face hub without its tables; download them (*.parquet)" if tables else None
+        return None
     kind = packed_kind(packed[0])
     count = sum(packed_kind(name) == kind for name in packed)
     return f"contains {count:,} {kind}{'s' if count > 1 else ''}, first {packed[0]}; {_advice(kind, path, packed)}"

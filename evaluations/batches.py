@@ -119,15 +119,18 @@ class FileImages(ImageBatch):
         for row, name in zip(images, self._names[start:stop], strict=True):
             image = self._decode(name)
             if image.shape != row.shape:
-                found, expected = f"{image.shape[1]} x {image.shape[0]}", f"{self.width} x {self.height}"
-                first = self._source.describe(self._names[0])
-                problem = f"{found} pixels, but {first} has {expected}; allowed: images of one size"
-                advice = (
-                    "remove what is not one of the images (a grid, a plot), or resize all with preprocessing/convert.py"
-                )
-                raise InputError(f"{self._source.describe(name)}: {problem}; {advice}")
+                raise self._other_size(name, image)
             row[:] = image
         return images
+
+    def _other_size(self, name: str, image: np.ndarray) -> InputError:
+        """Return the error for an image whose size is not that of the first; it names the odd one of the two."""
+        odd, sizes = name, [f"{image.shape[1]} x {image.shape[0]}", f"{self.width} x {self.height}"]
+        if all(self._decode(other).shape == image.shape for other in self._names[1:3]) and self.count > 2:
+            odd, sizes = self._names[0], sizes[::-1]
+        problem = f"{sizes[0]} pixels, but others have {sizes[1]}; allowed: images of one size"
+        advice = "remove it if it is a grid or a plot; photographs are resized by preprocessing/convert.py"
+        return InputError(f"{self._source.describe(odd)}: {problem}; {advice}")
 
     def digest(self) -> str:
         digest = hashlib.sha256()

@@ -169,7 +169,7 @@ def test_folders_with_other_sizes_modes_or_damage_are_refused(tmp_path: Path) ->
     folder = write_folder(tmp_path / "folder", some_images(3))
     for number, (content, message) in enumerate(
         [
-            (png(Image.new("RGB", (9, 9))), "9 x 9 pixels, but .*000000.png has 4 x 6; .*remove what is not one"),
+            (png(Image.new("RGB", (9, 9))), "9 x 9 pixels, but others have 4 x 6; allowed: images of one size"),
             (png(Image.new("RGBA", (4, 6))), "mode RGBA, expected 8-bit RGB or grey"),
             (png(Image.new("RGB", (4, 6)))[:40], "not an image that can be read"),
             (b"", "not an image that can be read"),
@@ -222,6 +222,13 @@ def test_a_folder_that_generate_wrote_means_its_images(tmp_path):
     assert np.array_equal(open_images(tmp_path).read(0, 3), pixels[::-1])
     (tmp_path / "samples.npz").rename(tmp_path / "samples.NPZ")
     assert np.array_equal(open_images(tmp_path / "samples.NPZ").read(0, 3), pixels[::-1])
+
+
+def test_a_grid_before_the_images_is_the_odd_one(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "folder", some_images(3))
+    Image.new("RGB", (90, 8)).save(folder / "0.png")
+    with pytest.raises(InputError, match=r"/0\.png: 90 x 8 pixels, but others have 4 x 6; .*remove it if it is a grid"):
+        read_all(folder, 2)
 
 
 @pytest.mark.parametrize("as_zip", [False, True])

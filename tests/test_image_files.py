@@ -9,9 +9,9 @@ import pytest
 
 from common.image_files import (
     check_one_part,
-    contains_images,
     convert_command,
     find_images,
+    has_images,
     stop_if_incomplete,
     suggested_images,
 )
@@ -131,7 +131,7 @@ def test_classes_with_such_names_are_allowed(names, tmp_path):
 
 def test_the_command_has_the_paths_of_the_user(tmp_path):
     make_tree(tmp_path, "a b/x/1.JPG", "c/x/1.txt", "c/.cache/1.jpg")
-    assert contains_images(tmp_path / "a b") and not contains_images(tmp_path / "c")
+    assert has_images(FileSource(tmp_path / "a b").names) and not has_images(FileSource(tmp_path / "c").names)
     expected = f"--source '{tmp_path}/a b' --dest '{tmp_path}/a b-256/images' --resolution 256"
     assert convert_command(tmp_path / "a b") == f"python preprocessing/convert.py {expected}"
 
@@ -146,4 +146,4 @@ def test_images_behind_links_to_folders_are_found(tmp_path):
     make_tree(tmp_path / "far/cat", "1.jpg")
     (tmp_path / "links").mkdir()
     (tmp_path / "links/cat").symlink_to(tmp_path / "far/cat")
-    assert contains_images(tmp_path / "links")
+    assert has_images(FileSource(tmp_path / "links").names)

@@ -120,8 +120,3 @@ def test_a_single_file_is_named(name, text, tmp_path):
     (tmp_path / name).write_bytes(b"data")
     with pytest.raises(InputError, match=rf"{name}: .*{text}|(?s:{name}: .*{text})"):
         FileSource(tmp_path / name)
-
-
-def test_folders_of_the_hub_without_tables():
-    assert "Hugging Face" in explain_packed(Path("x"), ["README.md", "dataset_infos.json"])
-    assert explain_packed(Path("x"), ["README.md"]) is None
