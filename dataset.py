@@ -78,7 +78,7 @@ class LatentDataset(Dataset):
                 is_half = self.data_dir.stem in (*IMAGE_FOLDERS, *LATENT_FOLDERS)
                 advice = f"; use {self.data_dir.resolve().parent}" if is_half else preparation(self.data_dir)
                 problem = f"is a file; allowed: the folder of images and latents{advice}"
-            raise InputError(f"--data-dir {data_dir}: {problem}")
+            raise InputError(f"{data_dir}: {problem}")
 
         # Pair the files by their index. The names are arrays: worker processes would copy lists of strings.
         self.images = _find(self.data_dir, IMAGE_FOLDERS, "images")
