@@ -79,12 +79,10 @@ class Destination:
                 raise InputError(f"{folder}: is not a folder; --dest must be a new or empty folder, or end in .zip")
         made_with = self.folder / self._settings_name
         others = _other_files(self.folder) if self.folder.exists() else []
-        is_started = made_with.exists() and others != [
-            made_with.name
-        ]  # a run that wrote no file may change its settings
+        is_started = made_with.exists() and len(others) > 1  # a run that wrote no file may change its settings
         if is_started:
             self._check(read_json(made_with), settings)
-        elif others and not made_with.exists():
+        elif others and others != [made_with.name]:
             allowed = "--dest must be a new or empty folder, or one where the same command was interrupted"
             raise InputError(f"{self.folder}: contains files that this program did not create; {allowed}")
         lock_folder(self.folder, "writing")  # after the checks, because the lock file would change a foreign folder
