@@ -373,7 +373,7 @@ def test_coherence_of_samples(checkpoint, shared_data, tmp_path, monkeypatch):
     cosines = torch.cosine_similarity(torch.from_numpy(tokens), encoder(pixels).cls_token)
     assert scores["coherence"] == pytest.approx(cosines.mean().item(), abs=1e-5)
     assert set(scores) == {"coherence", "coherence_shuffled", "coherence_class_mean", "cls_tokens_right"}
-    with pytest.raises(InputError, match="--data-dir nowhere: no such folder"):
+    with pytest.raises(InputError, match="nowhere: no such folder"):
         run_generate(flags(checkpoint, tmp_path, "b", "--coherence", "nowhere"), monkeypatch)
 
 
