@@ -21,7 +21,7 @@ from common.io import InputError
 from models.sit import PRESETS, TimestepEmbedder
 
 LAYOUTS = ("auto", "reg", "sit")
-PREFIXES = re.compile(r"^module\.|\b_orig_mod\.")  # of DistributedDataParallel and torch.compile
+PREFIXES = re.compile(r"^(module\.|_orig_mod\.)+|\b_orig_mod\.")  # of DistributedDataParallel and torch.compile
 WRAPPERS = ("ema", "model", "state_dict", "module")  # entries of a file that hold a state dict
 OWN_PARTS = ("projectors.", "cls_projectors2.", "slot_token", "decoder_blocks.")  # neither SiT nor DiT has them
 # What a file with a parameter of such a name holds, and the flag that takes it.

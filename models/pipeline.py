@@ -28,14 +28,12 @@ from common.classes import ClassSet
 from models.autoencoder import Codec, KLCodec, LatentFormat, load_decoder
 from models.checkpoint import build_model, checkpoint_classes, load_checkpoint, saved_settings, steps_done
 from models.interpolant import Interpolant
-from models.safetensors_format import CODEC_FOLDER, write_network
+from models.safetensors_format import CODEC_FOLDER, KEPT_SETTINGS, export_config, write_network
 from models.sit import SiT
 from samplers import Guidance, image_seeds, sample_images
 
 BATCH_SIZE = 32  # the images do not depend on it
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-# What an exported network's configuration has in addition to the network, path, codec and classes.
-DETAILS = ("model", "resolution", "enc_type", "exp_name")
 
 
 class REGPipeline(DiffusionPipeline):
@@ -61,7 +59,7 @@ class REGPipeline(DiffusionPipeline):
         self.register_modules(transformer=transformer, vae=vae)
         self.register_to_config(path_type=path_type, classes=classes)
         self.classes = checkpoint_classes({"classes": classes}, transformer.num_classes, "REGPipeline")
-        self._details: dict[str, Any] = {}
+        self._run: dict[str, Any] = {}  # of the run's settings, those that an export contains
 
     @classmethod
     def from_pretrained(
@@ -79,8 +77,8 @@ class REGPipeline(DiffusionPipeline):
         codec = vae if isinstance(vae, Codec) else load_decoder(LatentFormat.from_json(settings.get("codec")), vae)
         path_type = settings.get("path_type", "linear")
         pipeline = cls(build_model(checkpoint, source=path), codec, path_type, checkpoint.get("classes"))
-        pipeline._details = {name: settings[name] for name in DETAILS if settings.get(name) is not None}
-        pipeline._details |= {"steps": steps_done(checkpoint, path), "weights": settings.get("weights", "ema")}
+        settings = {"weights": "ema", **settings, "steps": steps_done(checkpoint, path)}
+        pipeline._run = {name: settings.get(name) for name in KEPT_SETTINGS}
         return pipeline if torch_dtype is None else pipeline.to(torch_dtype)
 
     def save_pretrained(self, save_directory: str | Path, *_: Any, push_to_hub: bool = False, **options: Any) -> None:
@@ -95,10 +93,9 @@ class REGPipeline(DiffusionPipeline):
         if isinstance(self.vae, KLCodec):
             self.vae.autoencoder.save_pretrained(folder / CODEC_FOLDER, safe_serialization=True)
             latent_format["codec"] = CODEC_FOLDER
-        config = {"_class_name": "SiT", **self.transformer.config.to_json(), **self._details}
-        config |= {"path_type": self.config.path_type, "codec": latent_format}
-        if self.config.classes:
-            config["classes"] = self.classes.to_json()
+        run = {**self._run, "path_type": self.config.path_type, "codec": latent_format}
+        classes = self.classes.to_json() if self.config.classes else None
+        config = export_config(self.transformer.config, run, classes)
         write_network(folder, self.transformer.state_dict(), config)
         if push_to_hub:
             repo_id = options.pop("repo_id", folder.name)
@@ -150,6 +147,9 @@ class REGPipeline(DiffusionPipeline):
         if not isinstance(guidance_interval, tuple | list) or len(guidance_interval) != 2:
             raise ValueError(f"guidance_interval {guidance_interval}: must be a pair, lowest and highest time")
         guidance = Guidance(guidance_scale, cls_guidance_scale, *guidance_interval)
+        if guidance.ignores_cls_scale:
+            reason = f"only guidance_scale above 1 turns guidance on, and it is {guidance_scale:g}"
+            warnings.warn(f"cls_guidance_scale {cls_guidance_scale:g} has no effect: {reason}", stacklevel=3)
         sampler = (Interpolant(self.config.path_type), guidance, mode, solver, num_inference_steps)
         labels = self._labels(class_labels)
         seeds = _noise_seeds(seed, generator, len(labels))
