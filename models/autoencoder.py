@@ -28,6 +28,7 @@ from models.safetensors_format import CODEC_FOLDER, CONFIG_FILE, PIPELINE_FILE, 
 from models.weights_file import mismatch, some_of, unreadable
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+NEEDED = f"the folder of a codec contains {CONFIG_FILE} and {WEIGHTS_FILE}"
 CLASSES = ("AutoencoderKL", "AutoencoderTiny")
 DECODED_PIXELS = 2**21  # in one call, 32 images of 256 px; far more would need activations of more than 2^31 values
 LOCAL_CODEC = "local folder "  # starts the name of a codec in an export that does not contain its files
@@ -324,18 +325,18 @@ def _local_codec(place: Path) -> Path:
     if index.is_file() and not (place / CONFIG_FILE).is_file():
         name = class_name(read_json(index))
         raise InputError(f"codec {place}: a diffusers pipeline ({name}) without a codec in {CODEC_FOLDER}/")
-    for file in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (place / file).is_file():
-            others = sorted(path.name for path in place.glob("*") if path.suffix in (".bin", ".safetensors", ".pt"))
-            found = f"; the folder has {', '.join(others)}" if others else ""
-            needed = f"the folder of a codec contains {CONFIG_FILE} and {WEIGHTS_FILE}"
-            raise InputError(f"codec {place}: has no {file}; {needed}{found}")
+    if not (place / CONFIG_FILE).is_file():
+        raise InputError(f"codec {place}: has no {CONFIG_FILE}; {NEEDED}")
     return place
 
 
 def _load_autoencoder(folder: Path, kind: str) -> nn.Module:
     """Return diffusers' module with the weights of the folder. No weight may be missing or left over."""
     weights = folder / WEIGHTS_FILE
+    if not weights.is_file():
+        others = sorted(path.name for path in folder.glob("*") if path.suffix in (".bin", ".safetensors", ".pt"))
+        found = f"; the folder has {', '.join(others)}" if others else ""
+        raise InputError(f"codec {folder}: has no {WEIGHTS_FILE}; {NEEDED}{found}")
     import diffusers
     from safetensors import SafetensorError
 

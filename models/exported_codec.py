@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from common.io import InputError, atomic_write, read_json
-from models.autoencoder import CODECS, CONFIG_FILE, LOCAL_CODEC, WEIGHTS_FILE, LatentFormat
+from models.autoencoder import CODECS, CONFIG_FILE, LOCAL_CODEC, NEEDED, WEIGHTS_FILE, LatentFormat
 from models.hub import HubName, hub_folder
 from models.safetensors_format import CODEC_FOLDER
 from models.safetensors_format import WEIGHTS_FILE as NETWORK_FILE
@@ -37,8 +37,7 @@ def export_codec(latent_format: LatentFormat, dest: Path) -> dict[str, Any]:
         return {**codec, "codec": f"{LOCAL_CODEC}{folder.name}"}
     for file in CODEC_FILES:
         if not (folder / file).is_file():
-            needed = f"the folder of a codec contains {' and '.join(CODEC_FILES)}"
-            raise InputError(f"{folder / file}: no such file; {needed}")
+            raise InputError(f"{folder / file}: no such file; {NEEDED}")
     for file in CODEC_FILES:
         with open(folder / file, "rb") as source, atomic_write(dest / CODEC_FOLDER / file) as copy:
             shutil.copyfileobj(source, copy)

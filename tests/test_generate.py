@@ -2,9 +2,8 @@ import argparse
 import hashlib
 import json
 import os
+import shutil
 import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -357,11 +356,11 @@ def test_eval_sh_names_the_set_by_its_checkpoint(tmp_path, given, ckpt, name):
     folder.mkdir(parents=True)
     for step in (100, 200):
         (folder / f"{step:07d}.pt").write_text("")
-    script = (ROOT / "eval.sh").read_text().replace("source launch/launch.sh", 'launch() { echo "$@"; exit; }')
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "CKPT": given, "REF_BATCH": "exps"}
-    script = script.replace('cd "$(dirname "$0")"', f"cd {tmp_path}")
-    result = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True)
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch" / "launch.sh").write_text('launch() { echo "$@"; exit; }')
+    shutil.copy(ROOT / "eval.sh", tmp_path)
+    environment = {**os.environ, "CKPT": given, "REF_BATCH": "exps", "SAMPLE_DIR": "samples"}
+    result = subprocess.run(["bash", "eval.sh"], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert f"generate.py --ckpt {ckpt} --sample-dir samples --name {name}250-cfg-1.0" in result.stdout, result.stderr
 
 
