@@ -152,8 +152,7 @@ class SampleSet:
     def link_npz(self, name: str) -> Path | None:
         """Let NAME.npz next to the folder be samples.npz, and return its path; None if another file has that name.
 
-        It is a relative symbolic link; where the file system has none, a hard link or a copy. A link to another sample
-        set is replaced.
+        It is a relative symbolic link, or a copy if the file system has no links. A link to another set is replaced.
         """
         npz, link = self.folder / "samples.npz", self.folder.parent / f"{name}.npz"
         if link.is_symlink():
@@ -165,10 +164,7 @@ class SampleSet:
         try:
             new.symlink_to(npz.relative_to(link.parent))
         except OSError:
-            try:
-                os.link(npz, new)
-            except OSError:
-                shutil.copy2(npz, new)
+            shutil.copy2(npz, new)
         os.replace(new, link)
         return link
 

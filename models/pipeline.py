@@ -133,7 +133,7 @@ class REGPipeline(DiffusionPipeline):
             guidance_interval: lowest and highest time with guidance; time 0 is data (paper: 0 to 0.85).
             mode, solver: see `samplers.sample`.
             seed: an image depends on the seed, its number and its label, as in generate.py; default: 0.
-            generator: decides the noise instead of `seed`: one for all images, or a list with one for each image.
+            generator: source of the noise instead of `seed`: one for all images, or a list with one for each image.
             output_type: "pil" for a list of images; "np" for an array (N, H, W, 3), float32 from 0 to 1; "pt" for a
                 tensor (N, 3, H, W), float32 from 0 to 1; "latent" for what `vae.decode` takes, (N, C, h, w) float32.
             return_dict: return an `ImagePipelineOutput` with the field `images`, else a tuple with that element.
@@ -195,7 +195,7 @@ def _noise_seeds(seed: int | None, generator: torch.Generator | list | None, cou
             raise ValueError(f"seed is {seed!r}; allowed: whole numbers from 0")
         return image_seeds(int(seed), range(count))
     if seed is not None:
-        raise ValueError("seed and generator are both given; only one of them can decide the noise")
+        raise ValueError("seed and generator are both given; allowed: one of them")
     if isinstance(generator, torch.Generator):
         return image_seeds(_drawn(generator), range(count))
     if not isinstance(generator, list | tuple) or not all(isinstance(one, torch.Generator) for one in generator):

@@ -1,7 +1,7 @@
 """Exported networks: weights as safetensors, and the configuration as JSON.
 
     NETWORK.safetensors                      one file, with the configuration in its header
-    FOLDER/model.safetensors, config.json    two files, as on the Hugging Face hub; vae/, the codec, if it is in no hub
+    FOLDER/model.safetensors, config.json    two files, as on the Hugging Face hub; vae/: a codec without a name
 
 The configuration contains the fields of `SiTConfig`, and the classes and the codec of the training data. Both files are
 plain data; reading them never executes code.
