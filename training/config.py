@@ -43,6 +43,7 @@ WEIGHTS = {term.name: term.weight for term in TERMS}
 DERIVED = "derived"
 RECORDED = frozenset({"codec", "latent_size", "z_dims", "in_channels", "cls_token_dim", DERIVED})
 OF_ONE_RUN = ("exp_name", "resume", "resume_step", "dry_run")  # another run does not take them from args.json
+MEANS_ALL = ("max_images",)  # settings of a run for which None is a value, not one that is determined later
 FOLDER_NAME = Check("the name of a folder", lambda value: bool(value.strip(". ")))
 
 
@@ -390,7 +391,9 @@ def check_same_run(current: dict[str, Any], saved: dict[str, Any], source: str |
         before = saved.get(name)
         if name == "enc_type" and isinstance(value, str) and isinstance(before, str):
             value, before = name_with_tokens(value), name_with_tokens(before, AFTER_NORM)
-        if name not in changeable and value is not None and before is not None and value != before:
+        known = name in MEANS_ALL or (value is not None and before is not None)
+        if name not in changeable and known and value != before:
+            value, before = ("all" if one is None else one for one in (value, before))
             raise InputError(
                 f"{flag(name)} is {value}, but {source} was started with {before}, and a run keeps this setting. To "
                 "start another run from its weights: a new --exp-name and --init-from CHECKPOINT"

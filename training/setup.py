@@ -23,6 +23,7 @@ from loss import FROM_ENCODER, REGLoss
 from models.autoencoder import Codec, load_decoder
 from models.checkpoint import is_legacy, list_checkpoints, saved_settings
 from models.encoders import Encoder, load_encoders
+from models.hub import local_or_hub
 from models.interpolant import Interpolant
 from models.sit import SiT
 from training.checkpoint_writer import CheckpointWriter
@@ -119,8 +120,14 @@ def find_checkpoint(config: TrainConfig, accelerator: Accelerator) -> dict[str, 
     args, metrics = folder / "args.json", folder / "metrics.jsonl"
     if config.resume == "latest":
         path = broadcast_from_main(accelerator, lambda: newest_complete(checkpoints))
-    elif config.resume or config.resume_step:
-        path = Path(config.resume) if config.resume else checkpoints / f"{config.resume_step:07d}.pt"
+    elif config.resume:
+        local_or_hub(config.resume, "latest, or a checkpoint, local or on the hub (owner/name/file.pt)", "--resume")
+        path = Path(config.resume).expanduser()
+    elif config.resume_step:
+        path = checkpoints / f"{config.resume_step:07d}.pt"
+        if not path.exists():
+            steps = ", ".join(str(int(found.stem)) for found in list_checkpoints(checkpoints)) or "none"
+            raise InputError(f"--resume-step {config.resume_step}: {path} does not exist; existing steps: {steps}")
     else:
         path = None
     if path is not None:
@@ -258,7 +265,7 @@ def claim_folder(config: TrainConfig, facts: RunFacts, accelerator: Accelerator,
 
     def claim() -> None:
         if step == 0:
-            check_writable(args, "--output-dir")
+            check_writable(args, f"--output-dir {config.output_dir}:")
         if config.dry_run:
             return
         lock_folder(config.folder, "training")

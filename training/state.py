@@ -200,7 +200,7 @@ def newest_complete(checkpoints: Path) -> Path | None:
             logger.warning("%s is skipped, the previous checkpoint is tried: %s", path.name, error)
     if found:
         raise InputError(
-            f"{checkpoints}: all of its {len(found)} checkpoints are damaged; remove them to start a new run"
+            f"{checkpoints}: each checkpoint in this folder is damaged; remove them to start a new run"
         )
     return None
 

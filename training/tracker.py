@@ -19,7 +19,7 @@ from training.messages import logger
 # What the messages of trackers contain, and what it means.
 CAUSES = {
     "api key|api_key|login|logged in|permission|unauthorized": "not logged in: `wandb login`, or WANDB_MODE=offline",
-    "timed out|timeout|connection|network|resolve|unreachable": "no connection; WANDB_MODE=offline needs none",
+    "timed out|timeout|connection|network|resolve|unreachable|deadline": "no connection; WANDB_MODE=offline needs none",
 }
 
 
