@@ -232,6 +232,8 @@ def read_json(path: str | Path) -> Any:
         return json.loads(Path(path).read_bytes())
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file") from error
+    except IsADirectoryError as error:
+        raise InputError(f"{path}: is a folder; allowed: a JSON file") from error
     except ValueError as error:
         raise InputError(f"{path}: not valid JSON ({error})") from error
 

@@ -26,7 +26,7 @@ from common.cli import (
     settings,
     uses_cuda,
 )
-from common.io import InputError, read_json
+from common.io import InputError
 from loss import ENTANGLED, FROM_ENCODER, TERMS
 from models.autoencoder import LatentFormat
 from models.encoders import AFTER_NORM, name_with_tokens
@@ -256,10 +256,10 @@ class TrainConfig(
     recorded = RECORDED
 
     @classmethod
-    def from_record(cls, values: dict[str, Any], source: str) -> dict[str, Any]:
+    def from_record(cls, record: dict[str, Any]) -> dict[str, Any]:
         """Return the settings in args.json of a run, for another run: without its name, and without what follows."""
-        derived = read_json(source).get(DERIVED) or []
-        return {name: value for name, value in values.items() if name not in (*OF_ONE_RUN, *derived)}
+        skipped = {*cls.recorded, *OF_ONE_RUN, *(record.get(DERIVED) or ())}
+        return {name: value for name, value in record.items() if name not in skipped}
 
     def check_combination(self) -> None:
         if self.eval_steps and not self.eval_ref:

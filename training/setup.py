@@ -54,8 +54,8 @@ def set_up(config: TrainConfig, stop_signal: StopSignal | None = None) -> Run:
 
     # Everything that can be wrong with the input.
     checkpoint = find_checkpoint(config, accelerator)
-    config = choose_learning_rate(config, checkpoint, accelerator)
-    say_differences(config, accelerator)
+    config = choose_learning_rate(config, checkpoint)
+    say_differences(config)
     data = open_data(config, accelerator)
     encoders = make_encoders(config, data, accelerator)
     codec = make_codec(config, data, accelerator)
@@ -152,9 +152,7 @@ def find_checkpoint(config: TrainConfig, accelerator: Accelerator) -> dict[str, 
     return None
 
 
-def choose_learning_rate(
-    config: TrainConfig, checkpoint: dict[str, Any] | None, accelerator: Accelerator
-) -> TrainConfig:
+def choose_learning_rate(config: TrainConfig, checkpoint: dict[str, Any] | None) -> TrainConfig:
     """Return the settings with the learning rate of the run: the flag's if it is given, else the checkpoint's."""
     try:
         before = float(checkpoint["opt"]["param_groups"][0]["lr"])
@@ -170,7 +168,7 @@ def choose_learning_rate(
     return changed(config, learning_rate=before)
 
 
-def say_differences(config: TrainConfig, accelerator: Accelerator) -> None:
+def say_differences(config: TrainConfig) -> None:
     """Say where the given flags mean something else than in the published program (docs/published-flags.md)."""
     total, parts = config.batch_size, config.gradient_accumulation_steps
     if parts > 1:
@@ -231,15 +229,11 @@ def make_evaluation(
     if not config.eval_steps:
         return None
     weights = config.enc_weights.split(",")[0] if config.enc_weights else None
+    encoder = encoders[0] if encoders else None
     return TrainingEvaluation(
-        accelerator,
-        config.eval_ref,
-        config.eval_samples,
-        config.eval_batch_size,
-        config.eval_inception,
-        encoders[0] if encoders else None,
+        accelerator, config.eval_ref, config.eval_samples, config.eval_batch_size, config.eval_inception, encoder,
         weights or None,
-    )
+    )  # fmt: skip
 
 
 def make_randomness(

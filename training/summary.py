@@ -81,8 +81,7 @@ def encoders(run: Run) -> str:
     if not run.encoders:
         return "none"
     millions = (sum(p.numel() for p in encoder.parameters()) / 1e6 for encoder in run.encoders)
-    names = (encoder.name if len(encoder.name) <= 48 else f"{encoder.name[:48]}..." for encoder in run.encoders)
-    return ", ".join(f"{name} ({size:.1f} M, frozen)" for name, size in zip(names, millions, strict=True))
+    return ", ".join(f"{found.name} ({size:.1f} M, frozen)" for found, size in zip(run.encoders, millions, strict=True))
 
 
 def data(run: Run) -> str:

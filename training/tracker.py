@@ -69,13 +69,10 @@ class SafeTracker:
 
     def show(self, picture: Image, step: int) -> None:
         """Pass a picture of samples."""
-        if self.name == "wandb":
-            import wandb
-
-            self._try(lambda: self.tracker.log({"samples": wandb.Image(picture)}, step=step))
-        elif self.name == "tensorboard":
-            image = np.asarray(picture)
-            self._try(lambda: self.tracker.writer.add_image("samples", image, step, dataformats="HWC"))
+        images, layout = {"samples": np.asarray(picture)[None]}, {}
+        if self.name == "tensorboard":
+            layout = {"dataformats": "NHWC"}
+        self._try(lambda: self.tracker.log_images(images, step=step, **layout))
 
     def finish(self) -> None:
         """Close the tracker."""
