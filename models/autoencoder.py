@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from common.io import InputError, read_json
-from models.hub import HubName, NotOnHub, hub_folder, is_cached, local_or_hub
+from models.hub import HubName, hub_folder, local_or_hub
 from models.safetensors_format import CODEC_FOLDER, CONFIG_FILE, PIPELINE_FILE, class_name
 from models.weights_file import mismatch, some_of, unreadable
 
@@ -305,12 +305,10 @@ def _codec_folder(name: str, source: str) -> Path:
         f"that folder by --vae"
     )
     files, part = (WEIGHTS_FILE, CONFIG_FILE), HubName(place.repo, f"{place.inside}/{CODEC_FOLDER}".lstrip("/"))
-    if is_cached(part, CONFIG_FILE) and not is_cached(place, CONFIG_FILE):
-        return hub_folder(part, files, instead)
     try:
         return hub_folder(place, files, instead)
-    except NotOnHub:
-        with contextlib.suppress(NotOnHub):
+    except InputError:
+        with contextlib.suppress(InputError):
             return hub_folder(part, files, instead)
         raise
 
