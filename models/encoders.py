@@ -204,7 +204,7 @@ def load_encoders(
     for encoder in encoders:
         if num_tokens not in (None, encoder.num_tokens):
             pixels = encoder.input_size / math.sqrt(encoder.num_tokens)  # of a token's side
-            if not hasattr(encoder.network, "patch_embed"):  # a convolutional network may pad; its stride is a power of 2
+            if not hasattr(encoder.network, "patch_embed"):  # convolutions may pad; strides are powers of 2
                 pixels = 2 ** round(math.log2(pixels))
             fitting = pixels * math.sqrt(num_tokens)
             hint = f"append :input={fitting:.0f} to its name" if fitting.is_integer() else "choose another encoder"
