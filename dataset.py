@@ -13,7 +13,6 @@ from __future__ import annotations
 import io
 import os
 import re
-import shlex
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -25,8 +24,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, default_collate
 
-from common.classes import ClassSet
-from common.image_files import contains_images, convert_command, suggested_images
+from common.classes import ClassSet, class_names
+from common.image_files import convert_command, encode_command, has_images, preparation
 from common.images import open_image
 from common.io import InputError
 from common.packed import explain_packed
@@ -59,11 +58,13 @@ class LatentDataset(Dataset):
     `data_dir` contains images and latents. With `flip`, the latents of the mirrored images are required.
 
     Attributes:
-        classes: the labels that occur, with their names if a dataset.json has them.
+        class_names: the "classes" of a dataset.json, [] if there are none.
+        classes: the labels that occur, with their names if there are any.
         num_classes: the largest label plus one, or the number of class names in dataset.json if that is larger.
         resolution: R.
         latent_size: h.
         latent_format: channels, scale and codec of the latents.
+        names_codec: whether a dataset.json states them; otherwise they are Stable Diffusion's.
         has_mirrored: whether the latents of the mirrored images exist.
 
     Raises InputError, naming them, if files or labels are missing or inconsistent.
@@ -74,8 +75,10 @@ class LatentDataset(Dataset):
         if not self.data_dir.is_dir():
             problem = "no such folder"
             if self.data_dir.exists():
-                problem = f"is a file; use the folder of images and latents, such as {self.data_dir.resolve().parent}"
-            raise InputError(f"--data-dir {data_dir}: {problem}")
+                is_half = self.data_dir.stem in (*IMAGE_FOLDERS, *LATENT_FOLDERS)
+                advice = f"; use {self.data_dir.resolve().parent}" if is_half else preparation(self.data_dir)
+                problem = f"is a file; allowed: the folder of images and latents{advice}"
+            raise InputError(f"{data_dir}: {problem}")
 
         # Pair the files by their index. The names are arrays: worker processes would copy lists of strings.
         self.images = _find(self.data_dir, IMAGE_FOLDERS, "images")
@@ -94,9 +97,12 @@ class LatentDataset(Dataset):
         described = {source: read_dataset_json(source) for source in (self.images, self.latents)}
         self._check_place_of_json()
         self.labels = _labels(described, indices)
-        names = max((content.get("classes") or [] for content in described.values()), key=len)
-        self.classes = ClassSet.of_data(np.unique(self.labels), names)
-        self.num_classes = max(int(self.labels.max()) + 1, len(names))  # the last class may have no image
+        self.class_names = class_names(
+            {source.describe("dataset.json"): content for source, content in described.items()}
+        )
+        self.classes = ClassSet.of_data(np.unique(self.labels), self.class_names)
+        self.num_classes = max(int(self.labels.max()) + 1, len(self.class_names))  # the last class may have no image
+        self.names_codec = described[self.latents].get("codec") is not None
         try:
             self.latent_format = LatentFormat.from_json(described[self.latents].get("codec"))
         except InputError as error:
@@ -145,9 +151,7 @@ class LatentDataset(Dataset):
         kept = np.sort(np.lexsort((self.labels, rank))[:count])
         self.image_names, self.latent_names = self.image_names[kept], self.latent_names[kept]
         self.labels = self.labels[kept]
-        labels = tuple(map(int, np.unique(self.labels)))
-        names = [self.classes.name(label) for label in labels] if self.classes.names else []
-        self.classes = ClassSet(labels, tuple(names))
+        self.classes = ClassSet.of_data(np.unique(self.labels), self.class_names)
 
     def image(self, i: int) -> Tensor:
         """Return image i, (3, R, R) uint8, without reading its latents. Raises InputError if it is broken."""
@@ -332,21 +336,12 @@ def _advice(data_dir: Path) -> str:
     if parts := [folder for folder in sorted(path.iterdir()) if any((folder / name).exists() for name in own_names)]:
         return f"; use {' or '.join(str(data_dir / folder.name) for folder in parts[:2])}"
     if images := next((path / name for name in IMAGE_FOLDERS if (path / name).exists()), None):
-        return f"; encode the images first:\n{_encode_command(images)}"
-    if contains_images(path):
-        images = suggested_images(path)
-        commands = f"{convert_command(path)}\n{_encode_command(images)}"
-        return (
-            f"; it contains photographs, prepare them first:\n{commands}\n"
-            f"python train.py --data-dir {shlex.quote(str(images.parent))} ..."
-        )
-    packed = explain_packed(path, FileSource(path).names)
+        return f"; encode the images first:\n{encode_command(images)}"
+    names = FileSource(path).names
+    if has_images(names):
+        return preparation(path)
+    packed = explain_packed(path, names)
     return f"; it {packed}" if packed else ""
-
-
-def _encode_command(images: Path) -> str:
-    source, dest = (shlex.quote(str(path)) for path in (images, images.with_name(LATENT_FOLDERS[0])))
-    return f"python preprocessing/encode.py --source {source} --dest {dest}"
 
 
 def _by_index(source: FileSource, pattern: re.Pattern[str], example: str) -> dict[int, str]:
@@ -359,7 +354,7 @@ def _by_index(source: FileSource, pattern: re.Pattern[str], example: str) -> dic
                 raise InputError(f"{source.path}: {other} and {name} have the same index {index}")
     if not names:
         advice = explain_packed(source.path, source.names)
-        if pattern is IMAGE_NAME and not advice and source.path.is_dir() and contains_images(source.path):
+        if pattern is IMAGE_NAME and has_images(source.names):
             advice = f"its images are not converted:\n{convert_command(source.path)}"
         raise InputError(f"{source.path}: no file named like {example}{f'; {advice}' if advice else ''}")
     return names

@@ -249,8 +249,9 @@ def main() -> None:
 
 
 def try_steps(run: Run, count: int = 2) -> None:
-    """Do `count` training steps without writing anything, and print what they took."""
+    """Print the settings, do `count` training steps without writing anything, and print what they took."""
     accelerator, size, seconds = run.accelerator, run.config.batch_size, []
+    announce(summary.starting(run, last_step_of(run)))
     batches = load_batches(run, range(run.step, run.step + count))
     run.model.train()
     for _ in range(count):

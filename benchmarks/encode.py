@@ -207,7 +207,8 @@ def measure_programs(config: Encode) -> list[Row]:
         photographs = copy_files(source, names, work / "photographs.zip")
         for workers in config.workers:
             images = work / f"images{workers}"
-            flags = ["--source", photographs, "--dest", images, "--resolution", config.resolution, "--workers", workers]
+            flags = ["--source", photographs, "--dest", images, "--resolution", config.resolution, "--labels", "none"]
+            flags += ["--workers", workers]
             rows.append(measure_program("convert.py", f"{workers} workers", flags, len(names), 1))
         for threads, size in itertools.product(config.workers, dict.fromkeys((1, config.batch_size))):
             dest = work / f"latents-{threads}-{size}"

@@ -9,8 +9,9 @@ from __future__ import annotations
 import difflib
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise, zip_longest
 from typing import Any
 
 from common.io import InputError
@@ -125,6 +126,26 @@ class ClassSet:
         shown = difflib.get_close_matches(part, self.names, NAMES_SHOWN) or self.names[:NAMES_SHOWN]
         more = ", ..." if len(shown) < len(self.names) else ""
         return f"{forms} or names, comma-separated; names are {', '.join(shown)}{more}"
+
+
+def class_names(contents: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return the "classes" in the contents of some dataset.json files, given by their paths; [] if there are none.
+
+    Raises InputError for classes that are no list of names, or that differ between the files.
+    """
+    found: dict[str, list[str]] = {}
+    for path, content in contents.items():
+        names = content.get("classes") or []
+        if not isinstance(names, list) or not all(isinstance(name, str | int) for name in names):
+            raise InputError(f"{path}: classes is {names!r:.80}; expected a list of names, in the order of the labels")
+        if names:
+            found[path] = list(map(str, names))
+    for (one, names), (other, others) in pairwise(found.items()):
+        if names != others:
+            pairs = enumerate(zip_longest(names, others))
+            label, (name, other_name) = next(item for item in pairs if item[1][0] != item[1][1])
+            raise InputError(f"{one} and {other} have different names for class {label}: {name!r} and {other_name!r}")
+    return next(iter(found.values()), [])
 
 
 def label_ranges(labels: Iterable[int]) -> str:

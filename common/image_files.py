@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import zipfile
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from common.io import InputError, printable
 from common.packed import TAR, explain_packed, packed_kind, unpack_command
-from common.sources import FileSource, describe_dead_link, folders_above, is_hidden, map_files
+from common.sources import FileSource, describe_dead_link, folders_above, map_files
 
 # Names of images that are read. Their format is known from their content, not from their name.
 IMAGE_SUFFIXES = (
@@ -36,9 +37,11 @@ _MAGIC = re.compile(
     re.DOTALL,
 )  # the first bytes of JPEG, PNG, GIF, BMP, WebP, TIFF, PPM, AVIF, HEIC, JPEG XL, JPEG 2000
 SHOWN = 5  # names in a message, of each kind
+# Parts of data sets: train, val2017, test_images, seg_train, ILSVRC2012_img_val, train.X1. Groups: what is before the
+# word, and one for each word.
 _SPLIT = re.compile(
-    r"(?:.*_img_|images?_)?(?:(train(?:ing)?)|(val(?:id(?:ation)?)?|dev|eval(?:uation)?)|(test(?:ing)?))"
-    r"(?:[_-]?(?:\d+|set|data|images?|split|[ab]))?",
+    r"(.*[_.-])?(?:(train(?:ing)?)|(val(?:id(?:ation)?)?|dev|eval(?:uation)?)|(test(?:ing)?))"
+    r"(?:[_.-]?(?:x?\d+|x|set|data|images?|split|[ab]))?",
     re.IGNORECASE,
 )
 
@@ -147,11 +150,11 @@ def check_split(source: FileSource, folders: Iterable[str]) -> None:
 
     `folders` are paths below the source that have the same parent.
     """
-    parts = {}
+    found: dict[str, dict[int, str]] = {}  # by what is before train, val, test
     for folder in sorted(folders):
         if match := _SPLIT.fullmatch(folder.rpartition("/")[2]):
-            parts.setdefault(match.lastindex, folder)
-    if len(parts) > 1:
+            found.setdefault(match[1], {}).setdefault(match.lastindex, folder)
+    for parts in (parts for parts in found.values() if len(parts) > 1):
         names = " and ".join(parts[number] for number in sorted(parts))
         first = parts[min(parts)]
         use = f"unpack the zip and use {first}" if source.is_zip else f"use {shlex.quote(str(source.path / first))}"
@@ -170,13 +173,26 @@ def convert_command(source: Path) -> str:
     return f"python preprocessing/convert.py {paths} --resolution 256"
 
 
-def contains_images(folder: Path) -> bool:
-    """Return whether a folder contains an image, at any depth. Usually not all files are listed for that."""
-    for _, folders, files in os.walk(folder):  # without links to folders
-        folders[:] = [name for name in sorted(folders) if not is_hidden(name)]
-        if any(name.lower().endswith(IMAGE_SUFFIXES) and not is_hidden(name) for name in files):
-            return True
-    return any(name.lower().endswith(IMAGE_SUFFIXES) for name in FileSource(folder).names)
+def encode_command(images: Path) -> str:
+    """Return the command that encodes converted images."""
+    source, dest = (shlex.quote(str(path)) for path in (images, images.with_name("vae-sd")))
+    return f"python preprocessing/encode.py --source {source} --dest {dest}"
+
+
+def preparation(source: Path) -> str:
+    """Return the commands that prepare photographs for training; what a file is, if it contains no photographs."""
+    if source.is_file() and not zipfile.is_zipfile(source):
+        packed = explain_packed(source)
+        return f"; it {packed}" if packed else ""
+    images = suggested_images(source)
+    commands = f"{convert_command(source)}\n{encode_command(images)}"
+    train = f"python train.py --data-dir {shlex.quote(str(images.parent))} ..."
+    return f"; it contains photographs, prepare them first:\n{commands}\n{train}"
+
+
+def has_images(names: Iterable[str]) -> bool:
+    """Return whether one of the names is that of an image."""
+    return any(name.lower().endswith(IMAGE_SUFFIXES) for name in names)
 
 
 def _no_images(found: ImageFiles, rest: list[str]) -> str:

@@ -21,6 +21,7 @@ IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 MIN_TILE = 64  # px; a grid shows smaller images enlarged
 MIN_FONT_SIZE = 11  # of captions
+HEAD = 100  # bytes in which a web page is recognised
 
 
 def open_image(data: bytes, formats: Sequence[str] = IMAGE_FORMATS, max_side: int | None = None) -> Image.Image:
@@ -48,14 +49,17 @@ def _why(data: bytes, formats: Sequence[str], error: Exception) -> str:
     """Return in one phrase why Pillow cannot decode a file. Pillow's texts contain addresses of objects in memory."""
     if not data:
         return "the file is empty"
+    if data.startswith(b"version https://git-lfs"):
+        return "it is a pointer of Git LFS; fetch the file by git lfs pull"
+    if data[:HEAD].lstrip().lower().startswith((b"<!doctype html", b"<html")):
+        return "it is a web page"
     if isinstance(error, UnidentifiedImageError):
         return f"its content is not of a format that is read ({', '.join(formats)}), or damaged"
     if isinstance(error, Image.DecompressionBombError):
         pixels = re.search(r"\d+", str(error))
         return f"{int(pixels[0]):,} pixels; allowed: {2 * Image.MAX_IMAGE_PIXELS:,}" if pixels else "too many pixels"
-    return (
-        "the file is truncated" if isinstance(error, EOFError) or "truncated" in str(error) else "its data is damaged"
-    )
+    is_truncated = isinstance(error, EOFError) or "truncated" in str(error)
+    return "the file is truncated" if is_truncated else "its data is damaged"
 
 
 def decode_rgb(data: bytes, resolution: int | None = None) -> np.ndarray:

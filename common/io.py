@@ -96,8 +96,7 @@ def explain(error: Exception, memory_advice: str) -> tuple[str | None, int]:
     if full := memory_message(error):
         return f"{full}{_place(error)}; {memory_advice}, or end other programs that use this memory", 2
     if type(error).__name__ in LOST_PROCESS or any(text in str(error) for text in LOST_PROCESS):
-        lost = "another process of this run has ended or does not answer; its own message says why"
-        return f"{lost} ({first_line(error)})", 1
+        return "another process of this run has ended or does not answer; its own message says why", 1
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}", 2
     if isinstance(error, OSError) and error.errno in WRITE_ERRORS:
@@ -229,14 +228,24 @@ def write_json(path: str | Path, value: Any) -> None:
         file.write("\n")
 
 
+def parse_json(data: bytes) -> Any:
+    """Return the content of JSON. Raises InputError, with the place of the mistake, for other bytes."""
+    try:
+        return json.loads(data)
+    except json.JSONDecodeError as error:
+        raise InputError(f"not valid JSON (line {error.lineno}, column {error.colno})") from error
+    except (ValueError, RecursionError) as error:  # ValueError: bytes that are not UTF-8
+        raise InputError("not valid JSON") from error
+
+
 def read_json(path: str | Path) -> Any:
     """Return the content of a JSON file. Raises InputError, naming the file, if it is missing or not JSON."""
     try:
-        return json.loads(Path(path).read_bytes())
+        return parse_json(Path(path).read_bytes())
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file") from error
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON ({error})") from error
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

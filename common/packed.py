@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import tarfile
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 TAR = "tar archive"
 # Endings of packed data, and what they are. Longer endings come first.
@@ -17,13 +17,22 @@ PACKED = {
     ".zip": "zip", ".7z": "7z archive", ".rar": "RAR archive", ".gz": "gzip file",
 }  # fmt: skip
 SHARD_MEMBERS = 20  # members of a tar that are read to find out whether it is a shard of a WebDataset
+UNPACK = {
+    TAR: "mkdir -p {folder} && tar -xf {file} -C {folder}",
+    "zip": "unzip -q {file} -d {folder}",
+    "7z archive": "7z x {file} -o{folder}",
+}
+READERS = {  # of the batches of a table
+    "Parquet table": 'pyarrow.parquet.ParquetFile(file).iter_batches(100, columns=["image", "label"])',
+    "Arrow table": "pyarrow.ipc.open_stream(pyarrow.memory_map(str(file)))",
+}
 
 _TABLES = """pip install pyarrow
 python - <<'END'
 import itertools, pathlib
 import pyarrow, pyarrow.parquet
 number = itertools.count()
-for file in sorted(pathlib.Path({source!r}).{glob}):
+for file in sorted(pathlib.Path({source!r}).rglob({pattern!r})):
     for batch in {batches}:
         for row in batch.to_pylist():  # other names of the columns: see batch.schema
             folder = pathlib.Path({dest!r}, f"{{row['label']:06d}}")
@@ -32,9 +41,10 @@ for file in sorted(pathlib.Path({source!r}).{glob}):
 END"""
 _SHARDS = """python - <<'END'
 import pathlib, tarfile
-for file in sorted(pathlib.Path({source!r}).{glob}):
+for file in sorted(pathlib.Path({source!r}).rglob({pattern!r})):
     with tarfile.open(file) as shard:
-        members = {{m.name.partition(".")[::2]: shard.extractfile(m).read() for m in shard if m.isfile()}}
+        files = [m for m in shard if m.isfile()]
+        members = {{m.name.removeprefix("./").partition(".")[::2]: shard.extractfile(m).read() for m in files}}
     for (key, ending), data in members.items():
         if ending in ("jpg", "jpeg", "png", "webp"):  # label: a number in KEY.cls
             folder = pathlib.Path({dest!r}, f"{{int(members[key, 'cls']):06d}}")
@@ -55,64 +65,56 @@ def explain_packed(path: Path, names: Sequence[str] | None = None) -> str | None
     """
     if names is None:
         kind = packed_kind(path.name) or (TAR if _is_tar(path) else None)
-        return kind and f"is a {kind}, which is not read; {_advice(kind, path, None)}"
+        return kind and f"is a {kind}, which is not read; {_advice(kind, path.parent, [path.name], path)}"
     packed = [name for name in names if packed_kind(name)]
     if not packed:
-        tables = any(name.rpartition("/")[2] in ("dataset_infos.json", "dataset_info.json") for name in names)
-        return "is a data set of the Hugging Face hub without its tables; download them (*.parquet)" if tables else None
+        return None
     kind = packed_kind(packed[0])
     count = sum(packed_kind(name) == kind for name in packed)
     return f"contains {count:,} {kind}{'s' if count > 1 else ''}, first {packed[0]}; {_advice(kind, path, packed)}"
 
 
-def unpack_command(path: Path, first: str) -> str:
-    """Return the command that unpacks tar archives of a folder: those in class folders there, others into new folders.
+def unpack_command(folder: Path, first: str, unpack: str = UNPACK[TAR]) -> str:
+    """Return the command that unpacks the archives of a folder, each into a folder of its own.
 
-    `first` is the name of one of them below `path`.
+    The archive of a class folder is unpacked there. `first` is the name of one archive below `folder`.
     """
     depth, ending = first.count("/"), next(ending for ending in PACKED if first.lower().endswith(ending))
-    pattern = f"{shlex.quote(str(path))}/{'*/' * depth}*{ending}"
-    folder = '$(dirname "$f")' if depth else f"${{f%{ending}}}"
-    return f'for f in {pattern}; do mkdir -p "{folder}" && tar -xf "$f" -C "{folder}"; done'
+    pattern = f"{shlex.quote(str(folder))}/{'*/' * depth}*{ending}"
+    target = '$(dirname "$f")' if depth else f"${{f%{ending}}}"
+    command = unpack.format(file='"$f"', folder=f'"{target}"')
+    return f"for f in {pattern}; do {command}; done"
 
 
-def _advice(kind: str, path: Path, packed: list[str] | None) -> str:
-    """Return how to make image files of a file `path`, or of the files `packed` in a folder `path`."""
-    source, dest = str(path if packed else path.parent), f"{path if packed else path.with_suffix('')}-images"
-    first = packed[0] if packed else path.name
-    files = {"source": source, "dest": dest, "glob": f"rglob({_pattern(packed or [path.name])!r})"}
+def _advice(kind: str, folder: Path, packed: list[str], file: Path | None = None) -> str:
+    """Return how to make image files of the files `packed` in a folder, or of one `file`."""
+    dest = f"{file.with_suffix('') if file else folder}-images"
     then = f"then use {shlex.quote(dest)} as the source"
-    if kind == "Parquet table":
-        reader = 'pyarrow.parquet.ParquetFile(file).iter_batches(100, columns=["image", "label"])'
-        return f"write its images to class folders, {then}:\n{_TABLES.format(batches=reader, **files)}"
-    if kind == "Arrow table":
-        reader = "pyarrow.ipc.open_stream(pyarrow.memory_map(str(file)))"
-        return f"write its images to class folders, {then}:\n{_TABLES.format(batches=reader, **files)}"
-    if kind == TAR and _is_shard(path / first if packed else path):
-        return (
-            f"these are shards of a WebDataset; write the images to class folders, {then}:\n{_SHARDS.format(**files)}"
-        )
-    if kind == TAR and packed:
-        return f"unpack them first:\n{unpack_command(path, first)}"
-    archives = {
-        TAR: f"mkdir -p {shlex.quote(dest)} && tar -xf {shlex.quote(str(path))} -C {shlex.quote(dest)}",
-        "zip": f"unzip {shlex.quote(first)} -d {shlex.quote(dest)}",
-        "7z archive": f"7z x {shlex.quote(first)} -o{shlex.quote(dest)}",
-        "RAR archive": f"unrar x {shlex.quote(first)} {shlex.quote(dest)}/",
-    }
-    if kind in archives:
-        place = f"cd {shlex.quote(source)} && " if packed else ""
-        return f"unpack it, {then}:\n{place}{archives[kind]}"
-    return "write its images to files in class folders first (CLASS/NAME.png)"
+    code = {"source": str(folder), "dest": dest, "pattern": _pattern(packed)}
+    if kind in READERS:
+        return f"write its images to class folders, {then}:\n{_TABLES.format(batches=READERS[kind], **code)}"
+    endings = _endings(folder / packed[0]) if kind == TAR else set()
+    if "cls" in endings:
+        is_shards = "these are shards of a WebDataset; write the images to class folders"
+        return f"{is_shards}, {then}:\n{_SHARDS.format(**code)}"
+    if kind not in UNPACK:
+        return "write its images to files in class folders first (CLASS/NAME.png)"
+    if file:
+        command = UNPACK[kind].format(file=shlex.quote(str(file)), folder=shlex.quote(dest))
+        return f"unpack it, {then}:\n{command}"
+    labels = "" if endings.isdisjoint(("json", "txt")) else " (no labels, KEY.cls: then use convert.py --labels none)"
+    return f"unpack them first{labels}:\n{unpack_command(folder, packed[0], UNPACK[kind])}"
 
 
 def _pattern(names: list[str]) -> str:
     """Return the pattern of the files to unpack: those of the training set, if there are others as well."""
-    base = [name.rpartition("/")[2] for name in names]
-    ending = next(ending for ending in (*PACKED, "") if base[0].lower().endswith(ending))
-    if len(base) == 1:
-        return base[0]
-    return f"train*{ending}" if any(name.startswith("train") for name in base) else f"*{ending}"
+    if len(names) == 1:
+        return names[0].rpartition("/")[2]
+    ending = next(ending for ending in PACKED if names[0].lower().endswith(ending))
+    for pattern in (f"train*{ending}", f"train*/*{ending}"):
+        if any(PurePosixPath(name).match(pattern) for name in names):
+            return pattern
+    return f"*{ending}"
 
 
 def _is_tar(path: Path) -> bool:
@@ -122,10 +124,10 @@ def _is_tar(path: Path) -> bool:
         return False
 
 
-def _is_shard(path: Path) -> bool:
-    """Return whether a tar archive contains labels next to its images (KEY.jpg, KEY.cls), as a WebDataset has them."""
+def _endings(path: Path) -> set[str]:
+    """Return the endings of the first files in a tar archive; shards of a WebDataset have KEY.jpg and KEY.cls."""
     try:
         with tarfile.open(path) as archive:
-            return any(member.name.endswith(".cls") for member, _ in zip(archive, range(SHARD_MEMBERS), strict=False))
+            return {member.name.rpartition(".")[2] for member, _ in zip(archive, range(SHARD_MEMBERS), strict=False)}
     except (OSError, tarfile.TarError, EOFError):
-        return False
+        return set()

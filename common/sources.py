@@ -7,7 +7,6 @@ latents  00001/img-mean-std-00001234.npy, of the mirrored image 00001/img-mean-s
 from __future__ import annotations
 
 import bisect
-import json
 import os
 import re
 import zipfile
@@ -19,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from common.io import InputError, printable
+from common.io import InputError, parse_json, printable
 from common.packed import explain_packed
 
 FILES_PER_FOLDER = 1000
@@ -66,17 +65,18 @@ def read_dataset_json(source: FileSource) -> dict[str, Any]:
         also = f" in addition to {source.describe('dataset.json')}" if "dataset.json" in source else ""
         where = f"{source.describe(deeper[0])}: found{also}; expected only at the top of {source.path}"
         folder = printable(deeper[0].rpartition("/")[0])
-        raise InputError(f"{where}; use {folder} itself, pack or copy the content of {folder}, or remove this file")
+        move = (
+            f"pack the content of {folder} without this folder"
+            if source.is_zip
+            else f"move its content to {source.path}"
+        )
+        use = "" if source.is_zip else f"use {source.path / folder}, "
+        raise InputError(f"{where}; {use}{move}, or remove this file")
     return source.load("dataset.json", _json_object) if "dataset.json" in source else {}
 
 
 def _json_object(data: bytes) -> dict[str, Any]:
-    try:
-        content = json.loads(data)
-    except json.JSONDecodeError as error:
-        raise InputError(f"not valid JSON (line {error.lineno}, column {error.colno})") from error
-    except (ValueError, RecursionError) as error:  # ValueError: bytes that are not UTF-8
-        raise InputError("not valid JSON") from error
+    content = parse_json(data)
     if not isinstance(content, dict):
         raise InputError('must be a JSON object, {"labels": [[name, label], ...]}')
     return content

@@ -67,7 +67,7 @@ def open_images(path: str | Path) -> ImageBatch:
     folder = Path(path)
     if (folder / "samples.json").exists():
         path = folder / "samples.npz" if (folder / "samples.npz").exists() else folder / "images"
-    return NpzImages(path) if Path(path).suffix == ".npz" else FileImages(path)
+    return NpzImages(path) if Path(path).suffix.lower() == ".npz" else FileImages(path)
 
 
 class NpzImages(ImageBatch):
@@ -103,6 +103,9 @@ class FileImages(ImageBatch):
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self._source = FileSource(path)
+        if sets := [name for name in self._source.names if name.rpartition("/")[2] == "samples.json"]:
+            where = self._source.describe(sets[0])
+            raise InputError(f"{where}: a sample set of generate.py; give its folder, its samples.npz or its images/")
         found = find_images(self._source)
         bare = {folder: reason for folder, reason in found.bare_folders.items() if folder not in found.other_folders}
         stop_if_incomplete(found, bare, "correct or remove this, and start again")
@@ -116,12 +119,18 @@ class FileImages(ImageBatch):
         for row, name in zip(images, self._names[start:stop], strict=True):
             image = self._decode(name)
             if image.shape != row.shape:
-                found, expected = f"{image.shape[1]} x {image.shape[0]}", f"{self.width} x {self.height}"
-                problem = f"{found} pixels, but the first image has {expected}"
-                place = self._source.describe(name)
-                raise InputError(f"{place}: {problem}; resize them with preprocessing/convert.py")
+                raise self._other_size(name, image)
             row[:] = image
         return images
+
+    def _other_size(self, name: str, image: np.ndarray) -> InputError:
+        """Return the error for an image whose size is not that of the first; it names the odd one of the two."""
+        odd, sizes = name, [f"{image.shape[1]} x {image.shape[0]}", f"{self.width} x {self.height}"]
+        if all(self._decode(other).shape == image.shape for other in self._names[1:3]) and self.count > 2:
+            odd, sizes = self._names[0], sizes[::-1]
+        problem = f"{sizes[0]} pixels, but others have {sizes[1]}; allowed: images of one size"
+        advice = "remove it if it is a grid or a plot; photographs are resized by preprocessing/convert.py"
+        return InputError(f"{self._source.describe(odd)}: {problem}; {advice}")
 
     def digest(self) -> str:
         digest = hashlib.sha256()

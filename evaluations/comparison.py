@@ -40,7 +40,7 @@ def load_reference(path: str | Path) -> Reference:
     `encoder`. A folder, a zip, or an .npz of images only has no statistics. Raises InputError for a damaged file.
     """
     path = Path(path)
-    if path.suffix != ".npz":
+    if path.suffix.lower() != ".npz":
         return Reference(path)
     npz = NpzFile(path)
     count = int(npz.array("num_images", (), "i")) if "num_images" in npz else None

@@ -97,6 +97,8 @@ class EvaluatorConfig(BatchesConfig, ExtractionConfig, RecordedConfig):
         if not all(files) and not all(flags):
             what = "reference and samples" if not any(files + flags) else "one of reference and samples"
             raise InputError(f"{what} not given; expected REFERENCE SAMPLES, each an .npz, a folder or a zip of images")
+        if self.save_path and Path(self.save_path).suffix == ".txt":
+            raise InputError(f"--save_path {self.save_path}: the result is JSON; allowed: a .json file, or a folder")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

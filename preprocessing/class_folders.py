@@ -92,12 +92,14 @@ def _check_subfolders(source: FileSource, folders: list[list[str]], depth: int) 
     parents = by_name if sum(len(above) > 1 for above in by_name.values()) > 1 else by_path
     repeated = sorted(name for name, above in parents.items() if len(above) > 1)
     if len(repeated) > 1:  # one is normal, as in Tiny ImageNet's n01443537/images
-        one, other = sorted(parents[repeated[0]])[:2]
+        one, other = sorted(parents[repeated[0]], key=lambda name: (not name.lower().startswith("train"), name))[:2]
         where = "".join(f"{part}/" for part in folders[0][:depth])
         if len(folders[0]) > depth + 2:
             check_split(source, [f"{where}{one}/{name}" for name in repeated])
         both = f"{source.path}: {one} and {other} both contain folders {repeated[0]} and {repeated[1]}"
-        advice = f"if these are the classes, use {where}{one} as --source, otherwise list the labels in a dataset.json"
+        advice = (
+            f"if these are the classes, use {source.path / where / one}, otherwise list the labels in a dataset.json"
+        )
         raise InputError(f"{printable(both)}; {printable(advice)}")
     for name, inside in sorted(children.items()):
         if len(inside) > 1:

@@ -126,8 +126,12 @@ def run_encode(argv: Sequence[str]) -> None:
     from preprocessing.encode import main  # imported here: cropping does not need PyTorch and starts faster without it
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--model-url", default=VAE, help=f"the codec's repository or folder (default: {VAE})")
+    parser.add_argument(
+        "--model-url", default=VAE, nargs="?", help=f"the codec's repository or folder (default: {VAE})"
+    )
     args, rest = parser.parse_known_args(argv)
+    if not args.model_url:
+        raise InputError("--model-url: needs a value")
     if not {"-h", "--help"}.isdisjoint(rest):  # encode.py then prints its own help after this one
         parser.print_help()
         print("\nAll other options are those of encode.py:\n")

@@ -78,10 +78,11 @@ class Destination:
             if folder.exists() and not folder.is_dir():
                 raise InputError(f"{folder}: is not a folder; --dest must be a new or empty folder, or end in .zip")
         made_with = self.folder / self._settings_name
-        is_started = made_with.exists()
+        others = _other_files(self.folder) if self.folder.exists() else []
+        is_started = made_with.exists() and len(others) > 1  # a run that wrote no file may change its settings
         if is_started:
             self._check(read_json(made_with), settings)
-        elif self.folder.exists() and _other_files(self.folder):
+        elif others and others != [made_with.name]:
             allowed = "--dest must be a new or empty folder, or one where the same command was interrupted"
             raise InputError(f"{self.folder}: contains files that this program did not create; {allowed}")
         lock_folder(self.folder, "writing")  # after the checks, because the lock file would change a foreign folder
@@ -138,7 +139,9 @@ class Destination:
         wanted = json.loads(json.dumps(wanted))  # with the types that JSON has
         changed = [key for key in sorted({*found, *wanted}) if found.get(key) != wanted.get(key)]
         if changed:
-            differences = "; ".join(f"{key} was {found.get(key)!r}, is now {wanted.get(key)!r}" for key in changed)
+            values = {key: f"{key} was {found.get(key)!r}, is now {wanted.get(key)!r}" for key in changed}
+            values |= {"listing": "other images or labels"} if "listing" in changed else {}  # checksums
+            differences = "; ".join(values.values())
             advice = "use another --dest, or remove it to start from scratch"
             raise InputError(f"{self.path}: was created with other settings ({differences}); {advice}")
 

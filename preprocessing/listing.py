@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -138,6 +139,9 @@ def list_converted(source: FileSource) -> Listing:
     if others := [name for name in by_name if not IMAGE_NAME.fullmatch(name)]:
         problem = f"images are named like {image_name(0)} after convert.py; convert them first"
         raise InputError(f"{source.describe(others[0])}: {problem}:\n{convert_command(source.path)}")
+    if unlisted := [name for name in source.names if IMAGE_NAME.fullmatch(name) and name not in by_name]:
+        problem = f"and {len(unlisted) - 1:,} other images are not in {source.describe('dataset.json')}"
+        raise InputError(f"{source.describe(unlisted[0])} {problem}; list or remove them")
     names = sorted(by_name, key=image_index)
     for name, following in pairwise(names):
         if image_index(name) == image_index(following):
@@ -165,11 +169,12 @@ def _from_json(
     names = sorted(by_name)
     labels = [by_name[name] for name in names]
     top = {name.split("/")[0] for name in names if "/" in name}
-    if not must_match or len(top) < 2 or all(map(_NUMBERED_FOLDER.fullmatch, top)):
-        return Listing(names, labels, classes, True, found, notes=found.notes())
-    try:
-        folders = find_class_folders(source, names, found)
-    except InputError:  # it is not clear which folders are the classes, so the listed labels cannot contradict them
+    folders = None
+    if must_match and len(top) > 1 and not all(map(_NUMBERED_FOLDER.fullmatch, top)):
+        # Where it is not clear which folders are the classes, the listed labels cannot contradict them.
+        with contextlib.suppress(InputError):
+            folders = find_class_folders(source, names, found)
+    if folders is None:
         return Listing(names, labels, classes, True, found, notes=found.notes())
     for name, label, expected in zip(names, labels, folders.labels, strict=True):
         if label != expected:

@@ -25,7 +25,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.cli import NON_NEGATIVE, POSITIVE, Config, parse, setting
 from common.images import decode_rgb, image_grid, save_png
-from common.io import InputError, atomic_write, check_writable, first_line, progress_bar, run_cli, sha256_of
+from common.io import InputError, atomic_write, check_writable, printable, progress_bar, run_cli, sha256_of
+from common.sources import decode_name
 from dataset import LatentDataset, decode_moments
 from models.autoencoder import Codec, LatentFormat, load_decoder
 from preprocessing.parallel import available_cores, chunks, in_workers
@@ -54,11 +55,10 @@ class VerifyConfig(Config):
     device: str = setting("auto", "device that decodes: auto (cuda if available, else cpu), cpu, cuda, cuda:1, ...")
 
     def check_combination(self) -> None:
-        try:
-            torch.empty(0, device=self.torch_device)
-        except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch was built without CUDA
-            why = f"not available ({first_line(error)})"
-            raise InputError(f"--device {self.device}: {why}; allowed: auto, cpu, cuda, cuda:1, ...") from error
+        gpus = ["cuda", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
+        allowed = ("auto", "cpu", *(gpus if torch.cuda.is_available() else ()))
+        if self.device not in allowed:
+            raise InputError(f"--device {self.device}: not available; allowed here: {', '.join(allowed)}")
         if self.reconstruct:
             check_writable(self.picture, "--sheet")
 
@@ -114,6 +114,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"px, latents {dataset.moments_shape} of {dataset.latent_format.codec}"
     )
 
+    report_other_files(dataset)
+
     # Read every file.
     found = check_files(dataset, config.workers or available_cores())
     errors = found.errors
@@ -147,6 +149,15 @@ def describe_classes(counts: np.ndarray) -> str:
     return number if len(counts) == 1 else f"{number} of {least:,}{f' to {most:,}' if most > least else ''} pairs each"
 
 
+def report_other_files(dataset: LatentDataset) -> None:
+    """Print how many files next to images and latents are not read in training."""
+    for source, names in ((dataset.images, dataset.image_names), (dataset.latents, dataset.latent_names)):
+        read = {"dataset.json", "skipped.txt", *map(decode_name, names)}
+        if others := [name for name in source.names if name not in read and "-flip-" not in name]:
+            files = f"{len(others):,} other file{'s' if len(others) > 1 else ''}"
+            print(f"{source.path}: {files}, which training does not read; first {printable(others[0])}")
+
+
 def check_files(dataset: LatentDataset, workers: int) -> Findings:
     """Return the results of reading, decoding and hashing every file."""
     found, total = Findings(), len(dataset)
@@ -177,7 +188,8 @@ def check_chunk(dataset: LatentDataset, chunk: range) -> Findings:
                 else:
                     found.add_moments(decode_moments(data, dataset.moments_shape))
             except InputError as error:
-                found.errors.append(f"{source.describe(name)}: {error}")
+                place = f"{source.describe(name)}: "  # which errors of reading contain
+                found.errors.append(place + str(error).removeprefix(place))
     return found
 
 

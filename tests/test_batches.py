@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import struct
 import zipfile
 import zlib
@@ -168,7 +169,7 @@ def test_folders_with_other_sizes_modes_or_damage_are_refused(tmp_path: Path) ->
     folder = write_folder(tmp_path / "folder", some_images(3))
     for number, (content, message) in enumerate(
         [
-            (png(Image.new("RGB", (9, 9))), "9 x 9 pixels, but the first image has 4 x 6"),
+            (png(Image.new("RGB", (9, 9))), "9 x 9 pixels, but others have 4 x 6; allowed: images of one size"),
             (png(Image.new("RGBA", (4, 6))), "mode RGBA, expected 8-bit RGB or grey"),
             (png(Image.new("RGB", (4, 6)))[:40], "not an image that can be read"),
             (b"", "not an image that can be read"),
@@ -219,6 +220,26 @@ def test_a_folder_that_generate_wrote_means_its_images(tmp_path):
     assert np.array_equal(open_images(tmp_path).read(0, 3), pixels)
     np.savez(tmp_path / "samples.npz", arr_0=pixels[::-1])
     assert np.array_equal(open_images(tmp_path).read(0, 3), pixels[::-1])
+    (tmp_path / "samples.npz").rename(tmp_path / "samples.NPZ")
+    assert np.array_equal(open_images(tmp_path / "samples.NPZ").read(0, 3), pixels[::-1])
+
+
+def test_a_grid_before_the_images_is_the_odd_one(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "folder", some_images(3))
+    Image.new("RGB", (90, 8)).save(folder / "0.png")
+    with pytest.raises(InputError, match=r"/0\.png: 90 x 8 pixels, but others have 4 x 6; .*remove it if it is a grid"):
+        read_all(folder, 2)
+
+
+@pytest.mark.parametrize("as_zip", [False, True])
+def test_a_sample_set_in_a_folder_or_zip_is_named(tmp_path: Path, as_zip: bool) -> None:
+    """Its grid would count as an image."""
+    (tmp_path / "sets/a").mkdir(parents=True)
+    write_folder(tmp_path / "sets/a/images", some_images(2))
+    (tmp_path / "sets/a/samples.json").write_text("{}")
+    path = shutil.make_archive(str(tmp_path / "packed"), "zip", tmp_path / "sets/a") if as_zip else tmp_path / "sets"
+    with pytest.raises(InputError, match=r"samples\.json: a sample set of generate\.py; give its folder"):
+        open_images(path)
 
 
 def test_what_is_not_taken_from_a_folder_is_named(tmp_path: Path) -> None:

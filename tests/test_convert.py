@@ -291,6 +291,16 @@ def test_other_settings_on_the_same_destination(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["out", "out.zip"])
+def test_a_run_that_wrote_nothing_can_be_repeated_with_other_settings(name, tmp_path):
+    source = make_source(tmp_path / "source")
+    with pytest.raises(InputError, match="before its crop"):
+        run(source, tmp_path / name, 100_000)
+    run(source, tmp_path / name)
+    with pytest.raises(InputError, match=r"other settings \(other images or labels\)"):
+        run(source, tmp_path / name, 16, "--max-images", 1)
+
+
+@pytest.mark.parametrize("name", ["out", "out.zip"])
 def test_other_photographs_under_the_same_names(name, tmp_path):
     source = make_source(tmp_path / "source", each=30)
     run(source, tmp_path / name)

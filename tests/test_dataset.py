@@ -56,6 +56,7 @@ def test_published_names_and_codec(data):
     for path in (data / "vae-sd").rglob("*.npy"):
         np.save(path, np.zeros((8, RESOLUTION // 8, RESOLUTION // 8), np.float32))
     dataset = LatentDataset(data)
+    assert not dataset.names_codec
     assert dataset.latent_format.scale == 0.18215 and dataset.latent_size == RESOLUTION // 8
 
 
@@ -192,9 +193,30 @@ def test_other_folders_name_the_next_command(data, tmp_path):
     (tmp_path / "tables").mkdir()
     (tmp_path / "tables/train.parquet").write_bytes(b"")
     assert "; it contains 1 Parquet table" in message(tmp_path / "tables")
-    assert f"is a file; use the folder of images and latents, such as {tmp_path}/tables" in message(
-        tmp_path / "tables/train.parquet"
-    )
+    is_file = "is a file; allowed: the folder of images and latents; "
+    assert f"{is_file}it is a Parquet table" in message(tmp_path / "tables/train.parquet")
+    (data / "vae-sd.zip").write_bytes(b"")
+    assert f"{is_file}use {data}" in message(data / "vae-sd.zip")
+    archive = shutil.make_archive(str(tmp_path / "packed"), "zip", tmp_path / "my photos")
+    assert f"{is_file}it contains photographs" in message(tmp_path / "packed.zip")
+    assert f"convert.py --source {archive} --dest {tmp_path}/packed-256/images" in message(tmp_path / "packed.zip")
+
+
+def test_class_names_are_checked(data):
+    def classes(folder, names):
+        path = data / folder / "dataset.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"classes": names}))
+
+    for names in ("abc", {"cat": 0}, [["cat"]]):
+        classes("images", names)
+        with pytest.raises(InputError, match=r"images/dataset\.json: classes is .*; expected a list of names"):
+            LatentDataset(data)
+    known = [str(label) for label in range(100)]
+    classes("images", list(range(100)))
+    assert LatentDataset(data).classes.names == tuple(known[label] for label in LatentDataset(data).classes.labels)
+    classes("vae-sd", [*known[:7], "dog", *known[8:]])
+    with pytest.raises(InputError, match="have different names for class 7: '7' and 'dog'"):
+        LatentDataset(data)
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

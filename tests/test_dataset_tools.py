@@ -126,3 +126,9 @@ def test_the_help_is_complete(command, flags, capsys):
         dataset_tools.main([command, "--help"])
     said = capsys.readouterr().out
     assert all(flag in said for flag in ("--source", "--dest", *flags))
+
+
+@pytest.mark.parametrize("flags", [["--model-url"], ["--model-url="]])
+def test_a_codec_without_a_value_is_named(flags):
+    with pytest.raises(InputError, match="--model-url: needs a value"):
+        dataset_tools.main(["encode", *flags])

@@ -250,6 +250,10 @@ def test_reference_of_another_shape_is_refused(tmp_path: Path) -> None:
         (["--enc-weights", "file"], "--enc-weights file: needs --encoder"),
         (["--inception", "nowhere.pb"], "nowhere.pb: no such file"),
         (["--sample_batch", "nowhere.npz"], "nowhere.npz: no such file"),
+        (
+            ["--save_path", "scores.txt"],
+            "--save_path scores.txt: the result is JSON; allowed: a .json file, or a folder",
+        ),
         (["--save_path", __file__], f"--save_path {__file__}/batch.metrics.json: .* is not a writable folder"),
         (["--save_path", f"{__file__}/result.json"], "--save_path .*result.json: .* is not a writable folder"),
         (["--cache", __file__], f"--cache {__file__}.*: .* is not a writable folder"),

@@ -9,9 +9,9 @@ import pytest
 
 from common.image_files import (
     check_one_part,
-    contains_images,
     convert_command,
     find_images,
+    has_images,
     stop_if_incomplete,
     suggested_images,
 )
@@ -103,6 +103,9 @@ def test_a_source_without_images_says_what_it_contains(tmp_path):
         (["ILSVRC2012_img_train/a.jpg", "ILSVRC2012_img_val/a.jpg"], "ILSVRC2012_img_train and ILSVRC2012_img_val"),
         (["val/a.jpg", "test/a.jpg", "x/a.jpg"], "val and test"),
         (["train2017/a.jpg", "val2017/a.jpg"], "train2017 and val2017"),
+        (["seg_pred/a.jpg", "seg_test/x/a.jpg", "seg_train/x/a.jpg"], "seg_train and seg_test"),
+        (["mnist-test/a.jpg", "mnist-train/a.jpg"], "mnist-train and mnist-test"),
+        (["train.X1/n1/a.jpg", "train.X2/n2/a.jpg", "val.X/n1/a.jpg"], "train.X1 and val.X"),
     ],
 )
 def test_parts_of_a_data_set_are_refused(names, parts, tmp_path):
@@ -115,7 +118,12 @@ def test_parts_of_a_data_set_are_refused(names, parts, tmp_path):
 
 @pytest.mark.parametrize(
     "names",
-    [["train/x/a.jpg", "train/y/a.jpg"], ["train/a.jpg", "tram/a.jpg"], ["test_tube/a.jpg", "train_station/a.jpg"]],
+    [
+        ["train/x/a.jpg", "train/y/a.jpg"],
+        ["train/a.jpg", "tram/a.jpg"],
+        ["test_tube/a.jpg", "train_station/a.jpg"],
+        ["bullet_train/a.jpg", "crash_test/a.jpg"],
+    ],
 )
 def test_classes_with_such_names_are_allowed(names, tmp_path):
     check_one_part(FileSource(make_tree(tmp_path, *names)), names)
@@ -123,7 +131,7 @@ def test_classes_with_such_names_are_allowed(names, tmp_path):
 
 def test_the_command_has_the_paths_of_the_user(tmp_path):
     make_tree(tmp_path, "a b/x/1.JPG", "c/x/1.txt", "c/.cache/1.jpg")
-    assert contains_images(tmp_path / "a b") and not contains_images(tmp_path / "c")
+    assert has_images(FileSource(tmp_path / "a b").names) and not has_images(FileSource(tmp_path / "c").names)
     expected = f"--source '{tmp_path}/a b' --dest '{tmp_path}/a b-256/images' --resolution 256"
     assert convert_command(tmp_path / "a b") == f"python preprocessing/convert.py {expected}"
 
@@ -138,4 +146,4 @@ def test_images_behind_links_to_folders_are_found(tmp_path):
     make_tree(tmp_path / "far/cat", "1.jpg")
     (tmp_path / "links").mkdir()
     (tmp_path / "links/cat").symlink_to(tmp_path / "far/cat")
-    assert contains_images(tmp_path / "links")
+    assert has_images(FileSource(tmp_path / "links").names)

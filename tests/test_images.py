@@ -27,6 +27,8 @@ def test_incomplete_images_are_refused(data):
 
 BROKEN = {
     "the file is empty": b"",
+    "it is a pointer of Git LFS": b"version https://git-lfs.github.com/spec/v1\noid sha256:0",
+    "it is a web page": b"\n<!DOCTYPE html><html>",
     "its content is not of a format that is read": b"text",
     "the file is truncated": encoded(Image.fromarray(noise(40, 40)), "JPEG")[:-200],
     "its data is damaged": encoded(Image.fromarray(noise(9, 9)))[:-20] + bytes(20),

@@ -113,7 +113,7 @@ ENDS = {
     "raise MemoryError": (2, "x.py: error: the memory of this machine is full; give it smaller batches, or end other"),
     "raise RuntimeError('[gloo/transport/tcp/pair.cc:547] Connection closed by peer')": (
         1,
-        "x.py: error: another process of this run has ended or does not answer; its own message says why ([gloo/",
+        "x.py: error: another process of this run has ended or does not answer; its own message says why",
     ),
 }
 

@@ -57,6 +57,10 @@ def test_folders_outside_the_class_folders_are_named(tmp_path):
             ["A/train/x/a.jpg", "A/train/y/a.jpg", "B/train/x/a.jpg", "B/train/y/a.jpg"],
             "both contain folders train/x and",
         ),
+        (
+            ["holdout/x/a.jpg", "holdout/y/a.jpg", "train/x/a.jpg", "train/y/a.jpg"],
+            "train and holdout both contain folders x and y; if these are the classes, use .*/train, otherwise",
+        ),
         (["x/a.jpg", "y/sub/b.jpg"], r"x/a\.jpg: is at another depth than .*y/sub/b\.jpg"),
         (["x/s/a.jpg", "y/s/b.jpg", "y/s/deep/c.jpg"], r"x/s/a\.jpg: is at another depth than .*y/s/deep/c\.jpg"),
         (["x/a.jpg", "b.jpg"], r"b\.jpg: is next to class folders, which contain .*x/a\.jpg"),
@@ -119,6 +123,13 @@ def test_a_dataset_json_in_a_folder_is_refused(top, tmp_path):
         with pytest.raises(InputError, match=r"images/dataset\.json: found.*expected only at the top of"):
             function(FileSource(tmp_path))
     assert list_images(FileSource(tmp_path), "folders").classes == ["00000"]
+
+
+def test_a_converted_image_without_an_entry_is_named(tmp_path):
+    make_tree(tmp_path, "00000/img00000000.png", "00000/img00000001.png", "00000/note.png")
+    (tmp_path / "dataset.json").write_text('{"labels": [["00000/img00000000.png", 3]]}')
+    with pytest.raises(InputError, match=r"img00000001\.png and 0 other images are not in .*dataset\.json"):
+        list_converted(FileSource(tmp_path))
 
 
 def test_photographs_are_no_converted_data_set(tmp_path):

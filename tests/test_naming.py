@@ -1,6 +1,7 @@
 """The names of a sample set."""
 
 import argparse
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,15 @@ from models.sit import SiT_models
 from tests.test_generate import settings_of
 
 LINE = "--ckpt exps/reg/0400000.pt --cfg-scale 2.3 --guidance-high 0.85 --cls-cfg-scale 2.3 --mode sde"
+
+
+@pytest.fixture
+def checkpoints(tmp_path, monkeypatch):
+    """The files that the command lines name, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    for file in (Path("exps/reg/0400000.pt"), Path("reg.pt")):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
 
 
 def codec(name):
@@ -30,7 +40,7 @@ def codec(name):
         ),
     ],
 )
-def test_the_published_name(more, decoder, name):
+def test_the_published_name(more, decoder, name, checkpoints):
     with torch.device("meta"):
         network = SiT_models["SiT-XL/2"]().config
     config = settings_of([*LINE.split(), *more.split()])
@@ -38,7 +48,7 @@ def test_the_published_name(more, decoder, name):
 
 
 @pytest.mark.parametrize(("model", "begins"), [("SiT-S/4", "SiT-S-4-"), ("../../evil", "SiT-0"), (7, "SiT-0")])
-def test_a_checkpoint_does_not_choose_where_to_link(model, begins):
+def test_a_checkpoint_does_not_choose_where_to_link(model, begins, checkpoints):
     from tests.test_sit import small
 
     checkpoint = {"args": argparse.Namespace(model=model)}

@@ -70,6 +70,25 @@ def test_shards_of_a_webdataset_become_class_folders(tmp_path):
     assert listing.classes == ["000000", "000001"] and listing.labels == [0, 0, 1, 1]
 
 
+def test_shards_without_labels_and_folders_of_zips(tmp_path):
+    write_tar(tmp_path / "w" / "0.tar", **{"a.jpg": jpeg(), "a.txt": b"a cat"})
+    with pytest.raises(InputError, match=r"first \(no labels, KEY.cls: then use convert.py --labels none\)") as caught:
+        list_images(FileSource(tmp_path / "w"))
+    run_commands(caught.value)
+    assert list_images(FileSource(tmp_path / "w"), "none").names == ["0/a.jpg"]
+    text = explain_packed(tmp_path / "z", ["a.zip", "b.zip"])
+    assert text.endswith(f'for f in {tmp_path}/z/*.zip; do unzip -q "$f" -d "${{f%.zip}}"; done')
+
+
+def test_only_the_tables_of_the_training_set_are_written():
+    for names, pattern in (
+        (["data/test-0.parquet", "data/train-0.parquet"], "train*.parquet"),
+        (["test/data-0.arrow", "train/data-0.arrow"], "train*/*.arrow"),
+        (["a/0.parquet", "b/1.parquet"], "*.parquet"),
+    ):
+        assert f"rglob({pattern!r})" in explain_packed(Path("x"), names)
+
+
 def test_tables_become_class_folders(tmp_path):
     arrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
@@ -101,8 +120,3 @@ def test_a_single_file_is_named(name, text, tmp_path):
     (tmp_path / name).write_bytes(b"data")
     with pytest.raises(InputError, match=rf"{name}: .*{text}|(?s:{name}: .*{text})"):
         FileSource(tmp_path / name)
-
-
-def test_folders_of_the_hub_without_tables():
-    assert "Hugging Face" in explain_packed(Path("x"), ["README.md", "dataset_infos.json"])
-    assert explain_packed(Path("x"), ["README.md"]) is None

@@ -208,9 +208,8 @@ def test_a_dataset_json_below_the_top_is_refused(tmp_path, as_zip, others):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text('{"labels": null}')
     path = shutil.make_archive(str(tmp_path / "packed"), "zip", folder) if as_zip else folder
-    with pytest.raises(
-        InputError, match=r"vae-sd/dataset\.json: found.*; expected only at the top of .*; use vae-sd its"
-    ):
+    advice = "pack the content of vae-sd without" if as_zip else f"use {path}/vae-sd, move its content to {path}"
+    with pytest.raises(InputError, match=rf"vae-sd/dataset\.json: found.*; expected only at the top of .*; {advice}"):
         read_dataset_json(FileSource(path))
 
 

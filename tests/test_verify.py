@@ -274,3 +274,15 @@ def test_unwritable_outputs_are_refused_before_the_work(data, monkeypatch):
     (data / "checksums.sha256").mkdir()
     with pytest.raises(InputError, match=r"checksums\.sha256: is a folder"):
         run(data, "--reconstruct", "0", "--update-checksums")
+
+
+def test_files_that_training_does_not_read_are_counted(data, capsys):
+    (data / "images" / "00000" / "img00000000 (1).png").write_bytes(b"")
+    (data / "vae-sd" / "note.npy").write_bytes(b"")
+    run(data, "--reconstruct", "0")
+    printed = capsys.readouterr().out
+    for text in (
+        "images: 1 other file, which training does not read; first 00000/img00000000 (1).png",
+        "first note.npy",
+    ):
+        assert text in printed

@@ -106,7 +106,10 @@ def data(run: Run) -> str:
     count = f"{len(found):,} images of {found.resolution} px, {classes:,} {'class' if classes == 1 else 'classes'}"
     unused = run.facts.network.num_classes - classes
     embedded = f" (the network has {run.facts.network.num_classes:,})" if unused else ""
-    return f"{found.data_dir}: {count}{embedded}, latents {form.channels} x {side} x {side}, codec {form.codec}"
+    assumed = "" if found.names_codec else " (assumed, no dataset.json names it; preprocessing/verify.py checks it)"
+    return (
+        f"{found.data_dir}: {count}{embedded}, latents {form.channels} x {side} x {side}, codec {form.codec}{assumed}"
+    )
 
 
 def loss(run: Run) -> str:
