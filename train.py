@@ -250,8 +250,9 @@ def main() -> None:
 
 
 def try_steps(run: Run, count: int = 2) -> None:
-    """Do `count` training steps without writing anything, and print what they took."""
+    """Print the settings, do `count` training steps without writing anything, and print what they took."""
     accelerator, size, seconds = run.accelerator, run.config.batch_size, []
+    announce(summary.starting(run, last_step_of(run)))
     batches = load_batches(run, range(run.step, run.step + count))
     run.model.train()
     for _ in range(count):
@@ -262,7 +263,7 @@ def try_steps(run: Run, count: int = 2) -> None:
         seconds.append(time.perf_counter() - start)
     batches.close()
     accelerator.print(
-        f"dry run: {count} steps of {size} images done: {seconds[0]:.2f} s with all that a first step starts, then "
+        f"dry run: {count} steps of {size} images done; the first took {seconds[0]:.2f} s, start-up included, the last "
         f"{seconds[-1]:.2f} s ({size / seconds[-1]:.1f} images/s); peak memory {peak_memory(accelerator.device)}; "
         f"nothing was written to {run.folder}"
     )

@@ -18,6 +18,7 @@ import signal
 import socket
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -70,6 +71,8 @@ def run_cli(main: Callable[[], None], memory_advice: str = "give it smaller batc
     for stream in (sys.stdout, sys.stderr):  # a name that the terminal's encoding lacks must not end the program
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    # PyTorch warns twice if there are more loader processes than cores. train.py logs the time spent waiting for data.
+    warnings.filterwarnings("ignore", message="This DataLoader will create")
     try:
         main()
     except KeyboardInterrupt:

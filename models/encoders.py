@@ -204,7 +204,10 @@ def load_encoders(
     encoders = [load_encoder(name, resolution, file, device) for name, file in zip(names, files, strict=True)]
     for encoder in encoders:
         if num_tokens not in (None, encoder.num_tokens):
-            fitting = encoder.input_size * math.sqrt(num_tokens / encoder.num_tokens)
+            pixels = encoder.input_size / math.sqrt(encoder.num_tokens)  # of a token's side
+            if not hasattr(encoder.network, "patch_embed"):  # convolutions may pad; strides are powers of 2
+                pixels = 2 ** round(math.log2(pixels))
+            fitting = pixels * math.sqrt(num_tokens)
             hint = f"append :input={fitting:.0f} to its name" if fitting.is_integer() else "choose another encoder"
             tokens = f"{encoder.num_tokens} tokens from an input of {encoder.input_size} px"
             rule = f"there are {num_tokens} latent tokens, and the numbers must be equal"

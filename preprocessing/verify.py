@@ -110,9 +110,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_writable(checksum_file, "checksums:")
     counts = np.bincount(dataset.labels)
     print(
-        f"{config.data}: {len(dataset):,} pairs, {np.count_nonzero(counts):,} classes of {counts[counts > 0].min():,} "
-        f"to {counts.max():,}, images {dataset.resolution} px, latents {dataset.moments_shape} of "
-        f"{dataset.latent_format.codec}"
+        f"{config.data}: {len(dataset):,} pairs, {describe_classes(counts[counts > 0])}, images {dataset.resolution} "
+        f"px, latents {dataset.moments_shape} of {dataset.latent_format.codec}"
     )
 
     report_other_files(dataset)
@@ -141,6 +140,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if errors:
         raise InputError(f"{config.data}: number of errors: {len(errors):,}; the first {ERRORS_SHOWN} are listed above")
     print(f"{config.data}: no errors found")
+
+
+def describe_classes(counts: np.ndarray) -> str:
+    """Return how many classes there are, and how many pairs each has, from the number of pairs of each class."""
+    number = f"{len(counts):,} {'class' if len(counts) == 1 else 'classes'}"
+    least, most = counts.min(), counts.max()
+    return number if len(counts) == 1 else f"{number} of {least:,}{f' to {most:,}' if most > least else ''} pairs each"
 
 
 def report_other_files(dataset: LatentDataset) -> None:

@@ -286,6 +286,14 @@ def test_several_encoders_and_the_number_of_tokens(tmp_path):
         load_encoders(specs, 256, f"{tmp_path}/a.safetensors")
 
 
+def test_the_input_that_an_error_names_gives_the_tokens(tmp_path):
+    """At 112 px, a network of stride 32 pads its map to 4 x 4; 8 x 8 tokens need 256 px, not twice 112."""
+    save_timm(tmp_path / "a.safetensors", "resnet18")
+    with pytest.raises(InputError, match=r"16 tokens .* 112 px.*append :input=256 "):
+        load_encoders("timm/resnet18:input=112", 128, f"{tmp_path}/a.safetensors", num_tokens=64)
+    assert load_encoders("timm/resnet18:input=256", 128, f"{tmp_path}/a.safetensors", num_tokens=64)
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [

@@ -126,6 +126,15 @@ def test_a_program_ends_with_one_line(cause):
     assert result.returncode == status and text in result.stderr and "Traceback" not in result.stderr
 
 
+def test_more_loader_processes_than_cores_are_no_warning():
+    code = (
+        "from torch.utils.data import DataLoader\nfrom common import io\n"
+        "io.run_cli(lambda: DataLoader([0], num_workers=99999))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0 and result.stderr == ""
+
+
 def test_names_fit_on_one_line():
     assert printable("caf\udce9/a\n\tb é 香.jpg") == "caf\\udce9/a\\n\\tb é 香.jpg"
 

@@ -38,10 +38,18 @@ def run(data, *flags):
     verify.main([str(data), "--workers", "1", *flags])
 
 
+@pytest.mark.parametrize(
+    "counts, text",
+    [((7,), "1 class"), ((60, 60), "2 classes of 60 pairs each"), ((1, 1300), "2 classes of 1 to 1,300 pairs each")],
+)
+def test_classes_are_described(counts, text):
+    assert verify.describe_classes(np.array(counts)) == text
+
+
 def test_a_data_set_without_errors(data, capsys):
     run(data)
     said = capsys.readouterr().out
-    assert "7 pairs, 3 classes of 2 to 3, images 16 px" in said and "no errors found" in said
+    assert "7 pairs, 3 classes of 2 to 3 pairs each, images 16 px" in said and "no errors found" in said
     assert "mean inf dB" in said  # the pixel codec is exact
     checksums = dict(reversed(line.split("  ")) for line in (data / "checksums.sha256").read_text().splitlines())
     assert len(checksums) == 3 * 7 + 2

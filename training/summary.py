@@ -14,6 +14,7 @@ from training.state import Run
 
 SHOWN = ("loss", *(term.name for term in TERMS))  # in the lines and in the progress bar
 NOTABLE_WAIT = 0.1  # share of the time waiting for data, from which it is shown
+NOTABLE_INITIAL = 0.1  # share of the initial weights in the averaged ones at the last step, from which there is a note
 SCORES = {"fid": "FID", "sfid": "sFID", "encoder_fd": "encoder FD", "coherence": "coherence"}
 
 
@@ -33,7 +34,21 @@ def starting(run: Run, last_step: int) -> list[str]:
     }
     width = max(map(len, subjects))
     lines = [f"{subject:{width}}  {text}" for subject, text in subjects.items()]
-    return lines + [f"note: evaluation while training: {note}" for note in notes]
+    return lines + averages(run, last_step) + [f"note: evaluation while training: {note}" for note in notes]
+
+
+def averages(run: Run, last_step: int) -> list[str]:
+    """Return a note if a new run is so short for its EMA decay that samples show the initial weights."""
+    config = run.config
+    initial = config.ema_decay**last_step
+    if run.step or config.init_from or initial < NOTABLE_INITIAL:
+        return []
+    shorter = 1 - float(f"{5 / max(last_step, 10):.1g}")  # at the last step, about 1 % is initial
+    return [
+        f"note: at step {last_step}, {initial:.0%} of the averaged weights will still be the initial ones, because "
+        f"--ema-decay is {config.ema_decay:g}; grids, scores and generate.py use the averaged weights, so for a run of "
+        f"this length use about {shorter:g}"
+    ]
 
 
 def resume_point(run: Run) -> str:
