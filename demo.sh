@@ -32,23 +32,23 @@ python train.py \
     --batch-size 16 \
     --learning-rate 3e-3 \
     --ema-decay 0.995 \
-    --max-train-steps 2100 \
+    --max-train-steps 2000 \
     --log-steps 10 \
-    --sampling-steps 700 \
+    --sampling-steps 500 \
     --grid-samples 40 \
-    --checkpointing-steps 1050 \
+    --checkpointing-steps 1000 \
     --num-workers 1
 
 echo "5. generation of pictures and class tokens from noise, without the encoder"
 python generate.py \
-    --ckpt "$OUT/exps/solids/checkpoints/0002100.pt" \
+    --ckpt "$OUT/exps/solids/checkpoints/0002000.pt" \
     --sample-dir "$OUT/samples" \
     --name solids \
-    --num-fid-samples 500 \
+    --num-fid-samples 400 \
     --label-sampling balanced \
     --num-steps 40 \
     --cfg-scale 1.5 \
-    --per-proc-batch-size 250 \
+    --per-proc-batch-size 200 \
     --save-cls
 
 echo "6. evaluation with a classifier that is trained on the 1,000 held-out pictures"

@@ -31,7 +31,7 @@ from experiments.solids import RESOLUTION, write_images
 
 # The pictures are enlarged to 48 px, of which the network makes 6 x 6 tokens: as many as SiT has with patches of 4 px.
 ENCODER_SPEC = "timm/test_resnet:input=48:mean=0.5:std=0.5:output_stride=8"
-JUDGE_WIDTHS, JUDGE_STEPS = [16, 32, 64], 150
+JUDGE_WIDTHS, JUDGE_STEPS = [16, 32, 64], 100
 NOISE_IMAGES = 1000
 REQUIRED_FLAGS = {
     "images": ["dest"],

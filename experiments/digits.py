@@ -1,11 +1,18 @@
 """The handwritten digits of scikit-learn (1,797 scans of 8 x 8 px): data and encoder of a convergence study.
 
+    python experiments/digits.py images  --dest FOLDER                 the half to train on, a folder for each class
+    python experiments/digits.py encoder --dest encoder.safetensors
+    python experiments/digits.py encoder-spec                          the value for train.py --enc-type
+
 One half is for training, the other for scores. Source: Alpaydin and Kaynak, Optical Recognition of Handwritten Digits,
 UCI, 1998.
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +20,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from common.cli import require
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common.cli import POSITIVE, Config, parse, require, setting
 from common.images import save_png
+from common.io import InputError, check_writable, run_cli
 from experiments import encoder
 
 RESOLUTION = 16  # px; twice that of the scans
@@ -24,7 +33,37 @@ ENCODER_SPEC = (
     f"timm/vit_tiny_patch16_224:input={RESOLUTION}:mean=0.5:std=0.5:patch_size=4:embed_dim=96:depth=4:num_heads=4"
 )
 
+COMMANDS = ("images", "encoder", "encoder-spec")
+
 Half = tuple[np.ndarray, np.ndarray]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Digits(Config):
+    """Settings of all commands."""
+
+    command: str = setting("", ", ".join(COMMANDS), flag="command")
+    dest: Path | None = setting(None, "folder (images) or .safetensors file (encoder) to write")
+    steps: int = setting(400, "encoder: training steps", check=POSITIVE)
+
+    def check_combination(self) -> None:
+        if self.command not in COMMANDS:
+            raise InputError(f"command {self.command!r}: allowed: {', '.join(COMMANDS)}")
+        if self.command != "encoder-spec" and self.dest is None:
+            raise InputError(f"the command {self.command} requires --dest")
+        if self.command == "encoder":
+            check_writable(self.dest, "--dest")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one of the commands images, encoder and encoder-spec."""
+    config = parse(Digits, "Write the digits, or an encoder for them.", argv)
+    if config.command == "images":
+        write_images(config.dest)
+    elif config.command == "encoder":
+        train_encoder(config.dest, config.steps)
+    else:
+        print(ENCODER_SPEC)
 
 
 def load_halves() -> tuple[Half, Half]:
@@ -58,3 +97,7 @@ def train_encoder(dest: Path, steps: int) -> None:
     """Train a small vision transformer on one half to classify digits by its class token; write its weights."""
     (scans, labels), _ = load_halves()
     encoder.train_encoder(dest, ENCODER_SPEC, enlarge(scans), torch.from_numpy(labels), steps)
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -66,6 +66,7 @@ def extruded(p: Tensor, figure: Tensor, half: float, rounding: float = 0.06) -> 
 
 
 def from_height(p: Tensor, height: float) -> Tensor:
+    """Return points relative to the point at a height above the origin."""
     return p - torch.tensor([0, height, 0])
 
 

@@ -1,4 +1,5 @@
 import json
+import re
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from experiments import demo
 from experiments.judge import load_images
 from experiments.solids import SOLIDS, draw_scenes, render
 from models.encoders import load_encoder
+from tests.conftest import ROOT
 
 
 def write_pictures(folder, seed: int, per_class: int = 6):
@@ -63,3 +65,11 @@ def test_real_pictures_get_the_score_of_real_pictures(tmp_path, monkeypatch):
     np.save(tmp_path / "samples" / "cls_tokens.npy", generated.numpy())
     demo.main(["score", "--encoder", encoder, *map(str, flags)])
     assert json.loads(score.read_text())["cls_tokens_right"] == pytest.approx(0.9)
+
+
+def test_the_script_and_the_notebook_name_the_last_checkpoint():
+    script = (ROOT / "demo.sh").read_text()
+    (checkpoint,) = re.findall(r'--ckpt "\$OUT/(.+)"', script)
+    (steps,) = re.findall(r"--max-train-steps (\d+)", script)
+    assert checkpoint == f"exps/solids/checkpoints/{int(steps):07d}.pt"
+    assert f"../demo/{checkpoint}" in (ROOT / "notebooks" / "sample.ipynb").read_text()

@@ -25,7 +25,7 @@ def write_samples(folder, pixels, labels):
 def test_the_two_halves_are_different_digits_of_all_classes(tmp_path):
     (scans, labels), (held_out, held_out_labels) = digits.load_halves()
     assert len(scans) + len(held_out) == 1797 and set(labels) == set(held_out_labels) == set(range(10))
-    digits.write_images(tmp_path)
+    digits.main(["images", "--dest", str(tmp_path)])
     assert len(list(tmp_path.glob("*/*.png"))) == len(scans)
     assert np.array_equal(np.array(Image.open(tmp_path / str(labels[3]) / "0003.png")), scans[3])
 
@@ -39,9 +39,18 @@ def test_a_missing_package_is_named(monkeypatch, tmp_path):
 def test_the_encoder_is_read_by_its_description(tmp_path, monkeypatch):
     halves = [(scans[:200], labels[:200]) for scans, labels in digits.load_halves()]
     monkeypatch.setattr(digits, "load_halves", lambda: halves)
-    digits.train_encoder(tmp_path / "encoder.safetensors", steps=2)
+    digits.main(["encoder", "--dest", str(tmp_path / "encoder.safetensors"), "--steps", "2"])
     encoder = load_encoder(digits.ENCODER_SPEC, digits.RESOLUTION, tmp_path / "encoder.safetensors")
     assert (encoder.num_tokens, encoder.width) == (16, 96)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [([], "command '': allowed: images, encoder, encoder-spec"), (["encoder"], "the command encoder requires --dest")],
+)
+def test_commands_are_checked(flags, message):
+    with pytest.raises(InputError, match=message):
+        digits.main(flags)
 
 
 def test_images_are_read_in_the_order_of_their_labels_and_faults_are_named(tmp_path):
