@@ -199,7 +199,8 @@ def generate(plan: SamplePlan, accelerator: Accelerator, samples: SampleSet, bat
     # The main process shows the images of all processes, as if they were equally fast.
     total, done = sum(map(len, batches)), 0.0
     scale = total / max(1, sum(map(len, mine)))
-    bar = progress_bar(total=total, unit="img", main=accelerator.is_main_process, desc="generating", bar_format=BAR)
+    shown = {"desc": "generating", "unit": "img", "bar_format": BAR}
+    bar = progress_bar(total=total, main=accelerator.is_main_process, lines=True, **shown)
     with ThreadPoolExecutor(WRITER_THREADS) as pool, bar:
         writing: list[Future[None]] = []
         for numbers in mine:
