@@ -30,11 +30,10 @@ from models.checkpoint import (
     steps_done,
 )
 from models.exported_codec import export_codec
+from models.hub import FILE_ENDINGS
 from models.layouts import LAYOUTS
-from models.safetensors_format import CLASS_NAME, CONFIG_FILE, write_network
+from models.safetensors_format import CONFIG_FILE, export_config, write_network
 
-# The settings of a run that a user of the network needs in addition to its architecture.
-KEPT_SETTINGS = ("model", "path_type", "resolution", "enc_type", "exp_name")
 CARD = """---
 library_name: diffusers
 pipeline_tag: unconditional-image-generation
@@ -42,13 +41,13 @@ tags: [{tags}]
 ---
 # {name}
 
-A {model} denoising transformer of the REG family ([arXiv 2507.01467](https://arxiv.org/abs/2507.01467)), {num_classes}
+A {model} denoising transformer of the REG family ([arXiv 2507.01467](https://arxiv.org/abs/2507.01467)), {count}
 classes, {origin}; {weights} weights. Written by `export.py`; with the code of that repository:
 
 ```python
 from models.pipeline import REGPipeline
 
-images = REGPipeline.from_pretrained("{name}")([0, 1, 2], guidance_scale=2.3, guidance_interval=(0, 0.85)).images
+images = REGPipeline.from_pretrained("{name}")({labels}, guidance_scale=2.3, guidance_interval=(0, 0.85)).images
 ```
 """
 
@@ -81,6 +80,8 @@ def export(ckpt: str | Path, dest: str | Path, weights: str = "ema", layout: str
     Raises InputError if the checkpoint has no such network, or if `dest` exists already or cannot be written.
     """
     dest = Path(dest)
+    if dest.suffix != ".safetensors" and dest.name.endswith(FILE_ENDINGS):
+        raise InputError(f"--dest {dest}: allowed: a name that ends in .safetensors, or the name of a folder")
     if dest.exists() and not (dest.is_dir() and not any(dest.iterdir())):
         raise InputError(f"--dest {dest}: there is something already; choose another name")
     check_writable(dest if dest.suffix == ".safetensors" else dest / CONFIG_FILE, "--dest")
@@ -94,22 +95,18 @@ def export(ckpt: str | Path, dest: str | Path, weights: str = "ema", layout: str
             tags = "image-generation" if config["cls_token_dim"] is None else "image-generation, reg"
             trained = f"trained for {config['steps']} steps"
             origin = "converted from the weights of SiT's authors (arXiv 2401.08740)" if layout == "sit" else trained
-            file.write(CARD.format(**{"model": "SiT", **config}, tags=tags, name=dest.name, origin=origin))
+            labels = checkpoint_classes(checkpoint, config["num_classes"], ckpt).labels
+            known = {"count": len(labels), "labels": list(labels[:3]), "model": "SiT", **config}
+            file.write(CARD.format(**known, tags=tags, name=dest.name, origin=origin))
 
 
 def describe(checkpoint: dict[str, Any], weights: str, source: str | Path) -> dict[str, Any]:
-    """Return the configuration of an export: what is needed to rebuild the network and to decode its latents."""
-    saved, network = saved_settings(checkpoint, source), network_config(checkpoint, weights, source)
-    classes = checkpoint_classes(checkpoint, network.num_classes, source)
-    return {
-        "_class_name": CLASS_NAME,
-        **network.to_json(),
-        **{name: saved[name] for name in KEPT_SETTINGS if saved.get(name) is not None},
-        "codec": saved.get("codec") or SD_FORMAT.to_json(),
-        "steps": steps_done(checkpoint, source),
-        "weights": weights,
-        **({"classes": classes.to_json()} if "classes" in checkpoint else {}),
-    }
+    """Return the configuration of an export, see `export_config`. Raises InputError if the checkpoint is not valid."""
+    network, saved = network_config(checkpoint, weights, source), saved_settings(checkpoint, source)
+    codec = saved.get("codec") or SD_FORMAT.to_json()
+    saved = {**saved, "codec": codec, "steps": steps_done(checkpoint, source), "weights": weights}
+    classes = checkpoint_classes(checkpoint, network.num_classes, source).to_json() if "classes" in checkpoint else None
+    return export_config(network, saved, classes)
 
 
 if __name__ == "__main__":

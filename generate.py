@@ -31,7 +31,6 @@ from common.cli import AUTO, changed, parse
 from common.distributed import broadcast_from_main, largest_batch, long_collective_timeout, start_processes, to_host
 from common.io import InputError, progress_bar, run_cli, write_json
 from evaluations.coherence import CoherenceReport
-from evaluations.comparison import PUBLISHED_COUNT
 from generation.config import (
     DEFAULT_COUNT,
     GenerateConfig,
@@ -266,9 +265,8 @@ def finish(plan: SamplePlan, samples: SampleSet) -> None:
         scores = plan.coherence(samples.read_images(), samples.read_cls_tokens(), plan.labels)
         write_json(samples.folder / "coherence.json", scores)
     samples.release()
-    if len(plan.labels) == DEFAULT_COUNT:
-        hint = f"{DEFAULT_COUNT} images; FID needs {PUBLISHED_COUNT:,}, see --num-fid-samples"
-        print(hint, file=sys.stderr)
+    if "num_fid_samples" not in config.given:
+        print(f"{samples.total:,} images; for FID: --num-fid-samples 50000", file=sys.stderr)
     if config.npz and config.name is None:
         name = published_name(config, plan.checkpoint, plan.model.config, plan.codec.format)
         if link := samples.link_npz(name):

@@ -61,6 +61,11 @@ class Guidance:
         if not 0 <= self.low <= self.high <= 1:
             raise ValueError(f"guidance interval {self.low} .. {self.high}: must be 0 <= low <= high <= 1")
 
+    @property
+    def ignores_cls_scale(self) -> bool:
+        """Whether `cls_scale` asks for guidance and has no effect, because `scale` turns guidance off."""
+        return self.scale <= 1 < self.cls_scale
+
     def active(self, t: float) -> bool:
         """Return whether guidance is on at time t. Times equal to `low` or `high` are inside the interval."""
         return self.scale > 1 and self.low <= t <= self.high

@@ -41,7 +41,8 @@ def train(run: Run) -> bool:
     with log_file(run.folder / "log.txt", accelerator.process_index):
         announce(summary.starting(run, last_step))
         if run.step >= last_step:
-            logger.info("nothing to do: the run is at step %d, its last step is %d", run.step, last_step)
+            flags = "--max-train-steps" + " and --epochs" * (run.config.epochs is not None)
+            logger.info("nothing to do: the run is at step %d, and %s ends it at step %d", run.step, flags, last_step)
         batches = load_batches(run, range(run.step, last_step))
         if run.step == 0:
             write_reconstructions(run)

@@ -149,7 +149,7 @@ def class_names(contents: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def label_ranges(labels: Iterable[int]) -> str:
-    """Return labels as the shortest text from which `ClassSet.select` makes them again, such as "0-4,17,940"."""
+    """Return labels as the shortest text that `ClassSet.select` reads, such as "0-4,17,940"."""
     runs: list[list[int]] = []
     for label in labels:
         if runs and label == runs[-1][-1] + 1:

@@ -121,9 +121,9 @@ class Config:
         """Raise InputError for settings that exclude each other. Subclasses override it."""
 
     @classmethod
-    def from_record(cls, values: dict[str, Any], source: str) -> dict[str, Any]:
-        """Return the settings in a --config file that a program wrote about its own work. Subclasses override it."""
-        return values
+    def from_record(cls, record: dict[str, Any]) -> dict[str, Any]:
+        """Return the settings in a --config file that a program wrote about its own work."""
+        return {name: value for name, value in record.items() if name not in cls.recorded}
 
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)
@@ -161,7 +161,8 @@ def parse(config_class: type[AnyConfig], description: str, argv: Sequence[str] |
         values = _from_file(config_class, parser, source) | values
     required = {name: item for name, item in settings(config_class).items() if item.default is MISSING}
     if missing := [flag_of(item) for name, item in required.items() if name not in values]:
-        example = config_class.example or _example(required.values())
+        words = [f"{flag_of(item)} " * flag_of(item).startswith("-") + name.upper() for name, item in required.items()]
+        example = config_class.example or " ".join(["python", sys.argv[0], *words])
         verb = "is" if len(missing) == 1 else "are"
         raise InputError(f"{' and '.join(missing)} {verb} required; example: {example}; --help lists all flags")
     return _with_given(config_class(**(_from_environment(config_class) | values)), values)
@@ -175,15 +176,6 @@ def changed(config: AnyConfig, **values: Any) -> AnyConfig:
 def _with_given(config: AnyConfig, names: Iterable[str]) -> AnyConfig:
     object.__setattr__(config, "given", frozenset(names))
     return config
-
-
-def _example(required: Iterable[dataclasses.Field]) -> str:
-    """Return a command line with the required flags of the running program."""
-    words = ["python", sys.argv[0]]
-    for item in required:
-        words += [flag_of(item)] if flag_of(item).startswith("-") else []
-        words.append(item.name.upper())
-    return " ".join(words)
 
 
 def _parsed(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
@@ -212,18 +204,20 @@ def _from_environment(config_class: type[Config]) -> dict[str, str]:
 
 def _from_file(config_class: type[Config], parser: argparse.ArgumentParser, source: str) -> dict[str, Any]:
     """Return the values in a --config file. Raises InputError, naming file and key, for all that is not allowed."""
-    content = read_json(source)
+    try:
+        content = read_json(source)
+    except InputError as error:
+        raise InputError(f"--config {error}") from error
     if not isinstance(content, dict):
         raise InputError(f"--config {source}: must be a JSON object, with names of settings as keys")
     items = settings(config_class)
-    is_record = bool(config_class.recorded & content.keys())
-    content = {key: value for key, value in content.items() if key not in config_class.recorded}
+    if config_class.recorded & content.keys():
+        content = config_class.from_record(content)
     for key in content:
         if key not in items:
             near = difflib.get_close_matches(key.replace("-", "_"), items, n=1)
-            raise InputError(f"--config {source}: {key}: no setting of this program" + f"; {near[0]}?" * bool(near))
-    if is_record:
-        content = config_class.from_record(content, source)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise InputError(f"--config {source}: {key}: no setting of this program{hint}")
     hints = get_type_hints(config_class)
     arguments = []
     for key, value in content.items():

@@ -247,6 +247,8 @@ def read_json(path: str | Path) -> Any:
         return parse_json(Path(path).read_bytes())
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file") from error
+    except IsADirectoryError as error:
+        raise InputError(f"{path}: is a folder; allowed: a JSON file") from error
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
 

@@ -14,6 +14,7 @@ from common.cli import (
     NON_NEGATIVE,
     POSITIVE,
     UNIT_INTERVAL,
+    Check,
     Config,
     adjustable,
     batch_size,
@@ -29,6 +30,7 @@ from samplers import MODES, SOLVERS, Guidance, derive_seed
 
 LABEL_STREAM = 2  # first part of the key of a label's seed: no other draw from the global seed uses it
 DEFAULT_COUNT = 64  # images; FID needs 50,000
+COUNT = Check("from 1 to 10,000,000", lambda value: 1 <= value <= 10_000_000)
 WITHOUT_EFFECT = ("encoder_depth", "legacy")  # of the settings known from the checkpoint, those that change no image
 
 
@@ -55,7 +57,7 @@ class ContentSettings(Config):
     num_fid_samples: int | None = adjustable(
         None,
         f"number of images, for FID 50000; default: {DEFAULT_COUNT}, or as many as before to complete a set",
-        check=POSITIVE,
+        check=COUNT,
     )
     label_sampling: str = setting("random", "how labels are chosen", choices=("random", "balanced"))
     classes: str | None = setting(
@@ -224,7 +226,7 @@ def check_against_checkpoint(
 
 def unused_scale(config: GenerateConfig) -> list[str]:
     """Return a warning if --cls-cfg-scale has no effect. No error: published command lines may contain it."""
-    if not config.guidance.cls_scale > 1 >= config.cfg_scale:
+    if not config.guidance.ignores_cls_scale:
         return []
     reason = f"only --cfg-scale above 1 turns guidance on, and it is {config.cfg_scale:g}"
     return [f"--cls-cfg-scale {config.cls_cfg_scale:g} has no effect: {reason}"]

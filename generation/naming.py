@@ -9,6 +9,7 @@ from typing import Any
 from generation.config import GenerateConfig, network_name
 from models.autoencoder import PUBLISHED_NAMES, LatentFormat
 from models.checkpoint import resolve_checkpoint, saved_settings, steps_done
+from models.hub import FILE_ENDINGS
 from models.sit import SiTConfig
 
 NETWORK_NAME = re.compile(r"[\w.-]+/\d+")  # SiT-XL/2
@@ -35,8 +36,9 @@ def published_name(config: GenerateConfig, checkpoint: dict[str, Any], network: 
     """
     model = network_name(network, saved_settings(checkpoint, config.ckpt))
     model = model.replace("/", "-") if isinstance(model, str) and NETWORK_NAME.fullmatch(model) else "SiT"
-    path = resolve_checkpoint(config.ckpt)
-    step = path.name if path.is_dir() else path.stem
+    path = Path(config.ckpt)  # may also be a name on the hub
+    path = resolve_checkpoint(path).absolute() if path.is_dir() else path
+    step = path.stem if path.name.endswith(FILE_ENDINGS) else path.name
     decoder = Path(codec.codec).name
     vae = {name: short for short, name in PUBLISHED_NAMES.items()}.get(decoder, decoder)
     size, scales = network.input_size * codec.factor, config.guidance

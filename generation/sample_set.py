@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from common.classes import ClassSet
-from common.cli import fixed_settings, settings
+from common.cli import fixed_settings, flag, settings
 from common.images import decode_rgb, image_grid, save_png
 from common.io import InputError, atomic_write, check_writable, lock_folder, read_json, unlock_folder, write_json
 from evaluations.npz import NpzFile, write_npz
@@ -62,7 +62,7 @@ class SampleSet:
         path = folder / "samples.json"
         saved = read_json(path) if path.exists() else None
         count = saved.get("num_fid_samples") if isinstance(saved, dict) else None
-        return count if isinstance(count, int) and count > 0 else None
+        return count if type(count) is int and count > 0 else None
 
     def claim(self, made_with: dict[str, Any]) -> None:
         """Lock the folder for this process and write the settings to samples.json.
@@ -94,8 +94,8 @@ class SampleSet:
         changeable = settings(GenerateConfig).keys() - fixed_settings(GenerateConfig)
         for name, value in saved.items():
             if name not in changeable and made_with.get(name) != value:
-                other = f"{name} {value}, not {made_with.get(name)}"
-                raise InputError(f"{self.folder} contains images made with {other}; choose another --name")
+                before, now = _shown_setting(name, value), _shown_setting(name, made_with.get(name))
+                raise InputError(f"{self.folder} contains images made with {before}, not {now}; choose another --name")
 
     def missing_batches(self, size: int, with_cls: bool) -> list[range]:
         """Return the batches, as image numbers, that lack an image or, if `with_cls`, a class token."""
@@ -152,8 +152,7 @@ class SampleSet:
     def link_npz(self, name: str) -> Path | None:
         """Let NAME.npz next to the folder be samples.npz, and return its path; None if another file has that name.
 
-        It is a relative symbolic link; where the file system has none, a hard link or a copy. A link to another sample
-        set is replaced.
+        It is a relative symbolic link, or a copy if the file system has no links. A link to another set is replaced.
         """
         npz, link = self.folder / "samples.npz", self.folder.parent / f"{name}.npz"
         if link.is_symlink():
@@ -165,10 +164,7 @@ class SampleSet:
         try:
             new.symlink_to(npz.relative_to(link.parent))
         except OSError:
-            try:
-                os.link(npz, new)
-            except OSError:
-                shutil.copy2(npz, new)
+            shutil.copy2(npz, new)
         os.replace(new, link)
         return link
 
@@ -224,6 +220,13 @@ class SampleSet:
                 part.unlink()
         if not self._cls_parts():
             shutil.rmtree(self.folder / "cls", ignore_errors=True)
+
+
+def _shown_setting(name: str, value: Any) -> str:
+    """Return a setting in samples.json as a message shows it."""
+    if name == DIGEST:
+        return f"weights of SHA-256 {value}"
+    return f"the default of {flag(name)}" if value is None else f"{flag(name)} {value}"
 
 
 def _read_cls_tokens(path: Path, rows: int | None = None) -> np.ndarray:

@@ -27,7 +27,9 @@ command -v python > /dev/null || fail "python is not in PATH; activate the Pytho
 if [[ " $* " == *" --device cpu "* || " $* " == *" --device=cpu "* ]]; then
     NUM_GPUS=${NUM_GPUS:-0}
 fi
-[[ ${NUM_GPUS:-0} =~ ^[0-9]+$ ]] || fail "NUM_GPUS $NUM_GPUS: must be a whole number; 0 uses the CPU"
+for name in NUM_GPUS NUM_PROCESSES NUM_MACHINES MACHINE_RANK HEAD_PORT MAX_RESTARTS; do
+    [[ ${!name:-0} =~ ^(0|[1-9][0-9]*)$ ]] || fail "$name ${!name}: must be a whole number, 0 or greater"
+done
 if [ "${NUM_GPUS:-}" != 0 ] && [[ " $* " != *" --device cpu "* && " $* " != *" --device=cpu "* ]]; then
     found=$(python -W ignore -c "import torch; print(torch.cuda.device_count())") ||
         fail "this Python environment has no PyTorch that works: $(command -v python)"
@@ -52,7 +54,14 @@ if [ -z "${HEAD_ADDRESS:-}" ] && ((NUM_MACHINES > 1)) && [ -n "${SLURM_JOB_NODEL
         fail "scontrol is not in PATH; set HEAD_ADDRESS to the first node of $SLURM_JOB_NODELIST"
     HEAD_ADDRESS=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 fi
+if [ -z "${HEAD_ADDRESS:-}" ] && ((NUM_MACHINES > 1)); then
+    fail "NUM_MACHINES $NUM_MACHINES: HEAD_ADDRESS is required, the address of the machine with MACHINE_RANK 0"
+fi
 HEAD_ADDRESS=${HEAD_ADDRESS:-127.0.0.1} # of the head machine
+if ((NUM_PROCESSES == 0 || NUM_MACHINES == 0)); then
+    fail "NUM_PROCESSES $NUM_PROCESSES, NUM_MACHINES $NUM_MACHINES: must be 1 or greater"
+fi
+((HEAD_PORT < 65536)) || fail "HEAD_PORT $HEAD_PORT: must be less than 65536"
 
 if ((${SLURM_STEP_NUM_TASKS:-1} > ${SLURM_STEP_NUM_NODES:-1} || ${SLURM_LOCALID:-0} > 0)); then
     fail "more than one SLURM task on this node: one task per node starts the processes of all its GPUs; submit the job" \

@@ -23,13 +23,13 @@ import torch
 from torch import Tensor, nn
 
 from common.io import InputError, read_json
-from models.hub import HubName, NotOnHub, hub_folder, is_cached, local_or_hub
-from models.safetensors_format import CONFIG_FILE, PIPELINE_FILE, class_name
+from models.hub import HubName, hub_folder, local_or_hub
+from models.safetensors_format import CODEC_FOLDER, CONFIG_FILE, PIPELINE_FILE, class_name
 from models.weights_file import mismatch, some_of, unreadable
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+NEEDED = f"the folder of a codec contains {CONFIG_FILE} and {WEIGHTS_FILE}"
 CLASSES = ("AutoencoderKL", "AutoencoderTiny")
-PIPELINE_PART = "vae"  # folder of the codec in a diffusers pipeline
 DECODED_PIXELS = 2**21  # in one call, 32 images of 256 px; far more would need activations of more than 2^31 values
 LOCAL_CODEC = "local folder "  # starts the name of a codec in an export that does not contain its files
 SD_SCALE = 0.18215  # gives Stable Diffusion's latents about unit variance (arXiv 2112.10752, appendix G)
@@ -291,26 +291,24 @@ def load_codec(name: str, device: str | torch.device = "cpu") -> Codec:
 
 def _codec_folder(name: str, source: str) -> Path:
     """Return the local folder of a codec's files, which are downloaded first if they are on the hub."""
-    folder = f"a folder with {CONFIG_FILE} and {WEIGHTS_FILE}, also as {PIPELINE_PART}/ of a diffusers pipeline"
+    folder = f"a folder with {CONFIG_FILE} and {WEIGHTS_FILE}, also as {CODEC_FOLDER}/ of a diffusers pipeline"
     allowed = f"pixel, {', '.join(CODECS)}, {folder}, or that on the hub (owner/name or owner/name/subfolder)"
     owner, _, rest = source.partition("/")
     if name in CODECS and not os.path.exists(source):
         place = HubName(f"{owner}/{rest.partition('/')[0]}", rest.partition("/")[2])
     else:
-        place = local_or_hub(source, allowed, "codec")
+        place = local_or_hub(source, allowed, "codec (--vae)")
     if isinstance(place, Path):
         return _local_codec(place)
     instead = (
         f"Put {CONFIG_FILE} and {WEIGHTS_FILE} of https://huggingface.co/{place.repo} into a folder and give "
-        f"that folder instead of {name}"
+        f"that folder by --vae"
     )
-    files, part = (WEIGHTS_FILE, CONFIG_FILE), HubName(place.repo, f"{place.inside}/{PIPELINE_PART}".lstrip("/"))
-    if is_cached(part, CONFIG_FILE) and not is_cached(place, CONFIG_FILE):
-        return hub_folder(part, files, instead)
+    files, part = (WEIGHTS_FILE, CONFIG_FILE), HubName(place.repo, f"{place.inside}/{CODEC_FOLDER}".lstrip("/"))
     try:
         return hub_folder(place, files, instead)
-    except NotOnHub:
-        with contextlib.suppress(NotOnHub):
+    except InputError:
+        with contextlib.suppress(InputError):
             return hub_folder(part, files, instead)
         raise
 
@@ -319,12 +317,14 @@ def _local_codec(place: Path) -> Path:
     """Return the folder with a codec's files: `place`, or the codec's folder in a diffusers pipeline."""
     if not place.is_dir():
         raise InputError(f"codec {place}: is a file; give the folder that has {CONFIG_FILE} and {WEIGHTS_FILE}")
-    part, index = place / PIPELINE_PART, place / PIPELINE_FILE
+    part, index = place / CODEC_FOLDER, place / PIPELINE_FILE
     if (part / CONFIG_FILE).is_file() and (index.is_file() or not (place / CONFIG_FILE).is_file()):
         return part
     if index.is_file() and not (place / CONFIG_FILE).is_file():
         name = class_name(read_json(index))
-        raise InputError(f"codec {place}: a diffusers pipeline ({name}) without a codec in {PIPELINE_PART}/")
+        raise InputError(f"codec {place}: a diffusers pipeline ({name}) without a codec in {CODEC_FOLDER}/")
+    if not (place / CONFIG_FILE).is_file():
+        raise InputError(f"codec {place}: has no {CONFIG_FILE}; {NEEDED}")
     return place
 
 
@@ -334,8 +334,7 @@ def _load_autoencoder(folder: Path, kind: str) -> nn.Module:
     if not weights.is_file():
         others = sorted(path.name for path in folder.glob("*") if path.suffix in (".bin", ".safetensors", ".pt"))
         found = f"; the folder has {', '.join(others)}" if others else ""
-        needed = f"the folder of a codec contains {CONFIG_FILE} and {WEIGHTS_FILE}"
-        raise InputError(f"{weights}: no such file; {needed}{found}")
+        raise InputError(f"codec {folder}: has no {WEIGHTS_FILE}; {NEEDED}{found}")
     import diffusers
     from safetensors import SafetensorError
 
@@ -360,7 +359,7 @@ def _latent_format(name: str, spec: CodecSpec, folder: Path, config: dict[str, A
 
     scale = scaling_factor / latents_std, shift = shift_factor or latents_mean (one number, or one for each channel).
     """
-    is_tiny = config["_class_name"] == "AutoencoderTiny"
+    is_tiny = class_name(config) == "AutoencoderTiny"
     std, mean = config.get("latents_std"), config.get("latents_mean")
     # The first configs, those of Stable Diffusion, have no entry for the scale; latents_std replaces it.
     scale = config.get("scaling_factor") or (1.0 if is_tiny or std else SD_SCALE)

@@ -39,6 +39,7 @@ CHECKPOINT_NAME = re.compile(r"(\d{7,})\.pt")
 OLD_BLOCKS = "decoder_blocks."  # name of the blocks after the projectors in older REPA checkpoints
 OLD_BLOCK = re.compile(r"^decoder_blocks\.(\d+)\.")
 BLOCK_WEIGHT = re.compile(r"(?:decoder_)?blocks\.\d{1,6}\..+")
+MOST_SHOWN = 6  # names in an error
 PLACES = "a checkpoint file, a run's folder, an exported network, or a repository of the hub (owner/name[/file.pt])"
 
 
@@ -107,7 +108,7 @@ def resolve_checkpoint(name: str | Path) -> Path:
     """
     place = local_or_hub(name, PLACES)
     if not isinstance(place, Path):
-        instead = f"There is no local file {name} either. Download the files on another machine and give their folder"
+        instead = f"There is no local file {name} either. Download it on another machine and give its path"
         if place.is_file:
             return hub_file(place.repo, place.inside, instead)
         return hub_export(place)
@@ -115,6 +116,8 @@ def resolve_checkpoint(name: str | Path) -> Path:
     found = list_checkpoints(folder) if place.is_dir() else []
     if not found and folder != place:
         raise InputError(f"{place}: a training run without a checkpoint; allowed: one with {folder}/NNNNNNN.pt")
+    if runs := [path.parent.name for path in sorted(place.glob("*/checkpoints"))]:
+        raise InputError(f"{place}: contains training runs ({', '.join(runs[:MOST_SHOWN])}); give the folder of one")
     return found[-1] if found else place
 
 
@@ -274,8 +277,10 @@ def _stored_weights(checkpoint: dict[str, Any], weights: str, source: str | Path
         state = plain_names(state)
     if not isinstance(state, dict) or "x_embedder.proj.weight" not in state or "pos_embed" not in state:
         held = state if isinstance(state, dict) and state else checkpoint
-        keys = ", ".join(list(map(str, held))[:6]) or "nothing"
-        raise InputError(f"{source}: no {weights} weights of a SiT in it; it holds {keys}")
+        keys = ", ".join(list(map(str, held))[:MOST_SHOWN]) or "nothing"
+        other = "model" if weights == "ema" else "ema"
+        hint = f"; --weights {other} takes its {other} weights" if isinstance(checkpoint.get(other), dict) else ""
+        raise InputError(f"{source}: no {weights} weights of a SiT in it; it holds {keys}{hint}")
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise InputError(f"{source}: {name} in its weights is a {type(value).__name__}; expected a tensor")

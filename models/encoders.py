@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from common.io import InputError
 from models.hub import hub_file, local_or_hub, url_file
+from models.layouts import plain_names
 from models.weights_file import mismatch, read_weights_file, unreadable
 
 Device = str | torch.device
@@ -357,7 +358,7 @@ def _read_weights(name: str | Path, line: EncoderSpec) -> dict[str, Any]:
     checkpoint = {str(key): value for key, value in checkpoint.items()} if isinstance(checkpoint, dict) else {}
     if any(key.startswith(line.prefix) for key in checkpoint):
         checkpoint = {k.removeprefix(line.prefix): v for k, v in checkpoint.items() if k.startswith(line.prefix)}
-    checkpoint = {k: v for k, v in checkpoint.items() if k.removeprefix("module.") != CLIP_PROJECTION}
+    checkpoint = {name: value for name, value in plain_names(checkpoint).items() if name != CLIP_PROJECTION}
     classifier = _pretrained_cfg(line.model).classifier or ()
     heads = tuple(f"{name}." for name in ((classifier,) if isinstance(classifier, str) else classifier))
     state = {key: value for key, value in checkpoint.items() if not key.startswith(heads)}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from common.io import InputError, atomic_write, read_json
-from models.autoencoder import CODECS, CONFIG_FILE, LOCAL_CODEC, WEIGHTS_FILE, LatentFormat
+from models.autoencoder import CODECS, CONFIG_FILE, LOCAL_CODEC, NEEDED, WEIGHTS_FILE, LatentFormat
 from models.hub import HubName, hub_folder
 from models.safetensors_format import CODEC_FOLDER
 from models.safetensors_format import WEIGHTS_FILE as NETWORK_FILE
@@ -37,9 +37,7 @@ def export_codec(latent_format: LatentFormat, dest: Path) -> dict[str, Any]:
         return {**codec, "codec": f"{LOCAL_CODEC}{folder.name}"}
     for file in CODEC_FILES:
         if not (folder / file).is_file():
-            raise InputError(
-                f"{folder / file}: no such file; the folder of a codec contains {' and '.join(CODEC_FILES)}"
-            )
+            raise InputError(f"{folder / file}: no such file; {NEEDED}")
     for file in CODEC_FILES:
         with open(folder / file, "rb") as source, atomic_write(dest / CODEC_FOLDER / file) as copy:
             shutil.copyfileobj(source, copy)
@@ -51,7 +49,10 @@ def hub_export(place: HubName) -> Path:
 
     Raises InputError if a file is neither in the local cache nor downloadable.
     """
-    instead = f"Download both files of {place.repo} into a folder and give that folder, or give owner/name/FILE"
+    instead = (
+        f"There is no local file or folder {'/'.join(filter(None, place))} either. Download both files of {place.repo} "
+        "into a folder and give that folder, or give owner/name/FILE"
+    )
     folder = hub_folder(place, (CONFIG_FILE, NETWORK_FILE), instead)
     content = read_json(folder / CONFIG_FILE)
     codec = content.get("codec") if isinstance(content, dict) else None

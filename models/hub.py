@@ -34,10 +34,6 @@ class HubName(NamedTuple):
         return self.inside.endswith(FILE_ENDINGS)
 
 
-class NotOnHub(InputError):
-    """The hub was asked, and it has no such repository or file."""
-
-
 def local_or_hub(name: str | Path, allowed: str, flag: str = "") -> Path | HubName:
     """Return the existing file or folder of this name, or the place on the hub that it names. `~` is the home folder.
 
@@ -63,23 +59,11 @@ def hub_folder(place: HubName, files: Sequence[str], instead: str) -> Path:
     return paths[0].parent
 
 
-def is_cached(place: HubName, file: str) -> bool:
-    """Return whether a file in a repository's folder is in the local cache."""
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        return isinstance(try_to_load_from_cache(place.repo, f"{place.inside}/{file}".lstrip("/")), str)
-    except HFValidationError:
-        return False
-
-
 def hub_file(repo: str, filename: str, instead: str) -> Path:
     """Return the local path of `filename` in repository `repo` of the hub, downloaded if it is not cached.
 
     `instead` says what to do without the hub, for example in which folder to put the file.
-    Raises InputError, with the address and `instead`, if the file is not cached and cannot be downloaded; NotOnHub if
-    the hub does not have it.
+    Raises InputError, with the address and `instead`, if the file is not cached and cannot be downloaded.
     """
     from huggingface_hub import constants, errors, hf_hub_download, try_to_load_from_cache
 
@@ -99,11 +83,11 @@ def hub_file(repo: str, filename: str, instead: str) -> Path:
         how = f"ask for it at {constants.ENDPOINT}/{repo}, then run hf auth login"
         raise InputError(f"{address}: needs the owner's permission; {how}. {instead}") from error
     except errors.RepositoryNotFoundError as error:
-        raise NotOnHub(f"{address}: no such repository; a private one needs hf auth login. {instead}") from error
+        raise InputError(f"{address}: no such repository; a private one needs hf auth login. {instead}") from error
     except errors.LocalEntryNotFoundError as error:  # also an EntryNotFoundError
         raise InputError(f"{address}: not in the local cache, and the hub cannot be reached. {instead}") from error
     except errors.EntryNotFoundError as error:
-        raise NotOnHub(f"{address}: no such file in this repository. {instead}") from error
+        raise InputError(f"{address}: no such file in this repository. {instead}") from error
     except Exception as error:  # the exceptions depend on the client's HTTP library, which has changed
         raise InputError(f"{address}: cannot be downloaded ({first_line(error)}). {instead}") from error
 

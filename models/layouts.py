@@ -8,6 +8,7 @@ weights exactly. Everything else that is recognised here is refused, with a sent
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ from common.io import InputError
 from models.sit import PRESETS, TimestepEmbedder
 
 LAYOUTS = ("auto", "reg", "sit")
-PREFIXES = re.compile(r"^module\.|\b_orig_mod\.")  # of DistributedDataParallel and torch.compile
+PREFIXES = re.compile(r"^(module\.|_orig_mod\.)+|\b_orig_mod\.")  # of DistributedDataParallel and torch.compile
 WRAPPERS = ("ema", "model", "state_dict", "module")  # entries of a file that hold a state dict
 OWN_PARTS = ("projectors.", "cls_projectors2.", "slot_token", "decoder_blocks.")  # neither SiT nor DiT has them
 # What a file with a parameter of such a name holds, and the flag that takes it.
@@ -89,15 +90,11 @@ def stored_state(content: Mapping[str, Any]) -> dict[Any, Any]:
     return plain_names(state)
 
 
-def _patch_values(state: Mapping[str, Any]) -> int | None:
-    """Return the number of values of one patch of latents, p p C, or None if the patch embedding has another shape."""
-    weight = state.get("x_embedder.proj.weight")
-    return weight[0].numel() if isinstance(weight, Tensor) and weight.ndim == 4 and len(weight) else None
-
-
 def _is_twice_as_wide(state: Mapping[str, Any]) -> bool:
-    last, needed = state.get("final_layer.linear.weight"), _patch_values(state)
-    return isinstance(last, Tensor) and last.ndim == 2 and needed is not None and len(last) == 2 * needed
+    """Return whether the last layer has two outputs for each value of a patch of latents, p p C."""
+    names = ("x_embedder.proj.weight", "final_layer.linear.weight")
+    first, last = (getattr(state.get(name), "shape", ()) for name in names)
+    return len(first) == 4 and len(last) == 2 and last[0] == 2 * math.prod(first[1:])
 
 
 def from_sit(content: Mapping[str, Any], source: str | Path) -> dict[str, Any]:

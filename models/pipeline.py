@@ -28,14 +28,12 @@ from common.classes import ClassSet
 from models.autoencoder import Codec, KLCodec, LatentFormat, load_decoder
 from models.checkpoint import build_model, checkpoint_classes, load_checkpoint, saved_settings, steps_done
 from models.interpolant import Interpolant
-from models.safetensors_format import CODEC_FOLDER, write_network
+from models.safetensors_format import CODEC_FOLDER, KEPT_SETTINGS, export_config, write_network
 from models.sit import SiT
 from samplers import Guidance, image_seeds, sample_images
 
 BATCH_SIZE = 32  # the images do not depend on it
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-# What an exported network's configuration has in addition to the network, path, codec and classes.
-DETAILS = ("model", "resolution", "enc_type", "exp_name")
 
 
 class REGPipeline(DiffusionPipeline):
@@ -61,7 +59,7 @@ class REGPipeline(DiffusionPipeline):
         self.register_modules(transformer=transformer, vae=vae)
         self.register_to_config(path_type=path_type, classes=classes)
         self.classes = checkpoint_classes({"classes": classes}, transformer.num_classes, "REGPipeline")
-        self._details: dict[str, Any] = {}
+        self._run: dict[str, Any] = {}  # of the run's settings, those that an export contains
 
     @classmethod
     def from_pretrained(
@@ -79,8 +77,8 @@ class REGPipeline(DiffusionPipeline):
         codec = vae if isinstance(vae, Codec) else load_decoder(LatentFormat.from_json(settings.get("codec")), vae)
         path_type = settings.get("path_type", "linear")
         pipeline = cls(build_model(checkpoint, source=path), codec, path_type, checkpoint.get("classes"))
-        pipeline._details = {name: settings[name] for name in DETAILS if settings.get(name) is not None}
-        pipeline._details |= {"steps": steps_done(checkpoint, path), "weights": settings.get("weights", "ema")}
+        settings = {"weights": "ema", **settings, "steps": steps_done(checkpoint, path)}
+        pipeline._run = {name: settings.get(name) for name in KEPT_SETTINGS}
         return pipeline if torch_dtype is None else pipeline.to(torch_dtype)
 
     def save_pretrained(self, save_directory: str | Path, *_: Any, push_to_hub: bool = False, **options: Any) -> None:
@@ -95,10 +93,9 @@ class REGPipeline(DiffusionPipeline):
         if isinstance(self.vae, KLCodec):
             self.vae.autoencoder.save_pretrained(folder / CODEC_FOLDER, safe_serialization=True)
             latent_format["codec"] = CODEC_FOLDER
-        config = {"_class_name": "SiT", **self.transformer.config.to_json(), **self._details}
-        config |= {"path_type": self.config.path_type, "codec": latent_format}
-        if self.config.classes:
-            config["classes"] = self.classes.to_json()
+        run = {**self._run, "path_type": self.config.path_type, "codec": latent_format}
+        classes = self.classes.to_json() if self.config.classes else None
+        config = export_config(self.transformer.config, run, classes)
         write_network(folder, self.transformer.state_dict(), config)
         if push_to_hub:
             repo_id = options.pop("repo_id", folder.name)
@@ -136,7 +133,7 @@ class REGPipeline(DiffusionPipeline):
             guidance_interval: lowest and highest time with guidance; time 0 is data (paper: 0 to 0.85).
             mode, solver: see `samplers.sample`.
             seed: an image depends on the seed, its number and its label, as in generate.py; default: 0.
-            generator: decides the noise instead of `seed`: one for all images, or a list with one for each image.
+            generator: source of the noise instead of `seed`: one for all images, or a list with one for each image.
             output_type: "pil" for a list of images; "np" for an array (N, H, W, 3), float32 from 0 to 1; "pt" for a
                 tensor (N, 3, H, W), float32 from 0 to 1; "latent" for what `vae.decode` takes, (N, C, h, w) float32.
             return_dict: return an `ImagePipelineOutput` with the field `images`, else a tuple with that element.
@@ -150,6 +147,9 @@ class REGPipeline(DiffusionPipeline):
         if not isinstance(guidance_interval, tuple | list) or len(guidance_interval) != 2:
             raise ValueError(f"guidance_interval {guidance_interval}: must be a pair, lowest and highest time")
         guidance = Guidance(guidance_scale, cls_guidance_scale, *guidance_interval)
+        if guidance.ignores_cls_scale:
+            reason = f"only guidance_scale above 1 turns guidance on, and it is {guidance_scale:g}"
+            warnings.warn(f"cls_guidance_scale {cls_guidance_scale:g} has no effect: {reason}", stacklevel=3)
         sampler = (Interpolant(self.config.path_type), guidance, mode, solver, num_inference_steps)
         labels = self._labels(class_labels)
         seeds = _noise_seeds(seed, generator, len(labels))
@@ -195,7 +195,7 @@ def _noise_seeds(seed: int | None, generator: torch.Generator | list | None, cou
             raise ValueError(f"seed is {seed!r}; allowed: whole numbers from 0")
         return image_seeds(int(seed), range(count))
     if seed is not None:
-        raise ValueError("seed and generator are both given; only one of them can decide the noise")
+        raise ValueError("seed and generator are both given; allowed: one of them")
     if isinstance(generator, torch.Generator):
         return image_seeds(_drawn(generator), range(count))
     if not isinstance(generator, list | tuple) or not all(isinstance(one, torch.Generator) for one in generator):

@@ -1,7 +1,7 @@
 """Exported networks: weights as safetensors, and the configuration as JSON.
 
     NETWORK.safetensors                      one file, with the configuration in its header
-    FOLDER/model.safetensors, config.json    two files, as on the Hugging Face hub; vae/, the codec, if it is in no hub
+    FOLDER/model.safetensors, config.json    two files, as on the Hugging Face hub; vae/: a codec without a name
 
 The configuration contains the fields of `SiTConfig`, and the classes and the codec of the training data. Both files are
 plain data; reading them never executes code.
@@ -23,9 +23,11 @@ from models.weights_file import unreadable
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
-CODEC_FOLDER = "vae"  # in the folder of an export; also the name of this codec in the configuration
+CODEC_FOLDER = "vae"  # in an export or a diffusers pipeline; also the name of this codec in an export's configuration
 PIPELINE_FILE = "model_index.json"  # of a diffusers pipeline, whose parts are in folders
 CLASS_NAME = "SiT"
+# The settings of a run that a user of the network needs in addition to its architecture.
+KEPT_SETTINGS = ("model", "path_type", "resolution", "enc_type", "exp_name", "codec", "steps", "weights")
 
 
 def is_exported(path: Path) -> bool:
@@ -38,6 +40,19 @@ def weights_file(path: Path) -> Path:
     return path / WEIGHTS_FILE if path.is_dir() else path
 
 
+def export_config(network: SiTConfig, settings: dict[str, Any], classes: dict[str, Any] | None) -> dict[str, Any]:
+    """Return the configuration of an export: what is needed to rebuild the network and to decode its latents.
+
+    `settings` are those of the run, and its `steps` and `weights`; `classes` is `ClassSet.to_json()`, or None.
+    """
+    return {
+        "_class_name": CLASS_NAME,
+        **network.to_json(),
+        **{name: settings[name] for name in KEPT_SETTINGS if settings.get(name) is not None},
+        **({"classes": classes} if classes else {}),
+    }
+
+
 def write_network(path: str | Path, state: dict[str, Tensor], config: dict[str, Any]) -> None:
     """Write weights and configuration of a network, to one file if `path` ends in .safetensors, else to a folder."""
     from safetensors.torch import save
@@ -46,11 +61,16 @@ def write_network(path: str | Path, state: dict[str, Tensor], config: dict[str, 
     tensors = {name: tensor.detach().contiguous() for name, tensor in state.items()}
     # The transformers and diffusers libraries require the entry "format".
     data = save(tensors, {"format": "pt", "config": json.dumps(config)})
+    # The library writes the entries of the header in random order; sorted, equal networks give equal files.
+    size = int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8 : 8 + size]), sort_keys=True).encode()
+    header += b" " * (-len(header) % 8)
     if path.suffix != ".safetensors":
         write_json(path / CONFIG_FILE, config)
         path = path / WEIGHTS_FILE
     with atomic_write(path) as file:
-        file.write(data)
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.write(memoryview(data)[8 + size :])
 
 
 def read_network(path: str | Path) -> dict[str, Any]:

@@ -271,15 +271,9 @@ class SiT(nn.Module):
         self.slot_token = nn.Parameter(torch.zeros(1, 1, width)) if config.learnable_token else None
         self.initialize_weights(seed)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the parameters; diffusers' pipelines read this attribute."""
-        return self.pos_embed.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the parameters; diffusers' pipelines read this attribute."""
-        return self.pos_embed.device
+    # Dtype and device of the parameters; diffusers' pipelines read these attributes.
+    dtype = property(lambda self: self.pos_embed.dtype)
+    device = property(lambda self: self.pos_embed.device)
 
     def initialize_weights(self, seed: int) -> None:
         """Initialise as DiT (section 3.2) does: a new network returns exactly zero.

@@ -14,7 +14,7 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import IO, Any
 
@@ -52,36 +52,27 @@ class _Dtype(str):
         self.byte_order = {"<": "<", ">": ">"}.get(state[1], "=")
 
 
-class _PosixPath:
-    """In place of a path: its text."""
-
-    def __new__(cls, *parts: str) -> str:
-        return str(PurePosixPath(*parts))
-
-
-class _WindowsPath:
-    """In place of a path of Windows: its text."""
-
-    def __new__(cls, *parts: str) -> str:
-        return str(PureWindowsPath(*parts))
+def _path(kind: type) -> type:
+    """Return a class in place of a path: its text."""
+    return type("Path", (), {"__new__": lambda cls, *parts: str(kind(*parts))})
 
 
 def _stand_ins() -> dict[str, type]:
     """Return the classes that are built in place of those in a file, by the names that files have."""
     stand_ins = {
-        "argparse.Namespace": argparse.Namespace,
         "types.SimpleNamespace": argparse.Namespace,
         "numpy.dtype": _Dtype,
         "numpy.core.multiarray.scalar": _Number,
         "numpy._core.multiarray.scalar": _Number,
     }
-    for module, kind in itertools.product(("pathlib", "pathlib._local"), ("", "Pure")):  # _local: Python 3.13
-        stand_ins |= {f"{module}.{kind}PosixPath": _PosixPath, f"{module}.{kind}WindowsPath": _WindowsPath}
-    named = {}
+    for module, kind in itertools.product(("pathlib", "pathlib._local"), (PurePosixPath, PureWindowsPath)):
+        name = f"{module}.{kind.__name__}"  # _local: Python 3.13
+        stand_ins |= {name: _path(kind), name.replace("Pure", ""): _path(kind)}
+    named = {"argparse.Namespace": argparse.Namespace}
     for full_name, base in stand_ins.items():
         module, _, name = full_name.rpartition(".")
         named[full_name] = type(name, (base,), {"__module__": module, "__qualname__": name})
-    return {**named, "argparse.Namespace": argparse.Namespace}
+    return named
 
 
 STAND_INS = _stand_ins()
@@ -158,11 +149,7 @@ def _not_allowed(file: IO[bytes]) -> set[tuple[str, str]]:
             content = [_Outline(file).load() for _ in range(3)][-1]
     except Exception:  # damaged, in any way
         return set()
-    return set(_walk(content))
-
-
-def _walk(content: Any) -> Iterator[tuple[str, str]]:
-    waiting, seen = [("", content)], set()
+    found, waiting, seen = set(), [("", content)], set()
     while waiting:
         place, value = waiting.pop()
         if id(value) in seen:
@@ -170,13 +157,14 @@ def _walk(content: Any) -> Iterator[tuple[str, str]]:
         seen.add(id(value))
         is_class = isinstance(value, type) and issubclass(value, _Placeholder)
         if (is_class or isinstance(value, _Placeholder)) and not value.is_allowed:
-            yield place, value.full_name
+            found.add((place, value.full_name))
         elif isinstance(value, _Placeholder):
             value = value.state
         if isinstance(value, dict):
             waiting += [(f"{place}.{key}".lstrip("."), item) for key, item in value.items()]
         elif isinstance(value, list | tuple):
             waiting += [(f"{place}[{index}]", item) for index, item in enumerate(value)]
+    return found
 
 
 class _Placeholder:
@@ -203,7 +191,7 @@ class _Placeholder:
     extend = add = append
 
 
-class _Outline(pickle._Unpickler):  # in Python, because the one in C trusts the sizes that a file states
+class _Outline(pickle._Unpickler):  # in Python: the C version allocates the sizes that a damaged file states
     """Reads the structure of pickled data, with a `_Placeholder` for every class and function."""
 
     def find_class(self, module: str, name: str) -> type:

@@ -235,7 +235,7 @@ def test_an_entry_of_another_type_is_refused(entry):
 
 
 def test_errors_name_missing_weights():
-    with pytest.raises(InputError, match="no ema weights of a SiT in it; it holds model"):
+    with pytest.raises(InputError, match="no ema weights of a SiT in it; it holds model; --weights model takes"):
         build_model({"model": small().state_dict()}, "ema")
     state = small().state_dict()
     del state["blocks.1.mlp.fc2.bias"]
@@ -320,9 +320,11 @@ def test_a_run_is_named_by_its_folder(tmp_path):
     for path in (tmp_path / "run", tmp_path / "run" / "checkpoints", newest):
         assert load_model(path).config.depth == models[1].config.depth
         assert checkpoint_digest(path) == checkpoint_digest(newest)
+    with pytest.raises(InputError, match=r"contains training runs \(run\); give the folder of one"):
+        load_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
 def test_prefixes_of_wrapped_networks_are_removed(tmp_path, prefix):
     model = randomise(small()).eval()
     saved = content(model)

@@ -137,7 +137,7 @@ def test_a_file_gives_values_and_flags_replace_them(tmp_path):
 @pytest.mark.parametrize(
     ("content", "text"),
     [
-        ({"num_step": 3}, r"a\.json: num_step: no setting of this program; num_steps\?"),
+        ({"num_step": 3}, r"a\.json: num_step: no setting of this program; did you mean num_steps?"),
         ({"num_steps": "many"}, r"a\.json: --num-steps: 'many' is no whole number"),
         ({"num_steps": 2.5}, r"a\.json: --num-steps: '2\.5' is no whole number"),
         ({"num_steps": True}, r"a\.json: num_steps: True: must be a value, not true or false"),
@@ -153,6 +153,8 @@ def test_a_bad_file_is_named_with_its_key(tmp_path, content, text):
         parse(Example, "Does things.", ["images", "--config", write(tmp_path / "a.json", content)])
     with pytest.raises(InputError, match="no such file"):
         example("--config", str(tmp_path / "none.json"))
+    with pytest.raises(InputError, match=r"--config .*: is a folder; allowed: a JSON file"):
+        example("--config", str(tmp_path))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,8 +165,8 @@ class Recorded(Sampler):
     dtype: str = setting("no", "number format", choices=("no", "fp16"), environment="TEST_DTYPE")
 
     @classmethod
-    def from_record(cls, values, source):
-        return {name: value for name, value in values.items() if name != "mode"}
+    def from_record(cls, record):
+        return {name: value for name, value in super().from_record(record).items() if name != "mode"}
 
 
 def test_what_a_program_recorded_is_no_setting(tmp_path):

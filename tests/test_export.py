@@ -99,6 +99,7 @@ def test_errors_name_the_flag(checkpoint, tmp_path):
     for flags, text in (
         (["--ckpt", "x.pt"], "--dest"),
         (["--ckpt", "x.pt", "--dest", "x", "--weights", "best"], "--weights.*ema"),
+        (["--ckpt", "x.pt", "--dest", "x.pt"], r"--dest x\.pt: allowed: a name that ends in \.safetensors, or"),
         (["--ckpt", "x.pt", "--dest", "x", "--dst", "x"], "--dst: unknown argument; did you mean --dest"),
     ):
         with pytest.raises(InputError, match=text):
@@ -198,3 +199,12 @@ def test_the_classes_are_exported(checkpoint, tmp_path, dest):
     save_checkpoint(checkpoint, {**load_checkpoint(checkpoint), "classes": classes.to_json()})
     export.export(checkpoint, tmp_path / dest)
     assert checkpoint_classes(load_checkpoint(tmp_path / dest), 3) == classes
+    if dest == "folder":  # the command in its description has labels of the training data
+        card = (tmp_path / dest / "README.md").read_text()
+        assert 'REGPipeline.from_pretrained("folder")([0, 2], guidance' in card and ", 2\nclasses, " in card
+
+
+def test_exports_of_a_network_are_equal_files(checkpoint, tmp_path):
+    for number in range(4):
+        export.export(checkpoint, tmp_path / f"{number}.safetensors")
+    assert len({(tmp_path / f"{number}.safetensors").read_bytes() for number in range(4)}) == 1

@@ -161,11 +161,14 @@ def test_the_number_of_images_is_small_unless_given_or_started_with(untrained, t
     line = ["--ckpt", str(untrained), "--sample-dir", str(tmp_path), "--device", "cpu", "--num-steps", "1"]
     run_generate([*line, "--name", "new"], monkeypatch)
     assert len(hashes(tmp_path / "new")) == DEFAULT_COUNT == 64
-    assert "64 images; FID needs 50,000, see --num-fid-samples" in capsys.readouterr().err
+    assert "64 images; for FID: --num-fid-samples 50000" in capsys.readouterr().err
     run_generate([*line, "--name", "a", "--num-fid-samples", "5"], monkeypatch)
     (tmp_path / "a" / "images" / "000003.png").unlink()
+    assert "for FID" not in capsys.readouterr().err
     run_generate([*line, "--name", "a"], monkeypatch)
-    assert len(hashes(tmp_path / "a")) == 5 and "FID needs" not in capsys.readouterr().err
+    assert len(hashes(tmp_path / "a")) == 5 and "5 images; for FID" in capsys.readouterr().err
+    with pytest.raises(InputError, match="--num-fid-samples 10000000001: must be from 1 to 10,000,000"):
+        run_generate([*line, "--num-fid-samples", "10000000001"], monkeypatch)
 
 
 def test_the_published_script_finds_the_npz(untrained, tmp_path, monkeypatch, capsys):
@@ -211,7 +214,7 @@ def test_half_precision_changes_images_little_and_is_part_of_the_settings(checkp
     full, half = (read_images(tmp_path / "samples" / name) for name in ("full", "half"))
     assert 0 < abs(full - half).mean() < 2  # levels of 255
     assert json.loads((tmp_path / "samples/half/samples.json").read_text())["network_dtype"] == "bf16"
-    with pytest.raises(InputError, match="made with network_dtype bf16, not float32"):
+    with pytest.raises(InputError, match="made with --network-dtype bf16, not --network-dtype float32"):
         run_generate(flags(checkpoint, tmp_path, "half"), monkeypatch)
 
 
@@ -317,7 +320,7 @@ def test_a_set_is_completed_with_its_own_checkpoint_only(untrained, tmp_path, mo
     saved["ema"]["final_layer.linear.bias"] = saved["ema"]["final_layer.linear.bias"] + 1
     save_checkpoint(moved, saved)
     assert moved.stat().st_size == size
-    with pytest.raises(InputError, match="made with checkpoint_sha256"):
+    with pytest.raises(InputError, match="made with weights of SHA-256"):
         run_generate(flags(moved, tmp_path, "a"), monkeypatch)
 
 
@@ -354,13 +357,12 @@ def test_eval_sh_names_the_set_by_its_checkpoint(tmp_path, given, ckpt, name):
     folder.mkdir(parents=True)
     for step in (100, 200):
         (folder / f"{step:07d}.pt").write_text("")
-    shutil.copy(ROOT / "eval.sh", tmp_path)
     (tmp_path / "launch").mkdir()
     (tmp_path / "launch" / "launch.sh").write_text('launch() { echo "$@"; exit; }')
-    environment = {**os.environ, "CKPT": given, "REF_BATCH": "exps"}
+    shutil.copy(ROOT / "eval.sh", tmp_path)
+    environment = {**os.environ, "CKPT": given, "REF_BATCH": "exps", "SAMPLE_DIR": "samples"}
     result = subprocess.run(["bash", "eval.sh"], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    expected = f"generate.py --ckpt {ckpt} --sample-dir {tmp_path}/samples --name {name}250-cfg-1.0"
-    assert expected in result.stdout, result.stderr
+    assert f"generate.py --ckpt {ckpt} --sample-dir samples --name {name}250-cfg-1.0" in result.stdout, result.stderr
 
 
 def test_coherence_of_samples(checkpoint, shared_data, tmp_path, monkeypatch):
@@ -381,8 +383,8 @@ def test_coherence_of_samples(checkpoint, shared_data, tmp_path, monkeypatch):
 def test_a_folder_of_other_settings_is_refused(checkpoint, tmp_path, monkeypatch):
     run_generate(flags(checkpoint, tmp_path, "a"), monkeypatch)
     before = hashes(tmp_path / "samples" / "a")
-    with pytest.raises(InputError, match="made with num_steps 3, not 4"):
+    with pytest.raises(InputError, match="made with --num-steps 3, not --num-steps 4"):
         run_generate(flags(checkpoint, tmp_path, "a", "--num-steps", "4"), monkeypatch)
-    with pytest.raises(InputError, match="made with global_seed 0, not 1"):
+    with pytest.raises(InputError, match="made with --global-seed 0, not --global-seed 1"):
         run_generate(flags(checkpoint, tmp_path, "a", "--global-seed", "1"), monkeypatch)
     assert hashes(tmp_path / "samples" / "a") == before

@@ -9,7 +9,7 @@ from common.io import InputError
 from models.autoencoder import load_codec
 from models.checkpoint import load_checkpoint
 from models.encoders import load_encoder
-from models.hub import HubName, NotOnHub, hub_file, local_or_hub, url_file
+from models.hub import HubName, hub_file, local_or_hub, url_file
 
 
 @pytest.fixture
@@ -115,18 +115,18 @@ def test_errors_of_the_hub_are_in_our_words(monkeypatch):
     from huggingface_hub import errors
 
     monkeypatch.setattr("models.hub._is_reachable", lambda address: True)
-    for kind, text, raised in (
-        (errors.EntryNotFoundError, "no such file in this repository", NotOnHub),
-        (errors.RepositoryNotFoundError, "no such repository; a private one needs hf auth login", NotOnHub),
-        (errors.GatedRepoError, "needs the owner's permission; ask for it at", InputError),
-        (errors.LocalEntryNotFoundError, "not in the local cache, and the hub cannot be reached", InputError),
+    for kind, text in (
+        (errors.EntryNotFoundError, "no such file in this repository"),
+        (errors.RepositoryNotFoundError, "no such repository; a private one needs hf auth login"),
+        (errors.GatedRepoError, "needs the owner's permission; ask for it at"),
+        (errors.LocalEntryNotFoundError, "not in the local cache, and the hub cannot be reached"),
     ):
 
         def fail(*_, kind=kind):
             raise kind.__new__(kind, "404 Client Error. (Request ID: Root=1)")
 
         monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
-        with pytest.raises(raised, match=rf"owner/name/resolve/main/w\.pt: {text}.*\. Do this instead$"):
+        with pytest.raises(InputError, match=rf"owner/name/resolve/main/w\.pt: {text}.*\. Do this instead$"):
             hub_file("owner/name", "w.pt", "Do this instead")
     from huggingface_hub import constants
 

@@ -180,7 +180,14 @@ def command_of(process: int) -> str:
     [
         ({"SLURM_STEP_NUM_TASKS": "16", "SLURM_STEP_NUM_NODES": "2"}, "--ntasks-per-node 1"),
         ({"SLURM_NNODES": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "1"}, "--ntasks-per-node 1"),
-        ({"NUM_MACHINES": "2", "MACHINE_RANK": "2"}, "MACHINE_RANK 2 with NUM_MACHINES 2: allowed are 0 to 1"),
+        (
+            {"NUM_MACHINES": "2", "MACHINE_RANK": "2", "HEAD_ADDRESS": "head"},
+            "MACHINE_RANK 2 with NUM_MACHINES 2: allowed are 0 to 1",
+        ),
+        ({"NUM_MACHINES": "2"}, "NUM_MACHINES 2: HEAD_ADDRESS is required"),
+        ({"NUM_PROCESSES": "two"}, "NUM_PROCESSES two: must be a whole number"),
+        ({"MAX_RESTARTS": "-1"}, "MAX_RESTARTS -1: must be a whole number"),
+        ({"NUM_PROCESSES": "0"}, "must be 1 or greater"),
     ],
 )
 def test_settings_that_are_refused(settings, message):

@@ -33,6 +33,7 @@ def codec(name):
         ("", "sd-vae-ft-ema", "SiT-XL-2-0400000-size-256-vae-ema-cfg-2.3-seed-0-sde-0.85-2.3"),
         ("--vae mse", "sd-vae-ft-mse", "SiT-XL-2-0400000-size-256-vae-mse-cfg-2.3-seed-0-sde-0.85-2.3"),
         ("--ckpt reg.pt", "/data/taesd", "SiT-XL-2-reg-size-256-vae-taesd-cfg-2.3-seed-0-sde-0.85-2.3"),
+        ("--ckpt owner/reg-v1.0", "sd-vae-ft-ema", "SiT-XL-2-reg-v1.0-size-256-vae-ema-cfg-2.3-seed-0-sde-0.85-2.3"),
         (
             "--mode ode --cfg-scale 1 --guidance-high 1 --global-seed 3 --cls-cfg-scale 1.5",
             "owner/name/vae",

@@ -125,6 +125,11 @@ def test_labels_without_training_data_are_warned_of(pipeline):
         pipeline(1, num_inference_steps=1)
 
 
+def test_a_scale_of_the_class_token_without_effect_is_warned_of(pipeline):
+    with pytest.warns(UserWarning, match=r"cls_guidance_scale 2 has no effect: only guidance_scale above 1"):
+        pipeline(0, cls_guidance_scale=2.0, num_inference_steps=1)
+
+
 def test_a_generator_decides_the_noise(pipeline):
     def images(generator, labels=(0, 2)):
         return pipeline(list(labels), generator=generator, output_type="pt", **GUIDED).images

@@ -195,7 +195,7 @@ def test_without_a_complete_checkpoint_no_new_run_is_started(train_flags):
     for path in (folder / "checkpoints").glob("*.pt"):
         path.write_bytes(path.read_bytes()[:-1])
     before = (folder / "metrics.jsonl").read_bytes()
-    with pytest.raises(InputError, match="all of its 2 checkpoints are damaged"):
+    with pytest.raises(InputError, match="each checkpoint in this folder is damaged"):
         run_training(flags)
     with pytest.raises(InputError, match=r"0000012\.pt: damaged; its SHA-256 is"):
         run_training([*flags[: flags.index("--resume")], *flags[flags.index("--resume") + 2 :], "--resume-step", "12"])
@@ -208,7 +208,7 @@ def test_a_run_past_its_last_step_has_nothing_to_do(train_flags, tmp_path):
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.suffix in (".pt", ".jsonl")}
     training = Training([*flags, "--max-train-steps", "5"], tmp_path / "again.txt")
     assert training.wait() == 0, training.text()
-    assert f"nothing to do: the run is at step {STEPS}, its last step is 5" in training.text()
+    assert f"nothing to do: the run is at step {STEPS}, and --max-train-steps ends it at step 5" in training.text()
     assert all(path.read_bytes() == data for path, data in before.items() if path.name != "starts.jsonl")
 
 

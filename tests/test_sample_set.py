@@ -137,9 +137,9 @@ SETTINGS = {"ckpt": "a.pt", "num_steps": 3, "steps": 2, DIGEST: "abc"}
     [
         (
             {**SETTINGS, DIGEST: "def"},
-            "set contains images made with checkpoint_sha256 def, not abc; choose another --name",
+            "set contains images made with weights of SHA-256 def, not weights of SHA-256 abc; choose another --name",
         ),
-        ({**SETTINGS, "new_flag": 1}, "made with new_flag 1, not None"),
+        ({**SETTINGS, "new_flag": 1}, "made with --new-flag 1, not the default of --new-flag"),
         ({"ckpt": "a.pt", "num_steps": 3, "checkpoint_bytes": 9}, "set was started by an earlier version"),
         ([], r"samples\.json: is a list; expected an object with the images' settings"),
         (None, "contains images but no samples.json"),

@@ -94,6 +94,8 @@ def test_a_trial_takes_equally_many_images_of_each_class_and_stays_one(train_fla
     assert read_rows(folder)[-1]["epoch"] == pytest.approx(4 * 8 / 7)
     with pytest.raises(InputError, match=r"--max-images is 8, but .* was started with 7"):
         start([*flags, "--resume", "latest", "--max-images", "8"])
+    with pytest.raises(InputError, match=r"--max-images is all, but .* was started with 7"):
+        start(with_flags(train_flags, "--resume", "latest"))
 
 
 def test_a_trial_with_fewer_images_than_classes_knows_which_classes_it_has(train_flags):

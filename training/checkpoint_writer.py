@@ -109,15 +109,13 @@ class CheckpointWriter:
         """Return the names of the temporary checkpoints."""
         try:
             names = read_json(self.folder / TEMPORARY)
-        except InputError:
+        except InputError:  # missing, or damaged by a crash: no reason to write no more checkpoints
             return []
         known = isinstance(names, list)
         return [path.name for path in list_checkpoints(self.folder) if known and path.name in names]
 
     def _remove_temporary(self, path: Path, temporary: bool) -> None:
         """Remove the temporary checkpoints of steps before that of `path`, which is complete."""
-        if not (self.folder / TEMPORARY).exists():
-            return
         names = self._temporary()
         for old in (name for name in names if int(Path(name).stem) < int(path.stem)):
             _remove(self.folder / old)
@@ -125,7 +123,7 @@ class CheckpointWriter:
         if left:
             write_json(self.folder / TEMPORARY, left)
         else:
-            (self.folder / TEMPORARY).unlink()
+            (self.folder / TEMPORARY).unlink(missing_ok=True)
 
     def _prune(self, step: int) -> None:
         """Remove old checkpoints, except those of later steps, which exist if the run resumed from an earlier one."""

@@ -26,7 +26,7 @@ from common.cli import (
     settings,
     uses_cuda,
 )
-from common.io import InputError, read_json
+from common.io import InputError
 from loss import ENTANGLED, FROM_ENCODER, TERMS
 from models.autoencoder import LatentFormat
 from models.encoders import AFTER_NORM, name_with_tokens
@@ -43,6 +43,7 @@ WEIGHTS = {term.name: term.weight for term in TERMS}
 DERIVED = "derived"
 RECORDED = frozenset({"codec", "latent_size", "z_dims", "in_channels", "cls_token_dim", DERIVED})
 OF_ONE_RUN = ("exp_name", "resume", "resume_step", "dry_run")  # another run does not take them from args.json
+MEANS_ALL = ("max_images",)  # settings of a run for which None is a value, not one that is determined later
 FOLDER_NAME = Check("the name of a folder", lambda value: bool(value.strip(". ")))
 
 
@@ -255,10 +256,10 @@ class TrainConfig(
     recorded = RECORDED
 
     @classmethod
-    def from_record(cls, values: dict[str, Any], source: str) -> dict[str, Any]:
+    def from_record(cls, record: dict[str, Any]) -> dict[str, Any]:
         """Return the settings in args.json of a run, for another run: without its name, and without what follows."""
-        derived = read_json(source).get(DERIVED) or []
-        return {name: value for name, value in values.items() if name not in (*OF_ONE_RUN, *derived)}
+        skipped = {*cls.recorded, *OF_ONE_RUN, *(record.get(DERIVED) or ())}
+        return {name: value for name, value in record.items() if name not in skipped}
 
     def check_combination(self) -> None:
         if self.eval_steps and not self.eval_ref:
@@ -390,7 +391,9 @@ def check_same_run(current: dict[str, Any], saved: dict[str, Any], source: str |
         before = saved.get(name)
         if name == "enc_type" and isinstance(value, str) and isinstance(before, str):
             value, before = name_with_tokens(value), name_with_tokens(before, AFTER_NORM)
-        if name not in changeable and value is not None and before is not None and value != before:
+        known = name in MEANS_ALL or (value is not None and before is not None)
+        if name not in changeable and known and value != before:
+            value, before = ("all" if one is None else one for one in (value, before))
             raise InputError(
                 f"{flag(name)} is {value}, but {source} was started with {before}, and a run keeps this setting. To "
                 "start another run from its weights: a new --exp-name and --init-from CHECKPOINT"

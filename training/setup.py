@@ -23,6 +23,7 @@ from loss import FROM_ENCODER, REGLoss
 from models.autoencoder import Codec, load_decoder
 from models.checkpoint import is_legacy, list_checkpoints, saved_settings
 from models.encoders import Encoder, load_encoders
+from models.hub import local_or_hub
 from models.interpolant import Interpolant
 from models.sit import SiT
 from training.checkpoint_writer import CheckpointWriter
@@ -53,8 +54,8 @@ def set_up(config: TrainConfig, stop_signal: StopSignal | None = None) -> Run:
 
     # Everything that can be wrong with the input.
     checkpoint = find_checkpoint(config, accelerator)
-    config = choose_learning_rate(config, checkpoint, accelerator)
-    say_differences(config, accelerator)
+    config = choose_learning_rate(config, checkpoint)
+    say_differences(config)
     data = open_data(config, accelerator)
     encoders = make_encoders(config, data, accelerator)
     codec = make_codec(config, data, accelerator)
@@ -119,8 +120,14 @@ def find_checkpoint(config: TrainConfig, accelerator: Accelerator) -> dict[str, 
     args, metrics = folder / "args.json", folder / "metrics.jsonl"
     if config.resume == "latest":
         path = broadcast_from_main(accelerator, lambda: newest_complete(checkpoints))
-    elif config.resume or config.resume_step:
-        path = Path(config.resume) if config.resume else checkpoints / f"{config.resume_step:07d}.pt"
+    elif config.resume:
+        local_or_hub(config.resume, "latest, or a checkpoint, local or on the hub (owner/name/file.pt)", "--resume")
+        path = Path(config.resume).expanduser()
+    elif config.resume_step:
+        path = checkpoints / f"{config.resume_step:07d}.pt"
+        if not path.exists():
+            steps = ", ".join(str(int(found.stem)) for found in list_checkpoints(checkpoints)) or "none"
+            raise InputError(f"--resume-step {config.resume_step}: {path} does not exist; existing steps: {steps}")
     else:
         path = None
     if path is not None:
@@ -145,9 +152,7 @@ def find_checkpoint(config: TrainConfig, accelerator: Accelerator) -> dict[str, 
     return None
 
 
-def choose_learning_rate(
-    config: TrainConfig, checkpoint: dict[str, Any] | None, accelerator: Accelerator
-) -> TrainConfig:
+def choose_learning_rate(config: TrainConfig, checkpoint: dict[str, Any] | None) -> TrainConfig:
     """Return the settings with the learning rate of the run: the flag's if it is given, else the checkpoint's."""
     try:
         before = float(checkpoint["opt"]["param_groups"][0]["lr"])
@@ -163,7 +168,7 @@ def choose_learning_rate(
     return changed(config, learning_rate=before)
 
 
-def say_differences(config: TrainConfig, accelerator: Accelerator) -> None:
+def say_differences(config: TrainConfig) -> None:
     """Say where the given flags mean something else than in the published program (docs/published-flags.md)."""
     total, parts = config.batch_size, config.gradient_accumulation_steps
     if parts > 1:
@@ -224,15 +229,11 @@ def make_evaluation(
     if not config.eval_steps:
         return None
     weights = config.enc_weights.split(",")[0] if config.enc_weights else None
+    encoder = encoders[0] if encoders else None
     return TrainingEvaluation(
-        accelerator,
-        config.eval_ref,
-        config.eval_samples,
-        config.eval_batch_size,
-        config.eval_inception,
-        encoders[0] if encoders else None,
+        accelerator, config.eval_ref, config.eval_samples, config.eval_batch_size, config.eval_inception, encoder,
         weights or None,
-    )
+    )  # fmt: skip
 
 
 def make_randomness(
@@ -258,7 +259,7 @@ def claim_folder(config: TrainConfig, facts: RunFacts, accelerator: Accelerator,
 
     def claim() -> None:
         if step == 0:
-            check_writable(args, "--output-dir")
+            check_writable(args, f"--output-dir {config.output_dir}:")
         if config.dry_run:
             return
         lock_folder(config.folder, "training")

@@ -199,9 +199,7 @@ def newest_complete(checkpoints: Path) -> Path | None:
         except InputError as error:
             logger.warning("%s is skipped, the previous checkpoint is tried: %s", path.name, error)
     if found:
-        raise InputError(
-            f"{checkpoints}: all of its {len(found)} checkpoints are damaged; remove them to start a new run"
-        )
+        raise InputError(f"{checkpoints}: each checkpoint in this folder is damaged; remove them to start a new run")
     return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from datetime import timedelta
 from typing import Any
 
@@ -86,7 +87,7 @@ def network(run: Run) -> str:
     config, facts = run.config, run.facts.network
     parameters = sum(p.numel() for p in run.model.parameters() if p.requires_grad) / 1e6
     shape = f"{facts.depth} blocks, width {facts.hidden_size}"
-    slot = "no class slot" if config.slot == "none" else f"class slot: {config.slot}"
+    slot = "no class slot" if config.slot == "none" else f"class slot (--entangle {config.slot})"
     return f"{config.model}, {shape}, {slot}; {parameters:.1f} M trainable parameters"
 
 
@@ -95,8 +96,7 @@ def encoders(run: Run) -> str:
     if not run.encoders:
         return "none"
     millions = (sum(p.numel() for p in encoder.parameters()) / 1e6 for encoder in run.encoders)
-    names = (encoder.name if len(encoder.name) <= 48 else f"{encoder.name[:48]}..." for encoder in run.encoders)
-    return ", ".join(f"{name} ({size:.1f} M, frozen)" for name, size in zip(names, millions, strict=True))
+    return ", ".join(f"{found.name} ({size:.1f} M, frozen)" for found, size in zip(run.encoders, millions, strict=True))
 
 
 def data(run: Run) -> str:
@@ -174,5 +174,5 @@ def ending(run: Run, last_step: int) -> list[str]:
         lines += [f"best FID     {folder / 'checkpoints' / 'best.pt'}"]
     lines += [f"loss curves  {log.picture}", f"numbers      {log.metrics}", f"log          {folder / 'log.txt'}"]
     lines += [f"samples      {folder / 'samples'}"] if run.config.sampling_steps else []
-    lines += [f"next         python generate.py --ckpt {checkpoint}"] if checkpoint.exists() else []
+    lines += [f"next         python generate.py --ckpt {shlex.quote(str(checkpoint))}"] if checkpoint.exists() else []
     return lines

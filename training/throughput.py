@@ -58,14 +58,12 @@ class StepClock:
     The first step since the start of the process is slow (compilation, start of the loader's workers), so it is a lap
     of its own, reported only if no other step has ended.
 
-    Args:
-        now: returns the time in seconds.
+    `now` returns the time in seconds.
     """
 
     def __init__(self, now: Callable[[], float] = time.perf_counter):
         self._now = now
         self._stopped = 0.0  # seconds in total
-        self._is_stopped = False
         self._lap, self._first = Lap(), Lap()
         self._laps: deque[Lap] = deque(maxlen=RECENT_LAPS)
         self._lap_started = self.time()
@@ -77,15 +75,11 @@ class StepClock:
     @contextlib.contextmanager
     def stopped(self) -> Iterator[None]:
         """Stop the clock inside the block. Wait for the device before, so that its steps are measured completely."""
-        if self._is_stopped:
-            yield
-            return
-        started, self._is_stopped = self._now(), True
+        started = self._now()
         try:
             yield
         finally:
             self._stopped += self._now() - started
-            self._is_stopped = False
 
     @contextlib.contextmanager
     def waiting_for_data(self) -> Iterator[None]:

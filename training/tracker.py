@@ -19,7 +19,7 @@ from training.messages import logger
 # What the messages of trackers contain, and what it means.
 CAUSES = {
     "api key|api_key|login|logged in|permission|unauthorized": "not logged in: `wandb login`, or WANDB_MODE=offline",
-    "timed out|timeout|connection|network|resolve|unreachable": "no connection; WANDB_MODE=offline needs none",
+    "timed out|timeout|connection|network|resolve|unreachable|deadline": "no connection; WANDB_MODE=offline needs none",
 }
 
 
@@ -69,13 +69,10 @@ class SafeTracker:
 
     def show(self, picture: Image, step: int) -> None:
         """Pass a picture of samples."""
-        if self.name == "wandb":
-            import wandb
-
-            self._try(lambda: self.tracker.log({"samples": wandb.Image(picture)}, step=step))
-        elif self.name == "tensorboard":
-            image = np.asarray(picture)
-            self._try(lambda: self.tracker.writer.add_image("samples", image, step, dataformats="HWC"))
+        images, layout = {"samples": np.asarray(picture)[None]}, {}
+        if self.name == "tensorboard":
+            layout = {"dataformats": "NHWC"}
+        self._try(lambda: self.tracker.log_images(images, step=step, **layout))
 
     def finish(self) -> None:
         """Close the tracker."""
