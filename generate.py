@@ -265,6 +265,7 @@ def finish(plan: SamplePlan, samples: SampleSet) -> None:
         scores = plan.coherence(samples.read_images(), samples.read_cls_tokens(), plan.labels)
         write_json(samples.folder / "coherence.json", scores)
     samples.release()
+    print(f"{samples.folder / 'grid.png'}: the first images")
     if "num_fid_samples" not in config.given:
         print(f"{samples.total:,} images; for FID: --num-fid-samples 50000", file=sys.stderr)
     if config.npz and config.name is None:
