@@ -198,7 +198,8 @@ def generate(plan: SamplePlan, accelerator: Accelerator, samples: SampleSet, bat
     # The main process shows the images of all processes, as if they were equally fast.
     total, done = sum(map(len, batches)), 0.0
     scale = total / max(1, sum(map(len, mine)))
-    bar = progress_bar(total=total, unit="img", main=accelerator.is_main_process, desc="generating", bar_format=BAR)
+    shown = {"desc": "generating", "unit": "img", "bar_format": BAR}
+    bar = progress_bar(total=total, main=accelerator.is_main_process, lines=True, **shown)
     with ThreadPoolExecutor(WRITER_THREADS) as pool, bar:
         writing: list[Future[None]] = []
         for numbers in mine:
@@ -264,6 +265,7 @@ def finish(plan: SamplePlan, samples: SampleSet) -> None:
         scores = plan.coherence(samples.read_images(), samples.read_cls_tokens(), plan.labels)
         write_json(samples.folder / "coherence.json", scores)
     samples.release()
+    print(f"{samples.folder / 'grid.png'}: the first images")
     if "num_fid_samples" not in config.given:
         print(f"{samples.total:,} images; for FID: --num-fid-samples 50000", file=sys.stderr)
     if config.npz and config.name is None:

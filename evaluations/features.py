@@ -161,7 +161,7 @@ class Extractor:
         process, processes = self.accelerator.process_index, self.accelerator.num_processes
         start, stop = images.count * process // processes, images.count * (process + 1) // processes
         size = self._find_batch_size(network, images) if self.batch_size == AUTO else self.batch_size
-        bar = progress_bar(total=stop - start, desc=images.path.name, unit="image", main=process == 0)
+        bar = progress_bar(total=stop - start, desc=images.path.name, unit="image", main=process == 0, lines=True)
         with bar, full_precision(self.device):
             for first, batch in images.batches(start, stop, size):
                 extraction.update(network(batch.to(self.device)), first)

@@ -173,7 +173,7 @@ def encode(
     reading = {"num_workers": config.workers, "pin_memory": device.type == "cuda"}
     loader = DataLoader(ErrorsAsItems(images), batch_size=None, **reading)
     total = sum(len(batch.outputs) for batch in images.batches)
-    progress = progress_bar(total=total, desc="encoding", unit="image", main=accelerator.is_main_process)
+    progress = progress_bar(total=total, desc="encoding", unit="image", main=accelerator.is_main_process, lines=True)
     writing: deque[Future] = deque()
     with ThreadPoolExecutor(1) as writer, progress:
         for batch, pixels in zip(images.batches, raise_errors(loader), strict=True):

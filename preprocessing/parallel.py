@@ -38,7 +38,7 @@ def in_workers(job: Callable[[Any], Any], pieces: Sequence[Any], workers: int, *
     pool = ProcessPoolExecutor(min(workers, len(pieces)) or 1, initializer=_start_worker, initargs=(job,))
     try:
         running = {pool.submit(_run_job, piece): piece for piece in pieces}
-        with progress_bar(main=bool(bar), **bar) as progress:
+        with progress_bar(main=bool(bar), lines=True, **bar) as progress:
             for done in as_completed(running):
                 yield done.result()
                 progress.update(len(running[done]) if bar else 1)

@@ -189,6 +189,7 @@ def test_the_published_script_finds_the_npz(untrained, tmp_path, monkeypatch, ca
 
 def test_the_bar_moves_with_the_sampling_steps(untrained, tmp_path, monkeypatch):
     moved = []
+    monkeypatch.setenv("TQDM_DISABLE", "1")  # tqdm's own bar, hidden
     monkeypatch.setattr(generate.tqdm, "update", lambda self, count: moved.append(count))
     run_generate(flags(untrained, tmp_path, "a"), monkeypatch)  # 7 images, 2 at a time, 3 steps
     # After a batch, the bar is set to the images that are done; it has not moved, because `update` is replaced.

@@ -175,6 +175,26 @@ def test_a_bar_is_shown_by_the_main_process_on_a_terminal_only(monkeypatch, stre
     assert ("copying" in stream.getvalue() if stream else False) == shown
 
 
+def test_without_a_terminal_a_long_run_prints_lines(monkeypatch):
+    now, stream = [100.0], io.StringIO()
+    monkeypatch.setattr("common.io.time.monotonic", lambda: now[0])
+    monkeypatch.setattr(sys, "stderr", stream)
+    with progress_bar(lines=True, desc="encoding", total=4000, unit="image") as bar:
+        for _ in range(40):
+            now[0] += 3
+            bar.update(100)
+    assert bar.n == 4000 and stream.getvalue() == "encoding: 2,000 of 4,000, 33.3 images/s, 0:01:00 left\n"
+
+
+@pytest.mark.parametrize("more", [{"main": False}, {"lines": False}])
+def test_no_lines_of_other_processes_or_short_work(monkeypatch, more):
+    monkeypatch.setattr("common.io.LINE_SECONDS", 0)
+    monkeypatch.setattr(sys, "stderr", stream := io.StringIO())
+    with progress_bar(**{"lines": True, "desc": "x", "total": 2, "unit": "image"} | more) as bar:
+        bar.update()
+    assert stream.getvalue() == ""
+
+
 @pytest.mark.parametrize(("more", "shown"), [({}, True), ({"TQDM_DISABLE": "1"}, False)])
 def test_tqdm_disable_is_honoured(more, shown):
     code = "import sys; from common.io import progress_bar; sys.stderr.isatty = lambda: True; list(progress_bar([1]))"
