@@ -61,7 +61,9 @@ class ContentSettings(Config):
     )
     label_sampling: str = setting("random", "how labels are chosen", choices=("random", "balanced"))
     classes: str | None = setting(
-        None, 'only these classes: numbers, ranges, names ("207,360-365,tench"); default: all of the training data'
+        None,
+        "only these classes: numbers, ranges, and names of the training data's class folders "
+        '("207,360-365,n01440764"); default: all of the training data',
     )
     global_seed: int = setting(0, "seed of noise and labels", check=NON_NEGATIVE)
 

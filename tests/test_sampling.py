@@ -39,11 +39,11 @@ def test_only_classes_of_the_data_are_drawn_and_recorded(run, monkeypatch):
     checkpoint = load_checkpoint(run.folder / "checkpoints" / "0000002.pt")
     assert ClassSet.from_json(checkpoint["classes"]) == ClassSet((5, 17, 40), ("name 5", "name 17", "name 40"))
     grid = np.array(Image.open(run.folder / "samples" / "0000002.png"))
-    assert grid.shape[1] == 3 * 66 - 2 and 10 < grid.shape[0] - (3 * 66 - 2) < 20  # 3 columns, 3 rows, 1 line
+    assert grid.shape[1] == 3 * 66 - 2 and 10 < grid.shape[0] - (2 * 66 - 2) < 20  # 3 columns, 2 rows, 1 line
     asked = []
     monkeypatch.setattr(sampling, "image_grid", lambda *given, **more: asked.append(more) or Image.new("L", (1, 1)))
     sampling.write_samples(run)
-    assert asked == [{"captions": ["name 5", "name 17", "name 40", None, None, None, None]}]
+    assert asked == [{"captions": ["name 5", "name 17", "name 40", None, None, None]}]
 
 
 @pytest.mark.parametrize(

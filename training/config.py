@@ -105,7 +105,7 @@ class GridSettings(Config):
     vae: str | None = adjustable(
         None, "codec that decodes samples; default: that of the latents (for sd-vae-ft-mse: sd-vae-ft-ema)"
     )
-    grid_samples: int = adjustable(36, "images in a grid", check=POSITIVE)
+    grid_samples: int = adjustable(36, "images in a grid; up to 12 classes: fewer, full rows", check=POSITIVE)
     grid_num_steps: int = adjustable(50, "SDE steps for a grid", check=POSITIVE)
     grid_cfg_scale: float = adjustable(1.0, "guidance scale of a grid", check=GUIDANCE_SCALE)
 

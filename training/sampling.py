@@ -30,11 +30,10 @@ def write_samples(run: Run) -> None:
     if run.accelerator.is_main_process:
         config = run.config
         guidance = Guidance(config.grid_cfg_scale)
-        numbers = range(config.grid_samples)
+        columns = grid_columns(len(run.data.classes.labels), config.grid_samples)
+        numbers = range(config.grid_samples - config.grid_samples % (columns or 1))  # complete rows
         latents, _ = draw_latents(run, network, numbers, config.grid_num_steps, guidance)
-        labels = image_labels(run, numbers)
-        columns = grid_columns(len(run.data.classes.labels), len(labels))
-        write_grid(run, f"{run.step:07d}", latents, labels, columns)
+        write_grid(run, f"{run.step:07d}", latents, image_labels(run, numbers), columns)
     run.accelerator.wait_for_everyone()
 
 
