@@ -300,10 +300,8 @@ def _codec_folder(name: str, source: str) -> Path:
         place = local_or_hub(source, allowed, "codec (--vae)")
     if isinstance(place, Path):
         return _local_codec(place)
-    instead = (
-        f"Put {CONFIG_FILE} and {WEIGHTS_FILE} of https://huggingface.co/{place.repo} into a folder and give "
-        f"that folder by --vae"
-    )
+    instead = "" if name in CODECS else f"There is no local folder {source} either. "
+    instead += f"Put {CONFIG_FILE} and {WEIGHTS_FILE} of {place.repo} into a folder and give that folder by --vae"
     files, part = (WEIGHTS_FILE, CONFIG_FILE), HubName(place.repo, f"{place.inside}/{CODEC_FOLDER}".lstrip("/"))
     try:
         return hub_folder(place, files, instead)

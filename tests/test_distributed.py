@@ -9,7 +9,7 @@ from common.distributed import broadcast_from_main, check_launch_settings, large
 from common.io import InputError
 from tests.conftest import reset_accelerate, run_program
 
-PROGRAM = """
+PROGRAM = r"""
 import sys
 sys.path.insert(0, ".")
 from common.distributed import broadcast_from_main, largest_batch, start_processes
@@ -24,11 +24,11 @@ def refuse():
 
 accelerator = start_processes("auto")
 decided = broadcast_from_main(accelerator, lambda: f"by process {accelerator.process_index}")
-print("decided", decided, "batch", largest_batch(attempt, 16), flush=True)
+print(f"decided {decided} batch {largest_batch(attempt, 16)}\n", end="", flush=True)  # as one write
 try:
     broadcast_from_main(accelerator, refuse)
 except InputError as error:
-    print("refused:", error, flush=True)
+    print(f"refused: {error}\n", end="", flush=True)
 accelerator.wait_for_everyone()
 accelerator.end_training()
 """
