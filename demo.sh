@@ -33,7 +33,7 @@ python train.py \
     --learning-rate 3e-3 \
     --ema-decay 0.995 \
     --max-train-steps 2000 \
-    --log-steps 10 \
+    --log-steps 25 \
     --sampling-steps 500 \
     --grid-samples 40 \
     --checkpointing-steps 1000 \
