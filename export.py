@@ -26,6 +26,7 @@ from models.checkpoint import (
     load_checkpoint,
     network_config,
     network_weights,
+    newest_of_run,
     saved_settings,
     steps_done,
 )
@@ -71,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Export the network of a checkpoint as the command line says."""
     config = parse(ExportConfig, "Export the network of a checkpoint.", argv)
     export(config.ckpt, config.dest, config.weights, config.layout)
-    print(config.dest)
+    print(*newest_of_run(config.ckpt), config.dest, sep="\n")
 
 
 def export(ckpt: str | Path, dest: str | Path, weights: str = "ema", layout: str = "auto") -> None:

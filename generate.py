@@ -47,6 +47,7 @@ from models.checkpoint import (
     checkpoint_classes,
     checkpoint_digest,
     load_checkpoint,
+    newest_of_run,
     saved_settings,
     steps_done,
 )
@@ -105,6 +106,8 @@ def main() -> None:
 
     def claim_folder() -> list[range]:
         samples.claim(plan.record())
+        for line in newest_of_run(config.ckpt):
+            print(line)
         for warning in plan.warnings:
             print(f"warning: {warning}", file=sys.stderr)
         batches = samples.missing_batches(plan.batch_size, config.with_cls_tokens)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import io
+import os
 import re
 import zipfile
 from pathlib import Path
@@ -119,6 +120,13 @@ def resolve_checkpoint(name: str | Path) -> Path:
     if runs := [path.parent.name for path in sorted(place.glob("*/checkpoints"))]:
         raise InputError(f"{place}: contains training runs ({', '.join(runs[:MOST_SHOWN])}); give the folder of one")
     return found[-1] if found else place
+
+
+def newest_of_run(name: str | Path) -> list[str]:
+    """Return the line that says which checkpoint the folder of a run stands for; no line for other names."""
+    path = resolve_checkpoint(name)
+    is_folder = path.is_file() and os.path.isdir(os.path.expanduser(name))
+    return [f"{name}: a training run; its newest checkpoint is {path}"] if is_folder else []
 
 
 def load_checkpoint(name: str | Path, verify: bool = True, layout: str = "auto") -> dict[str, Any]:

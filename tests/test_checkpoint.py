@@ -24,6 +24,7 @@ from models.checkpoint import (
     load_checkpoint,
     load_model,
     network_config,
+    newest_of_run,
     save_checkpoint,
     steps_done,
 )
@@ -320,6 +321,8 @@ def test_a_run_is_named_by_its_folder(tmp_path):
     for path in (tmp_path / "run", tmp_path / "run" / "checkpoints", newest):
         assert load_model(path).config.depth == models[1].config.depth
         assert checkpoint_digest(path) == checkpoint_digest(newest)
+        expected = [] if path == newest else [f"{path}: a training run; its newest checkpoint is {newest}"]
+        assert newest_of_run(path) == expected
     with pytest.raises(InputError, match=r"contains training runs \(run\); give the folder of one"):
         load_checkpoint(tmp_path)
 

@@ -18,7 +18,7 @@ from evaluations.in_training import TrainingEvaluation
 from loss import REGLoss
 from models import ema
 from models.autoencoder import Codec
-from models.checkpoint import list_checkpoints, load_checkpoint, network_weights
+from models.checkpoint import list_checkpoints, load_checkpoint, network_weights, resolve_checkpoint
 from models.encoders import Encoder
 from models.sit import SiT
 from models.weights_file import mismatch
@@ -96,7 +96,9 @@ def prepare_networks(
         restore_weights(checkpoint, model, average)
     elif config.init_from:
         initial = initialize_from(config.init_from, model, average)
-        logger.info("weights of %s; newly initialized: %s", config.init_from, ", ".join(initial) or "none")
+        logger.info(
+            "weights of %s; newly initialized: %s", resolve_checkpoint(config.init_from), ", ".join(initial) or "none"
+        )
 
     # Devices.
     if config.fsdp:
