@@ -27,7 +27,7 @@ class ClassSet:
         labels: the labels, ascending.
         names: the name of each label, in the order of `labels`; empty if the data has no names.
 
-    Raises InputError if the labels are no ascending whole numbers from 0, or the number of names differs.
+    Raises InputError if the labels are not ascending whole numbers from 0, or the number of names differs.
     """
 
     labels: tuple[int, ...]
@@ -131,7 +131,7 @@ class ClassSet:
 def class_names(contents: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Return the "classes" in the contents of some dataset.json files, given by their paths; [] if there are none.
 
-    Raises InputError for classes that are no list of names, or that differ between the files.
+    Raises InputError for classes that are not a list of names, or that differ between the files.
     """
     found: dict[str, list[str]] = {}
     for path, content in contents.items():

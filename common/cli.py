@@ -94,7 +94,7 @@ class Config:
 
     Attributes:
         given: names of the settings that the command line or its --config file contains; the others have their default.
-        recorded: names in a --config file that are no settings, but what a program recorded there about its work.
+        recorded: names in a --config file that are not settings, but what a program recorded there about its work.
         example: a command line for the message about a missing flag; made from the required flags if empty.
 
     Raises:
@@ -297,7 +297,7 @@ def finite_float(text: str) -> float:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is no finite number")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
     return value
 
 
@@ -333,7 +333,7 @@ def whole_number(text: str) -> int:
     try:
         return int(text)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from error
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from error
 
 
 def _argument(item: dataclasses.Field, hint: Any) -> dict[str, Any]:

@@ -25,7 +25,7 @@ OTHER_IMAGES = (
     ".heic", ".heif", ".avif", ".jxl", ".jp2", ".j2k", ".jpx", ".jif", ".dib", ".apng", ".tga", ".svg", ".ico", ".psd",
     ".exr", ".hdr", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2", ".eps", ".pcx", ".xcf", ".dcm",
 )  # fmt: skip
-# Files that are no images and are often next to them.
+# Files that are not images and are often next to them.
 NO_IMAGES = (
     ".txt", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".yaml", ".yml", ".md", ".rst", ".html", ".htm", ".pdf", ".log",
     ".db", ".ini", ".lnk", ".url", ".mat", ".npy", ".npz", ".pkl", ".pt", ".pth", ".caption", ".cls", ".py", ".sh",
@@ -54,7 +54,7 @@ class ImageFiles:
         images: names of the images, among them dead links with the name of an image; sorted.
         not_read: names of images whose format or name is not one of those that are read, and why.
         bare_folders: folders, at any depth, that have files or links but no images, or are empty; and why.
-        other_folders: those of them that have only files that are no images and no packed data.
+        other_folders: those of them that have only files that are not images and no packed data.
         dead_links: why a link cannot be read, by name.
         others: number of other files by the ending of their name.
     """
@@ -68,7 +68,7 @@ class ImageFiles:
     others: Counter = field(default_factory=Counter)
 
     def notes(self) -> list[str]:
-        """Return a line that counts the files that are no images, if there are any."""
+        """Return a line that counts the files that are not images, if there are any."""
         if not self.others:
             return []
         counts = ", ".join(f"{count:,} {ending}" for ending, count in self.others.most_common())

@@ -58,7 +58,7 @@ def mirrored_name(name: str) -> str:
 def read_dataset_json(source: FileSource) -> dict[str, Any]:
     """Return the content of a data set's dataset.json, {} if there is none.
 
-    Raises InputError if it is no object, or if a folder below contains a dataset.json: then a data set's folder was
+    Raises InputError if it is not an object, or if a folder below contains a dataset.json: then a data set's folder was
     packed or copied instead of its content, and to ignore its labels and codec would be wrong.
     """
     if deeper := source.find_below("dataset.json"):

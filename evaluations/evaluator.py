@@ -167,7 +167,7 @@ def open_reference_images(statistics: Reference) -> ImageBatch | None:
 
 
 def read_sampling(samples: Path) -> dict[str, Any] | None:
-    """Return the sampler's settings from the .json file next to the samples. Raises InputError if it is no object."""
+    """Return the sampler's settings from the .json file next to the samples. InputError if it is not an object."""
     path = samples.resolve().with_suffix(".json")  # a link to samples.npz may have another name
     if not path.is_file():
         return None

@@ -266,7 +266,7 @@ def _resolve(spec: str, resolution: int) -> tuple[EncoderSpec, int]:
     input_size = line.input_size or _pretrained_cfg(line.model).input_size[-1]
     if input_size * resolution % BASE_RESOLUTION:
         size = f"an input of {input_size} px for images of {BASE_RESOLUTION} px"
-        problem = f"is no whole number of px at resolution {resolution}; set it with :input="
+        problem = f"is not a whole number of px at resolution {resolution}; set it with :input="
         raise InputError(f"encoder {spec}: {size} {problem}")
     return line, input_size * resolution // BASE_RESOLUTION
 

@@ -63,7 +63,7 @@ class SiTConfig:
         if not 1 <= patch <= size or size % patch:
             raise ValueError(f"latents of {size} x {size} do not divide into patches of {patch}")
         if self.num_heads < 1 or self.hidden_size % math.lcm(self.num_heads, 4):  # 4: parts of the position table
-            raise ValueError(f"hidden_size {self.hidden_size} is no multiple of num_heads {self.num_heads} and of 4")
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads} and of 4")
         if self.z_dims and not 1 <= self.encoder_depth <= self.depth:
             raise ValueError(f"encoder_depth {self.encoder_depth} is outside 1 .. {self.depth}, the number of blocks")
 

@@ -80,9 +80,9 @@ def test_a_configuration_cannot_change():
     ("flags", "text"),
     [
         ("--num-steps 0", r"--num-steps 0: must be greater than 0"),
-        ("--num-steps many", r"--num-steps: 'many' is no whole number"),
+        ("--num-steps many", r"--num-steps: 'many' is not a whole number"),
         ("--scale -1", r"--scale -1\.0: must be 0 or greater"),
-        ("--scale nan", r"--scale: 'nan' is no finite number"),
+        ("--scale nan", r"--scale: 'nan' is not a finite number"),
         ("--decay 1", r"--decay 1\.0: must be at least 0 and less than 1"),
         ("--share 2", r"--share 2\.0: must be from 0 to 1"),
         ("--size 0", r"--size 0: must be 1 or greater, or auto"),
@@ -138,8 +138,8 @@ def test_a_file_gives_values_and_flags_replace_them(tmp_path):
     ("content", "text"),
     [
         ({"num_step": 3}, r"a\.json: num_step: no setting of this program; did you mean num_steps?"),
-        ({"num_steps": "many"}, r"a\.json: --num-steps: 'many' is no whole number"),
-        ({"num_steps": 2.5}, r"a\.json: --num-steps: '2\.5' is no whole number"),
+        ({"num_steps": "many"}, r"a\.json: --num-steps: 'many' is not a whole number"),
+        ({"num_steps": 2.5}, r"a\.json: --num-steps: '2\.5' is not a whole number"),
         ({"num_steps": True}, r"a\.json: num_steps: True: must be a value, not true or false"),
         ({"tf32": "yes"}, r"a\.json: tf32: 'yes': must be true or false"),
         ({"name": ["a", "b"]}, r"a\.json: name: .*: must be a single number or text"),

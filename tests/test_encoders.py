@@ -257,7 +257,7 @@ def test_input_follows_the_resolution_unless_given():
     assert encoders._resolve("dinov2-vit-b", 512)[1] == 448
     assert encoders._resolve("timm/resnet18", 128)[1] == 112
     assert encoders._resolve("timm/resnet18:input=512", 128)[1] == 512
-    with pytest.raises(InputError, match=r"no whole number of px at resolution 100"):
+    with pytest.raises(InputError, match=r"not a whole number of px at resolution 100"):
         encoders._resolve("dinov2-vit-b", 100)
 
 

@@ -277,7 +277,7 @@ def test_contradictions_are_named(checkpoint, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["--cfg-scale", "--cls-cfg-scale", "--guidance-low", "--guidance-high"])
 @pytest.mark.parametrize("value", ["nan", "inf", "1e999", "much"])
 def test_numbers_that_are_not_finite_are_refused(name, value):
-    with pytest.raises(InputError, match=f"{name}: '{value}' is no finite number"):
+    with pytest.raises(InputError, match=f"{name}: '{value}' is not a finite number"):
         settings_of(["--ckpt", "x.pt", name, value])
 
 

@@ -292,7 +292,7 @@ def test_errors_name_the_wrong_argument():
     with pytest.raises(ValueError, match=r"encoder_depth 4 is outside 1 .. 3"):
         small(encoder_depth=4)
     for options in ({"num_heads": 5}, {"num_heads": 0}, {"hidden_size": 34, "num_heads": 2}):
-        with pytest.raises(ValueError, match="is no multiple of num_heads"):
+        with pytest.raises(ValueError, match="is not a multiple of num_heads"):
             small(**options)
 
 

@@ -331,7 +331,7 @@ def test_a_run_starts_from_the_weights_of_another(train_flags, data, capsys):
 
 @pytest.mark.parametrize(("name", "value"), [("--proj-coeff", "nan"), ("--learning-rate", "inf"), ("--cls", "much")])
 def test_values_that_are_no_numbers_are_refused(train_flags, name, value):
-    with pytest.raises(InputError, match=f"{name}: '{value}' is no finite number"):
+    with pytest.raises(InputError, match=f"{name}: '{value}' is not a finite number"):
         parse_args([*train_flags, "--exp-name", "run", name, value])
 
 

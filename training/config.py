@@ -39,7 +39,7 @@ SEED = Check("from 0 to 2^63 - 1", lambda value: 0 <= value < 2**63)
 TIMEOUT = Check(f"greater than 0 and at most a year, {MINUTES_PER_YEAR}", lambda value: 0 < value <= MINUTES_PER_YEAR)
 MODEL = Check(f"one of {', '.join(SiT_models)}", lambda value: value in SiT_models)
 WEIGHTS = {term.name: term.weight for term in TERMS}
-# In args.json: facts about the run that are no settings, and the names of the settings that follow from others.
+# In args.json: facts about the run that are not settings, and the names of the settings that follow from others.
 DERIVED = "derived"
 RECORDED = frozenset({"codec", "latent_size", "z_dims", "in_channels", "cls_token_dim", DERIVED})
 OF_ONE_RUN = ("exp_name", "resume", "resume_step", "dry_run")  # another run does not take them from args.json

@@ -236,7 +236,7 @@ class RunLog:
     def _draw(self) -> None:
         try:
             loss_curves(self.metrics, self.picture)
-        except Exception as error:  # a picture is no reason to end a run
+        except Exception as error:  # a missing picture does not end a run
             logger.warning("%s cannot be written, training continues: %s", self.picture, first_line(error))
 
     def state(self) -> dict[str, Any]:
