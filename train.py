@@ -20,7 +20,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from common.distributed import broadcast_from_main
-from common.io import InputError, progress_bar, read_json, run_cli, unlock_folder, write_json
+from common.io import InputError, progress_bar, read_json, run_cli, write_json
+from common.locks import unlock_folder
 from dataset import ErrorsAsItems, GlobalBatchSampler, collate, raise_errors
 from loss import Targets, alignment_target, entangled_token
 from models import ema

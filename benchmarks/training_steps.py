@@ -23,7 +23,8 @@ from torch import Tensor, nn
 import train
 from benchmarks.timing import count_flops
 from common.images import save_png
-from common.io import unlock_folder, write_json
+from common.io import write_json
+from common.locks import unlock_folder
 from common.sources import image_name, latents_name
 from loss import Draws, REGLoss, Targets, alignment
 from models.autoencoder import SD_FORMAT

@@ -26,7 +26,8 @@ from PIL import Image
 from common.classes import ClassSet
 from common.cli import fixed_settings, flag, settings
 from common.images import decode_rgb, image_grid, save_png
-from common.io import InputError, atomic_write, check_writable, lock_folder, read_json, unlock_folder, write_json
+from common.io import InputError, atomic_write, check_writable, read_json, write_json
+from common.locks import lock_folder, unlock_folder
 from evaluations.npz import NpzFile, write_npz
 from generation.config import GenerateConfig
 
@@ -112,11 +113,12 @@ class SampleSet:
 
     def write_image(self, number: int, pixels: np.ndarray) -> None:
         """Write image `number`, pixels (R, R, 3) uint8."""
-        save_png(self.image_path(number), Image.fromarray(pixels))
+        with atomic_write(self.image_path(number), clear=False) as file:
+            Image.fromarray(pixels).save(file, format="PNG")
 
     def write_cls_tokens(self, numbers: range, cls_tokens: np.ndarray) -> None:
         """Write the class tokens of a batch, (len(numbers), D) float32, to a file of the batch."""
-        with atomic_write(self.folder / "cls" / f"{numbers.start:06d}-{numbers.stop:06d}.npy") as file:
+        with atomic_write(self.folder / "cls" / f"{numbers.start:06d}-{numbers.stop:06d}.npy", clear=False) as file:
             np.save(file, cls_tokens)
 
     def finish(
@@ -155,17 +157,23 @@ class SampleSet:
         It is a relative symbolic link, or a copy if the file system has no links. A link to another set is replaced.
         """
         npz, link = self.folder / "samples.npz", self.folder.parent / f"{name}.npz"
+        target = str(npz.relative_to(link.parent))
         if link.is_symlink():
+            if os.readlink(link) == target:
+                return link
             if not SET_NPZ.fullmatch(os.readlink(link)):
                 return None
+            link.unlink(missing_ok=True)  # a temporary link would stay if the program were killed
         elif link.exists():
             return link if filecmp.cmp(link, npz) else None
-        new = link.with_name(f".{link.name}.{os.getpid()}.tmp")
         try:
-            new.symlink_to(npz.relative_to(link.parent))
+            link.symlink_to(target)
+        except FileExistsError:  # another process has just created it
+            return None
         except OSError:
-            shutil.copy2(npz, new)
-        os.replace(new, link)
+            with open(npz, "rb") as source, atomic_write(link) as copy:
+                shutil.copyfileobj(source, copy)
+            shutil.copystat(npz, link)
         return link
 
     def read_images(self) -> Iterator[np.ndarray]:

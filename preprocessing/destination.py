@@ -9,10 +9,8 @@ the end; the same files always give the same bytes.
 from __future__ import annotations
 
 import contextlib
-import glob
 import json
 import os
-import re
 import shutil
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -21,19 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from common.cli import Config, setting
-from common.io import (
-    LOCK_NAME,
-    InputError,
-    atomic_write,
-    lock_folder,
-    progress_bar,
-    read_json,
-    unlock_folder,
-    write_json,
-)
+from common.io import InputError, atomic_write, is_temporary, progress_bar, read_json, write_json
+from common.locks import LOCK_NAME, lock_folder, unlock_folder
 from common.sources import FileSource
 
-_LEFTOVER = re.compile(r"\..+\.\d+\.tmp")  # temporary files of a killed `atomic_write`
 _ZIP_TIME = (1980, 1, 1, 0, 0, 0)  # of every file in a zip: the time of packing would change the bytes
 
 
@@ -86,7 +75,6 @@ class Destination:
             allowed = "--dest must be a new or empty folder, or one where the same command was interrupted"
             raise InputError(f"{self.folder}: contains files that this program did not create; {allowed}")
         lock_folder(self.folder, "writing")  # after the checks, because the lock file would change a foreign folder
-        self._remove_leftovers()
         if not is_started:
             write_json(made_with, settings)
         return False
@@ -107,7 +95,8 @@ class Destination:
         """
         with contextlib.ExitStack() as files:
             for name, content in contents.items():
-                files.enter_context(atomic_write(self.folder / name, sync_name=False)).write(content)
+                file = files.enter_context(atomic_write(self.folder / name, sync_name=False, clear=False))
+                file.write(content)
 
     def finish(self, dataset: Mapping[str, Any]) -> None:
         """Write dataset.json, which shows that the output is complete, and pack the zip if the output is one."""
@@ -116,13 +105,6 @@ class Destination:
             _pack(self.folder, self.path)
             shutil.rmtree(self.folder, ignore_errors=True)  # a second run may remove it as well
         unlock_folder(self.folder)
-
-    def _remove_leftovers(self) -> None:
-        """Remove temporary files of a killed run."""
-        of_packing = self.path.parent.glob(f".{glob.escape(self.path.name)}.*.tmp") if self.is_zip else ()
-        for path in (*self.folder.rglob(".*.tmp"), *of_packing):
-            if _LEFTOVER.fullmatch(path.name):
-                path.unlink()
 
     def _settings_in_zip(self) -> Any:
         try:
@@ -167,12 +149,16 @@ def explain_write_errors(path: Path) -> Iterator[None]:
 
 def _other_files(folder: Path) -> list[str]:
     """Return the files of a folder other than those which a run leaves if it is killed before its first output."""
-    return [name for name in os.listdir(folder) if name != LOCK_NAME and not _LEFTOVER.fullmatch(name)]
+    return [name for name in os.listdir(folder) if name != LOCK_NAME and not is_temporary(name)]
 
 
 def _pack(folder: Path, target: Path) -> None:
     """Write all files of a folder to an uncompressed zip; the same files always give the same bytes."""
-    files = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    files = (
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.is_file() and not is_temporary(path.name)
+    )
     names = sorted(name for name in files if name != LOCK_NAME)  # reading it would release the lock
     with atomic_write(target) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         for name in progress_bar(names, desc=f"packing {target.name}", unit="file", mininterval=1):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.io import InputError
+from common.io import InputError, atomic_write
 from common.sources import FileSource
 from preprocessing import convert
 from preprocessing.destination import Destination
@@ -345,6 +345,16 @@ def test_one_run_at_a_time(name, tmp_path):
     mine.finish({"labels": []})
     left = contents(destination) if not mine.is_zip else zipfile.ZipFile(destination).namelist()
     assert set(left) == {".convert.json", "dataset.json"} and [*tmp_path.iterdir()] == [destination]
+
+
+def test_a_file_that_a_lost_process_still_writes_is_not_packed(tmp_path):
+    destination = Destination(tmp_path / "out.zip", "convert")
+    destination.claim({})
+    lost = atomic_write(destination.folder / "a.png", clear=False)
+    with pytest.raises(FileNotFoundError), lost as file:  # its folder is removed when the zip is complete
+        file.write(b"half")
+        destination.finish({"labels": []})
+    assert set(zipfile.ZipFile(tmp_path / "out.zip").namelist()) == {".convert.json", "dataset.json"}
 
 
 def test_temporary_files_of_a_kill_while_packing_are_removed(tmp_path):

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.io import InputError, first_line, read_json, write_json
+from common.io import InputError, clear_leftovers, first_line, read_json, write_json
 from models.checkpoint import checksum_path, list_checkpoints, save_checkpoint
 from training.messages import logger
 
@@ -81,8 +81,7 @@ class CheckpointWriter:
 
     def clear_leftovers(self) -> None:
         """Remove the incomplete files of a process that was killed while it wrote."""
-        for path in self.folder.glob(".*.pt.*.tmp"):  # checkpoints and their checksums
-            path.unlink(missing_ok=True)
+        clear_leftovers(self.folder)
 
     def _write(self, step: int, content: dict[str, Any], name: str | None, temporary: bool) -> None:
         path, started = self.folder / f"{name or f'{step:07d}'}.pt", time.perf_counter()

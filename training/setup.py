@@ -16,7 +16,8 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 
 from common.cli import changed
 from common.distributed import broadcast_from_main, start_processes
-from common.io import InputError, check_writable, lock_folder, progress_bar, read_json, read_metrics, write_json
+from common.io import InputError, check_writable, progress_bar, read_json, read_metrics, write_json
+from common.locks import lock_folder
 from dataset import GlobalBatchSampler, LatentDataset
 from evaluations.in_training import TrainingEvaluation
 from loss import FROM_ENCODER, REGLoss
