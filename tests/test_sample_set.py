@@ -168,9 +168,10 @@ def test_what_a_killed_program_left_is_removed_when_the_set_is_claimed(samples):
         (samples.folder / name).write_bytes(b"half")
     samples.write_image(1, pixels(1))
     assert all((samples.folder / name).exists() for name in names)
-    samples.claim(SETTINGS | {"samples": None})
+    (samples.folder / "samples.json").write_text(json.dumps(SETTINGS))
+    samples.claim(SETTINGS)
     samples.release()
-    assert not [path for path in samples.folder.rglob(".*")]
+    assert not list(samples.folder.rglob(".*"))
 
 
 def test_two_programs_do_not_mix_in_one_folder(tmp_path):
