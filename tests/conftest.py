@@ -72,17 +72,21 @@ def data(tmp_path: Path) -> Path:
     return write_data(tmp_path / "data")
 
 
-@pytest.fixture(scope="session")
-def encoder_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random weights for ENCODER, in timm's layout."""
+def write_encoder(path: Path) -> Path:
+    """Write random weights for ENCODER, in timm's layout."""
     import timm
     from safetensors.torch import save_file
 
     torch.manual_seed(0)
     network = timm.create_model("vit_tiny_patch16_224", img_size=RESOLUTION, num_classes=0, **ENCODER_OPTIONS)
-    path = tmp_path_factory.mktemp("encoder") / "encoder.safetensors"
     save_file(network.state_dict(), path)
     return path
+
+
+@pytest.fixture(scope="session")
+def encoder_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights for ENCODER."""
+    return write_encoder(tmp_path_factory.mktemp("encoder") / "encoder.safetensors")
 
 
 @pytest.fixture
