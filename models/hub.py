@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from common.io import InputError, first_line
+from common.io import InputError, clear_leftovers, first_line
 
 REACH_TIMEOUT = 10  # seconds; a slower server is not usable for gigabytes
 HUB_PART = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)  # of owner/name/folder/file
@@ -105,6 +105,7 @@ def url_file(address: str, instead: str) -> Path:
     if not _is_reachable(address):
         raise InputError(f"{address}: not in {path.parent}, and the server cannot be reached. {instead}")
     path.parent.mkdir(parents=True, exist_ok=True)
+    clear_leftovers(path.parent, path.name)
     try:
         torch.hub.download_url_to_file(address, str(path))
     except OSError as error:

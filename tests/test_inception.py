@@ -1,6 +1,8 @@
 """The Inception network against features that TensorFlow computed on the stand-in weights, and its weight files."""
 
 import hashlib
+import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -216,7 +218,11 @@ def test_download_is_checked_and_only_a_complete_file_is_kept(tmp_path: Path) ->
     with pytest.raises(InputError, match=f"not downloaded, its SHA-256 is not {'0' * 64}; .*--inception"):
         fetch_graph(target, url, "0" * 64)
     assert not list(target.parent.iterdir())
+    leftover = target.with_name(f"graph.pb.{'0' * 32}.partial")  # of a download that was killed two days ago
+    leftover.touch()
+    os.utime(leftover, (time.time() - 2 * 24 * 3600,) * 2)
     assert fetch_graph(target, url, right).read_bytes() == b"weights"
+    assert list(target.parent.iterdir()) == [target]
     source.unlink()
     assert fetch_graph(target, url, right) == target  # no second download
     target.write_bytes(b"weightz")

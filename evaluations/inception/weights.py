@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from common.io import WRITE_ERRORS, InputError, sha256_of
+from common.io import WRITE_ERRORS, InputError, clear_leftovers, sha256_of
 from evaluations.inception.graphdef import Graph
 from evaluations.inception.layers import NUM_CLASSES, NUM_FEATURES, convolutions, inception_layers
 
@@ -79,6 +79,7 @@ def fetch_graph(path: Path | None = None, url: str = GRAPH_URL, sha256: str = GR
             raise InputError(f"{path}: damaged, its sha256 is {found}, not {sha256}; delete it to download it again")
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
+    clear_leftovers(path.parent, path.name)
     try:
         torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
     except (OSError, RuntimeError) as error:
