@@ -73,8 +73,12 @@ class SampleSet:
         """
         check_writable(self.folder / "samples.json", "--sample-dir")
         lock_folder(self.folder, "generating")
-        self._check_settings(made_with)
-        write_json(self.folder / "samples.json", made_with)
+        try:
+            self._check_settings(made_with)
+            write_json(self.folder / "samples.json", made_with)
+        except BaseException:  # leave no lock file in a folder of other images
+            self.release()
+            raise
 
     def release(self) -> None:
         """Unlock the folder."""

@@ -58,6 +58,8 @@ class Destination:
         Raises InputError if the destination contains other files or was created with other settings, or if another
         process writes to it.
         """
+        if self.is_zip and self.folder.is_symlink():
+            raise InputError(f"{self.folder}: is a link; remove it, the files of {self.path.name} are collected there")
         if self.is_zip and self.path.exists():
             self._check(self._settings_in_zip(), settings)
             shutil.rmtree(self.folder, ignore_errors=True)  # of a run killed after packing

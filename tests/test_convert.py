@@ -347,6 +347,15 @@ def test_one_run_at_a_time(name, tmp_path):
     assert set(left) == {".convert.json", "dataset.json"} and [*tmp_path.iterdir()] == [destination]
 
 
+@pytest.mark.parametrize("target", ["elsewhere", "missing"])
+def test_files_of_a_zip_are_not_collected_through_a_link(tmp_path, target):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / ".out.zip.parts").symlink_to(target)
+    with pytest.raises(InputError, match=r"\.out\.zip\.parts: is a link; remove it"):
+        Destination(tmp_path / "out.zip", "convert").claim({})
+    assert not any((tmp_path / "elsewhere").iterdir()) and not (tmp_path / "missing").exists()
+
+
 def test_a_file_that_a_lost_process_still_writes_is_not_packed(tmp_path):
     destination = Destination(tmp_path / "out.zip", "convert")
     destination.claim({})

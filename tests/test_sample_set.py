@@ -152,6 +152,7 @@ def test_a_folder_of_other_images_is_refused(samples, noted, text):
     with pytest.raises(InputError, match=text):
         samples.claim(SETTINGS)
     assert noted is None or json.loads(path.read_text()) == noted
+    assert not (samples.folder / ".lock").exists()
 
 
 def test_a_set_belongs_to_its_checkpoint_wherever_that_lies(tmp_path):
