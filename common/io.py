@@ -175,15 +175,17 @@ def atomic_write(path: str | Path, mode: str = "wb", sync_name: bool = True, cle
             file.flush()
             os.fsync(file.fileno())
             os.replace(temporary, path)  # before the file is closed, which releases its lock
+            temporary = None
         if sync_name:
             _sync_folder(path.parent)
     except OSError as error:
-        if error.filename == temporary or (error.filename is None and error.errno in WRITE_ERRORS):
+        if (temporary and error.filename == temporary) or (error.filename is None and error.errno in WRITE_ERRORS):
             error.filename, error.filename2 = str(path), None  # the user does not know the temporary file
         raise
     finally:
         if temporary:
-            Path(temporary).unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
 
 
 def _check_replaceable(path: Path) -> None:
@@ -204,9 +206,9 @@ def _open_temporary(path: Path, mode: str) -> IO[Any]:
     """Create and lock a temporary file for `path`. The lock shows `clear_leftovers` that its writer is alive."""
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC  # file servers lock only what is writable
     text = {} if "b" in mode else {"encoding": "utf-8", "errors": "surrogateescape"}
-    stem = _stem(path.name)
+    start = os.path.join(path.parent, f".{_stem(path.name)}.")
     while True:
-        name = str(path.with_name(f".{stem}.{secrets.token_hex(8)}.tmp"))
+        name = f"{start}{secrets.token_hex(8)}.tmp"
         try:
             file = open(name, mode, opener=lambda name, _: os.open(name, flags, 0o666), **text)  # noqa: SIM115
         except FileExistsError:
@@ -221,7 +223,8 @@ def _open_temporary(path: Path, mode: str) -> IO[Any]:
 
 def _stem(name: str) -> str:
     """Return the part of a file's name that the name of its temporary file contains."""
-    return os.fsencode(name)[:LONGEST_STEM].decode(errors="ignore") if len(os.fsencode(name)) > LONGEST_STEM else name
+    data = os.fsencode(name)
+    return data[:LONGEST_STEM].decode(errors="ignore") if len(data) > LONGEST_STEM else name
 
 
 def _lock_temporary(descriptor: int, path: str) -> bool | None:

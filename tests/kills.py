@@ -38,7 +38,7 @@ sys.path.insert(0, str(ROOT))  # for imports from the repository, which are insi
 
 TIMES = {"seconds", "images_per_second", "data_wait", "waited"}  # entries of files that differ between equal runs
 LOGS = ("log.txt", "starts.jsonl", ".sha256")  # of times; a checkpoint contains times, so its checksum differs as well
-SECONDS = 300  # after which a program counts as hanging
+SECONDS = 900  # after which a program counts as hanging
 LEFT_ALONE = 60  # seconds in which the processes that a killed main process has started must end
 HANGS = -1000  # its exit status
 STARTS_PER_KILL = 4  # a program may end before its kill
