@@ -290,10 +290,7 @@ def decode_moments(data: bytes, shape: tuple[int, ...] | None = None) -> np.ndar
 
     Raises InputError for other bytes, another dtype, or a shape other than `shape` (None: any of this form).
     """
-    try:
-        moments = decode_npy(data, ("float32", "float16"))
-    except InputError as error:
-        raise InputError(f"broken latents: {error}") from error
+    moments = decode_npy(data, ("float32", "float16"), "latents")
     channels, *sides = moments.shape if moments.ndim == 3 else (0, 0, 0)
     if channels == 0 or channels % 2 or sides[0] != sides[1] or sides[0] == 0:
         raise InputError(f"shape {moments.shape}; allowed: (2 C, h, h), mean, then standard deviation")

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFile, ImageFont, UnidentifiedImageError
 
 from common.io import InputError, atomic_write
+from common.zip_files import MAX_RATIO
 
 # Listed, so that Pillow does not use decoders that start other programs (EPS). JPEG includes MPO.
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
@@ -39,10 +40,11 @@ def open_image(data: bytes, formats: Sequence[str] = IMAGE_FORMATS, max_side: in
     # Other libraries change these settings of the process. MAX_PIXELS replaces Pillow's limit.
     ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS = False, None
     try:
-        if data.startswith(PNG_SIGNATURE):
-            _check_png(data)
+        packed = _check_png(data) if data.startswith(PNG_SIGNATURE) else None
         image = Image.open(io.BytesIO(data), formats=formats)
-        _check_size(image.size, max_side)
+        _check_size(image.size, max_side, packed)
+        if image.format == "TIFF" and _covered(image) not in (image.size, image.size[::-1]):
+            raise InputError(f"{UNREADABLE}: its data is damaged (it does not contain all pixels)")
         image.load()
         frames = getattr(image, "n_frames", 1)
     except (InputError, MemoryError):
@@ -54,12 +56,13 @@ def open_image(data: bytes, formats: Sequence[str] = IMAGE_FORMATS, max_side: in
     return image
 
 
-def _check_png(data: bytes) -> None:
-    """Raise InputError unless all chunks of a PNG are complete and have the right checksums.
+def _check_png(data: bytes) -> int:
+    """Return the number of bytes of a PNG's compressed pixels (PNG specification, section 5.3).
 
-    Source: PNG specification, section 5.3. Pillow does not check those of the pixels (IDAT).
+    Raises InputError unless all chunks are complete and have the right checksums. Pillow does not check those of the
+    pixels (IDAT).
     """
-    view, start, kind = memoryview(data), len(PNG_SIGNATURE), b""
+    view, start, kind, packed = memoryview(data), len(PNG_SIGNATURE), b"", 0
     while kind != b"IEND":
         end = start + 8 + int.from_bytes(view[start : start + 4], "big")  # after length, type and content
         if end + 4 > len(data):
@@ -67,16 +70,28 @@ def _check_png(data: bytes) -> None:
         kind = view[start + 4 : start + 8]
         if zlib.crc32(view[start + 4 : end]) != int.from_bytes(view[end : end + 4], "big"):
             raise InputError(f"{UNREADABLE}: its data is damaged (a checksum of the PNG does not match)")
+        packed += end - start if kind == b"IDAT" else 0
         start = end + 4
+    return packed
 
 
-def _check_size(size: tuple[int, int], max_side: int | None) -> None:
-    """Raise InputError for an image that is too large to decode."""
+def _check_size(size: tuple[int, int], max_side: int | None, packed: int | None) -> None:
+    """Raise InputError for an image that is too large to decode, or larger than `packed` bytes of a PNG can contain."""
     width, height = size
     if max_side is not None and max(size) > max_side:
         raise InputError(f"{width} x {height} pixels; allowed: 1 to {max_side} per side")
     if width * height > MAX_PIXELS:
         raise InputError(f"{UNREADABLE}: {width * height:,} pixels; allowed: {MAX_PIXELS:,}")
+    if packed is not None and width * height > 8 * MAX_RATIO * packed:  # a pixel has one bit or more
+        raise InputError(f"{UNREADABLE}: {width} x {height} pixels, but its {packed:,} bytes cannot contain as many")
+
+
+def _covered(image: Image.Image) -> tuple[int, int]:
+    """Return the width and height that the data of a TIFF covers, before its orientation is applied.
+
+    Pillow leaves the other pixels black.
+    """
+    return tuple(max((tile[1][side] for tile in image.tile), default=0) for side in (2, 3))
 
 
 def _why(data: bytes, formats: Sequence[str], error: Exception) -> str:

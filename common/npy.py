@@ -17,18 +17,18 @@ from common.io import InputError
 MAGIC = b"\x93NUMPY"
 LENGTH_BYTES = {b"\1\0": 2, b"\2\0": 4}  # of the header's length, by the version of the format
 _HEADER = re.compile(
-    rb"\{\s*'descr'\s*:\s*'([^']{1,20})'\s*,\s*'fortran_order'\s*:\s*(True|False)\s*,"
+    rb"\{\s*'descr'\s*:\s*'([<>|=][biufcOSUV]\d{0,9})'\s*,\s*'fortran_order'\s*:\s*(True|False)\s*,"
     rb"\s*'shape'\s*:\s*\(([0-9L, ]{0,100})\)\s*,?\s*\}\s*"
-)  # numpy.lib.format; the order of the keys is that of all known writers, Python 2 wrote an L after each number
+)  # numpy.lib.format; the keys are sorted, and Python 2 wrote an L after each number
 
 
-def decode_npy(data: bytes, dtypes: Sequence[str]) -> np.ndarray:
-    """Return the array in the bytes of an .npy file, in C order.
+def decode_npy(data: bytes, dtypes: Sequence[str], what: str) -> np.ndarray:
+    """Return the array in the bytes of an .npy file, in C order. `what` it contains is for messages, such as "latents".
 
     Raises InputError if the file is damaged, if bytes are missing or left over, and for a dtype whose NumPy name is not
     among `dtypes`, in the byte order of this machine.
     """
-    broken = InputError("not a complete .npy file of numbers")
+    broken = InputError(f"broken {what}: not a complete .npy file of numbers")
     length_bytes = LENGTH_BYTES.get(data[len(MAGIC) : len(MAGIC) + 2])
     if not data.startswith(MAGIC) or length_bytes is None:
         raise broken
