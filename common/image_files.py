@@ -183,6 +183,8 @@ def encode_command(images: Path) -> str:
 
 def preparation(source: Path) -> str:
     """Return the commands that prepare photographs for training; what a file is, if it contains no photographs."""
+    if not source.is_dir() and not source.is_file():  # a fifo or a device
+        return ""
     if source.is_file() and not zipfile.is_zipfile(source):
         packed = explain_packed(source)
         return f"; it {packed}" if packed else ""

@@ -110,7 +110,7 @@ def _why(data: bytes, formats: Sequence[str], error: Exception) -> str:
 
 def decode_rgb(data: bytes, resolution: int | None = None) -> np.ndarray:
     """Return the pixels (R, R, 3) uint8 of an RGB PNG, with R = `resolution` (None: any); InputError for others."""
-    image = open_image(data, ("PNG",))
+    image = open_image(data, ("PNG",), max_side=resolution)
     pixels = np.array(image)
     side = resolution or pixels.shape[0]
     if pixels.dtype != np.uint8 or pixels.shape != (side, side, 3):

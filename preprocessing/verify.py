@@ -119,8 +119,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     dataset = LatentDataset(config.data)
     codec = decoding_codec(config, dataset.latent_format) if config.reconstruct else None
     checksum_file = config.data / CHECKSUM_FILE
-    has_checksums = checksum_file.exists() and not config.update_checksums
-    if not has_checksums:
+    before = read_checksums(checksum_file) if checksum_file.exists() and not config.update_checksums else None
+    if before is None:
         check_writable(checksum_file, "checksums:")
     counts = np.bincount(dataset.labels)
     print(
@@ -133,8 +133,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Read every file.
     found = check_files(dataset, config.workers or available_cores())
     errors = found.errors
-    if has_checksums:
-        changes = compare_checksums(checksum_file, found.checksums)
+    if before is not None:
+        changes = compare_checksums(before, found.checksums)
         errors += changes
         print(f"checksums: {len(found.checksums):,} files, {len(changes):,} differ from {checksum_file}")
     elif not errors:
@@ -209,20 +209,25 @@ def check_chunk(dataset: LatentDataset, chunk: range) -> Findings:
     return found
 
 
-def compare_checksums(path: Path, now: dict[str, str]) -> list[str]:
-    """Return a message for each file that differs from a checksum file, which has the format of `sha256sum -c`."""
+def read_checksums(path: Path) -> dict[str, str]:
+    """Return the SHA-256 of files by name from a checksum file, which has the format of `sha256sum -c`."""
     try:
-        text = read_file(path).decode("utf-8", "surrogateescape")
+        lines = read_file(path).decode("utf-8", "surrogateescape").split("\n")
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-    lines = text.split("\n")[:-1]  # names may contain the other characters that `splitlines` splits at
-    matches = [_CHECKSUM.fullmatch(line) for line in lines]
-    if not all(matches) or not text.endswith("\n"):
-        raise InputError(f"{path}: not a checksum file; remove it, and a new one is written")
-    before = {match[2]: match[1] for match in matches}
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    matches = [_CHECKSUM.fullmatch(line) for line in lines[:-1]]  # after the last line end is nothing
+    if not all(matches) or lines[-1]:
+        raise InputError(f"{path}: not a complete checksum file; remove it, and a new one is written")
+    return {match[2]: match[1] for match in matches}
+
+
+def compare_checksums(before: dict[str, str], now: dict[str, str]) -> list[str]:
+    """Return a message for each file whose checksum differs from that of the checksum file."""
     states = {name: (before.get(name), now.get(name)) for name in sorted({*before, *now})}
     return [
-        f"{name}: {'not in' if old is None else 'missing, but in' if new is None else 'differs from'} {path.name}"
+        f"{name}: {'not in' if old is None else 'missing, but in' if new is None else 'differs from'} {CHECKSUM_FILE}"
         for name, (old, new) in states.items()
         if old != new
     ]

@@ -46,7 +46,7 @@ BAD = {
     "a header of 4 GiB": (b"\x93NUMPY\2\0\xff\xff\xff\xff" + npy(VALUES)[10:], "broken numbers"),
     "a shape of 10^18": (with_shape(npy(VALUES), b"(1000000000, 1000000000)"), "broken numbers"),
     "an empty array of 10^18": (with_shape(npy(VALUES)[:128], b"(0, 9999999999999999999)"), "broken numbers"),
-        "version 3": (npy(VALUES, (3, 0)), "broken numbers"),
+    "version 3": (npy(VALUES, (3, 0)), "broken numbers"),
     "pickles": (npy(np.array([{}], object)), "dtype object; allowed: float32, float16"),
     "a structure": (npy(np.zeros(2, [("a", "f4")])), "broken numbers"),
     "another byte order": (npy(VALUES.astype(">f4")), "dtype >f4; allowed"),
