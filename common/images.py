@@ -78,10 +78,10 @@ def _check_png(data: bytes) -> int:
 def _check_size(size: tuple[int, int], max_side: int | None, packed: int | None) -> None:
     """Raise InputError for an image that is too large to decode, or larger than `packed` bytes of a PNG can contain."""
     width, height = size
-    if max_side is not None and max(size) > max_side:
-        raise InputError(f"{width} x {height} pixels; allowed: 1 to {max_side} per side")
     if width * height > MAX_PIXELS:
         raise InputError(f"{UNREADABLE}: {width * height:,} pixels; allowed: {MAX_PIXELS:,}")
+    if max_side is not None and max(size) > max_side:
+        raise InputError(f"{width} x {height} pixels; allowed: 1 to {max_side} per side")
     if packed is not None and width * height > 8 * MAX_RATIO * packed:  # a pixel has one bit or more
         raise InputError(f"{UNREADABLE}: {width} x {height} pixels, but its {packed:,} bytes cannot contain as many")
 
