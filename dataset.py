@@ -25,7 +25,7 @@ from torch.utils.data import Dataset, Sampler, default_collate
 
 from common.classes import ClassSet, class_names
 from common.image_files import convert_command, encode_command, has_images, preparation
-from common.images import open_image
+from common.images import open_image, to_rgb
 from common.io import InputError, printable
 from common.npy import decode_npy
 from common.packed import explain_packed
@@ -304,7 +304,7 @@ def _decode_image(data: bytes, side: int | None) -> Tensor:
     image = open_image(data, max_side=side)
     if image.mode not in MODES:
         raise InputError(f"pixels of mode {image.mode}; allowed: 8-bit RGB, grey or palette")
-    pixels = np.asarray(image.convert("RGB"))
+    pixels = np.asarray(to_rgb(image))
     height, width, _ = pixels.shape
     side = side or height
     if (height, width) != (side, side):

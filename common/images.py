@@ -108,6 +108,16 @@ def _why(data: bytes, formats: Sequence[str], error: Exception) -> str:
     return "the file is truncated" if is_truncated else "its data is damaged"
 
 
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return an image in mode RGB, as Pillow converts it. Raises InputError if it cannot, as with damaged palettes."""
+    try:
+        return image.convert("RGB")
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow raises many types of errors
+        raise InputError(f"{UNREADABLE}: its mode {image.mode} cannot be converted to RGB") from error
+
+
 def decode_rgb(data: bytes, resolution: int | None = None) -> np.ndarray:
     """Return the pixels (R, R, 3) uint8 of an RGB PNG, with R = `resolution` (None: any); InputError for others."""
     image = open_image(data, ("PNG",), max_side=resolution)
