@@ -144,8 +144,9 @@ class FileImages(ImageBatch):
         data = self._source.read(name)
         try:
             image = open_image(data, max_side=MAX_SIDE)
-            if image.mode not in ("RGB", "L"):
-                raise InputError(f"mode {image.mode}, expected 8-bit RGB or grey")
-            return np.asarray(to_rgb(image))
+            pixels = to_rgb(image)
         except InputError as error:
             raise InputError(f"{place}: {error}") from error
+        if image.mode not in ("RGB", "L"):
+            raise InputError(f"{place}: mode {image.mode}, expected 8-bit RGB or grey")
+        return np.asarray(pixels)

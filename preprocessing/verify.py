@@ -45,7 +45,7 @@ CHUNK = 200  # items per task of a worker
 ERRORS_SHOWN = 20
 SHEET_COLUMNS = 8
 CHECKSUM_FILE = "checksums.sha256"
-_CHECKSUM = re.compile(r"([0-9a-f]{64})  (.+)")  # a line of the file
+CHECKSUM = re.compile(r"([0-9a-f]{64})  (.+)", re.DOTALL)  # a line of it
 # Root mean square of all scaled latents. Correct ones of TAESD: 0.77 for photographs, 0.58 for grey images, 1.63 for
 # black ones; at Stable Diffusion's scale, 0.18215, they have 0.11 to 0.30. Those of Stable Diffusion have 0.8 to 1.1,
 # and 5 without their scale. Pixels are from -1 to 1, and their magnitude depends on the images only.
@@ -119,8 +119,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     dataset = LatentDataset(config.data)
     codec = decoding_codec(config, dataset.latent_format) if config.reconstruct else None
     checksum_file = config.data / CHECKSUM_FILE
-    before = read_checksums(checksum_file) if checksum_file.exists() and not config.update_checksums else None
-    if before is None:
+    has_checksums = checksum_file.exists() and not config.update_checksums
+    if not has_checksums:
         check_writable(checksum_file, "checksums:")
     counts = np.bincount(dataset.labels)
     print(
@@ -129,11 +129,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
 
     report_other_files(dataset)
+    before = read_checksums(checksum_file) if has_checksums else {}
 
     # Read every file.
     found = check_files(dataset, config.workers or available_cores())
     errors = found.errors
-    if before is not None:
+    if has_checksums:
         changes = compare_checksums(before, found.checksums)
         errors += changes
         print(f"checksums: {len(found.checksums):,} files, {len(changes):,} differ from {checksum_file}")
@@ -217,7 +218,7 @@ def read_checksums(path: Path) -> dict[str, str]:
         raise InputError(f"{path}: {error}") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    matches = [_CHECKSUM.fullmatch(line) for line in lines[:-1]]  # after the last line end is nothing
+    matches = [CHECKSUM.fullmatch(line) for line in lines[:-1]]  # after the last line end is nothing
     if not all(matches) or lines[-1]:
         raise InputError(f"{path}: not a complete checksum file; remove it, and a new one is written")
     return {match[2]: match[1] for match in matches}
