@@ -72,10 +72,29 @@ def zip_members(path: Path) -> tuple[dict[str, tuple[int, ...]], list[str]]:
             continue
         if name in members:
             raise InputError(f"{path}: contains {name!r} more than once; create the zip again")
-        sizes, encrypted = (info.compress_size, info.file_size), info.flag_bits & 1
-        members[name] = (info.header_offset, *sizes, info.CRC, info.compress_type, encrypted)
+        members[name] = _fields(info)
     _check_positions(path, members, end)
     return members, sorted(folders - folders_above([*members, *folders]))
+
+
+def read_hidden(path: Path, name: str) -> bytes:
+    """Return the bytes of a hidden file in a zip. Raises BadZipFile, OSError, or the errors of `read_member`."""
+    infos, end = _directory(path)
+    found = {info.filename: _fields(info) for info in infos if info.filename == name}
+    if not found:
+        raise InputError(f"contains no {name}")
+    _check_positions(path, found, end)
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        return read_member(descriptor, np.array(found[name], MEMBER)[()], encode_name(name))
+    finally:
+        os.close(descriptor)
+
+
+def _fields(info: zipfile.ZipInfo) -> tuple[int, ...]:
+    """Return an entry of a zip's directory as an element of MEMBER."""
+    sizes, encrypted = (info.compress_size, info.file_size), info.flag_bits & 1
+    return (info.header_offset, *sizes, info.CRC, info.compress_type, encrypted)
 
 
 def _directory(path: Path) -> tuple[list[zipfile.ZipInfo], int]:

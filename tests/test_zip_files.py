@@ -8,7 +8,8 @@ import pytest
 
 from common.io import InputError
 from common.sources import FileSource
-from common.zip_files import MAX_NAME, zip_members
+from common.zip_files import MAX_NAME, read_hidden, zip_members
+from preprocessing.destination import Destination
 
 
 def write(path, *members, kind=zipfile.ZIP_DEFLATED):
@@ -120,3 +121,21 @@ def test_folders_and_hidden_files_are_no_members(tmp_path):
     path = write(tmp_path / "a.zip", ("./", b""), ("e/", b""), ("a/b.png", b"1"), (".x", b""), ("__MACOSX/y.png", b""))
     members, empty = zip_members(path)
     assert list(members) == ["a/b.png"] and empty == ["e"]
+
+
+def test_a_hidden_file_is_read_on_request(tmp_path):
+    path = write(tmp_path / "a.zip", ("b", b"2"), (".a", b"1" * 99))
+    assert read_hidden(path, ".a") == b"1" * 99
+    with pytest.raises(InputError, match=r"contains no \.c"):
+        read_hidden(path, ".c")
+    claims = [(b".a", packed(bytes(10**6)), 8, 10, 0)]
+    with pytest.raises(InputError, match="it is larger than the 10 bytes"):
+        read_hidden(raw_zip(tmp_path / "b.zip", claims, [(0, b".a")]), ".a")
+
+
+@pytest.mark.parametrize("content", [b"", b"[" * 100_000, b"9" * 10_000, b"\xff", None])
+def test_a_zip_of_another_program_is_no_destination(tmp_path, content):
+    name = "other" if content is None else ".convert.json"
+    write(tmp_path / "out.zip", (name, content or b""))
+    with pytest.raises(InputError, match=r"out\.zip: exists and was not created by this program"):
+        Destination(tmp_path / "out.zip", "convert").claim({})
