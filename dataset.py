@@ -10,7 +10,6 @@ describe their codec; the default is Stable Diffusion's. The folder may also con
 
 from __future__ import annotations
 
-import io
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -26,8 +25,9 @@ from torch.utils.data import Dataset, Sampler, default_collate
 
 from common.classes import ClassSet, class_names
 from common.image_files import convert_command, encode_command, has_images, preparation
-from common.images import open_image
-from common.io import InputError
+from common.images import open_image, to_rgb
+from common.io import InputError, printable
+from common.npy import decode_npy
 from common.packed import explain_packed
 from common.sources import (
     IMAGE_NAME,
@@ -46,6 +46,7 @@ from models.autoencoder import LatentFormat
 
 IMAGE_FOLDERS = ("images", "imagenet_256_vae", "imagenet_512_vae")
 LATENT_FOLDERS = ("vae-sd", "latents")
+MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # of Pillow; others lose values as 8-bit RGB
 PNG_END = b"IEND\xaeB`\x82"  # the last eight bytes of every complete PNG (PNG specification, section 11.2.5)
 ERRORS_SHOWN = 5
 
@@ -202,13 +203,10 @@ class LatentDataset(Dataset):
                     return f"{self.latents.describe(name)}: {size} bytes; the first latents have {latents_bytes}"
             if self.images.is_zip:  # its directory is at its end, so a zip that could be opened is complete
                 return None if self.images.size(image) else f"{path}: empty"
-            with open(self.images.file_path(image), "rb") as file:
-                file.seek(-min(len(PNG_END), file.seek(0, io.SEEK_END)), io.SEEK_END)
-                return None if file.read() == PNG_END else f"{path}: truncated, no end of a PNG"
+            is_complete = self.images.tail(image, len(PNG_END)) == PNG_END
+            return None if is_complete else f"{path}: truncated, no end of a PNG"
         except InputError as error:
             return str(error)
-        except OSError as error:
-            return f"{path}: cannot be read ({error.strerror})"
 
 
 @dataclass(frozen=True)
@@ -292,13 +290,9 @@ def decode_moments(data: bytes, shape: tuple[int, ...] | None = None) -> np.ndar
 
     Raises InputError for other bytes, another dtype, or a shape other than `shape` (None: any of this form).
     """
-    try:
-        moments = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
-    except Exception as error:  # numpy's reader raises many types of errors
-        raise InputError("broken latents: not a complete .npy file of numbers") from error
-    if moments.dtype not in (np.float32, np.float16):
-        raise InputError(f"dtype {moments.dtype}; allowed: float32, float16")
-    if moments.ndim != 3 or moments.shape[0] % 2 or moments.shape[1] != moments.shape[2]:
+    moments = decode_npy(data, ("float32", "float16"), "latents")
+    channels, *sides = moments.shape if moments.ndim == 3 else (0, 0, 0)
+    if channels == 0 or channels % 2 or sides[0] != sides[1] or sides[0] == 0:
         raise InputError(f"shape {moments.shape}; allowed: (2 C, h, h), mean, then standard deviation")
     if shape not in (None, moments.shape):
         raise InputError(f"shape {moments.shape}; expected {shape}, the shape of the first")
@@ -306,8 +300,11 @@ def decode_moments(data: bytes, shape: tuple[int, ...] | None = None) -> np.ndar
 
 
 def _decode_image(data: bytes, side: int | None) -> Tensor:
-    """Return the image in a file's bytes, (3, R, R) uint8. Raises ValueError if it is not `side` (None: any) wide."""
-    pixels = np.asarray(open_image(data).convert("RGB"))
+    """Return the image in a file's bytes, (3, R, R) uint8. Raises InputError if it is not `side` (None: any) wide."""
+    image = open_image(data, max_side=side)
+    if image.mode not in MODES:
+        raise InputError(f"pixels of mode {image.mode}; allowed: 8-bit RGB, grey or palette")
+    pixels = np.asarray(to_rgb(image))
     height, width, _ = pixels.shape
     side = side or height
     if (height, width) != (side, side):
@@ -351,7 +348,8 @@ def _by_index(source: FileSource, pattern: re.Pattern[str], example: str) -> dic
         if match := pattern.fullmatch(name):
             index = int(match.group(1))
             if (other := names.setdefault(index, name)) != name:
-                raise InputError(f"{source.path}: {other} and {name} have the same index {index}")
+                both = printable(f"{other} and {name}")
+                raise InputError(f"{source.path}: {both} have the same index {index}")
     if not names:
         advice = explain_packed(source.path, source.names)
         if pattern is IMAGE_NAME and has_images(source.names):

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from common.io import InputError, printable
 from common.packed import TAR, explain_packed, packed_kind, unpack_command
-from common.sources import FileSource, describe_dead_link, folders_above, map_files
+from common.sources import FileSource, describe_dead_link, map_files
+from common.zip_files import folders_above
 
 # Names of images that are read. Their format is known from their content, not from their name.
 IMAGE_SUFFIXES = (
@@ -158,7 +159,8 @@ def check_split(source: FileSource, folders: Iterable[str]) -> None:
         names = " and ".join(parts[number] for number in sorted(parts))
         first = parts[min(parts)]
         use = f"unpack the zip and use {first}" if source.is_zip else f"use {shlex.quote(str(source.path / first))}"
-        raise InputError(f"{source.path}: contains the parts {names} of a data set, not classes; {use} as the source")
+        problem = printable(f"contains the parts {names} of a data set, not classes; {use} as the source")
+        raise InputError(f"{source.path}: {problem}")
 
 
 def suggested_images(source: Path) -> Path:
@@ -181,6 +183,8 @@ def encode_command(images: Path) -> str:
 
 def preparation(source: Path) -> str:
     """Return the commands that prepare photographs for training; what a file is, if it contains no photographs."""
+    if not source.is_dir() and not source.is_file():  # a fifo or a device
+        return ""
     if source.is_file() and not zipfile.is_zipfile(source):
         packed = explain_packed(source)
         return f"; it {packed}" if packed else ""

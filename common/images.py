@@ -3,46 +3,95 @@
 from __future__ import annotations
 
 import io
+import logging
 import math
-import re
-import struct
+import warnings
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFile, ImageFont, UnidentifiedImageError
 
 from common.io import InputError, atomic_write
+from common.zip_files import MAX_RATIO
 
 # Listed, so that Pillow does not use decoders that start other programs (EPS). JPEG includes MPO.
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
-# Exceptions of Pillow on damaged files, found by trials with random damage.
-DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+MAX_PIXELS = 2 * 89_478_485  # Pillow's own limit; a larger image would take gigabytes of memory
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+UNREADABLE = "not an image that can be read"
 MIN_TILE = 64  # px; a grid shows smaller images enlarged
 MIN_FONT_SIZE = 11  # of captions
 HEAD = 100  # bytes in which a web page is recognised
+
+# Pillow warns about unusual but readable files. Files that cannot be read raise errors.
+warnings.filterwarnings("ignore", module=r"PIL\b")
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 
 def open_image(data: bytes, formats: Sequence[str] = IMAGE_FORMATS, max_side: int | None = None) -> Image.Image:
     """Return the image in a file's bytes, decoded, in its own mode.
 
-    Raises InputError if the bytes are not a complete image of one of `formats`, if they contain several images, or if a
-    side is longer than `max_side` px.
+    The checksums of a PNG are checked. Other formats have none for their pixels.
+    Raises InputError if the bytes are not a complete image of one of `formats`, if they contain several images, if the
+    image has more than MAX_PIXELS, or if a side is longer than `max_side` px.
     """
+    # Other libraries change these settings of the process. MAX_PIXELS replaces Pillow's limit.
+    ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS = False, None
     try:
+        packed = _check_png(data) if data.startswith(PNG_SIGNATURE) else None
         image = Image.open(io.BytesIO(data), formats=formats)
-        if max_side is None or max(image.size) <= max_side:
-            image.load()
-            frames = getattr(image, "n_frames", 1)
-            if frames == 1 or image.format == "MPO":  # a phone's MPO contains the photograph first, then previews of it
-                return image
-            raise InputError(f"is an animation or has several pages ({frames} frames); allowed: one image per file")
-    except InputError:
+        _check_size(image.size, max_side, packed)
+        if image.format == "TIFF" and _covered(image) not in (image.size, image.size[::-1]):
+            raise InputError(f"{UNREADABLE}: its data is damaged (it does not contain all pixels)")
+        image.load()
+        frames = getattr(image, "n_frames", 1)
+    except (InputError, MemoryError):
         raise
-    except DECODING_ERRORS as error:
-        raise InputError(f"not an image that can be read: {_why(data, formats, error)}") from error
-    raise InputError(f"{image.width} x {image.height} pixels; allowed: 1 to {max_side} per side")
+    except Exception as error:  # Pillow raises many types of errors for damaged files
+        raise InputError(f"{UNREADABLE}: {_why(data, formats, error)}") from error
+    if frames > 1 and image.format != "MPO":  # a phone's MPO contains the photograph first, then previews of it
+        raise InputError(f"is an animation or has several pages ({frames} frames); allowed: one image per file")
+    return image
+
+
+def _check_png(data: bytes) -> int:
+    """Return the number of bytes of a PNG's compressed pixels (PNG specification, section 5.3).
+
+    Raises InputError unless all chunks are complete and have the right checksums. Pillow does not check those of the
+    pixels (IDAT).
+    """
+    view, start, kind, packed = memoryview(data), len(PNG_SIGNATURE), b"", 0
+    while kind != b"IEND":
+        end = start + 8 + int.from_bytes(view[start : start + 4], "big")  # after length, type and content
+        if end + 4 > len(data):
+            raise InputError(f"{UNREADABLE}: the file is truncated")
+        kind = view[start + 4 : start + 8]
+        if zlib.crc32(view[start + 4 : end]) != int.from_bytes(view[end : end + 4], "big"):
+            raise InputError(f"{UNREADABLE}: its data is damaged (a checksum of the PNG does not match)")
+        packed += end - start if kind == b"IDAT" else 0
+        start = end + 4
+    return packed
+
+
+def _check_size(size: tuple[int, int], max_side: int | None, packed: int | None) -> None:
+    """Raise InputError for an image that is too large to decode, or larger than `packed` bytes of a PNG can contain."""
+    width, height = size
+    if width * height > MAX_PIXELS:
+        raise InputError(f"{UNREADABLE}: {width * height:,} pixels; allowed: {MAX_PIXELS:,}")
+    if max_side is not None and max(size) > max_side:
+        raise InputError(f"{width} x {height} pixels; allowed: 1 to {max_side} per side")
+    if packed is not None and width * height > 8 * MAX_RATIO * packed:  # a pixel has one bit or more
+        raise InputError(f"{UNREADABLE}: {width} x {height} pixels, but its {packed:,} bytes cannot contain as many")
+
+
+def _covered(image: Image.Image) -> tuple[int, int]:
+    """Return the width and height that the data of a TIFF covers, before its orientation is applied.
+
+    Pillow leaves the other pixels black.
+    """
+    return tuple(max((tile[1][side] for tile in image.tile), default=0) for side in (2, 3))
 
 
 def _why(data: bytes, formats: Sequence[str], error: Exception) -> str:
@@ -55,16 +104,23 @@ def _why(data: bytes, formats: Sequence[str], error: Exception) -> str:
         return "it is a web page"
     if isinstance(error, UnidentifiedImageError):
         return f"its content is not of a format that is read ({', '.join(formats)}), or damaged"
-    if isinstance(error, Image.DecompressionBombError):
-        pixels = re.search(r"\d+", str(error))
-        return f"{int(pixels[0]):,} pixels; allowed: {2 * Image.MAX_IMAGE_PIXELS:,}" if pixels else "too many pixels"
     is_truncated = isinstance(error, EOFError) or "truncated" in str(error)
     return "the file is truncated" if is_truncated else "its data is damaged"
 
 
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return an image in mode RGB, as Pillow converts it. Raises InputError if it cannot, as with damaged palettes."""
+    try:
+        return image.convert("RGB")
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow raises many types of errors
+        raise InputError(f"{UNREADABLE}: its mode {image.mode} cannot be converted to RGB") from error
+
+
 def decode_rgb(data: bytes, resolution: int | None = None) -> np.ndarray:
     """Return the pixels (R, R, 3) uint8 of an RGB PNG, with R = `resolution` (None: any); InputError for others."""
-    image = open_image(data, ("PNG",))
+    image = open_image(data, ("PNG",), max_side=resolution)
     pixels = np.array(image)
     side = resolution or pixels.shape[0]
     if pixels.dtype != np.uint8 or pixels.shape != (side, side, 3):

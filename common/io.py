@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import secrets
@@ -33,6 +34,7 @@ WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 GPU_MEMORY_MARKS = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 LOST_PROCESS = ("DistBackendError", "DistNetworkError", "DistStoreError", "gloo/transport", "Connection closed by peer")
 HASH_BLOCK = 1 << 24  # bytes
+MAX_FILE = 1 << 30  # bytes; the largest image that is decoded has less, and 20 million labels in a dataset.json
 LINE_SECONDS = 60  # between two lines of progress
 # Temporary files: those of `atomic_write` and of its earlier version (a process number), and downloads of torch.hub.
 TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?:[0-9a-f]{16}|\d+)\.tmp", re.DOTALL)
@@ -298,24 +300,82 @@ def write_json(path: str | Path, value: Any) -> None:
         file.write("\n")
 
 
+def open_regular(path: str | Path | bytes) -> IO[bytes]:
+    """Return a regular file, open for reading, and do not wait for one that is not: opening a fifo can take for ever.
+
+    Raises OSError if it cannot be opened, and InputError, without the path, if it is a fifo, a device or a socket.
+    """
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115 (returned)
+    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        return file
+    file.close()
+    raise InputError("is not a regular file, but a fifo, a device or a socket; allowed: a regular file")
+
+
+def read_file(path: str | Path | bytes) -> bytes:
+    """Return the bytes of a regular file.
+
+    Raises the errors of `open_regular`, and InputError, without the path, if the file has more than MAX_FILE bytes or
+    if its size changes while it is read.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > MAX_FILE:
+            raise InputError(f"has {size:,} bytes; allowed: {MAX_FILE:,}")
+        data = file.read(size + 1)
+    if len(data) != size:
+        raise InputError("its size changed while it was read; wait until it is complete")
+    return data
+
+
 def parse_json(data: bytes) -> Any:
-    """Return the content of JSON. Raises InputError, with the place of the mistake, for other bytes."""
+    """Return the content of JSON.
+
+    Raises InputError, with the place of the mistake, for other bytes, and for what Python reads but JSON (RFC 8259)
+    does not allow or define: NaN, infinite numbers, and a name that occurs twice in an object.
+    """
+    hooks = {"object_pairs_hook": _object, "parse_constant": _number, "parse_float": _number}
     try:
-        return json.loads(data)
+        return json.loads(data, **hooks)
+    except InputError:
+        raise
     except json.JSONDecodeError as error:
         raise InputError(f"not valid JSON (line {error.lineno}, column {error.colno})") from error
-    except (ValueError, RecursionError) as error:  # ValueError: bytes that are not UTF-8
-        raise InputError("not valid JSON") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"not valid JSON: byte {error.start:,} is not UTF-8 text") from error
+    except RecursionError as error:
+        raise InputError("not valid JSON: its lists and objects are nested too deeply") from error
+    except ValueError as error:  # Python limits the digits of integers
+        raise InputError("not valid JSON: a number has too many digits") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of JSON. Raises InputError if a name occurs twice: readers differ in the value they take."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for number, name in enumerate(names) if name in names[:number])
+        raise InputError(f"not valid JSON: the name {twice!r:.100} occurs twice in an object")
+    return content
+
+
+def _number(text: str) -> float:
+    """Return a number of JSON with a decimal point or an exponent. Raises InputError if it is not finite."""
+    if not math.isfinite(value := float(text)):
+        raise InputError(f"not valid JSON: the number {text:.40} is not finite")
+    return value
 
 
 def read_json(path: str | Path) -> Any:
     """Return the content of a JSON file. Raises InputError, naming the file, if it is missing or not JSON."""
     try:
-        return parse_json(Path(path).read_bytes())
+        return parse_json(read_file(path))
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file") from error
     except IsADirectoryError as error:
         raise InputError(f"{path}: is a folder; allowed: a JSON file") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
 

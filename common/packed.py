@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
+import io
+import lzma
 import shlex
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
+
+from common.io import open_regular, printable
 
 TAR = "tar archive"
 # Endings of packed data, and what they are. Longer endings come first.
@@ -16,7 +22,9 @@ PACKED = {
     ".mdb": "LMDB database", ".lmdb": "LMDB database", ".h5": "HDF5 file", ".hdf5": "HDF5 file", ".beton": "FFCV file",
     ".zip": "zip", ".7z": "7z archive", ".rar": "RAR archive", ".gz": "gzip file",
 }  # fmt: skip
-SHARD_MEMBERS = 20  # members of a tar that are read to find out whether it is a shard of a WebDataset
+# Members, and bytes, of a tar that are read to find out whether it is a shard of a WebDataset.
+SHARD_MEMBERS, SHARD_HEAD = 20, 1 << 26
+UNPACKERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}  # by the first bytes of a file
 UNPACK = {
     TAR: "mkdir -p {folder} && tar -xf {file} -C {folder}",
     "zip": "unzip -q {file} -d {folder}",
@@ -71,7 +79,8 @@ def explain_packed(path: Path, names: Sequence[str] | None = None) -> str | None
         return None
     kind = packed_kind(packed[0])
     count = sum(packed_kind(name) == kind for name in packed)
-    return f"contains {count:,} {kind}{'s' if count > 1 else ''}, first {packed[0]}; {_advice(kind, path, packed)}"
+    found = f"{count:,} {kind}{'s' if count > 1 else ''}, first {printable(packed[0])}"
+    return f"contains {found}; {_advice(kind, path, packed)}"
 
 
 def unpack_command(folder: Path, first: str, unpack: str = UNPACK[TAR]) -> str:
@@ -118,16 +127,24 @@ def _pattern(names: list[str]) -> str:
 
 
 def _is_tar(path: Path) -> bool:
-    try:
-        return tarfile.is_tarfile(path)
-    except OSError:
-        return False
+    return bool(_first_members(path))
 
 
 def _endings(path: Path) -> set[str]:
     """Return the endings of the first files in a tar archive; shards of a WebDataset have KEY.jpg and KEY.cls."""
+    return {name.rpartition(".")[2] for name in _first_members(path)}
+
+
+def _first_members(path: Path) -> list[str]:
+    """Return the names of the first members of a tar archive, [] if it is none. Only its first MiB are unpacked."""
+    names: list[str] = []
     try:
-        with tarfile.open(path) as archive:
-            return {member.name.rpartition(".")[2] for member, _ in zip(archive, range(SHARD_MEMBERS), strict=False)}
-    except (OSError, tarfile.TarError, EOFError):
-        return set()
+        with open_regular(path) as file:
+            opener = next((o for magic, o in UNPACKERS.items() if file.peek(8).startswith(magic)), None)
+            with opener(file) if opener else file as unpacked:
+                head = io.BytesIO(unpacked.read(SHARD_HEAD))
+        with tarfile.open(fileobj=head, mode="r:") as archive:
+            names += (member.name for member, _ in zip(archive, range(SHARD_MEMBERS), strict=False))
+    except Exception:  # of files that are not tars, and of the incomplete last member
+        return names
+    return names

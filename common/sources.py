@@ -10,34 +10,35 @@ import bisect
 import os
 import re
 import zipfile
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from common.io import InputError, parse_json, printable
+from common.classes import MAX_CLASSES
+from common.io import InputError, open_regular, parse_json, printable, read_file
 from common.packed import explain_packed
+from common.zip_files import (
+    MAX_NAME,
+    MEMBER,
+    SYSTEM_FOLDERS,
+    encode_name,
+    read_member,
+    zip_members,
+)
 
 FILES_PER_FOLDER = 1000
 IMAGE_NAME = re.compile(r"(?:.*/)?img(\d+)\.png")
 LATENT_NAME = re.compile(r"(?:.*/)?img-mean-std-(\d+)\.npy")
-MAX_CLASSES = 10_000_000  # the network has an embedding per class: a larger label is a mistake and would need gigabytes
-
 THREADS, THREAD_CHUNK = 16, 250  # of `map_files`
 
-# Absolute paths, drives of Windows, and paths with the part "..".
-UNSAFE_PATH = re.compile(r"[/\\]|[A-Za-z]:|(?:.*[/\\])?\.\.(?:[/\\]|$)", re.DOTALL)
-SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information")
-_SYSTEM_FOLDERS = {name.encode() for name in SYSTEM_FOLDERS}
 HEAD_BYTES, MAX_HEAD_MEMBER = 32, 1 << 26  # of `head`: enough to recognize a format; the largest member it unpacks
-ZIP_HEADER_BYTES = 30  # of a member, without its name and extra field
-ZIP_NAME_BYTES = 512  # read in advance for name and extra field; longer ones need a second read
-ZIP_MEMBER = np.dtype(
-    [("offset", "u8"), ("compressed", "u8"), ("size", "u8"), ("crc", "u4"), ("method", "u2"), ("encrypted", "?")]
-)
+MAX_VISITS = 1000  # of one folder through links; links between a few folders can make millions of paths
+SHOWN = 100  # characters of a wrong value in a message
+_SYSTEM_FOLDERS = {name.encode() for name in SYSTEM_FOLDERS}
 
 
 def image_name(index: int) -> str:
@@ -85,7 +86,8 @@ def _json_object(data: bytes) -> dict[str, Any]:
 def label_entries(content: dict[str, Any], where: str) -> list[tuple[str, int]]:
     """Return the [name, label] entries in the content of a dataset.json; [] if its labels are null or missing.
 
-    Raises InputError, starting with `where`, if an entry is not [name, label] or a label is out of range.
+    Raises InputError, starting with `where`, if an entry is not [name, label], a name is too long, or a label is out of
+    range.
     """
     entries = content.get("labels")
     if entries is None:
@@ -94,10 +96,14 @@ def label_entries(content: dict[str, Any], where: str) -> list[tuple[str, int]]:
         raise InputError(f"{where}: labels is {entries!r:.50}; expected a list of [name, label]")
     for entry in entries:
         if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str)):
-            raise InputError(f'{where}: label entry {entry!r}; expected [name, label], ["00000/img00000000.png", 6]')
+            shown = f"{entry!r:.{SHOWN}}"
+            raise InputError(f'{where}: label entry {shown}; expected [name, label], ["00000/img00000000.png", 6]')
         name, label = entry
+        if len(name) > MAX_NAME:
+            raise InputError(f"{where}: the name {name!r:.{SHOWN}} has {len(name):,} characters; allowed: {MAX_NAME:,}")
         if type(label) is not int or not 0 <= label < MAX_CLASSES:  # isinstance would allow True and False
-            raise InputError(f"{where}: {name} has label {label!r}; allowed: integers from 0 to {MAX_CLASSES - 1:,}")
+            wrong = f"{printable(name)} has label {label!r:.{SHOWN}}"
+            raise InputError(f"{where}: {wrong}; allowed: integers from 0 to {MAX_CLASSES - 1:,}")
     return entries
 
 
@@ -128,21 +134,23 @@ class FileSource:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.is_zip = self.path.is_file()
         self._descriptor: int | None = None
         self.dead_links: list[str] = []
         self.empty_folders: list[str] = []
+        self._visits: Counter[tuple[int, int]] = Counter()  # of folders, by their identity
         try:
+            self.is_zip = self.path.is_file()
             if self.is_zip:
-                members, self.empty_folders = _zip_members(self.path)
+                members, self.empty_folders = zip_members(self.path)
                 keys = sorted(map(encode_name, members))
-                self._members = np.array([members[decode_name(key)] for key in keys], dtype=ZIP_MEMBER)
+                self._members = np.array([members[decode_name(key)] for key in keys], dtype=MEMBER)
             elif self.path.is_dir():
                 keys = sorted(self._walk(os.fsencode(self.path)))
             elif self.path.is_symlink():
                 raise InputError(f"{self.path}: {describe_dead_link(self.path)}")
             else:
-                raise InputError(f"{self.path}: no such folder or zip file")
+                problem = "is not a folder or a regular file" if self.path.exists() else "no such folder or zip file"
+                raise InputError(f"{self.path}: {problem}")
         except zipfile.BadZipFile as error:
             packed = None if self.path.suffix.lower() == ".zip" else explain_packed(self.path)
             problem = packed or "not a readable zip file; allowed: a folder, or a complete zip"
@@ -175,10 +183,10 @@ class FileSource:
 
     def size(self, name: str) -> int:
         """Return the (uncompressed) size of a file in bytes. Raises InputError if the file does not exist."""
-        if self.is_zip:
-            return int(self._member(name)["size"])
         try:
-            return os.stat(self.file_path(name)).st_size
+            return int(self._member(name)["size"]) if self.is_zip else os.stat(self.file_path(name)).st_size
+        except InputError as error:
+            raise InputError(f"{self.describe(name)}: {error}") from error
         except OSError as error:
             raise InputError(f"{self.describe(name)}: {self._why(name, error)}") from error
 
@@ -187,26 +195,34 @@ class FileSource:
         return printable(f"{self.path}:{name}" if self.is_zip else str(self.path / name))
 
     def read(self, name: str) -> bytes:
-        """Return the bytes of a file. Raises InputError, naming the file, if it cannot be read."""
+        """Return the bytes of a file. Raises InputError, naming the file, if it cannot be read or is too large."""
         try:
-            if self.is_zip:
-                return self._read_member(name)
-            with open(self.file_path(name), "rb") as file:
-                return file.read()
+            return self._read_member(name) if self.is_zip else read_file(self.file_path(name))
         except OSError as error:
             raise InputError(f"{self.describe(name)}: {self._why(name, error)}") from error
-        except zlib.error as error:
-            raise InputError(f"{self.describe(name)}: damaged, it cannot be decompressed") from error
+        except InputError as error:
+            raise InputError(f"{self.describe(name)}: {error}") from error
 
     def head(self, name: str) -> bytes:
         """Return the first bytes of a file, b"" if it cannot be read. Of a zip, only files up to 64 MiB are read."""
         try:
             if self.is_zip:
                 return self.read(name)[:HEAD_BYTES] if self.size(name) <= MAX_HEAD_MEMBER else b""
-            with open(self.file_path(name), "rb") as file:
+            with open_regular(self.file_path(name)) as file:
                 return file.read(HEAD_BYTES)
         except (InputError, OSError):
             return b""
+
+    def tail(self, name: str, count: int) -> bytes:
+        """Return the last `count` bytes of a file in a folder. Raises InputError, naming it, if it cannot be read."""
+        try:
+            with open_regular(self.file_path(name)) as file:
+                file.seek(-min(count, file.seek(0, os.SEEK_END)), os.SEEK_END)
+                return file.read(count)
+        except OSError as error:
+            raise InputError(f"{self.describe(name)}: {self._why(name, error)}") from error
+        except InputError as error:
+            raise InputError(f"{self.describe(name)}: {error}") from error
 
     def _why(self, name: str, error: OSError) -> str:
         """Return why a file cannot be read."""
@@ -233,28 +249,14 @@ class FileSource:
     def _member(self, name: str) -> np.void:
         index = self._index(name)
         if index is None:
-            raise InputError(f"{self.describe(name)}: no such file in the zip")
+            raise InputError("no such file in the zip")
         return self._members[index]
 
     def _read_member(self, name: str) -> bytes:
-        """Return a member's bytes (APPNOTE.TXT, 4.3.7: a header of 30 bytes, name, extra field, then the data)."""
         member = self._member(name)
-        if member["encrypted"] or member["method"] not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            kind = "encrypted" if member["encrypted"] else f"compressed with method {member['method']}"
-            raise InputError(f"{self.describe(name)}: {kind}; allowed: stored, deflated")
         if self._descriptor is None:
-            self._descriptor = os.open(self.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-        offset, length = int(member["offset"]), int(member["compressed"])
-        block = os.pread(self._descriptor, ZIP_HEADER_BYTES + ZIP_NAME_BYTES + length, offset)
-        start = ZIP_HEADER_BYTES + int.from_bytes(block[26:28], "little") + int.from_bytes(block[28:30], "little")
-        data = block[start : start + length]
-        if len(data) < length:
-            data += os.pread(self._descriptor, length - len(data), offset + start + len(data))
-        if member["method"] == zipfile.ZIP_DEFLATED:
-            data = zlib.decompress(data, -zlib.MAX_WBITS)
-        if block[:4] != b"PK\3\4" or len(data) != member["size"] or zlib.crc32(data) != member["crc"]:
-            raise InputError(f"{self.describe(name)}: damaged, its checksum does not match")
-        return data
+            self._descriptor = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        return read_member(self._descriptor, member, encode_name(name))
 
     def _walk(self, folder: bytes, prefix: bytes = b"", parents: frozenset[tuple[int, int]] = frozenset()) -> Iterator:
         """Yield the names (bytes) of the files below a folder, following links; note dead links and empty folders.
@@ -265,19 +267,25 @@ class FileSource:
         identity = (status.st_dev, status.st_ino)
         if identity in parents:
             raise InputError(f"{printable(os.fsdecode(folder))}: is a link to a folder that contains it")
+        self._visits[identity] += 1
+        if self._visits[identity] > MAX_VISITS:
+            raise InputError(f"{printable(os.fsdecode(folder))}: more than {MAX_VISITS:,} paths of links lead to it")
         is_empty = True
         with os.scandir(folder) as entries:
             for entry in entries:
                 if entry.name.startswith(b".") or entry.name in _SYSTEM_FOLDERS:
                     continue
                 is_empty = False
+                if len(prefix) + len(entry.name) > MAX_NAME:
+                    problem = f"its path below {self.path} is too long; allowed: {MAX_NAME:,} bytes"
+                    raise InputError(f"{printable(os.fsdecode(entry.path)):.{SHOWN}}...: {problem}")
                 if _is_dead_link(entry):
                     self.dead_links.append(decode_name(prefix + entry.name))
                     yield prefix + entry.name
-                elif entry.is_file():
-                    yield prefix + entry.name
                 elif entry.is_dir():
                     yield from self._walk(entry.path, prefix + entry.name + b"/", parents | {identity})
+                else:  # a file; reading a fifo or a device is an error
+                    yield prefix + entry.name
         if is_empty and prefix:
             self.empty_folders.append(decode_name(prefix[:-1]))
 
@@ -290,11 +298,6 @@ def describe_dead_link(path: str | Path | bytes) -> str:
     return f"is a link to {printable(os.fsdecode(os.readlink(path)))}, which does not exist or cannot be reached"
 
 
-def encode_name(name: str) -> bytes:
-    """Return the bytes of a file name on the disk: UTF-8, and the original bytes of names that are not UTF-8."""
-    return name.encode("utf-8", "surrogateescape")
-
-
 def decode_name(name: bytes) -> str:
     """Return the file name of these bytes."""
     return name.decode("utf-8", "surrogateescape")
@@ -305,11 +308,6 @@ def encode_names(names: list[str]) -> np.ndarray:
     return np.array([encode_name(name) for name in names], dtype=np.bytes_)
 
 
-def is_hidden(part: str) -> bool:
-    """Return whether a file or folder of this name is ignored: hidden, or made by an operating system for itself."""
-    return part.startswith(".") or part in SYSTEM_FOLDERS
-
-
 def _is_dead_link(entry: os.DirEntry) -> bool:
     if not entry.is_symlink():
         return False
@@ -317,35 +315,3 @@ def _is_dead_link(entry: os.DirEntry) -> bool:
         return not (entry.is_file() or entry.is_dir() or os.path.exists(entry.path))
     except OSError:  # a loop of links, or no permission
         return True
-
-
-def _zip_members(path: Path) -> tuple[dict[str, tuple[int, ...]], list[str]]:
-    """Return the files of a zip by name, as elements of ZIP_MEMBER, and the empty folders."""
-    members: dict[str, tuple[int, ...]] = {}
-    folders: set[str] = set()
-    with zipfile.ZipFile(path) as archive:
-        for info in archive.infolist():
-            name = info.filename
-            if UNSAFE_PATH.match(name):
-                raise InputError(f"{path}: member {name!r} is an absolute or parent path; create the zip again")
-            if any(map(is_hidden, name.split("/"))):
-                continue
-            if name.endswith("/"):
-                folders.add(name.rstrip("/"))
-                continue
-            if name in members:
-                raise InputError(f"{path}: contains {name!r} more than once; create the zip again")
-            sizes, encrypted = (info.compress_size, info.file_size), info.flag_bits & 1
-            members[name] = (info.header_offset, *sizes, info.CRC, info.compress_type, encrypted)
-    return members, sorted(folders - folders_above([*members, *folders]))
-
-
-def folders_above(names: Iterable[str]) -> set[str]:
-    """Return every folder that contains one of the names, directly or in a folder of it; "" is not among them."""
-    folders: set[str] = set()
-    for name in names:
-        folder = name.rpartition("/")[0]
-        while folder and folder not in folders:
-            folders.add(folder)
-            folder = folder.rpartition("/")[0]
-    return folders

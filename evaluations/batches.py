@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from common.image_files import check_one_part, find_images, stop_if_incomplete
-from common.images import open_image
+from common.images import open_image, to_rgb
 from common.io import InputError, sha256_of
 from common.sources import FileSource, encode_name
 from evaluations.npz import NpzFile
@@ -144,8 +144,9 @@ class FileImages(ImageBatch):
         data = self._source.read(name)
         try:
             image = open_image(data, max_side=MAX_SIDE)
+            pixels = to_rgb(image)
         except InputError as error:
             raise InputError(f"{place}: {error}") from error
         if image.mode not in ("RGB", "L"):
             raise InputError(f"{place}: mode {image.mode}, expected 8-bit RGB or grey")
-        return np.asarray(image.convert("RGB"))
+        return np.asarray(pixels)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.cli import POSITIVE, parse, setting
 from common.image_files import stop_if_incomplete
-from common.images import decode_rgb
+from common.images import UNREADABLE, decode_rgb
 from common.io import InputError, atomic_write, printable, run_cli
 from common.sources import FileSource, decode_name, image_name
 from preprocessing.crops import TRANSFORMS, Photograph, decode, to_png
@@ -88,7 +87,6 @@ class Conversion:
 
     def __call__(self, chunk: range) -> tuple[list[Failure], int]:
         """Convert images that do not exist yet; return failures and the number of images with an EXIF orientation."""
-        warnings.filterwarnings("ignore", module="PIL")  # about unusual but readable files; broken ones raise errors
         contents, failures, rotated = {}, [], 0
         for index in chunk:
             if self.destination.has(image_name(index)):
@@ -113,7 +111,7 @@ class Conversion:
         except InputError as error:
             raise InputError(str(error).removeprefix(f"{self.source.describe(name)}: ")) from error
         except Exception as error:  # decoders raise many types of errors
-            raise InputError(f"not an image that can be read: its data is damaged ({type(error).__name__})") from error
+            raise InputError(f"{UNREADABLE}: its data is damaged ({type(error).__name__})") from error
 
 
 def main(argv: Sequence[str] | None = None) -> None:

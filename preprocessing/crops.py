@@ -14,10 +14,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from common.images import open_image
+from common.images import MAX_PIXELS, UNREADABLE, open_image
 from common.io import InputError
-
-MAX_PIXELS = 2 * 89_478_485  # Pillow refuses to decode larger images; also the limit of an enlarged image
 
 _EXIF_ORIENTATION = 0x0112
 _UPRIGHT = {  # EXIF orientation: what turns the image upright
@@ -43,15 +41,19 @@ def decode(data: bytes, upright: bool = True) -> Photograph:
 
     16-bit grey is scaled to 8 bits. Transparent images get a white background. Pillow converts CMYK and palettes, as in
     ADM. With `upright` the EXIF orientation is applied, otherwise it is only reported.
-    Raises InputError if the image is broken, animated, or has 32-bit pixels, whose range is not defined. Pillow raises
-    many other types of errors for broken files.
+    Raises InputError if the image is broken, animated, or has 32-bit pixels, whose range is not defined.
     """
     image = open_image(data)
     try:
         orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
     except Exception:  # ImageNet contains valid photographs with broken EXIF data
         orientation = 1
-    pixels = _to_rgb(image)
+    try:
+        pixels = _to_rgb(image)
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:  # Pillow cannot convert all modes, nor damaged palettes
+        raise InputError(f"{UNREADABLE}: its mode {image.mode} cannot be converted to RGB") from error
     if upright and orientation in _UPRIGHT:
         pixels = pixels.transpose(_UPRIGHT[orientation])
     return Photograph(pixels, orientation in _UPRIGHT)
@@ -114,6 +116,8 @@ def center_crop_wide(image: Image.Image, width: int, height: int) -> Image.Image
 
 
 def _resample(image: Image.Image, width: int, height: int, kernel: Image.Resampling) -> Image.Image:
+    if width * max(height, image.height) > MAX_PIXELS:
+        raise InputError(f"would have {width} x {max(height, image.height)} pixels; allowed: {MAX_PIXELS:,} pixels")
     # Pillow rounds to 8 bits after each pass, so the order of the passes changes the result. ADM's Pillow, like all
     # versions up to 12, resized the width first. Pillow 13 resizes the height of tall images first, so values differ.
     return image.resize((width, image.height), kernel).resize((width, height), kernel)

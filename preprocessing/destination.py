@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from common.cli import Config, setting
-from common.io import InputError, atomic_write, is_temporary, progress_bar, read_json, write_json
+from common.io import InputError, atomic_write, is_temporary, parse_json, progress_bar, read_json, write_json
 from common.locks import LOCK_NAME, lock_folder, unlock_folder
 from common.sources import FileSource
+from common.zip_files import read_hidden
 
 _ZIP_TIME = (1980, 1, 1, 0, 0, 0)  # of every file in a zip: the time of packing would change the bytes
 
@@ -110,9 +111,8 @@ class Destination:
 
     def _settings_in_zip(self) -> Any:
         try:
-            with zipfile.ZipFile(self.path) as archive:
-                return json.loads(archive.read(self._settings_name))
-        except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
+            return parse_json(read_hidden(self.path, self._settings_name))
+        except (InputError, OSError, zipfile.BadZipFile) as error:
             advice = "remove it, or use another --dest"
             raise InputError(f"{self.path}: exists and was not created by this program; {advice}") from error
 

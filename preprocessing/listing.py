@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
+from common.classes import class_names
 from common.image_files import ImageFiles, check_one_part, convert_command, find_images
 from common.io import InputError, printable
 from common.sources import IMAGE_NAME, FileSource, image_name, label_entries, map_files, read_dataset_json
@@ -101,13 +102,15 @@ def list_images(source: FileSource, labels: str = "auto") -> Listing:
 def read_labels(source: FileSource, content: Mapping[str, Any]) -> tuple[dict[str, int] | None, list[str] | None]:
     """Return labels by file name, and class names, from a dataset.json's content; None for what it does not contain.
 
-    Raises InputError if it has no "labels", lists a file twice, or lists a file that does not exist.
+    Raises InputError if it has no "labels", lists a file twice or one that does not exist, or if its classes are not a
+    list of names.
     """
     where = source.describe("dataset.json")
     if "labels" not in content:
         raise InputError(f'{where}: must be of the form {{"labels": [["00000/img00000000.png", 6], ...]}}')
     if content["labels"] is None:
         return None, None
+    class_names({where: content})
     by_name: dict[str, int] = {}
     for name, label in label_entries(content, where):
         if name in by_name:
@@ -145,7 +148,8 @@ def list_converted(source: FileSource) -> Listing:
     names = sorted(by_name, key=image_index)
     for name, following in pairwise(names):
         if image_index(name) == image_index(following):
-            raise InputError(f"{source.path}: {name} and {following} have the same index; allowed: one image per index")
+            both = printable(f"{name} and {following}")
+            raise InputError(f"{source.path}: {both} have the same index; allowed: one image per index")
     return Listing(names, [by_name[name] for name in names], classes, is_labelled)
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field
@@ -25,9 +26,18 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.cli import NON_NEGATIVE, POSITIVE, Config, parse, setting
 from common.images import decode_rgb, image_grid, save_png
-from common.io import InputError, atomic_write, check_writable, printable, progress_bar, run_cli, sha256_of
+from common.io import (
+    InputError,
+    atomic_write,
+    check_writable,
+    printable,
+    progress_bar,
+    read_file,
+    run_cli,
+    sha256_of,
+)
 from common.sources import decode_name
-from dataset import LatentDataset, decode_moments
+from dataset import PNG_END, LatentDataset, decode_moments
 from models.autoencoder import Codec, LatentFormat, load_decoder
 from preprocessing.parallel import available_cores, chunks, in_workers
 
@@ -35,10 +45,12 @@ CHUNK = 200  # items per task of a worker
 ERRORS_SHOWN = 20
 SHEET_COLUMNS = 8
 CHECKSUM_FILE = "checksums.sha256"
+CHECKSUM = re.compile(r"([0-9a-f]{64})  (.+)", re.DOTALL)  # a line of it
 # Root mean square of all scaled latents. Correct ones of TAESD: 0.77 for photographs, 0.58 for grey images, 1.63 for
 # black ones; at Stable Diffusion's scale, 0.18215, they have 0.11 to 0.30. Those of Stable Diffusion have 0.8 to 1.1,
 # and 5 without their scale. Pixels are from -1 to 1, and their magnitude depends on the images only.
 MAGNITUDE, PIXEL_MAGNITUDE = (0.4, 2.5), (0.0, 1.001)
+MAX_MOMENT = 1000.0  # of the moments of one image; those of all codecs here stay below 100, damaged numbers rarely do
 MIN_PSNR = 15.0  # dB; the weakest codec here (TAESD) reaches 23.7, latents of other images about 9
 
 
@@ -91,6 +103,8 @@ class Findings:
         """Add the sums of moments (2 C, h, w). Raises InputError for values that are not finite or not possible."""
         if not np.isfinite(moments).all():
             raise InputError("has values that are not finite")
+        if (largest := np.abs(moments).max()) > MAX_MOMENT:
+            raise InputError(f"has a value of {largest:.3g}; allowed: up to {MAX_MOMENT:g}")
         mean, std = np.split(moments.astype(np.float64), 2)
         if (smallest := std.min()) < 0:
             raise InputError(f"has a negative standard deviation ({smallest:.3g}); its second half may be log-variance")
@@ -115,12 +129,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
 
     report_other_files(dataset)
+    before = read_checksums(checksum_file) if has_checksums else {}
 
     # Read every file.
     found = check_files(dataset, config.workers or available_cores())
     errors = found.errors
     if has_checksums:
-        changes = compare_checksums(checksum_file, found.checksums)
+        changes = compare_checksums(before, found.checksums)
         errors += changes
         print(f"checksums: {len(found.checksums):,} files, {len(changes):,} differ from {checksum_file}")
     elif not errors:
@@ -185,6 +200,8 @@ def check_chunk(dataset: LatentDataset, chunk: range) -> Findings:
                     found.checksums[f"{source.path.name}/{name}"] = hashlib.sha256(data).hexdigest()
                 if source is dataset.images:
                     decode_rgb(data, dataset.resolution)
+                    if not data.endswith(PNG_END):
+                        raise InputError("has data after the end of the PNG")
                 else:
                     found.add_moments(decode_moments(data, dataset.moments_shape))
             except InputError as error:
@@ -193,17 +210,25 @@ def check_chunk(dataset: LatentDataset, chunk: range) -> Findings:
     return found
 
 
-def compare_checksums(path: Path, now: dict[str, str]) -> list[str]:
-    """Return a message for each file that differs from a checksum file, which has the format of `sha256sum -c`."""
+def read_checksums(path: Path) -> dict[str, str]:
+    """Return the SHA-256 of files by name from a checksum file, which has the format of `sha256sum -c`."""
     try:
-        text = path.read_text(encoding="utf-8", errors="surrogateescape")
-        entries = [line.split("  ", 1) for line in text.splitlines()]
-        before = {name: digest for digest, name in entries}
-    except ValueError as error:
-        raise InputError(f"{path}: not a checksum file; remove it, and a new one is written") from error
+        lines = read_file(path).decode("utf-8", "surrogateescape").split("\n")
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    matches = [CHECKSUM.fullmatch(line) for line in lines[:-1]]  # after the last line end is nothing
+    if not all(matches) or lines[-1]:
+        raise InputError(f"{path}: not a complete checksum file; remove it, and a new one is written")
+    return {match[2]: match[1] for match in matches}
+
+
+def compare_checksums(before: dict[str, str], now: dict[str, str]) -> list[str]:
+    """Return a message for each file whose checksum differs from that of the checksum file."""
     states = {name: (before.get(name), now.get(name)) for name in sorted({*before, *now})}
     return [
-        f"{name}: {'not in' if old is None else 'missing, but in' if new is None else 'differs from'} {path.name}"
+        f"{name}: {'not in' if old is None else 'missing, but in' if new is None else 'differs from'} {CHECKSUM_FILE}"
         for name, (old, new) in states.items()
         if old != new
     ]

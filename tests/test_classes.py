@@ -2,7 +2,7 @@
 
 import pytest
 
-from common.classes import ClassSet, label_ranges
+from common.classes import ClassSet, class_names, label_ranges
 from common.io import InputError
 
 SOME = ClassSet((5, 17, 940), ("electric ray", "jay", "spaghetti squash"))
@@ -13,6 +13,9 @@ def test_data_decides_the_set():
     assert ClassSet.of_data([2, 0], ["a", "b", "c"]) == ClassSet((0, 2), ("a", "c"))
     assert ClassSet.of_data([2, 0], ["a"]).names == ()
     assert ClassSet.of_network(3).labels == (0, 1, 2)
+    for count in (0, 10**6 + 1, 10**12):
+        with pytest.raises(InputError, match=f"{count} classes; allowed: 1 to 1,000,000"):
+            ClassSet.of_network(count)
 
 
 def test_json_round_trip():
@@ -23,11 +26,14 @@ def test_json_round_trip():
 @pytest.mark.parametrize(
     "content",
     [None, [], {"labels": []}, {"labels": [2, 1]}, {"labels": [1, 1]}, {"labels": [True]}, {"labels": ["1"]},
-     {"labels": [1, 2], "names": ["a"]}, {"labels": [1], "names": [3]}],
+     {"labels": [1, 2], "names": ["a"]}, {"labels": [1], "names": [3]}, {"labels": [1], "names": "a"},
+     {"labels": [1], "names": {"a": 1}}, {"labels": [10**6]}, {"labels": [10**9999]}, {"labels": [-1]},
+     {"labels": [1], "names": ["x" * 60_000]}],
 )  # fmt: skip
 def test_other_json_is_refused(content):
-    with pytest.raises(InputError, match="class"):
+    with pytest.raises(InputError, match="class") as caught:
         ClassSet.from_json(content)
+    assert len(str(caught.value)) < 300
 
 
 def test_names():
@@ -43,7 +49,8 @@ def test_selection():
 
 @pytest.mark.parametrize("text, message", [
     ("1000", "0 .. 999"), ("17-5", "a range starts with its smaller"),
-    ("jai", "jay"), ("", "expected labels"), ("-1", "expected labels"),
+    ("jai", "jay"), ("9" * 9999, "expected labels"), ("0-999999999", "0 .. 999"),
+    ("", "expected labels"), ("-1", "expected labels"),
 ])  # fmt: skip
 def test_wrong_selections_are_refused(text, message):
     with pytest.raises(InputError, match=message):
@@ -76,3 +83,10 @@ def test_labels_outside_the_set_are_named():
 def test_ranges_are_what_select_reads(labels):
     assert ClassSet.of_network(1000).select(label_ranges(labels), 1000) == labels
     assert label_ranges((0, 1, 2, 5)) == "0-2,5"
+
+
+@pytest.mark.parametrize("names", [5, "ab", {"a": 1}, [True], [None], ["a", ["b"]], ["x" * 60_000], [0] * 1_000_001])
+def test_class_names_of_another_form_are_refused(names):
+    with pytest.raises(InputError, match=r"^a\.json: classes") as caught:
+        class_names({"a.json": {"classes": names}})
+    assert len(str(caught.value)) < 300

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from common.io import InputError
 from preprocessing.crops import TRANSFORMS, decode
 
 FIXED_POINT = 22  # bits after the point in Pillow's 8-bit resampling
@@ -145,3 +146,23 @@ def header_only_png(width, height):
 
 def jpeg(seed=0, size=(40, 30)):
     return encoded(Image.fromarray(noise(*size, seed)), "JPEG")
+
+
+def test_an_image_that_would_be_too_large_is_refused_before_it_is_resized():
+    image = Image.new("RGB", (1, 200_000))
+    for name, transform in TRANSFORMS.items():
+        if name != "center-crop":  # of 1 x 1 pixel
+            with pytest.raises(InputError, match=r"would have .* pixels"):
+                transform(image, 1000)
+        with pytest.raises(InputError, match=r"would have .* pixels"):
+            transform(image, 10**8)
+
+
+def test_modes_that_pillow_cannot_convert_are_refused(monkeypatch):
+    def refuse(image, mode):
+        raise ValueError("conversion not supported")
+
+    data = encoded(Image.new("L", (4, 4)))
+    monkeypatch.setattr(Image.Image, "convert", refuse)
+    with pytest.raises(InputError, match="its mode L cannot be converted to RGB"):
+        decode(data)

@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 import zipfile
 
@@ -263,7 +264,7 @@ def test_damage_that_check_does_not_find_is_named_when_read(data):
 
 def test_pickled_latents_are_refused(data):
     np.save(data / LATENT.replace("5.npy", "0.npy"), np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    with pytest.raises(InputError, match=r"00000000\.npy: broken latents"):
+    with pytest.raises(InputError, match=r"00000000\.npy: dtype object; allowed"):
         LatentDataset(data)
 
 
@@ -309,3 +310,44 @@ def test_batches_larger_than_the_data():
 def test_indivisible_batch_is_refused():
     with pytest.raises(InputError, match=r"--batch-size 8 \(global\) is not divisible by 3 processes x 1"):
         GlobalBatchSampler(10, 8, 0, range(1), 0, 3)
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F", "LAB"])
+def test_pixels_that_8_bits_cannot_hold_are_refused(data, mode):
+    """Pillow clips them."""
+    Image.new(mode, (RESOLUTION, RESOLUTION)).save(data / IMAGE, "TIFF")
+    with pytest.raises(InputError, match=rf"img00000005\.png: pixels of mode {mode}.*; allowed: 8-bit RGB, grey"):
+        LatentDataset(data)[5]
+
+
+def test_a_fifo_in_place_of_a_file_is_named(data):
+    for name in (IMAGE, LATENT):
+        content = (data / name).read_bytes()
+        (data / name).unlink()
+        os.mkfifo(data / name)
+        with pytest.raises(InputError, match=rf"1 broken files:\n.*{name}: (is not a regular file|0 bytes)"):
+            LatentDataset(data).check()
+        with pytest.raises(InputError, match=f"{name}: is not a regular file"):
+            LatentDataset(data)[5]
+        (data / name).unlink()
+        (data / name).write_bytes(content)
+    os.mkfifo(data / "fifo")
+    with pytest.raises(InputError, match=r"fifo: is a file; allowed: the folder of images and latents$"):
+        LatentDataset(data / "fifo")
+
+
+def test_a_zip_that_was_replaced_is_noticed(data):
+    to_zip(data / "images")
+    dataset = LatentDataset(data)
+    image = dataset.image(3)
+    with zipfile.ZipFile(data / "images.zip") as archive:
+        members = {info.filename: archive.read(info) for info in archive.infolist()}
+    swapped = dict(zip(members, reversed(members.values()), strict=True))
+    with zipfile.ZipFile(data / "new.zip", "w") as archive:
+        for name, content in swapped.items():
+            archive.writestr(name, content)
+    os.replace(data / "new.zip", data / "images.zip")
+    assert torch.equal(dataset.image(3), image)  # from the open file
+    dataset.images._descriptor = None  # as in a new worker process
+    with pytest.raises(InputError, match="damaged"):
+        dataset.image(3)

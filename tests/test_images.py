@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import io
+import struct
+import warnings
+import zlib
+
 import numpy as np
 import pytest
-from PIL import Image, ImageFont
+from PIL import Image, ImageFile, ImageFont
 
-from common.images import MIN_TILE, _shortened, decode_rgb, image_grid, open_image
+from common.images import MIN_TILE, PNG_SIGNATURE, _shortened, decode_rgb, image_grid, open_image
 from common.io import InputError
 from tests.test_crops import animation, encoded, header_only_png, noise
 
@@ -64,6 +69,65 @@ def test_only_listed_formats_are_decoded():
         data = encoded(Image.new("RGB", (8, 8)), form)
         with pytest.raises(InputError, match="not of a format that is read"):
             open_image(data, ("PNG",) if form == "JPEG" else ("JPEG", "PNG"))
+
+
+def test_every_changed_bit_of_a_png_is_noticed():
+    data = encoded(Image.fromarray(noise(6, 6)))
+    for bit in range(8 * len(data)):
+        damaged = bytearray(data)
+        damaged[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(InputError, match="not an image that can be read"):
+            open_image(bytes(damaged))
+
+
+def test_what_follows_a_png_and_how_its_pixels_are_split_does_not_matter():
+    pixels = noise(6, 6)
+    data = encoded(Image.fromarray(pixels))
+    assert np.array_equal(open_image(data + b"more"), pixels)
+    start = data.index(b"IDAT")
+    content = data[start + 4 : -16]
+    split = b"".join(chunk(b"IDAT", content[i : i + 1]) for i in range(len(content)))
+    assert np.array_equal(open_image(data[: start - 4] + split + data[-12:]), pixels)
+
+
+def chunk(kind, content):
+    return len(content).to_bytes(4, "big") + kind + content + zlib.crc32(kind + content).to_bytes(4, "big")
+
+
+def test_a_png_that_states_more_pixels_than_its_data_can_contain_is_refused_before_it_is_decoded(monkeypatch):
+    header = chunk(b"IHDR", (9000).to_bytes(4, "big") * 2 + bytes([8, 2, 0, 0, 0]))
+    data = PNG_SIGNATURE + header + chunk(b"IDAT", zlib.compress(bytes(99))) + chunk(b"IEND", b"")
+    monkeypatch.setattr(ImageFile.ImageFile, "load", None)
+    with pytest.raises(InputError, match=r"9000 x 9000 pixels, but its \d+ bytes cannot contain as many"):
+        open_image(data)
+
+
+def test_a_tiff_whose_data_does_not_cover_the_image_is_refused():
+    data = encoded(Image.fromarray(noise(24, 24)), "TIFF")
+    entry = data.index(struct.pack("<HHI", 257, 4, 1) + struct.pack("<I", 24))  # ImageLength
+    with pytest.raises(InputError, match="it does not contain all pixels"):
+        open_image(data[: entry + 8] + struct.pack("<I", 240) + data[entry + 12 :])
+    for orientation in (1, 6):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        for options in ({}, {"compression": "tiff_lzw"}):
+            file = io.BytesIO()
+            Image.fromarray(noise(24, 9)).save(file, "TIFF", exif=exif, **options)
+            assert sorted(open_image(file.getvalue()).size) == [9, 24]
+
+
+def test_settings_that_other_libraries_changed_do_not_matter(monkeypatch):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    with pytest.raises(InputError, match="the file is truncated"):
+        open_image(encoded(Image.fromarray(noise(40, 40)), "JPEG")[:-200])
+    for limit in (None, 1):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert open_image(encoded(Image.new("RGB", (9, 4)))).size == (9, 4)
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        with pytest.raises(InputError, match="900,000,000 pixels; allowed: 178,956,970"):
+            open_image(header_only_png(30_000, 30_000))
 
 
 def test_images_of_a_data_set_are_square_rgb():

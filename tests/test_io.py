@@ -6,6 +6,7 @@ import io
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -22,8 +23,10 @@ from common.io import (
     clear_leftovers,
     explain,
     memory_message,
+    parse_json,
     printable,
     progress_bar,
+    read_file,
     read_json,
     read_metrics,
     write_json,
@@ -224,6 +227,55 @@ def test_json(tmp_path):
         read_json(tmp_path / "b.json")
     with pytest.raises(InputError, match=r"c\.json: no such file"):
         read_json(tmp_path / "c.json")
+    with pytest.raises(InputError, match="is a folder; allowed: a JSON file"):
+        read_json(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b'{"a": 1,}', "line 1, column 9"),
+        (b"{} x", "line 1, column 4"),
+        (b"\xff", "byte 0 is not UTF-8"),
+        (b"[" * 1_000_000, "nested too deeply"),
+        (b"[" + b"9" * 1_000_000 + b"]", "a number has too many digits"),
+        (b'{"a": NaN}', "the number NaN is not finite"),
+        (b"[-Infinity]", "the number -Infinity is not finite"),
+        (b"[1e999]", "the number 1e999 is not finite"),
+        (b'{"a": 1, "b": {"c": 1, "d": 2, "c": 1}}', "the name 'c' occurs twice"),
+        (b"", "line 1, column 1"),
+    ],
+)
+def test_bytes_that_are_not_json(data, message):
+    with pytest.raises(InputError, match=f"^not valid JSON.*{message}"):
+        parse_json(data)
+
+
+def test_json_in_all_encodings_that_it_allows():
+    for encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-32-le"):
+        assert parse_json('{"ä": [1, 2.5]}'.encode(encoding)) == {"ä": [1, 2.5]}
+
+
+def test_files_that_are_not_regular_are_refused_without_waiting(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "fifo")
+    with socket.socket(socket.AF_UNIX) as server:
+        monkeypatch.chdir(tmp_path)  # the path of a socket must be short
+        server.bind("socket")
+        for path in (tmp_path / "fifo", "/dev/zero", "/dev/null"):
+            with pytest.raises(InputError, match="is not a regular file, but a fifo, a device or a socket"):
+                read_file(path)
+        with pytest.raises(InputError, match="socket: cannot be read"):
+            read_json(tmp_path / "socket")
+
+
+def test_a_file_that_is_too_large_or_grows_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "a").write_bytes(b"12345")
+    assert read_file(tmp_path / "a") == b"12345"
+    monkeypatch.setattr("common.io.MAX_FILE", 4)
+    with pytest.raises(InputError, match="has 5 bytes; allowed: 4"):
+        read_file(tmp_path / "a")
+    with pytest.raises(InputError, match="its size changed while it was read"):
+        read_file("/proc/self/stat")  # states 0 bytes
 
 
 ROW = '{"step": %d, "loss": 1.5, "proj": null, "notes": ["a\\u2028b"]}'

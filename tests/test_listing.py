@@ -143,3 +143,13 @@ def test_photographs_are_no_converted_data_set(tmp_path):
         list_converted(FileSource(tmp_path / "my photos"))
     with pytest.raises(InputError, match="contains 1 Parquet table"):
         list_converted(FileSource(make_tree(tmp_path / "tables", "train.parquet")))
+
+
+@pytest.mark.parametrize("classes", [5, {"a": 1}, [True], ["x" * 60_000]])
+def test_classes_of_another_form_are_refused(classes, tmp_path):
+    """convert.py would copy them into its dataset.json."""
+    make_tree(tmp_path, "00000/img00000000.png")
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": [["00000/img00000000.png", 0]], "classes": classes}))
+    for function in (list_images, list_converted):
+        with pytest.raises(InputError, match=r"dataset\.json: classes"):
+            function(FileSource(tmp_path))

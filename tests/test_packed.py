@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import io
+import lzma
 import subprocess
 import sys
 import tarfile
@@ -11,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from common.io import InputError
-from common.packed import explain_packed, packed_kind
+from common.packed import _endings, explain_packed, packed_kind
 from common.sources import FileSource
 from preprocessing.listing import list_images
 from tests.test_crops import jpeg
@@ -120,3 +123,22 @@ def test_a_single_file_is_named(name, text, tmp_path):
     (tmp_path / name).write_bytes(b"data")
     with pytest.raises(InputError, match=rf"{name}: .*{text}|(?s:{name}: .*{text})"):
         FileSource(tmp_path / name)
+
+
+@pytest.mark.parametrize("opener", [open, gzip.open, bz2.open, lzma.open])
+def test_only_the_start_of_an_archive_is_unpacked(opener, tmp_path, monkeypatch):
+    """Its members may unpack to any size."""
+    monkeypatch.setattr("common.packed.SHARD_HEAD", 1 << 14)
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w") as archive:
+        for name in ("0.jpg", "0.cls", "large.bin", "1.txt"):
+            member = tarfile.TarInfo(name)
+            member.size = 10**6 if name == "large.bin" else 9
+            archive.addfile(member, io.BytesIO(bytes(member.size)))
+    with opener(tmp_path / "a", "wb") as file:
+        file.write(content.getvalue())
+    assert _endings(tmp_path / "a") == {"jpg", "cls", "bin"}
+    assert explain_packed(tmp_path / "a").startswith("is a tar archive")
+    for content in (b"", b"text", bytes(10240), b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0"):
+        (tmp_path / "b").write_bytes(content)
+        assert explain_packed(tmp_path / "b") is None

@@ -116,7 +116,7 @@ def test_images_are_read_ahead_by_a_fixed_number(tmp_path, monkeypatch):
     [
         (b"", "not an image that can be read"),
         (b"\x89PNG", "not an image that can be read"),
-        (Image.new("RGB", (6, 4)), "6 x 4 pixels of mode RGB, not"),
+        (Image.new("RGB", (6, 4)), "6 x 4 pixels; allowed: 1 to 4 per side"),
     ],
 )
 def test_an_image_that_is_none_is_named(samples, content, text):

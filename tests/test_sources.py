@@ -118,6 +118,44 @@ def test_links_are_followed_and_loops_are_refused(tmp_path):
         FileSource(tmp_path / "files")
 
 
+def test_links_that_make_millions_of_paths_are_refused(tmp_path):
+    for number in range(40):
+        (tmp_path / f"{number}").mkdir()
+        for link in "ab":
+            (tmp_path / f"{number}" / link).symlink_to(tmp_path / f"{number + 1}")
+    (tmp_path / "40").mkdir()
+    with pytest.raises(InputError, match="more than 1,000 paths of links lead to it"):
+        FileSource(tmp_path / "0")
+
+
+def test_deep_folders_and_long_names_are_refused(tmp_path):
+    folder = os.open(tmp_path, os.O_RDONLY)
+    for _ in range(600):
+        os.mkdir("d", dir_fd=folder)
+        below = os.open("d", os.O_RDONLY, dir_fd=folder)
+        os.close(folder)
+        folder = below
+    os.close(folder)
+    with pytest.raises(InputError, match="is too long; allowed: 1,024 bytes"):
+        FileSource(tmp_path)
+    subprocess.run(["rm", "-r", str(tmp_path / "d")], check=True)  # shutil.rmtree is recursive
+
+
+def test_files_that_are_not_regular_are_names_that_cannot_be_read(tmp_path):
+    """Opening a fifo would wait for ever. Ignored, an image would be missing without a word."""
+    os.mkfifo(tmp_path / "a.png")
+    (tmp_path / "b.png").symlink_to("/dev/zero")
+    source = FileSource(tmp_path)
+    assert source.names == ["a.png", "b.png"]
+    for name in source.names:
+        assert source.head(name) == b""
+        for function in (source.read, lambda name: source.tail(name, 8)):
+            with pytest.raises(InputError, match=rf"{name}: is not a regular file"):
+                function(name)
+    with pytest.raises(InputError, match=r"a\.png: is not a folder or a regular file"):
+        FileSource(tmp_path / "a.png")
+
+
 def test_a_path_that_is_no_folder_or_zip_is_refused(tmp_path):
     with pytest.raises(InputError, match="no such folder or zip file"):
         FileSource(tmp_path / "none")
@@ -145,9 +183,13 @@ def describe(data, where, **fields):
         ({"00000/img00000000.png": 0}, "labels is {'00000/img"),
         ([5], "label entry 5; expected"),
         ([["00000/img00000000.png", 1, 2]], "label entry .*; expected"),
-        ([["00000/img00000000.png", 10**30]], f"has label {10**30}; allowed: integers from 0 to 9,999,999"),
+        ([["00000/img00000000.png", 10**30]], f"has label {10**30}; allowed: integers from 0 to 999,999"),
         ([["00000/img00000000.png", 10**9]], "has label 1000000000; allowed"),
         ([["00000/img00000000.png", True]], "has label True; allowed"),
+        ([["00000/img00000000.png", 3_000_000]], "has label 3000000; allowed: integers from 0 to 999,999"),
+        ([["00000/img00000000.png", 1.0]], "has label 1.0; allowed"),
+        ([["x" * 60_000, 1]], "the name 'xxx.* has 60,000 characters; allowed: 1,024"),
+        ([["x", ["y" * 60_000]]], "has label \\['yyy.{,100}; allowed"),
     ],
 )
 def test_invalid_labels_are_refused(labels, message, data):

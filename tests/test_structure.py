@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import re
 import subprocess
 
 import pytest
@@ -61,6 +62,14 @@ def test_a_library_is_imported_where_it_belongs(library):
         (name, module) for name, module in product_imports() if not name.startswith(("experiments", "benchmarks"))
     ]
     assert {name for name, module in product if module == library} == LIBRARIES[library]
+
+
+def test_images_are_opened_in_one_place():
+    """Elsewhere, Pillow could choose decoders that start other programs, and would ignore damage."""
+    opened = {name for name in tracked("*.py") if re.search(r"\bImage\.open\(|\bimread\(", (ROOT / name).read_text())}
+    product = {name for name in opened if not name.startswith("tests/")}
+    assert product == {"common/images.py"}
+    assert not any("Image.open" in (ROOT / name).read_text() for name in tracked("*.ipynb"))
 
 
 def test_few_files_lie_at_the_top():

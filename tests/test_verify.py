@@ -90,6 +90,18 @@ def cut_image(data):
     path.write_bytes(path.read_bytes()[:-40])
 
 
+def flip_a_bit_of_the_pixels(data):
+    path = data / "images/00000/img00000003.png"
+    content = bytearray(path.read_bytes())
+    content[content.index(b"IDAT") + 20] ^= 1
+    path.write_bytes(content)
+
+
+def append_to_image(data):
+    with open(data / "images/00000/img00000003.png", "ab") as file:
+        file.write(b"x")
+
+
 def lose_flip(data):
     (data / "vae-sd/00000/img-mean-std-flip-00000003.npy").unlink()
 
@@ -122,10 +134,16 @@ def change_label(data):
     [
         (cut_image, r"img00000003.png: not an image that can be read: the file is truncated"),
         (huge_image, r"img00000003.png: not an image that can be read: 900,000,000 pixels"),
+        (flip_a_bit_of_the_pixels, r"img00000003.png: .*a checksum of the PNG does not match"),
+        (append_to_image, r"img00000003.png: has data after the end of the PNG"),
         (save_as_npz, r"00000003.npy: broken latents"),
         (grey_image, r"img00000003.png: 16 x 16 pixels of mode L"),
         (lose_flip, r"flip-00000003.npy: cannot be read"),
         (spoil_moments(lambda m: set_value(m, (0, 0, 0), np.nan)), "00000003.npy: has values that are not finite"),
+        (
+            spoil_moments(lambda m: set_value(m, (0, 0, 0), -1e5)),
+            r"00000003.npy: has a value of 1e\+05; allowed",
+        ),
         (spoil_moments(lambda m: set_value(m, (4, 0, 0), -0.5)), "00000003.npy: has a negative standard deviation"),
         (spoil_moments(lambda m: m[:, 1:]), r"00000003.npy: shape \(6, 15, 16\); allowed: \(2 C, h, h\)"),
         (spoil_moments(lambda m: m[:, ::2, ::2]), r"00000003.npy: shape \(6, 8, 8\); expected \(6, 16, 16\)"),
@@ -157,6 +175,24 @@ def test_a_change_since_the_checksums(data, capsys):
     assert f"{LATENT}: differs from checksums.sha256" in capsys.readouterr().err
     run(data, "--update-checksums")
     run(data)
+
+
+@pytest.mark.parametrize("content", ["x", "0" * 64 + "  a", "0" * 63 + "  a\n", "a\n" * 1000])
+def test_other_files_under_the_name_of_the_checksums_are_refused(content, tmp_path):
+    (tmp_path / "c").write_text(content)
+    with pytest.raises(InputError, match="c: not a complete checksum file; remove it"):
+        verify.read_checksums(tmp_path / "c")
+    with pytest.raises(InputError, match="cannot be read"):
+        verify.read_checksums(tmp_path)
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(InputError, match="fifo: is not a regular file"):
+        verify.read_checksums(tmp_path / "fifo")
+
+
+def test_checksums_of_names_with_unusual_characters(tmp_path):
+    name = "images/a\u2028\x0b  b\x85/img00000000.png"
+    (tmp_path / "c").write_text(f"{'0' * 64}  {name}\n")
+    assert verify.read_checksums(tmp_path / "c") == {name: "0" * 64}
 
 
 def test_latents_of_other_images(data, capsys):
