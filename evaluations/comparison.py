@@ -49,7 +49,8 @@ def load_reference(path: str | Path) -> Reference:
     """Return the statistics in a reference: `mu`, `sigma`, `mu_s`, `sigma_s`, as in ADM's files, and our additions.
 
     `reference.py` adds `num_images`, `inception` (name of the weights), and for an encoder `mu_enc`, `sigma_enc`,
-    `encoder`, `encoder_input`. A folder, a zip, or an .npz of images only has no statistics. Raises InputError for a damaged file.
+    `encoder`, `encoder_input`. A folder, a zip, or an .npz of images only has no statistics.
+    Raises InputError for a damaged file.
     """
     path = Path(path)
     if path.suffix.lower() != ".npz":

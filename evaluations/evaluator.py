@@ -26,7 +26,8 @@ from accelerate import Accelerator
 
 from common.cli import Config, parse, setting, settings
 from common.distributed import long_collective_timeout, start_processes
-from common.io import InputError, OwnFile, check_writable, read_json, run_cli, write_json
+from common.identity import own_json
+from common.io import InputError, check_writable, read_json, run_cli, write_json
 from evaluations.batches import ImageBatch, NpzImages, open_images
 from evaluations.comparison import Reference, check_reference, count_notes, load_reference, weights_notes
 from evaluations.features import Extraction, ExtractionConfig, Extractor
@@ -47,6 +48,7 @@ LINES = {
     "precision": "Precision",
     "recall": "Recall",
 }
+OWN_RESULT = own_json("a result of this program", "metrics", "notes", "samples", "reference")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,18 +161,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             "seconds": round(time.perf_counter() - started, 2),
         }
     report(result, path)
-
-
-def is_result(path: Path) -> bool:
-    """Return whether a file is a result of this program."""
-    try:
-        content = read_json(path)
-    except InputError:
-        return False
-    return isinstance(content, dict) and {"metrics", "notes", "samples", "reference"} <= content.keys()
-
-
-OWN_RESULT = OwnFile("a result of this program", is_result)
 
 
 def open_reference_images(statistics: Reference) -> ImageBatch | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import socket
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from common.cli import AUTO, BATCH_SIZE, Config, batch_size, setting
-from common.distributed import broadcast_from_main, largest_batch
+from common.distributed import broadcast_from_main, check_same_files, largest_batch
 from common.identity import Unchanged
 from common.io import InputError, atomic_write, progress_bar
 from evaluations.batches import ImageBatch
@@ -190,15 +189,9 @@ class Extractor:
         return extraction
 
     def _check_unchanged(self, images: ImageBatch) -> None:
-        """Raise InputError if the files changed since they were opened, or if processes of one machine opened others.
-
-        The digest is complete then, so that it is of the bytes that the features are of.
-        """
+        """Raise InputError if the files are not those that were opened. The digest is then that of the features."""
         broadcast_from_main(self.accelerator, lambda: self.digest(images))
-        states = gather_object([(socket.gethostname(), images.opened, images.state())])
-        opened = {host: before for host, before, _ in states}
-        if any(not opened[host] == before == now for host, before, now in states):
-            raise InputError(f"{images.path}: was replaced or changed while it was read; evaluate it again")
+        check_same_files(images.path, images.opened, images.state())
 
     def _cached(self, images: ImageBatch, network: nn.Module, name: str) -> tuple[Path, int, str]:
         """Return the cache file of the features, the number of images, and the key: all that decides the features."""

@@ -266,6 +266,19 @@ def _parse_header(member: IO[bytes]) -> ArrayHeader:
     return ArrayHeader(shape, dtype, member.tell())
 
 
+def read_plain_array(file: IO[bytes], size: int) -> np.ndarray:
+    """Return the array of an open .npy file of `size` bytes. Raises InputError if its header asks for other sizes."""
+    try:
+        header = _parse_header(file)
+    except InputError:
+        raise
+    except Exception as error:  # NumPy evaluates a header as Python, which fails in many ways
+        raise InputError("not a readable array") from error
+    if header.offset + math.prod(header.shape) * header.dtype.itemsize != size or not header.dtype.itemsize:
+        raise InputError("cut short, or with other content behind it")
+    return np.frombuffer(file.read(), header.dtype).reshape(header.shape)
+
+
 def write_npz(
     file: IO[bytes], images: Iterable[np.ndarray], shape: tuple[int, ...], arrays: Mapping[str, object] | None = None
 ) -> None:

@@ -20,6 +20,7 @@ import numpy as np
 
 from common.cli import NON_NEGATIVE, POSITIVE, Config, parse, setting
 from common.distributed import long_collective_timeout, start_processes
+from common.identity import changed_error
 from common.io import InputError, OwnFile, atomic_write, check_writable, run_cli
 from evaluations.batches import open_images
 from evaluations.features import ExtractionConfig, Extractor
@@ -90,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with atomic_write(config.dest) as file:
         write_npz(file, kept, (len(selected), images.height, images.width, 3), arrays)
         if images.state() != images.opened:  # the stored images were read for the second time
-            raise InputError(f"{images.path}: was replaced or changed while it was read; run the same command again")
+            raise changed_error(images.path)
     print(f"{config.dest}: statistics of {images.count:,} images, network {network}")
 
 

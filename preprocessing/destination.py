@@ -25,6 +25,7 @@ from common.io import (
     LOCK_NAME,
     InputError,
     atomic_write,
+    check_writable,
     lock_folder,
     progress_bar,
     read_json,
@@ -45,8 +46,23 @@ class InputOutput(Config):
     dest: Path = setting(MISSING, "output folder, or output zip if the name ends in .zip")
 
     def check_combination(self) -> None:
-        if self.dest.resolve().is_relative_to(self.source.resolve()):
-            raise InputError(f"--dest {self.dest}: is inside --source {self.source}; allowed: a place outside")
+        source = self.source.resolve()
+        for folder in {self.dest, work_folder(self.dest)}:
+            place = folder.resolve()
+            if place.is_relative_to(source):
+                raise InputError(f"--dest {self.dest}: is inside --source {self.source}; allowed: a place outside")
+            if source.is_relative_to(place):
+                raise InputError(f"--dest {self.dest}: contains --source {self.source}; allowed: another folder")
+        if not os.path.isfile(work_folder(self.dest)):  # `claim` says more about it
+            check_writable(work_folder(self.dest) / "dataset.json", "--dest")
+        data = next((parent for parent in self.dest.absolute().parents if (parent / "dataset.json").exists()), None)
+        if data:
+            raise InputError(f"--dest {self.dest}: is inside the data set {data}; allowed: a place outside")
+
+
+def work_folder(dest: Path) -> Path:
+    """Return the folder that contains the files during the work: of a zip, a hidden folder next to it."""
+    return dest.with_name(f".{dest.name}.parts") if dest.suffix.lower() == ".zip" else dest
 
 
 class Destination:
@@ -59,7 +75,7 @@ class Destination:
     def __init__(self, path: str | Path, program: str):
         self.path = Path(path)
         self.is_zip = self.path.suffix.lower() == ".zip"
-        self.folder = self.path.with_name(f".{self.path.name}.parts") if self.is_zip else self.path
+        self.folder = work_folder(self.path)
         self._settings_name = f".{program}.json"
         self._packed: FileSource | None = None  # the zip, if it is complete
 
@@ -71,7 +87,8 @@ class Destination:
         """
         if self.is_zip and self.path.exists():
             self._check(self._settings_in_zip(), settings)
-            shutil.rmtree(self.folder, ignore_errors=True)  # of a run killed after packing
+            if (self.folder / self._settings_name).exists():
+                shutil.rmtree(self.folder, ignore_errors=True)  # of a run killed after packing
             self._packed = FileSource(self.path)
             return True
         for folder in {self.path, self.folder}:

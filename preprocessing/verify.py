@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field
@@ -23,18 +24,21 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common.cli import NON_NEGATIVE, POSITIVE, Config, parse, setting
+from common.cli import WORKERS, Check, Config, parse, setting
+from common.identity import OWN_PNG, Unchanged
 from common.images import decode_rgb, image_grid, save_png
-from common.io import InputError, atomic_write, check_writable, printable, progress_bar, run_cli, sha256_of
+from common.io import InputError, OwnFile, atomic_write, check_writable, printable, progress_bar, run_cli, sha256_of
 from common.sources import decode_name
 from dataset import LatentDataset, decode_moments
 from models.autoencoder import Codec, LatentFormat, load_decoder
 from preprocessing.parallel import available_cores, chunks, in_workers
 
+DECODED = Check("from 0 to 10,000", lambda value: 0 <= value <= 10_000)  # all are in memory together
 CHUNK = 200  # items per task of a worker
 ERRORS_SHOWN = 20
 SHEET_COLUMNS = 8
 CHECKSUM_FILE = "checksums.sha256"
+CHECKSUM = re.compile(r"([0-9a-f]{64})  (.+)", re.DOTALL)  # a line of it
 # Root mean square of all scaled latents. Correct ones of TAESD: 0.77 for photographs, 0.58 for grey images, 1.63 for
 # black ones; at Stable Diffusion's scale, 0.18215, they have 0.11 to 0.30. Those of Stable Diffusion have 0.8 to 1.1,
 # and 5 without their scale. Pixels are from -1 to 1, and their magnitude depends on the images only.
@@ -48,10 +52,10 @@ class VerifyConfig(Config):
 
     data: Path = setting(MISSING, "folder with images and latents, as train.py reads it", flag="data")
     vae: str | None = setting(None, "codec that decodes (default: the one named in the latents' dataset.json)")
-    reconstruct: int = setting(16, "number of latents to decode", check=NON_NEGATIVE)
+    reconstruct: int = setting(16, "number of latents to decode", check=DECODED)
     sheet: Path | None = setting(None, "path of the picture (default: DATA/verify.png)")
     update_checksums: bool = setting(False, f"write {CHECKSUM_FILE} again instead of comparing with it")
-    workers: int | None = setting(None, "number of processes (default: all available cores)", check=POSITIVE)
+    workers: int | None = setting(None, "number of processes (default: all available cores)", check=WORKERS)
     device: str = setting("auto", "device that decodes: auto (cuda if available, else cpu), cpu, cuda, cuda:1, ...")
 
     def check_combination(self) -> None:
@@ -59,8 +63,6 @@ class VerifyConfig(Config):
         allowed = ("auto", "cpu", *(gpus if torch.cuda.is_available() else ()))
         if self.device not in allowed:
             raise InputError(f"--device {self.device}: not available; allowed here: {', '.join(allowed)}")
-        if self.reconstruct:
-            check_writable(self.picture, "--sheet")
 
     @property
     def picture(self) -> Path:
@@ -103,11 +105,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Check counts, pairs, labels and shapes: LatentDataset raises an error at the first that is wrong.
     config = parse(VerifyConfig, __doc__.splitlines()[0], argv)
     dataset = LatentDataset(config.data)
+    if config.reconstruct:
+        check_writable(config.picture, "--sheet", (dataset.images.path, dataset.latents.path), OWN_PNG)
     codec = decoding_codec(config, dataset.latent_format) if config.reconstruct else None
     checksum_file = config.data / CHECKSUM_FILE
     has_checksums = checksum_file.exists() and not config.update_checksums
     if not has_checksums:
-        check_writable(checksum_file, "checksums:")
+        check_writable(checksum_file, "--update-checksums" if config.update_checksums else "checksums:", (), OWN_SUMS)
     counts = np.bincount(dataset.labels)
     print(
         f"{config.data}: {len(dataset):,} pairs, {describe_classes(counts[counts > 0])}, images {dataset.resolution} "
@@ -161,14 +165,17 @@ def report_other_files(dataset: LatentDataset) -> None:
 def check_files(dataset: LatentDataset, workers: int) -> Findings:
     """Return the results of reading, decoding and hashing every file."""
     found, total = Findings(), len(dataset)
+    sources = (dataset.images, dataset.latents)
+    hashed_later = Unchanged(source.path if source.is_zip else source.path / "dataset.json" for source in sources)
     job, bar = functools.partial(check_chunk, dataset), {"total": total, "desc": "checking", "unit": "item"}
     for part in in_workers(job, chunks(total, CHUNK), workers, **bar):
         found.add(part)
-    for source in (dataset.images, dataset.latents):
+    for source in sources:
         if source.is_zip:
             found.checksums[source.path.name] = sha256_of(source.path)
         elif "dataset.json" in source:
             found.checksums[f"{source.path.name}/dataset.json"] = sha256_of(source.path / "dataset.json")
+    hashed_later.check()
     return found
 
 
@@ -193,14 +200,29 @@ def check_chunk(dataset: LatentDataset, chunk: range) -> Findings:
     return found
 
 
-def compare_checksums(path: Path, now: dict[str, str]) -> list[str]:
-    """Return a message for each file that differs from a checksum file, which has the format of `sha256sum -c`."""
+def read_checksums(path: Path) -> dict[str, str]:
+    """Return the SHA-256 of each file in a checksum file, which has the format of `sha256sum -c`."""
+    lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    entries = [CHECKSUM.fullmatch(line) for line in lines]
+    if not all(entries):
+        raise InputError(f"{path}: not a checksum file; remove it, and a new one is written")
+    return {entry[2]: entry[1] for entry in entries}
+
+
+def is_checksum_file(path: Path) -> bool:
+    """Return whether a file has the format of `sha256sum -c`."""
     try:
-        text = path.read_text(encoding="utf-8", errors="surrogateescape")
-        entries = [line.split("  ", 1) for line in text.splitlines()]
-        before = {name: digest for digest, name in entries}
-    except ValueError as error:
-        raise InputError(f"{path}: not a checksum file; remove it, and a new one is written") from error
+        return bool(read_checksums(path)) or path.stat().st_size == 0
+    except InputError:
+        return False
+
+
+OWN_SUMS = OwnFile("a checksum file", is_checksum_file)
+
+
+def compare_checksums(path: Path, now: dict[str, str]) -> list[str]:
+    """Return a message for each file that differs from a checksum file."""
+    before = read_checksums(path)
     states = {name: (before.get(name), now.get(name)) for name in sorted({*before, *now})}
     return [
         f"{name}: {'not in' if old is None else 'missing, but in' if new is None else 'differs from'} {path.name}"

@@ -85,7 +85,7 @@ def test_a_configuration_cannot_change():
         ("--scale nan", r"--scale: 'nan' is not a finite number"),
         ("--decay 1", r"--decay 1\.0: must be at least 0 and less than 1"),
         ("--share 2", r"--share 2\.0: must be from 0 to 1"),
-        ("--size 0", r"--size 0: must be 1 or greater, or auto"),
+        ("--size 0", r"--size 0: must be from 1 to 100,000, or auto"),
         ("--mode pde", r"--mode pde: allowed: sde, ode"),
         ("--mode ode --share 0.5", r"--share 0\.5 does not go with --mode ode"),
         ("--num-step 3", r"--num-step: unknown argument; did you mean --num-steps\?"),
