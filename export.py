@@ -88,8 +88,8 @@ def export(ckpt: str | Path, dest: str | Path, weights: str = "ema", layout: str
         raise InputError(f"--dest {dest}: allowed: a name that ends in .safetensors, or the name of a folder")
     if (dest.exists() or dest.is_symlink()) and not (dest.is_dir() and not any(dest.iterdir())):
         raise InputError(f"--dest {dest}: there is something already; choose another name")
+    check_writable(dest if dest.suffix == ".safetensors" else dest / CONFIG_FILE, "--dest")
     path = resolve_checkpoint(ckpt)  # once: training may add a newer one
-    check_writable(dest if dest.suffix == ".safetensors" else dest / CONFIG_FILE, "--dest", [path])
     opened = Unchanged(files_of(path))
     checkpoint = load_checkpoint(path, layout=layout)
     build_model(checkpoint, weights, source=ckpt)  # a network that cannot be rebuilt is not exported

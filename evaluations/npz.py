@@ -29,11 +29,12 @@ from common.io import HASH_BLOCK, InputError, printable, progress_bar
 MAX_RATIO = 500  # unpacked / packed size; deflate reaches 1032 on constant bytes, images stay far below
 SMALL = 1 << 28  # bytes; arrays up to this size are allowed to have any ratio
 MAX_HEADER = 10_000  # bytes of an array's header, NumPy's own limit; usual are 128
+MAX_MEMBERS = 1000  # arrays in a file; references have 10
 MAX_TEXT = 1000  # characters of a text in an .npz: names of networks
 
 _HEADER_READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 _HEADER_SIZES = {(1, 0): "<H", (2, 0): "<I"}  # format of the header's length, by version
-_METHODS = {zipfile.ZIP_STORED: "stored", zipfile.ZIP_DEFLATED: "deflated"}  # unpacking the others has no size limit
+_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # unpacking the others has no size limit
 _READ_ERRORS = (
     OSError, ValueError, OverflowError, struct.error, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError,
     NotImplementedError,
@@ -88,11 +89,17 @@ class NpzFile:
         try:
             self._descriptor = os.open(self.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
             weakref.finalize(self, os.close, self._descriptor)
-            infos = self._archive().infolist()
+            with self._archive() as archive:
+                infos = archive.infolist()
+                for info in infos[:MAX_MEMBERS]:
+                    if _can_be_unpacked(info):
+                        archive.open(info).close()  # compares the name at the array with that in the directory
         except FileNotFoundError as error:
             raise InputError(f"{self.path}: no such file") from error
         except _READ_ERRORS as error:
             raise InputError(f"{self.path}: not an .npz file, or cut short") from error
+        if len(infos) > MAX_MEMBERS:
+            raise InputError(f"{self.path}: contains {len(infos):,} arrays; allowed: {MAX_MEMBERS:,}")
         self._members = {info.filename.removesuffix(".npy"): info for info in infos}
         if len(self._members) < len(infos):
             raise InputError(f"{self.path}: contains two arrays of the same name; write it again")
@@ -128,7 +135,7 @@ class NpzFile:
             names = printable(", ".join(sorted(self._members))[:MAX_TEXT]) or "nothing"
             raise InputError(f"{self.path}: no array {name!r}; it holds {names}")
         info = self._members[name]
-        if info.compress_type not in _METHODS or info.flag_bits & _ENCRYPTED:
+        if not _can_be_unpacked(info):
             found = "encrypted" if info.flag_bits & _ENCRYPTED else f"compressed by method {info.compress_type}"
             raise self._error(name, f"is {found}; allowed: stored or deflated, as np.savez and np.savez_compressed do")
         if info.file_size > max(SMALL, MAX_RATIO * info.compress_size):
@@ -169,9 +176,9 @@ class NpzFile:
         """Return a text, which is an array without dimensions."""
         try:
             text = str(self.array(name, (), "U"))
-        except ValueError as error:
-            if isinstance(error, InputError):
-                raise
+        except InputError:
+            raise
+        except (ValueError, SystemError) as error:
             raise self._error(name, "is not text") from error  # numbers that are no characters
         if len(text) > MAX_TEXT:
             raise self._error(name, f"has {len(text):,} characters; allowed: {MAX_TEXT:,}")
@@ -238,6 +245,10 @@ class NpzFile:
         """Return where a stored member's data starts: after 30 bytes, its name and its extra field."""
         lengths = os.pread(self._descriptor, 4, info.header_offset + 26)
         return info.header_offset + 30 + sum(struct.unpack("<2H", lengths))
+
+
+def _can_be_unpacked(info: zipfile.ZipInfo) -> bool:
+    return info.compress_type in _METHODS and not info.flag_bits & _ENCRYPTED
 
 
 def _read_at(descriptor: int, buffer: memoryview, position: int) -> int:
