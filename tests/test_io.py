@@ -139,7 +139,7 @@ def test_foreign_files_are_kept(tmp_path):
     (tmp_path / "result").write_text("result")
     for name in ("result", "new"):
         check_writable(tmp_path / name, "--out", own=own)
-    with pytest.raises(InputError, match="--out .*foreign: exists and is not a result; choose another name"):
+    with pytest.raises(InputError, match=r"--out .*foreign: exists and is not a result; choose another name"):
         check_writable(tmp_path / "foreign", "--out", own=own)
 
 

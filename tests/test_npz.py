@@ -36,7 +36,7 @@ def test_a_flipped_bit_is_noticed(tmp_path: Path, save) -> None:
     images = open_images(tmp_path / "s.npz")
     assert np.array_equal(images.read(0, 5), IMAGES) and len(images.digest()) == 64
     with zipfile.ZipFile(tmp_path / "s.npz") as archive:
-        places = {name: archive.getinfo(f"{name}.npy").header_offset + 150 for name in ("arr_0", "mu")}
+        places = {name: archive.getinfo(f"{name}.npy").header_offset + 80 for name in ("arr_0", "mu")}
     for name, place in places.items():
         damaged = bytearray(content)
         damaged[place] ^= 4
@@ -92,7 +92,7 @@ def test_headers_that_lie_are_refused(tmp_path: Path, content: bytes, problem: s
 @pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
 def test_other_compressions_are_refused(tmp_path: Path, method: int) -> None:
     """They unpack without a limit."""
-    with pytest.raises(InputError, match="is compressed by method .*; allowed: stored or deflated"):
+    with pytest.raises(InputError, match=r"is compressed by method .*; allowed: stored or deflated"):
         open_images(write(tmp_path / "s.npz", ("arr_0.npy", npy(IMAGES)), method=method))
 
 
@@ -118,7 +118,7 @@ def test_texts_are_checked(tmp_path: Path) -> None:
     bad = npy(np.full(4, 255, np.uint8), (), "<U1")
     long = npy(np.array("x" * 2000), descr="<U2000")
     path = write(
-        tmp_path / "s.npz", ("bad.npy", bad), ("long.npy", long), ("empty.npy", npy(np.array(""), descr="<U0"))
+        tmp_path / "s.npz", ("bad.npy", bad), ("long.npy", long), ("empty.npy", npy(np.zeros(0, np.uint8), (), "<U0"))
     )
     for name, problem in (("bad", "is not text"), ("long", "has 2,000 characters; allowed: 1,000")):
         with pytest.raises(InputError, match=f"'{name}' {problem}"):
