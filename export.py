@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from common.cli import Config, parse, setting
+from common.identity import Unchanged, files_of
 from common.io import InputError, atomic_write, check_writable, run_cli
 from models.autoencoder import SD_FORMAT, LatentFormat
 from models.checkpoint import (
@@ -27,6 +28,7 @@ from models.checkpoint import (
     network_config,
     network_weights,
     newest_of_run,
+    resolve_checkpoint,
     saved_settings,
     steps_done,
 )
@@ -71,26 +73,30 @@ class ExportConfig(Config):
 def main(argv: Sequence[str] | None = None) -> None:
     """Export the network of a checkpoint as the command line says."""
     config = parse(ExportConfig, "Export the network of a checkpoint.", argv)
-    export(config.ckpt, config.dest, config.weights, config.layout)
-    print(*newest_of_run(config.ckpt), config.dest, sep="\n")
+    path = export(config.ckpt, config.dest, config.weights, config.layout)
+    print(*newest_of_run(config.ckpt, path), config.dest, sep="\n")
 
 
-def export(ckpt: str | Path, dest: str | Path, weights: str = "ema", layout: str = "auto") -> None:
-    """Write the network of a checkpoint to a .safetensors file or a folder. `layout`: see `load_checkpoint`.
+def export(ckpt: str | Path, dest: str | Path, weights: str = "ema", layout: str = "auto") -> Path:
+    """Write the network of a checkpoint to a .safetensors file or a folder, and return the checkpoint's path.
 
+    `layout`: see `load_checkpoint`.
     Raises InputError if the checkpoint has no such network, or if `dest` exists already or cannot be written.
     """
     dest = Path(dest)
     if dest.suffix != ".safetensors" and dest.name.endswith(FILE_ENDINGS):
         raise InputError(f"--dest {dest}: allowed: a name that ends in .safetensors, or the name of a folder")
-    if dest.exists() and not (dest.is_dir() and not any(dest.iterdir())):
+    if (dest.exists() or dest.is_symlink()) and not (dest.is_dir() and not any(dest.iterdir())):
         raise InputError(f"--dest {dest}: there is something already; choose another name")
     check_writable(dest if dest.suffix == ".safetensors" else dest / CONFIG_FILE, "--dest")
-    checkpoint = load_checkpoint(ckpt, layout=layout)
+    path = resolve_checkpoint(ckpt)  # once: training may add a newer one
+    opened = Unchanged(files_of(path))
+    checkpoint = load_checkpoint(path, layout=layout)
     build_model(checkpoint, weights, source=ckpt)  # a network that cannot be rebuilt is not exported
     config = describe(checkpoint, weights, ckpt)
     config["codec"] = export_codec(LatentFormat.from_json(config["codec"]), dest)
     write_network(dest, network_weights(checkpoint, weights, ckpt), config)
+    opened.check()  # tensors are read from the file when they are written
     if dest.suffix != ".safetensors":
         with atomic_write(dest / "README.md", "w") as file:
             tags = "image-generation" if config["cls_token_dim"] is None else "image-generation, reg"
@@ -99,6 +105,7 @@ def export(ckpt: str | Path, dest: str | Path, weights: str = "ema", layout: str
             labels = checkpoint_classes(checkpoint, config["num_classes"], ckpt).labels
             known = {"count": len(labels), "labels": list(labels[:3]), "model": "SiT", **config}
             file.write(CARD.format(**known, tags=tags, name=dest.name, origin=origin))
+    return path
 
 
 def describe(checkpoint: dict[str, Any], weights: str, source: str | Path) -> dict[str, Any]:

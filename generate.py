@@ -12,6 +12,7 @@ Without --name, samples.npz also gets the name that the published script gives i
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,7 +29,15 @@ from tqdm import tqdm
 
 from common.classes import ClassSet, label_ranges
 from common.cli import AUTO, changed, parse
-from common.distributed import broadcast_from_main, largest_batch, long_collective_timeout, start_processes, to_host
+from common.distributed import (
+    broadcast_from_main,
+    check_same_files,
+    largest_batch,
+    long_collective_timeout,
+    start_processes,
+    to_host,
+)
+from common.identity import Unchanged, files_of
 from common.io import InputError, progress_bar, run_cli, write_json
 from evaluations.coherence import CoherenceReport
 from generation.config import (
@@ -46,8 +55,10 @@ from models.checkpoint import (
     build_model,
     checkpoint_classes,
     checkpoint_digest,
+    checksum_path,
     load_checkpoint,
     newest_of_run,
+    resolve_checkpoint,
     saved_settings,
     steps_done,
 )
@@ -68,6 +79,8 @@ class SamplePlan:
 
     config: GenerateConfig
     folder: Path
+    path: Path  # of the checkpoint's file, or of the folder of an export
+    opened: Unchanged  # its files
     checkpoint: dict[str, Any]
     model: SiT
     codec: Codec
@@ -81,7 +94,8 @@ class SamplePlan:
 
     def record(self) -> dict[str, Any]:
         """Return the content of samples.json: the settings with their final values, and the checkpoint's identity."""
-        config = self.config
+        config, digest = self.config, checkpoint_digest(self.path)
+        self.opened.check()  # the digest is that of the file that was loaded
         is_folder = config.vae is not None and Path(config.vae).is_dir()
         return {
             **asdict(config),
@@ -93,7 +107,7 @@ class SamplePlan:
             "path_type": self.interpolant.path_type,
             "vae": config.vae if is_folder else self.codec.format.codec,
             "steps": steps_done(self.checkpoint, config.ckpt),
-            DIGEST: checkpoint_digest(config.ckpt),
+            DIGEST: digest,
         }
 
 
@@ -105,8 +119,9 @@ def main() -> None:
     samples = SampleSet(plan.folder, len(plan.labels), plan.model.input_size * plan.codec.format.factor)
 
     def claim_folder() -> list[range]:
-        samples.claim(plan.record())
-        for line in newest_of_run(config.ckpt):
+        data = plan.coherence and (plan.coherence.data.images.path, plan.coherence.data.latents.path)
+        samples.claim(plan.record(), [*(data or ()), config.enc_weights, config.vae, plan.path])
+        for line in newest_of_run(config.ckpt, plan.path):
             print(line)
         for warning in plan.warnings:
             print(f"warning: {warning}", file=sys.stderr)
@@ -135,7 +150,11 @@ def start_accelerator(config: GenerateConfig) -> Accelerator:
 def make_plan(config: GenerateConfig, accelerator: Accelerator) -> SamplePlan:
     """Return the plan. Raises InputError if a file is missing or damaged, or a setting contradicts the checkpoint."""
     device = accelerator.device
-    checkpoint = load_checkpoint(config.ckpt)
+    path = resolve_checkpoint(config.ckpt)
+    if os.path.isdir(os.path.expanduser(config.ckpt)):  # a run's newest: training may add another one at any time
+        path = broadcast_from_main(accelerator, lambda: path)
+    opened = Unchanged([*files_of(path), checksum_path(path)])
+    checkpoint = load_checkpoint(path)
     saved = saved_settings(checkpoint, config.ckpt)
     folder = Path(config.sample_dir) / (config.name or default_name(config, checkpoint))
     if config.num_fid_samples is None:
@@ -143,6 +162,7 @@ def make_plan(config: GenerateConfig, accelerator: Accelerator) -> SamplePlan:
 
     # Load the networks, and compare the settings with them.
     model = build_model(checkpoint, config.weights, device, config.fused_attn, source=config.ckpt)
+    check_same_files(config.ckpt, opened.before, opened.now())
     latent_format = LatentFormat.from_json(saved.get("codec"))
     warnings = unused_scale(config)
     warnings += check_against_checkpoint(config, checkpoint, model.config, latent_format)
@@ -165,7 +185,20 @@ def make_plan(config: GenerateConfig, accelerator: Accelerator) -> SamplePlan:
     batch_size = config.per_proc_batch_size
     batch_size = find_batch_size(config, accelerator, model, codec) if batch_size == AUTO else batch_size
     return SamplePlan(
-        config, folder, checkpoint, model, codec, coherence, interpolant, classes, pool, labels, batch_size, warnings
+        config,
+        folder,
+        path,
+        opened,
+        checkpoint,
+        model,
+        codec,
+        coherence,
+        interpolant,
+        classes,
+        pool,
+        labels,
+        batch_size,
+        warnings,
     )
 
 
@@ -272,7 +305,7 @@ def finish(plan: SamplePlan, samples: SampleSet) -> None:
     if "num_fid_samples" not in config.given:
         print(f"{samples.total:,} images; for FID: --num-fid-samples 50000", file=sys.stderr)
     if config.npz and config.name is None:
-        name = published_name(config, plan.checkpoint, plan.model.config, plan.codec.format)
+        name = published_name(config, plan.checkpoint, plan.model.config, plan.codec.format, plan.path)
         if link := samples.link_npz(name):
             print(f"{link}: samples.npz under the name that the published script gives it")
         else:

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.cli import Config, setting, uses_cuda
+from common.identity import own_json
 from common.io import InputError, check_writable, progress_bar, write_json
 from training.throughput import describe_code
 
@@ -51,7 +52,7 @@ class Benchmark(Config):
     def check_combination(self) -> None:
         uses_cuda(self.device)
         if self.json:
-            check_writable(self.json, "--json")
+            check_writable(self.json, "--json", own=own_json("a result of a benchmark", "command", "threads"))
 
 
 def timed(run: Callable[[], object], device: torch.device) -> float:

@@ -39,6 +39,7 @@ from benchmarks import timing
 from benchmarks.training_steps import Form, OurForm, PlainForm, Workload
 from common import distributed
 from common.cli import NON_NEGATIVE, POSITIVE, parse, setting
+from common.identity import own_file
 from common.io import InputError, check_writable, progress_bar, run_cli
 from training.checkpoint_writer import CheckpointWriter
 
@@ -81,7 +82,7 @@ class TrainStep(timing.Benchmark):
     def check_combination(self) -> None:
         super().check_combination()
         if self.profile:
-            check_writable(self.profile, "--profile")
+            check_writable(self.profile, "--profile", own=own_file("a trace", start=b"{", contains=b'"schemaVersion"'))
         if self.saves and not self.saves.is_dir():
             raise InputError(f"--saves {self.saves}: no such folder")
         if self.encoder == "none" and (self.cls_token or self.slot_price):

@@ -24,6 +24,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, dataclass, field
+from pathlib import Path
 from types import UnionType
 from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -50,7 +51,10 @@ UNIT_INTERVAL = Check("from 0 to 1", lambda value: 0 <= value <= 1)
 GUIDANCE_SCALE = Check(
     "1 (no guidance) or greater; the published scripts treat smaller values as 1", lambda value: value >= 1
 )
-BATCH_SIZE = Check(f"1 or greater, or {AUTO}", lambda value: value == AUTO or value >= 1)
+MAX_BATCH = 100_000  # images; more fit into no device's memory
+BATCH_SIZE = Check(f"from 1 to {MAX_BATCH:,}, or {AUTO}", lambda value: value == AUTO or 1 <= value <= MAX_BATCH)
+MAX_WORKERS = 1024  # processes; more cores are in no machine, and starting millions would stop it
+WORKERS = Check(f"from 1 to {MAX_WORKERS:,}", lambda value: 1 <= value <= MAX_WORKERS)
 
 
 def setting(
@@ -111,6 +115,8 @@ class Config:
             if value is None:
                 continue
             for one in value if isinstance(value, tuple) else (value,):
+                if not is_possible_text(one):
+                    raise InputError(f"{flag_of(item)} {one!a:.80}: has characters that no file name and text can have")
                 if rules["choices"] and one not in rules["choices"]:
                     raise InputError(f"{flag_of(item)} {one}: allowed: {', '.join(rules['choices'])}")
                 if rules["check"] and not rules["check"].fits(one):
@@ -288,6 +294,14 @@ def flag_table(config_class: type[Config]) -> str:
             star = "*" if rules["changeable"] else ""
             lines.append(f"| `{flag_of(item)}`{star} | {_shown(item.default)} | {text} |".replace("\n", " "))
     return "\n".join(lines[1:]) + "\n"
+
+
+def is_possible_text(value: Any) -> bool:
+    """Return whether a value can be used as a file name if it is a text. JSON may contain NUL and surrogates."""
+    try:
+        return not isinstance(value, str | Path) or b"\0" not in os.fsencode(value)
+    except UnicodeEncodeError:
+        return False
 
 
 def finite_float(text: str) -> float:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from collections.abc import Callable, Mapping
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -22,6 +24,7 @@ from accelerate.utils import (
 from torch import Tensor
 
 from common.cli import uses_cuda
+from common.identity import changed_error
 from common.io import InputError, memory_message
 
 LONGEST_WORK = timedelta(days=2)
@@ -101,6 +104,18 @@ def broadcast_from_main(accelerator: Accelerator, decide: Callable[[], Value]) -
     if isinstance(outcome, InputError):
         raise outcome
     return outcome
+
+
+def check_same_files(path: str | Path, before: Any, now: Any) -> None:
+    """Raise InputError on every process if a file changed on one of them, or if those of a machine opened others.
+
+    `before` and `now` are states of files (`common.identity`) before they were opened, and after they were read. Every
+    process must call this. Processes of different machines may read copies.
+    """
+    states = gather_object([(socket.gethostname(), before, now)])
+    opened = {host: state for host, state, _ in states}
+    if any(not opened[host] == before == now for host, before, now in states):
+        raise changed_error(path)
 
 
 def long_collective_timeout() -> InitProcessGroupKwargs:

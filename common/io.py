@@ -25,7 +25,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -43,8 +43,19 @@ LONGEST_STEM = 200  # bytes of a file's name in the name of its temporary file: 
 DEAD_AFTER = 24 * 3600  # seconds without a change after which a temporary file that cannot be locked is a leftover
 
 
+LONGEST_NAME = 255  # bytes of a file's or folder's name, the limit of file systems
+LONGEST_SHOWN = 200  # characters of a path in a message
+
+
 class InputError(ValueError):
     """Invalid input that the user can correct. The message names the file, flag or value and what is allowed."""
+
+
+class OwnFile(NamedTuple):
+    """A kind of file that a program may replace, because it writes such files itself."""
+
+    description: str  # completes the sentence "is not ..."
+    matches: Callable[[Path], bool]
 
 
 def report_status(status: int) -> bool:
@@ -106,7 +117,7 @@ def explain(error: Exception, memory_advice: str) -> tuple[str | None, int]:
     if type(error).__name__ in LOST_PROCESS or any(text in str(error) for text in LOST_PROCESS):
         return "another process of this run has ended or does not answer; its own message says why", 1
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}", 2
+        return f"{shortened(os.fsdecode(error.filename))}: {error.strerror}", 2
     if isinstance(error, OSError) and error.errno in WRITE_ERRORS:
         return error.strerror, 2
     return None, 1
@@ -133,18 +144,64 @@ def _place(error: BaseException) -> str:
     return f", in {frames[-1].name} ({Path(frames[-1].filename).name})" if frames else ""
 
 
-def check_writable(path: str | Path, flag: str) -> None:
-    """Raise InputError, naming the flag, if no file can be written at `path`. Programs call it before long work."""
+def check_writable(
+    path: str | Path, flag: str, inputs: Iterable[str | Path | None] = (), own: OwnFile | None = None
+) -> None:
+    """Raise InputError, naming the flag, unless a file may be written at `path`. Programs call it before long work.
+
+    inputs: files and folders that the program reads; None and missing ones are skipped. The output must not be one of
+    them, whatever its spelling, and must not be in one of the folders.
+    own: what may be replaced; None: any file. Other existing files are kept.
+    """
     path = Path(path)
-    if path.is_dir():
-        raise InputError(f"{flag} {path}: is a folder; allowed: the name of a file")
-    nearest = next(parent for parent in path.absolute().parents if parent.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise InputError(f"{flag} {path}: {nearest} is not a writable folder")
+    try:
+        _check_name(path)
+        if path.is_dir():
+            raise InputError("is a folder; allowed: the name of a file")
+        nearest = next(parent for parent in path.absolute().parents if parent.exists())
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+            raise InputError(f"{nearest} is not a writable folder")
+        _check_not_input(path, inputs)
+        if path.exists() and not path.is_file():
+            raise InputError("is a device or a pipe; allowed: the name of a file")
+        if own and path.exists() and not own.matches(path):
+            raise InputError(f"exists and is not {own.description}; choose another name, or remove the file")
+    except InputError as error:
+        raise InputError(f"{flag} {shortened(path)}: {error}") from error
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
+        reason = error.strerror if isinstance(error, OSError) else "a loop of links"
+        raise InputError(f"{flag} {shortened(path)}: cannot be used ({reason})") from error
+
+
+def _check_name(path: Path) -> None:
+    longest = max((len(os.fsencode(part)) for part in path.parts), default=0)
+    if longest > LONGEST_NAME:
+        raise InputError(f"a name in it has {longest:,} bytes; allowed: {LONGEST_NAME}")
+
+
+def _check_not_input(path: Path, inputs: Iterable[str | Path | None]) -> None:
+    """Raise InputError if `path` is one of the inputs or is in one of them, by the identities of files and folders."""
+    places = [path, *path.resolve().parents]
+    if path.is_symlink():
+        places += path.absolute().parents
+    for name in inputs:
+        if name is None or not os.path.lexists(name):
+            continue
+        read = os.path.expanduser(name)
+        for place in places:
+            if place.exists() and os.path.exists(read) and os.path.samefile(place, read):
+                problem = "is read by this program" if place == path else f"is in {name}, which this program reads"
+                raise InputError(f"{problem}; choose another place for the output")
+
+
+def shortened(path: str | Path) -> str:
+    """Return a path for a message, with its middle left out if it is very long."""
+    text = printable(str(path))
+    return text if len(text) <= LONGEST_SHOWN else f"{text[: LONGEST_SHOWN // 2]}...{text[-20:]}"
 
 
 def sha256_of(path: str | Path) -> str:
-    """Return the hexadecimal SHA-256 of a file's bytes."""
+    """Return the hexadecimal SHA-256 of a file's bytes. `common.identity` finds out whether it was replaced since."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(HASH_BLOCK):

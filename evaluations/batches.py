@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.identity import FileState, file_state
 from common.image_files import check_one_part, find_images, stop_if_incomplete
 from common.images import open_image, to_rgb
-from common.io import InputError, sha256_of
-from common.sources import FileSource, encode_name
+from common.io import InputError
+from common.sources import FileSource, encode_name, map_files
 from evaluations.npz import NpzFile
 
 MAX_SIDE = 4096  # px; an image with a longer side is treated as damaged
@@ -30,11 +31,13 @@ DECODERS = 8  # threads that decode image files while the network runs
 class ImageBatch(ABC):
     """Images of one size.
 
-    `readers` is the number of threads that may read at the same time, `notes` are lines on what was ignored.
+    `readers` is the number of threads that may read at the same time, `notes` are lines on what was ignored. If `state`
+    is not `opened` any more, the images that were read may not be those of `digest`.
     """
 
     readers = 1
     notes: Sequence[str] = ()
+    opened: FileState | str | None  # `state` before the first image was read
     path: Path
     count: int
     height: int
@@ -46,7 +49,14 @@ class ImageBatch(ABC):
 
     @abstractmethod
     def digest(self) -> str:
-        """Return the SHA-256 of the file, or of the names and contents of all images in a folder."""
+        """Return the SHA-256 of the file, or of the names and contents of all images in a folder.
+
+        Raises InputError if the file does not have the checksum that it contains.
+        """
+
+    @abstractmethod
+    def state(self) -> FileState | str | None:
+        """Return what identifies the content of the files now, without reading them; see `file_state`."""
 
     def batches(self, start: int, stop: int, size: int) -> Iterator[tuple[int, Tensor]]:
         """Yield (number of the first image, images (n, 3, H, W) uint8) for start ... stop - 1, reading ahead."""
@@ -67,20 +77,21 @@ def open_images(path: str | Path) -> ImageBatch:
     folder = Path(path)
     if (folder / "samples.json").exists():
         path = folder / "samples.npz" if (folder / "samples.npz").exists() else folder / "images"
-    return NpzImages(path) if Path(path).suffix.lower() == ".npz" else FileImages(path)
+    return NpzImages(NpzFile(path)) if Path(path).suffix.lower() == ".npz" else FileImages(path)
 
 
 class NpzImages(ImageBatch):
     """The array `arr_0` (N, H, W, 3), uint8, of an .npz."""
 
-    def __init__(self, path: str | Path):
-        npz = NpzFile(path)
+    def __init__(self, npz: NpzFile):
+        path = npz.path
+        self.opened = npz.state()
         shape, dtype, _ = npz.header("arr_0")
         if dtype != np.uint8:
             raise InputError(f"{path}: arr_0 is {dtype}, expected uint8 (pixels 0 ... 255)")
         if len(shape) != 4 or shape[3] != 3:
             raise InputError(f"{path}: arr_0 has shape {shape}, expected (N, H, W, 3)")
-        self.path = npz.path
+        self.path, self._npz = path, npz
         self.count, self.height, self.width, _ = shape
         if not self.count:
             raise InputError(f"{path}: arr_0 contains no images")
@@ -92,7 +103,10 @@ class NpzImages(ImageBatch):
         return self._read_rows(start, stop)
 
     def digest(self) -> str:
-        return sha256_of(self.path)
+        return self._npz.digest("arr_0")
+
+    def state(self) -> FileState | None:
+        return self._npz.state()
 
 
 class FileImages(ImageBatch):
@@ -112,6 +126,7 @@ class FileImages(ImageBatch):
         check_one_part(self._source, found.images)
         self._names, self.notes = found.images, found.notes()
         self.count = len(self._names)
+        self.opened = self.state()
         self.height, self.width = self._decode(self._names[0]).shape[:2]
 
     def read(self, start: int, stop: int) -> np.ndarray:
@@ -137,6 +152,15 @@ class FileImages(ImageBatch):
         for name in self._names:
             digest.update(encode_name(name))
             digest.update(self._source.read(name))
+        return digest.hexdigest()
+
+    def state(self) -> FileState | str | None:
+        """Return the state of the zip, or the SHA-256 of the states of all images in a folder."""
+        if self._source.is_zip:
+            return file_state(self.path)
+        digest = hashlib.sha256()
+        for states in map_files(lambda name: file_state(self._source.file_path(name)), self._names):
+            digest.update(repr(states).encode())
         return digest.hexdigest()
 
     def _decode(self, name: str) -> np.ndarray:

@@ -25,7 +25,7 @@ from torch import Tensor
 from common.io import InputError, progress_bar
 from dataset import LatentDataset
 from evaluations.batches import DECODERS
-from evaluations.metrics import Sums
+from evaluations.metrics import Sums, finite
 from loss import FROM_ENCODER, entangled_token
 from models.checkpoint import saved_settings
 from models.encoders import AFTER_NORM, Encoder, load_encoder, name_with_tokens
@@ -81,7 +81,8 @@ class CoherenceSums(Sums):
         self.encoded += encoded.sum(0)
 
     def scores(self) -> dict[str, float]:
-        """Return three cosines in [-1, 1] and a fraction in [0, 1]. Raises InputError for fewer than 2 images.
+        """Return three cosines in [-1, 1] and a fraction in [0, 1]. Raises InputError for fewer than 2 images, and for
+        tokens that are not finite.
 
         coherence: mean cosine of a generated token and the encoder's token of its own image.
         coherence_shuffled: mean cosine of a generated token and the encoder's token of another image, over all pairs.
@@ -92,12 +93,13 @@ class CoherenceSums(Sums):
         if n < 2:
             raise InputError(f"coherence needs at least 2 images, there are {n}")
         all_pairs = self.generated @ self.encoded  # sum of the cosines of all generated with all encoded tokens
-        return {
-            "coherence": float(self.pairs / n),
-            "coherence_shuffled": float((all_pairs - self.pairs) / (n * (n - 1))),
-            "coherence_class_mean": float(self.to_class_mean / n),
-            "cls_tokens_right": float(self.right / n),
+        scores = {
+            "coherence": self.pairs / n,
+            "coherence_shuffled": (all_pairs - self.pairs) / (n * (n - 1)),
+            "coherence_class_mean": self.to_class_mean / n,
+            "cls_tokens_right": self.right / n,
         }
+        return {name: finite(score, name) for name, score in scores.items()}
 
 
 def class_mean_sums(
@@ -164,6 +166,8 @@ class CoherenceReport:
 
     def __call__(self, images: Iterable[np.ndarray], cls_tokens: np.ndarray, labels: list[int]) -> dict[str, float]:
         """Return the scores of N images (R, R, 3) uint8 with their generated tokens (N, D) and labels."""
+        if cls_tokens.shape != (wanted := (len(labels), self.encoder.width)):
+            raise InputError(f"--coherence: class tokens of shape {cls_tokens.shape}; images and encoder need {wanted}")
         centres = class_mean_sums(self.encoder, self.kind, self.data, BATCH_SIZE, self.device).centres().cpu()
         sums, images = CoherenceSums(self.encoder.width), iter(images)
         for first in progress_bar(range(0, len(labels), BATCH_SIZE), desc="coherence"):

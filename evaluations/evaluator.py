@@ -9,6 +9,7 @@ the Frechet distance in the features of any vision encoder.
 
 from __future__ import annotations
 
+import json
 import platform
 import sys
 import time
@@ -25,8 +26,9 @@ from accelerate import Accelerator
 
 from common.cli import Config, parse, setting, settings
 from common.distributed import long_collective_timeout, start_processes
+from common.identity import own_json
 from common.io import InputError, check_writable, read_json, run_cli, write_json
-from evaluations.batches import ImageBatch, open_images
+from evaluations.batches import ImageBatch, NpzImages, open_images
 from evaluations.comparison import Reference, check_reference, count_notes, load_reference, weights_notes
 from evaluations.features import Extraction, ExtractionConfig, Extractor
 from evaluations.inception.network import Inception, full_precision
@@ -38,7 +40,6 @@ from evaluations.metrics import (
     frechet_distance,
     precision_recall,
 )
-from evaluations.npz import NpzFile
 
 LINES = {
     "inception_score": "Inception Score",
@@ -47,6 +48,8 @@ LINES = {
     "precision": "Precision",
     "recall": "Recall",
 }
+MAX_DEPTH = 50  # levels of the samples' settings, which are written to the result; usual are 2
+OWN_RESULT = own_json("a result of this program", "metrics", "notes", "samples", "reference")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,15 +110,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     started = time.perf_counter()
     ref_path, sample_path = config.batches
     path = result_path(config.save_path, Path(sample_path))
-    check_writable(path, "--save_path")
-    if config.cache:
-        check_writable(Path(config.cache) / "features.npz", "--cache")
-    accelerator = start_processes("cpu" if config.cpu else "auto", kwargs_handlers=[long_collective_timeout()])
 
     # Open images and reference
     samples, statistics = open_images(sample_path), load_reference(ref_path)
     reference = open_reference_images(statistics)
     sampling = read_sampling(samples.path)
+    inputs = (samples.path, statistics.path, reference and reference.path, config.inception, config.enc_weights)
+    check_writable(path, "--save_path", inputs, OWN_RESULT)
+    if config.cache:
+        check_writable(Path(config.cache) / "features.npz", "--cache", inputs)
+    accelerator = start_processes("cpu" if config.cpu else "auto", kwargs_handlers=[long_collective_timeout()])
 
     with Extractor(accelerator, config, samples.height, config.cache) as extractor:
         # Extract features, with all processes
@@ -128,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "sfid": (statistics.spatial, found.parts["spatial"], expected and expected.parts["spatial"]),
         }
         if encoder is not None:
-            ref = statistics.of_encoder(extractor.encoder_name)
+            ref = encoder_statistics(statistics, extractor, samples, reference)
             tokens = extractor.encoder_features(samples).parts["cls"] if ref or reference else None
             expected_tokens = extractor.encoder_features(reference).parts["cls"] if reference and not ref else None
             comparisons["encoder_fd"] = (ref, tokens, expected_tokens)
@@ -151,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "labels": recorded.pop("labels") or (sampling or {}).get("label_sampling", "unknown"),
             "settings": recorded,
             "samples": {**describe(extractor, samples), "sampling": sampling},
-            "reference": {"path": str(statistics.path), **describe(extractor, reference)},
+            "reference": {"path": str(statistics.path), **describe(extractor, reference, statistics)},
             "inception": {name: getattr(extractor.inception, name) for name in ("name", "path", "sha256")},
             "encoder": encoder and {"name": extractor.encoder_name, "input_size": encoder.input_size},
             "machine": machine(accelerator),
@@ -162,8 +166,22 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def open_reference_images(statistics: Reference) -> ImageBatch | None:
     """Return the reference's images; None for an .npz of statistics only."""
-    without_images = statistics.pool is not None and "arr_0" not in NpzFile(statistics.path)
-    return None if without_images else open_images(statistics.path)
+    if statistics.npz is None:
+        return open_images(statistics.path)
+    without_images = statistics.pool is not None and "arr_0" not in statistics.npz
+    return None if without_images else NpzImages(statistics.npz)
+
+
+def encoder_statistics(
+    statistics: Reference, extractor: Extractor, samples: ImageBatch, reference: ImageBatch | None
+) -> GaussianStatistics | None:
+    """Return the reference's statistics of the encoder; None without those of the same network and input size.
+
+    An older reference does not record the input size. It is that of the stored images then.
+    """
+    if statistics.encoder_input is None and reference is not None and reference.height != samples.height:
+        return None
+    return statistics.of_encoder(extractor.encoder_name, extractor.encoder.input_size)
 
 
 def read_sampling(samples: Path) -> dict[str, Any] | None:
@@ -174,7 +192,22 @@ def read_sampling(samples: Path) -> dict[str, Any] | None:
     sampling = read_json(path)
     if not isinstance(sampling, dict):
         raise InputError(f"{path}: expected a JSON object, the settings with which {samples.name} was sampled")
+    if is_deep(sampling):
+        raise InputError(f"{path}: nested in more than {MAX_DEPTH} levels; remove it, or write it again")
+    try:
+        json.dumps(sampling, allow_nan=False)
+    except ValueError as error:
+        raise InputError(f"{path}: holds NaN or infinity, which JSON does not have; remove it") from error
     return sampling
+
+
+def is_deep(content: Any) -> bool:
+    """Return whether JSON is nested in more than MAX_DEPTH levels, at which writing it could fail."""
+    level = [content]
+    for _ in range(MAX_DEPTH):
+        inside = [list(item.values()) if isinstance(item, dict) else item for item in level]
+        level = [child for item in inside if isinstance(item, list) for child in item]
+    return bool(level)
 
 
 def distance(
@@ -192,7 +225,10 @@ def distance(
         return None
     if name == "FD" and ref is None:
         notes.append(f"FD: reference statistics from its {int(expected.count):,} images, not from a full data set")
-    return frechet_distance(ref or expected.statistics(), found.statistics())
+    try:
+        return frechet_distance(ref or expected.statistics(), found.statistics())
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
 
 
 def precision_and_recall(
@@ -224,10 +260,10 @@ def general_notes(inception: Inception, samples: ImageBatch, reference: ImageBat
     return notes
 
 
-def describe(extractor: Extractor, images: ImageBatch | None) -> dict[str, Any]:
-    """Return path, hash, number and size of images."""
+def describe(extractor: Extractor, images: ImageBatch | None, statistics: Reference | None = None) -> dict[str, Any]:
+    """Return path, hash, number and size of images; the hash of the file of `statistics` if there are no images."""
     if images is None:
-        return {"count": 0}
+        return {"count": 0, "sha256": statistics.npz.digest()}
     path, digest = str(images.path), extractor.digest(images)
     return {"path": path, "sha256": digest, "count": images.count, "height": images.height, "width": images.width}
 
@@ -249,7 +285,7 @@ def result_path(save_path: str | None, samples: Path) -> Path:
     if save_path and save_path.endswith(".json"):
         return Path(save_path)
     folder = Path(save_path) if save_path else samples.resolve().parent
-    return folder / f"{samples.stem}.metrics.json"
+    return folder / f"{samples.stem or samples.resolve().stem}.metrics.json"
 
 
 def report(result: dict[str, Any], path: Path) -> None:

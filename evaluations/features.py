@@ -6,6 +6,8 @@ All processes of a program run the feature networks over the images.
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
+import json
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,17 +19,18 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from common.cli import AUTO, BATCH_SIZE, Config, batch_size, setting
-from common.distributed import broadcast_from_main, largest_batch
+from common.distributed import broadcast_from_main, check_same_files, largest_batch
+from common.identity import Unchanged
 from common.io import InputError, atomic_write, progress_bar
 from evaluations.batches import ImageBatch
-from evaluations.comparison import encoder_name
+from evaluations.comparison import encoder_name, local_weights
 from evaluations.inception.layers import NUM_CLASSES, NUM_FEATURES
 from evaluations.inception.network import SPATIAL_FEATURES, InceptionOutput, full_precision, load_inception
 from evaluations.metrics import FeatureSums, InceptionScoreSums, Sums
 from evaluations.npz import NpzFile
 from models.encoders import EncoderOutput, load_encoder
 
-CACHE_VERSION = 1  # increase it when the same images give other features
+CACHE_VERSION = 2  # increase it when the same images give other features
 CPU_BATCH = 32
 LARGEST_BATCH = 512  # of --batch-size auto; more does not make any GPU faster
 FEATURES = {"pool": "pool", "spatial": "spatial", "score": "logits", "cls": "cls_token"}  # field of a network's output
@@ -55,19 +58,31 @@ class Extraction:
         """Return the kept features (N, D), float32, on the CPU."""
         return torch.cat(self.kept)
 
-    def load(self, path: Path, count: int) -> bool:
-        """Fill this empty extraction of `count` images from a file of `save`; return whether the file has all of it."""
-        if not path.exists() or (self.keep and "kept" not in NpzFile(path)):
+    def load(self, path: Path, count: int, key: str) -> bool:
+        """Fill this empty extraction of `count` images from a file of `save`; return whether the file has all of it.
+
+        Raises InputError if the file is damaged, or was written for another `key` or number of images.
+        """
+        if not path.exists():
             return False
         npz, empty = NpzFile(path), self.parts.state_dict()
-        self.parts.load_state_dict({name: npz.tensor(name, tuple(like.shape)) for name, like in empty.items()})
+        if "key" not in npz or npz.text("key") != key:
+            raise InputError(f"{path}: holds the features of other images; remove it, and they are computed again")
+        if self.keep and "kept" not in npz:
+            return False
+        found = {name: npz.tensor(name, tuple(like.shape)) for name, like in empty.items()}
+        counts = {float(found[name].sum()) for name in found if name.rpartition(".")[2] in ("count", "counts")}
+        if counts != {count}:
+            raise InputError(f"{path}: holds sums over other numbers of images than {count:,}; remove it")
         if self.keep:
             self.kept = [npz.tensor("kept", (count, NUM_FEATURES), np.float32)]
+        self.parts.load_state_dict(found)
         return True
 
-    def save(self, path: Path) -> None:
-        """Write the sums and the kept features."""
+    def save(self, path: Path, key: str) -> None:
+        """Write the sums and the kept features. `key` stands for all that decides them."""
         arrays = {name: tensor.cpu().numpy() for name, tensor in self.parts.state_dict().items()}
+        arrays["key"] = np.array(key)
         if self.keep:
             arrays["kept"] = self.features().numpy()
         with atomic_write(path) as file:
@@ -91,6 +106,21 @@ class ExtractionConfig(Config):
             raise InputError(f"--enc-weights {self.enc_weights}: needs --encoder, the encoder that has these weights")
 
 
+def fingerprint(network: nn.Module) -> str:
+    """Return a SHA-256 of a network: its tensors, also those that are not saved, its layers, and their numbers.
+
+    The numbers are attributes such as an encoder's input size and the epsilon of a norm.
+    """
+    digest = hashlib.sha256(repr(network).encode())
+    for name, module in network.named_modules():
+        numbers = {key: value for key, value in vars(module).items() if isinstance(value, bool | int | float | tuple)}
+        digest.update(repr((name, sorted(numbers.items()))).encode())
+    for name, tensor in (*network.named_parameters(), *network.named_buffers()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 class Extractor:
     """Extracts features with all processes; only the main process gets the complete result.
 
@@ -110,11 +140,14 @@ class Extractor:
         with accelerator.local_main_process_first():  # one process per machine downloads, the others find the file
             self.inception = load_inception(config.inception, self.device)
             if config.encoder:
+                weights = Unchanged([local_weights(config.enc_weights)] if config.enc_weights else [])
                 self.encoder = load_encoder(config.encoder, resolution, config.enc_weights, self.device)
                 self.encoder_name = encoder_name(config.encoder, config.enc_weights)
+                weights.check()
         self._cache = cache or None
         self._background = ThreadPoolExecutor(1)
         self._digests: dict[ImageBatch, Future[str]] = {}
+        self._fingerprints: dict[nn.Module, str] = {}
 
     def __enter__(self) -> Extractor:
         return self
@@ -142,19 +175,37 @@ class Extractor:
         if is_main and images not in self._digests:
             self._digests[images] = self._background.submit(images.digest)
         if self._cache is not None and broadcast_from_main(
-            self.accelerator, lambda: extraction.load(self._cache_path(images, name), images.count)
+            self.accelerator, lambda: extraction.load(*self._cached(images, network, name))
         ):
+            self._check_unchanged(images)
             return extraction
         self._run(network, images, extraction)
         if not all(tensor.isfinite().all() for tensor in extraction.parts.state_dict().values()):
             raise InputError(f"{images.path}: the network gives features that are not finite (NaN or infinity)")
+        self._check_unchanged(images)
         if self._cache is not None and is_main:
-            extraction.save(self._cache_path(images, name))
+            path, _, key = self._cached(images, network, name)
+            extraction.save(path, key)
         return extraction
 
-    def _cache_path(self, images: ImageBatch, network: str) -> Path:
-        key = hashlib.sha256(f"{CACHE_VERSION} {self.digest(images)} {network}".encode()).hexdigest()
-        return Path(self._cache, f"features-{key[:32]}.npz")
+    def _check_unchanged(self, images: ImageBatch) -> None:
+        """Raise InputError if the files are not those that were opened. The digest is then that of the features."""
+        broadcast_from_main(self.accelerator, lambda: self.digest(images))
+        check_same_files(images.path, images.opened, images.state())
+
+    def _cached(self, images: ImageBatch, network: nn.Module, name: str) -> tuple[Path, int, str]:
+        """Return the cache file of the features, the number of images, and the key: all that decides the features."""
+        if network not in self._fingerprints:
+            self._fingerprints[network] = fingerprint(network)
+        decides = {
+            "version": CACHE_VERSION,
+            "images": self.digest(images),
+            "network": [name, self._fingerprints[network]],
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type,
+            "libraries": {package: importlib.metadata.version(package) for package in ("torch", "timm")},
+        }
+        key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+        return Path(self._cache, f"features-{key[:32]}.npz"), images.count, key
 
     def _run(self, network: nn.Module, images: ImageBatch, extraction: Extraction) -> None:
         """Add the features of all images: each process runs the network on consecutive images, so they are in order."""

@@ -58,7 +58,8 @@ class TrainingEvaluation:
         self.expected = {"fid": statistics.pool, "sfid": statistics.spatial}
         self.encoder = encoder
         if encoder is not None:
-            self.expected["encoder_fd"] = statistics.of_encoder(encoder_name(encoder.name, encoder_weights))
+            name = encoder_name(encoder.name, encoder_weights)
+            self.expected["encoder_fd"] = statistics.of_encoder(name, encoder.input_size)
         self.expected = {name: part for name, part in self.expected.items() if part is not None}
         self.notes = weights_notes(self.inception) + count_notes(count)
 

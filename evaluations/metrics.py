@@ -16,6 +16,9 @@ from common.io import InputError
 
 INCEPTION_SCORE_SPLIT = 5000  # images, as in ADM; a shorter last split has the same weight as a full one
 NEAREST_NEIGHBOURS = 3
+MOST_NEGATIVE = (
+    1e-3  # eigenvalue of a covariance, relative to the largest; rounding gives about 1e-8 of float32 features
+)
 
 
 class Sums(nn.Module):
@@ -66,7 +69,7 @@ def frechet_distance(a: GaussianStatistics, b: GaussianStatistics) -> float:
 
     The distance is equation 6 of arXiv 1706.08500. The trace of the root is the sum of the singular values of
     A^(1/2) B^(1/2), which is real and non-negative, also for singular covariances. Raises InputError if the widths
-    differ or a number is not finite.
+    differ, a number or the distance is not finite, or a matrix is no covariance.
     """
     if a.mean.shape != b.mean.shape:
         raise InputError(f"features of width {len(a.mean)} cannot be compared with features of width {len(b.mean)}")
@@ -74,12 +77,24 @@ def frechet_distance(a: GaussianStatistics, b: GaussianStatistics) -> float:
         raise InputError("the statistics hold numbers that are not finite")
     root_of_product = torch.linalg.svdvals(_factor(a.covariance).t() @ _factor(b.covariance)).sum()
     distance = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * root_of_product
-    return float(distance)
+    return finite(distance, "the Frechet distance")
+
+
+def finite(score: Tensor, name: str) -> float:
+    """Return a score as a number. Raises InputError if it is NaN or infinite."""
+    if not score.isfinite():
+        raise InputError(f"{name} is not finite: its features are too large, or damaged")
+    return float(score)
 
 
 def _factor(covariance: Tensor) -> Tensor:
     """Return F (D, rank) with F F^T = covariance, without eigenvalues that are only rounding errors."""
-    values, vectors = torch.linalg.eigh((covariance + covariance.t()) / 2)
+    try:
+        values, vectors = torch.linalg.eigh((covariance + covariance.t()) / 2)
+    except RuntimeError as error:  # numbers near the limits of float64
+        raise InputError("a covariance cannot be decomposed: its numbers are too large") from error
+    if values[0] < -MOST_NEGATIVE * values[-1].abs():
+        raise InputError(f"a covariance has the negative eigenvalue {values[0]:.3g}: the matrix is damaged")
     keep = values > values[-1].clamp(min=0) * len(values) * torch.finfo(values.dtype).eps
     return vectors[:, keep] * values[keep].sqrt()
 
@@ -105,7 +120,7 @@ class InceptionScoreSums(Sums):
         """Return the mean over splits of exp(mean KL(p(y|x) || p(y))), 1 to K."""
         mean = self.probabilities / self.counts[:, None]
         divergence = self.negentropies / self.counts - torch.special.xlogy(mean, mean).sum(1)
-        return float(divergence.exp().mean())
+        return finite(divergence.exp().mean(), "the Inception Score")
 
 
 def precision_recall(reference: Tensor, samples: Tensor, block: int = 4096) -> tuple[float, float]:
@@ -121,6 +136,8 @@ def precision_recall(reference: Tensor, samples: Tensor, block: int = 4096) -> t
             raise InputError(f"precision and recall need {needed}, the {name} have {len(features)}")
         if not features.isfinite().all():
             raise InputError(f"the features of the {name} are not finite (NaN or infinity)")
+        if not features.square().sum(1).isfinite().all():  # all distances would be infinite, and all points inside
+            raise InputError(f"the features of the {name} are too large for distances in float32")
     precision = _inside(samples, reference, squared_radii(reference, block), block).double().mean()
     recall = _inside(reference, samples, squared_radii(samples, block), block).double().mean()
     return float(precision), float(recall)

@@ -1,15 +1,18 @@
 """Reads and writes NumPy's .npz files without holding all images in memory.
 
 Files from elsewhere are not trusted: nothing is unpickled, every array's type and size are checked before it is read,
-and an array that unpacks to an implausible size is refused.
+checksums are verified, and an array that unpacks to an implausible size is refused. A file is opened once, so that
+header, content and SHA-256 are of the same bytes, also if another file gets its name in the meantime.
 """
 
 from __future__ import annotations
 
-import lzma
+import hashlib
+import io
 import math
+import os
 import struct
-import tokenize
+import weakref
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Mapping
@@ -20,16 +23,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.io import InputError, progress_bar
+from common.identity import FileState, file_state
+from common.io import HASH_BLOCK, InputError, printable, progress_bar
 
 MAX_RATIO = 500  # unpacked / packed size; deflate reaches 1032 on constant bytes, images stay far below
 SMALL = 1 << 28  # bytes; arrays up to this size are allowed to have any ratio
+MAX_HEADER = 10_000  # bytes of an array's header, NumPy's own limit; usual are 128
+MAX_MEMBERS = 1000  # arrays in a file; references have 10
+MAX_TEXT = 1000  # characters of a text in an .npz: names of networks
 
 _HEADER_READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+_HEADER_SIZES = {(1, 0): "<H", (2, 0): "<I"}  # format of the header's length, by version
+_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # unpacking the others has no size limit
 _READ_ERRORS = (
-    OSError, ValueError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, NotImplementedError,
+    OSError, ValueError, OverflowError, struct.error, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError,
+    NotImplementedError,
 )  # fmt: skip
-_HEADER_ERRORS = (SyntaxError, tokenize.TokenError)  # NumPy evaluates a header as Python
+_ENCRYPTED = 1  # flag of a zip's member
 
 
 class ArrayHeader(NamedTuple):
@@ -40,42 +50,102 @@ class ArrayHeader(NamedTuple):
     offset: int
 
 
+class _View(io.RawIOBase):
+    """A reader of an open file with a position of its own, so that threads can share the file."""
+
+    def __init__(self, descriptor: int):
+        self.descriptor, self.size, self.at = descriptor, os.fstat(descriptor).st_size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.size}[whence]
+        if start + offset < 0:
+            raise ValueError("a position before the file")
+        self.at = start + offset
+        return self.at
+
+    def read(self, size: int | None = -1) -> bytes:
+        left = max(0, self.size - self.at)  # a damaged zip may ask for any number of bytes
+        data = os.pread(self.descriptor, left if size is None or size < 0 else min(size, left), self.at)
+        self.at += len(data)
+        return data
+
+
 class NpzFile:
     """The arrays of an .npz file. All methods raise InputError, naming the file, if it is damaged."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        if self.path.exists() and not self.path.is_file():
+            raise InputError(f"{self.path}: is not a file; expected an .npz file")
         try:
-            with zipfile.ZipFile(self.path) as archive:
-                self._members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+            self._descriptor = os.open(self.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            weakref.finalize(self, os.close, self._descriptor)
+            with self._archive() as archive:
+                infos = archive.infolist()
+                for info in infos[:MAX_MEMBERS]:
+                    if _can_be_unpacked(info):
+                        archive.open(info).close()  # compares the name at the array with that in the directory
         except FileNotFoundError as error:
             raise InputError(f"{self.path}: no such file") from error
         except _READ_ERRORS as error:
             raise InputError(f"{self.path}: not an .npz file, or cut short") from error
+        if len(infos) > MAX_MEMBERS:
+            raise InputError(f"{self.path}: contains {len(infos):,} arrays; allowed: {MAX_MEMBERS:,}")
+        self._members = {info.filename.removesuffix(".npy"): info for info in infos}
+        if len(self._members) < len(infos):
+            raise InputError(f"{self.path}: contains two arrays of the same name; write it again")
+
+    def _archive(self) -> zipfile.ZipFile:
+        return zipfile.ZipFile(_View(self._descriptor))
 
     def __contains__(self, name: str) -> bool:
         return name in self._members
 
+    def state(self) -> FileState | None:
+        """Return what identifies the content of the open file, see `file_state`."""
+        return file_state(self._descriptor)
+
     def header(self, name: str) -> ArrayHeader:
         """Return an array's header. Raises InputError if it holds pickles, is cut short, or is a zip bomb."""
-        if name not in self._members:
-            names = ", ".join(sorted(self._members)) or "nothing"
-            raise InputError(f"{self.path}: no array {name!r}; it holds {names}")
-        info = self._members[name]
-        if info.file_size > max(SMALL, MAX_RATIO * info.compress_size):
-            sizes = f"{info.compress_size:,} bytes to {info.file_size:,}"
-            raise self._error(name, f"unpacks {sizes}; more than {MAX_RATIO} times its size is refused")
+        info = self._plausible_member(name)
         try:
-            with zipfile.ZipFile(self.path) as archive, archive.open(info) as member:
+            with self._archive().open(info) as member:
                 header = _parse_header(member)
         except InputError as error:
             raise self._error(name, f"is not a readable array: {error}") from error
-        except (*_READ_ERRORS, *_HEADER_ERRORS) as error:
+        except Exception as error:  # NumPy evaluates a header as Python, which fails in many ways
             raise self._error(name, "is not a readable array; it is damaged or of another kind") from error
         size = header.offset + math.prod(header.shape) * header.dtype.itemsize
         if size != info.file_size:
             raise self._error(name, f"is cut short: its header needs {size:,} bytes, it has {info.file_size:,}")
         return header
+
+    def _plausible_member(self, name: str) -> zipfile.ZipInfo:
+        """Return an array's entry in the zip. Raises InputError if there is none, or its sizes are not possible."""
+        if name not in self._members:
+            names = printable(", ".join(sorted(self._members))[:MAX_TEXT]) or "nothing"
+            raise InputError(f"{self.path}: no array {name!r}; it holds {names}")
+        info = self._members[name]
+        if not _can_be_unpacked(info):
+            found = "encrypted" if info.flag_bits & _ENCRYPTED else f"compressed by method {info.compress_type}"
+            raise self._error(name, f"is {found}; allowed: stored or deflated, as np.savez and np.savez_compressed do")
+        if info.file_size > max(SMALL, MAX_RATIO * info.compress_size):
+            sizes = f"{info.compress_size:,} bytes to {info.file_size:,}"
+            raise self._error(name, f"unpacks {sizes}; more than {MAX_RATIO} times its size is refused")
+        is_stored = info.compress_type == zipfile.ZIP_STORED
+        length = os.fstat(self._descriptor).st_size
+        if info.header_offset + info.compress_size > length or (is_stored and info.file_size != info.compress_size):
+            raise self._error(name, f"is cut short: it claims {info.file_size:,} bytes, the file has {length:,}")
+        return info
 
     def _error(self, name: str, problem: str) -> InputError:
         return InputError(f"{self.path}: {name!r} {problem}")
@@ -86,40 +156,56 @@ class NpzFile:
         if header.shape != shape or header.dtype.kind != kind:
             raise self._error(name, f"is {header.dtype} {header.shape}, expected kind {kind!r} and shape {shape}")
         try:
-            with zipfile.ZipFile(self.path) as archive:
-                data = archive.read(self._members[name])  # verifies the zip's checksum
+            with self._archive().open(self._members[name]) as member:
+                data = member.read(self._members[name].file_size)  # verifies the zip's checksum at its end
+            if not header.dtype.itemsize:
+                return np.empty(shape, header.dtype)
+            return np.frombuffer(data, header.dtype, offset=header.offset).reshape(shape)
         except _READ_ERRORS as error:
             raise self._error(name, "is damaged") from error
-        return np.frombuffer(data, header.dtype, offset=header.offset).reshape(shape)
 
     def tensor(self, name: str, shape: tuple[int, ...], dtype: type = np.float64) -> Tensor:
         """Return a float array of this shape as a tensor of `dtype`. Raises InputError if a number is not finite."""
-        array = self.array(name, shape, "f")
+        with np.errstate(over="ignore"):  # an overflow is found below
+            array = self.array(name, shape, "f").astype(dtype)
         if not np.isfinite(array).all():
             raise self._error(name, "contains numbers that are not finite (NaN or infinity)")
-        return torch.from_numpy(array.astype(dtype))
+        return torch.from_numpy(array)
+
+    def text(self, name: str) -> str:
+        """Return a text, which is an array without dimensions."""
+        try:
+            text = str(self.array(name, (), "U"))
+        except InputError:
+            raise
+        except (ValueError, SystemError) as error:
+            raise self._error(name, "is not text") from error  # numbers that are no characters
+        if len(text) > MAX_TEXT:
+            raise self._error(name, f"has {len(text):,} characters; allowed: {MAX_TEXT:,}")
+        return printable(text)
 
     def rows(self, name: str) -> Callable[[int, int], np.ndarray]:
         """Return a function (start, stop) that reads the rows start ... stop - 1 of an array.
 
         A stored array, as written by `np.savez`, is read at any position. A compressed array has to be unpacked up to
-        the requested row, so read it in ascending order.
+        the requested row, so read it in ascending order. Rows are not compared with the zip's checksum, which is that
+        of the complete array: `digest` does it.
         """
         header, info = self.header(name), self._members[name]
         row_bytes = math.prod(header.shape[1:]) * header.dtype.itemsize
-        file: IO[bytes]
-        if info.compress_type == zipfile.ZIP_STORED:
-            file = open(self.path, "rb")  # noqa: SIM115 (stays open as long as the returned function exists)
-            file.seek(info.header_offset + 26)  # a zip member's header: 30 bytes, its name, its extra field
-            first = info.header_offset + 30 + sum(struct.unpack("<2H", file.read(4))) + header.offset
-        else:
-            file, first = zipfile.ZipFile(self.path).open(info), header.offset  # noqa: SIM115
+        is_stored = info.compress_type == zipfile.ZIP_STORED
+        first = header.offset + (self._data_position(info) if is_stored else 0)
+        member = None if is_stored else self._archive().open(info)
 
         def read(start: int, stop: int) -> np.ndarray:
             rows = np.empty((stop - start, *header.shape[1:]), header.dtype)
+            content, position = rows.data.cast("B"), first + start * row_bytes
             try:
-                file.seek(first + start * row_bytes)
-                size = file.readinto(rows.data.cast("B"))
+                if member is None:
+                    size = _read_at(self._descriptor, content, position)
+                else:
+                    member.seek(position)
+                    size = member.readinto(content)
             except _READ_ERRORS as error:
                 raise self._error(name, "is damaged") from error
             if size != rows.nbytes:
@@ -128,17 +214,80 @@ class NpzFile:
 
         return read
 
+    def digest(self, name: str | None = None) -> str:
+        """Return the SHA-256 of the file. Raises InputError if array `name` differs from the zip's checksum of it."""
+        sha256, crc, info = hashlib.sha256(), 0, self._members[name] if name else None
+        is_stored = info is not None and info.compress_type == zipfile.ZIP_STORED
+        first = self._data_position(info) if is_stored else 0
+        at = 0
+        while block := os.pread(self._descriptor, HASH_BLOCK, at):
+            sha256.update(block)
+            if is_stored:
+                data = memoryview(block)[max(0, first - at) : max(0, first + info.file_size - at)]
+                crc = zlib.crc32(data, crc)
+            at += len(block)
+        if is_stored and crc != info.CRC:
+            raise self._error(name, "is damaged: its checksum does not match")
+        if info is not None and not is_stored:
+            self._unpack(name)
+        return sha256.hexdigest()
+
+    def _unpack(self, name: str) -> None:
+        """Unpack a compressed array to its end, where the zip's checksum is verified."""
+        try:
+            with self._archive().open(self._members[name]) as member:
+                while member.read(HASH_BLOCK):
+                    pass
+        except _READ_ERRORS as error:
+            raise self._error(name, "is damaged: its checksum does not match") from error
+
+    def _data_position(self, info: zipfile.ZipInfo) -> int:
+        """Return where a stored member's data starts: after 30 bytes, its name and its extra field."""
+        lengths = os.pread(self._descriptor, 4, info.header_offset + 26)
+        return info.header_offset + 30 + sum(struct.unpack("<2H", lengths))
+
+
+def _can_be_unpacked(info: zipfile.ZipInfo) -> bool:
+    return info.compress_type in _METHODS and not info.flag_bits & _ENCRYPTED
+
+
+def _read_at(descriptor: int, buffer: memoryview, position: int) -> int:
+    """Fill a buffer with the bytes at a position of an open file; return how many there are."""
+    filled = 0
+    while size := os.preadv(descriptor, [buffer[filled:]], position + filled):
+        filled += size
+    return filled
+
 
 def _parse_header(member: IO[bytes]) -> ArrayHeader:
     version = np.lib.format.read_magic(member)
     if version not in _HEADER_READERS:
         raise InputError(f"its format version {version} is unknown")
-    shape, fortran_order, dtype = _HEADER_READERS[version](member)
+    length = member.read(struct.calcsize(_HEADER_SIZES[version]))
+    (size,) = struct.unpack(_HEADER_SIZES[version], length)
+    if size > MAX_HEADER:
+        raise InputError(f"its header has {size:,} bytes; allowed: {MAX_HEADER:,}")
+    shape, fortran_order, dtype = _HEADER_READERS[version](io.BytesIO(length + member.read(size)))
     if dtype.hasobject:
         raise InputError("it holds pickled objects, which are never loaded")
     if fortran_order and len(shape) > 1:
         raise InputError("it is in Fortran order; save np.ascontiguousarray of it")
+    if not all(type(side) is int and side >= 0 for side in shape):
+        raise InputError(f"its shape {shape} is not possible")
     return ArrayHeader(shape, dtype, member.tell())
+
+
+def read_plain_array(file: IO[bytes], size: int) -> np.ndarray:
+    """Return the array of an open .npy file of `size` bytes. Raises InputError if its header asks for other sizes."""
+    try:
+        header = _parse_header(file)
+    except InputError:
+        raise
+    except Exception as error:  # NumPy evaluates a header as Python, which fails in many ways
+        raise InputError("not a readable array") from error
+    if header.offset + math.prod(header.shape) * header.dtype.itemsize != size or not header.dtype.itemsize:
+        raise InputError("cut short, or with other content behind it")
+    return np.frombuffer(file.read(), header.dtype).reshape(header.shape)
 
 
 def write_npz(

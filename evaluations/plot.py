@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import AutoLocator, LogLocator, MaxNLocator
 
 from common.cli import Config, parse, setting
+from common.identity import own_file
 from common.io import InputError, atomic_write, check_writable, read_metrics, run_cli
 from evaluations.comparison import STAND_IN
 
@@ -30,6 +31,7 @@ FROM_INCEPTION = ("fid", "sfid")
 CROWDED = (
     8  # ratio of highest to lowest value; above it, the ticks of a linear axis are too dense for a logarithmic one
 )
+OWN_PLOT = own_file("a plot of this program", contains=b"atplotlib")  # the software that PNG, PDF and SVG name
 Curve = list[tuple[int, float]]
 
 # FID at step, 50,000 images by SDE in 250 steps without guidance, global batch 256, ImageNet 256 x 256 (arXiv
@@ -80,7 +82,7 @@ class PlotConfig(Config):
 def main(argv: Sequence[str] | None = None) -> None:
     """Plot as the command line says."""
     config = parse(PlotConfig, "Plot FID against training steps, together with the published curves.", argv)
-    check_writable(config.out, "--out")
+    check_writable(config.out, "--out", config.runs, OWN_PLOT)
     names = config.names or [str(Path(run).parent) if Path(run).name == "metrics.jsonl" else run for run in config.runs]
     curves = {}
     for name, run in zip(names, config.runs, strict=True):
@@ -105,7 +107,7 @@ def read_evaluations(path: str | Path, metric: str) -> list[dict[str, Any]]:
 
 def is_number(value: Any) -> bool:
     """Return whether a value from a JSON file can be drawn."""
-    return isinstance(value, int | float) and abs(value) <= sys.float_info.max
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def remark(rows: list[dict[str, Any]], metric: str) -> str:

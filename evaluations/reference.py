@@ -20,10 +20,11 @@ import numpy as np
 
 from common.cli import NON_NEGATIVE, POSITIVE, Config, parse, setting
 from common.distributed import long_collective_timeout, start_processes
-from common.io import InputError, atomic_write, check_writable, run_cli
+from common.identity import changed_error
+from common.io import InputError, OwnFile, atomic_write, check_writable, run_cli
 from evaluations.batches import open_images
 from evaluations.features import ExtractionConfig, Extractor
-from evaluations.npz import write_npz
+from evaluations.npz import NpzFile, write_npz
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,11 +47,23 @@ class ReferenceConfig(FilesConfig, ExtractionConfig):
             raise InputError(f"--dest {self.dest}: the name of a reference must end in .npz")
 
 
+def is_reference(path: Path) -> bool:
+    """Return whether a file is a reference that this program wrote. Those of ADM do not name their network."""
+    try:
+        npz = NpzFile(path)
+        return all(name in npz for name in ("mu", "sigma", "num_images", "inception"))
+    except InputError:
+        return False
+
+
+OWN_REFERENCE = OwnFile("a reference of this program", is_reference)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the reference that the command line describes."""
     config = parse(ReferenceConfig, "Make a reference .npz for evaluator.py from a data set.", argv)
-    check_writable(config.dest, "--dest")
     images = open_images(config.source)
+    check_writable(config.dest, "--dest", (images.path, config.inception, config.enc_weights), OWN_REFERENCE)
     if images.count < 2:
         raise InputError(f"{config.source}: {images.count} image; a covariance needs at least 2")
     accelerator = start_processes("cpu" if config.cpu else "auto", kwargs_handlers=[long_collective_timeout()])
@@ -72,10 +85,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if tokens is not None:
         cls = tokens.parts["cls"].statistics()
         arrays |= {"mu_enc": cls.mean, "sigma_enc": cls.covariance, "encoder": np.array(extractor.encoder_name)}
+        arrays |= {"encoder_input": np.array(extractor.encoder.input_size)}
     selected = select(images.count, config.num_images, config.seed)
     kept = (images.read(number, number + 1) for number in selected)
     with atomic_write(config.dest) as file:
         write_npz(file, kept, (len(selected), images.height, images.width, 3), arrays)
+        if images.state() != images.opened:  # the stored images were read for the second time
+            raise changed_error(images.path)
     print(f"{config.dest}: statistics of {images.count:,} images, network {network}")
 
 

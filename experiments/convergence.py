@@ -18,6 +18,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import hashlib
+import json
 import math
 import multiprocessing
 import os
@@ -38,7 +40,18 @@ import torch
 
 from common import cli
 from common.cli import POSITIVE, Config, parse, setting, uses_cuda
-from common.io import InputError, check_writable, progress_bar, read_json, read_metrics, run_cli, write_json
+from common.identity import own_json
+from common.io import (
+    InputError,
+    check_writable,
+    progress_bar,
+    read_json,
+    read_metrics,
+    run_cli,
+    sha256_of,
+    write_json,
+)
+from common.sources import FileSource
 from experiments import imagenet, report
 from experiments.judge import load_images
 from experiments.presets import ABLATIONS, METHODS, PRESETS, REG, Files, Preset, ablations, run
@@ -46,6 +59,7 @@ from experiments.scoring import Judges, Sampling, Scorer
 from models.checkpoint import list_checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
+TIMES = "seconds_per_step.json"
 TIMING_ROUNDS = 2  # the rows take turns, so that other load affects all of them
 cached_scorer = functools.cache(Scorer)  # one for each process
 
@@ -55,6 +69,10 @@ def whole_numbers(text: str) -> tuple[int, ...]:
     if not re.fullmatch(r"\d+(,\d+)*", text):
         raise argparse.ArgumentTypeError(f"{text}: expected whole numbers, comma-separated")
     return tuple(sorted({int(part) for part in text.split(",")}))
+
+
+OWN_STUDY = own_json("the settings of a comparison", "preset", "flags", "steps", "sampling")
+OWN_REPORT = own_json("a report of a comparison", "preset", "ablation", "scores", "seeds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,9 +118,23 @@ class Convergence(Photographs, ImageNet):
     flags: str = setting("", "further flags of train.py, the same for all rows, in quotes")
 
     def check_combination(self) -> None:
-        for flag, folder in (("--out", self.out), ("--report", self.report or self.out)):
-            check_writable(folder / "report.md", flag)
+        check_writable(self.out / "settings.json", "--out", own=OWN_STUDY)
+        is_new = not (self.out / "settings.json").exists()
+        found = sorted(os.listdir(self.out)) if is_new and self.preset != "imagenet" and self.out.exists() else []
+        if others := [name for name in found if not name.startswith(".") and name != TIMES]:
+            raise InputError(f"--out {self.out}: contains {others[0]} and no comparison; choose another folder")
+        flag, report = ("--report", self.report) if self.report else ("--out", self.out)
+        own = (report / f"{self.name}.json").exists()  # with the pictures and the table that belong to it
+        check_writable(report / f"{self.name}.json", flag, own=OWN_REPORT)
+        for ending in () if own else (".md", ".png", "-samples.png"):
+            if (path := report / f"{self.name}{ending}").exists():
+                raise InputError(f"{flag} {path}: exists without {self.name}.json; choose another folder")
         uses_cuda(self.device)
+
+    @property
+    def name(self) -> str:
+        """The name of the report's files."""
+        return f"{self.preset}-{self.ablation}" + ("-unlabelled" if self.unlabelled else "")
 
 
 class Job(NamedTuple):
@@ -126,9 +158,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     jobs = {(row, seed): study.job(row, seed) for seed in study.preset.seeds for row in study.rows}
     study.measure_steps()
     run_jobs(list(jobs.values()), config.parallel)
-    name = f"{config.preset}-{config.ablation}" + ("-unlabelled" if config.unlabelled else "")
     folders = {key: job.folder for key, job in jobs.items()}
-    report.write(config.report or config.out, name, study.collect(folders), folders)
+    report.write(config.report or config.out, config.name, study.collect(folders), folders)
 
 
 def compare_on_a_cluster(config: Convergence) -> None:
@@ -176,7 +207,7 @@ class Study:
 
     def measure_steps(self) -> None:
         """Measure the seconds of a training step of each row that has not been measured, one run at a time."""
-        path, steps = self.config.out / "seconds_per_step.json", self.preset.timing_steps
+        path, steps = self.config.out / TIMES, self.preset.timing_steps
         known = read_json(path) if path.exists() else {}
         found: dict[str, list[float]] = {row: [] for row in self.rows if row not in known}
         for turn in range(TIMING_ROUNDS):
@@ -192,7 +223,7 @@ class Study:
     def collect(self, runs: dict[tuple[str, int], Path]) -> dict[str, Any]:
         """Return all results, the content of the JSON. `runs`: folder of each row and seed."""
         config, judges, seeds = self.config, self.files.judges, self.preset.seeds
-        seconds = read_json(config.out / "seconds_per_step.json")
+        seconds = read_json(config.out / TIMES)
         return {
             "preset": config.preset,
             "metric": "Frechet distance, independent judge",
@@ -235,12 +266,20 @@ def check_same_comparison(config: Convergence, preset: Preset) -> None:
         "flags": preset.flags,
         "steps": list(preset.steps),
         "sampling": dataclasses.asdict(preset.sampling),
+        "source_files": config.source and digest_of_sizes(config.source),
+        "enc_weights_sha256": config.enc_weights and sha256_of(config.enc_weights),
     }
     if path.exists():
         for name, value in read_json(path).items():
             if settings.get(name) != value:
                 raise InputError(f"{path.parent} holds a comparison with {name} {value}, not {settings.get(name)}")
     write_json(path, settings)
+
+
+def digest_of_sizes(source: str) -> str:
+    """Return the SHA-256 of the names and sizes of the files in a folder or zip."""
+    files = FileSource(source)
+    return hashlib.sha256(json.dumps([(name, files.size(name)) for name in files.names]).encode()).hexdigest()
 
 
 def run_jobs(jobs: list[Job], parallel: int) -> None:

@@ -23,8 +23,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.cli import POSITIVE, Config, parse, setting
+from common.identity import own_file, own_json
 from common.io import InputError, check_writable, run_cli, write_json
-from experiments.encoder import train_encoder
+from experiments.encoder import check_own_pictures, own_encoder, train_encoder
 from experiments.judge import load_images, train_judge
 from experiments.scoring import Judges, Scorer
 from experiments.solids import RESOLUTION, write_images
@@ -33,6 +34,12 @@ from experiments.solids import RESOLUTION, write_images
 ENCODER_SPEC = "timm/test_resnet:input=48:mean=0.5:std=0.5:output_stride=8"
 JUDGE_WIDTHS, JUDGE_STEPS = [16, 32, 64], 100
 NOISE_IMAGES = 1000
+HALVES = ("train", "held_out")
+OWN_FILES = {
+    "encoder": own_encoder(ENCODER_SPEC, RESOLUTION),
+    "score": own_json("a score of this program", "images", "cls_tokens_right", "encoder_distance"),
+}
+OWN_JUDGE = own_file("a judge of this program", start=b"PK", contains=b"stages.0.weight")
 REQUIRED_FLAGS = {
     "images": ["dest"],
     "encoder": ["images", "dest"],
@@ -59,15 +66,26 @@ class Demo(Config):
         for name in REQUIRED_FLAGS[self.command]:
             if getattr(self, name) is None:
                 raise InputError(f"the command {self.command} requires --{name.replace('_', '-')}")
-        if self.command in ("encoder", "score"):
-            check_writable(self.dest, "--dest")
+        if self.command in OWN_FILES:
+            inputs = (self.images, self.held_out, self.samples, self.encoder)
+            check_writable(self.dest, "--dest", inputs, OWN_FILES[self.command])
+        if self.command == "score":
+            check_writable(self.judge, "--dest: next to it,", inputs, OWN_JUDGE)
+        if self.command == "images":
+            for name in HALVES:
+                check_own_pictures(self.dest / name)
+
+    @property
+    def judge(self) -> Path:
+        """The file of the judge, next to the score."""
+        return self.dest.with_name("judge.pt")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one of the commands images, encoder, encoder-spec and score."""
     config = parse(Demo, "Make the data and the encoder of the demo, or score its samples.", argv)
     if config.command == "images":
-        for half, name in enumerate(("train", "held_out")):
+        for half, name in enumerate(HALVES):
             write_images(config.dest / name, half)
     elif config.command == "encoder":
         train_encoder(config.dest, ENCODER_SPEC, *load_images(config.images, RESOLUTION), config.steps)
@@ -88,9 +106,8 @@ def score(config: Demo) -> dict[str, float | int | None]:
     ..._of_real: of the pictures that networks were trained on; ..._of_noise: of uniform noise.
     """
     images, labels = load_images(config.samples / "images", RESOLUTION)
-    judge = config.dest.with_name("judge.pt")
-    train_judge(judge, *load_images(config.held_out, RESOLUTION), RESOLUTION, JUDGE_WIDTHS, JUDGE_STEPS)
-    scorer = Scorer(Judges(config.held_out, judge, ENCODER_SPEC, str(config.encoder), "pixel", "cpu"))
+    train_judge(config.judge, *load_images(config.held_out, RESOLUTION), RESOLUTION, JUDGE_WIDTHS, JUDGE_STEPS)
+    scorer = Scorer(Judges(config.held_out, config.judge, ENCODER_SPEC, str(config.encoder), "pixel", "cpu"))
     generator = torch.Generator().manual_seed(0)
     noise = torch.randint(0, 256, (NOISE_IMAGES, *images.shape[1:]), generator=generator, dtype=torch.uint8)
 

@@ -52,7 +52,9 @@ class Digits(Config):
         if self.command != "encoder-spec" and self.dest is None:
             raise InputError(f"the command {self.command} requires --dest")
         if self.command == "encoder":
-            check_writable(self.dest, "--dest")
+            check_writable(self.dest, "--dest", own=encoder.own_encoder(ENCODER_SPEC, RESOLUTION))
+        if self.command == "images":
+            encoder.check_own_pictures(self.dest)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

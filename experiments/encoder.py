@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from common.io import atomic_write
+from common.identity import files_of
+from common.io import InputError, OwnFile, atomic_write
 from experiments.judge import train_classifier
 from models.encoders import untrained_encoder
 
 SEED = 0
+PICTURE = re.compile(r"[^/]+/\d{4,}\.png", re.DOTALL)  # class folder and number
 
 
 def train_encoder(dest: Path, spec: str, images: Tensor, labels: Tensor, steps: int) -> None:
@@ -34,3 +38,25 @@ def train_encoder(dest: Path, spec: str, images: Tensor, labels: Tensor, steps: 
     train_classifier(network.parameters(), logits_of, images.float() / 127.5 - 1, labels, steps, "encoder")
     with atomic_write(dest) as file:
         file.write(save({name: weights.contiguous() for name, weights in network.state_dict().items()}))
+
+
+def own_encoder(spec: str, resolution: int) -> OwnFile:
+    """Return the kind of files that `train_encoder` writes: the tensors of a network have these names and widths."""
+
+    def matches(path: Path) -> bool:
+        expected = untrained_encoder(f"{spec}:num_classes=10", resolution).network.state_dict()
+        try:
+            with safe_open(path, "pt") as file:
+                found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (no mapping)
+        except (SafetensorError, OSError):
+            return False
+        return found == {name: list(tensor.shape) for name, tensor in expected.items()}
+
+    return OwnFile("an encoder of this program", matches)
+
+
+def check_own_pictures(folder: Path) -> None:
+    """Raise InputError if a folder contains other files than the pictures of an earlier call."""
+    for path in files_of(folder) if folder.exists() else ():
+        if not PICTURE.fullmatch(path.relative_to(folder).as_posix()):
+            raise InputError(f"--dest {folder}: contains {path.name}, which this program did not write; choose another")

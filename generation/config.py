@@ -12,7 +12,6 @@ from common.cli import (
     BATCH_SIZE,
     GUIDANCE_SCALE,
     NON_NEGATIVE,
-    POSITIVE,
     UNIT_INTERVAL,
     Check,
     Config,
@@ -30,6 +29,7 @@ from samplers import MODES, SOLVERS, Guidance, derive_seed
 
 LABEL_STREAM = 2  # first part of the key of a label's seed: no other draw from the global seed uses it
 DEFAULT_COUNT = 64  # images; FID needs 50,000
+STEPS = Check("from 1 to 100,000", lambda value: 1 <= value <= 100_000)  # 250 are usual; more take days
 COUNT = Check("from 1 to 10,000,000", lambda value: 1 <= value <= 10_000_000)
 WITHOUT_EFFECT = ("encoder_depth", "legacy")  # of the settings known from the checkpoint, those that change no image
 
@@ -73,7 +73,7 @@ class SamplerSettings(Config):
     """sampler"""
 
     mode: str = setting("sde", "SDE (Euler-Maruyama) or probability-flow ODE", choices=MODES)
-    num_steps: int = setting(250, "number of solver steps", check=POSITIVE)
+    num_steps: int = setting(250, "number of solver steps", check=STEPS)
     solver: str = setting("euler", "solver of the ODE; dopri5 chooses its step sizes itself", choices=SOLVERS)
     heun: bool = setting(False, "same as --solver heun; needs --mode ode (the published script ignores it with sde)")
     cfg_scale: float = setting(1.0, "guidance scale of the image; above 1, guidance is on", check=GUIDANCE_SCALE)

@@ -28,16 +28,23 @@ def default_name(config: GenerateConfig, checkpoint: dict[str, Any]) -> str:
     return f"{weights}-{solver}{steps}-{guidance}-{config.label_sampling}-labels-seed-{config.global_seed}"
 
 
-def published_name(config: GenerateConfig, checkpoint: dict[str, Any], network: SiTConfig, codec: LatentFormat) -> str:
+def published_name(
+    config: GenerateConfig,
+    checkpoint: dict[str, Any],
+    network: SiTConfig,
+    codec: LatentFormat,
+    resolved: Path | None = None,
+) -> str:
     """Return the name of the .npz, without its ending, that REG's script gives to a set with these settings.
 
     For example SiT-XL-2-0400000-size-256-vae-ema-cfg-2.3-seed-0-sde-0.85-2.3: network, checkpoint, resolution, codec,
-    guidance scale, seed, mode, upper end of the guidance interval, guidance scale of the class token.
+    guidance scale, seed, mode, upper end of the guidance interval, guidance scale of the class token. `resolved` is the
+    checkpoint that a run's folder stood for; default: its newest.
     """
     model = network_name(network, saved_settings(checkpoint, config.ckpt))
     model = model.replace("/", "-") if isinstance(model, str) and NETWORK_NAME.fullmatch(model) else "SiT"
     path = Path(config.ckpt)  # may also be a name on the hub
-    path = resolve_checkpoint(path).absolute() if path.is_dir() else path
+    path = (resolved or resolve_checkpoint(path)).absolute() if path.is_dir() else path
     step = path.stem if path.name.endswith(FILE_ENDINGS) else path.name
     decoder = Path(codec.codec).name
     vae = {name: short for short, name in PUBLISHED_NAMES.items()}.get(decoder, decoder)

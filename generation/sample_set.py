@@ -13,7 +13,7 @@ import filecmp
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
@@ -26,15 +26,16 @@ from PIL import Image
 from common.classes import ClassSet
 from common.cli import fixed_settings, flag, settings
 from common.images import decode_rgb, image_grid, save_png
-from common.io import InputError, atomic_write, check_writable, read_json, write_json
+from common.io import InputError, atomic_write, check_writable, printable, read_json, write_json
 from common.locks import lock_folder, unlock_folder
-from evaluations.npz import NpzFile, write_npz
+from evaluations.npz import NpzFile, read_plain_array, write_npz
 from generation.config import GenerateConfig
 
 GRID_ROWS, GRID_COLUMNS = 8, 12  # at most; with balanced labels, one column for each class if they fit
 THREADS = 4  # for reading images
 READ_AHEAD = 64  # images read at a time; 50,000 decoded images do not fit into memory
 CLS_PART = re.compile(r"(\d+)-(\d+)\.npy")  # class tokens of one batch: first image number, and last one + 1
+IGNORED = re.compile(r"\.lock|\..+\.tmp", re.DOTALL)  # what a killed run leaves before its first file
 SET_NPZ = re.compile(r"[^/]+/samples\.npz")  # target of a link to a sample set
 REMEDY = "remove it and run the same command again"
 DIGEST = "checkpoint_sha256"
@@ -65,13 +66,17 @@ class SampleSet:
         count = saved.get("num_fid_samples") if isinstance(saved, dict) else None
         return count if type(count) is int and count > 0 else None
 
-    def claim(self, made_with: dict[str, Any]) -> None:
+    def claim(self, made_with: dict[str, Any], inputs: Sequence[str | Path | None] = ()) -> None:
         """Lock the folder for this process and write the settings to samples.json.
 
         `made_with` is everything that determines the images; under `DIGEST` the checkpoint's SHA-256. Raises InputError
-        if the folder is not writable, another process is generating there, or its images were made with other settings.
+        if the folder is not writable, is in one of the `inputs` or in a data set, contains other files than a sample
+        set, another process is generating there, or its images were made with other settings.
         """
-        check_writable(self.folder / "samples.json", "--sample-dir")
+        check_writable(self.folder / "samples.json", "--sample-dir", inputs)
+        if data := next((parent for parent in self.folder.absolute().parents if (parent / "dataset.json").exists()), 0):
+            raise InputError(f"--sample-dir {self.folder}: is in the data set {data}; choose a place outside")
+        self._check_settings(made_with)  # before the lock file is created, which would change a foreign folder
         lock_folder(self.folder, "generating")
         try:
             self._check_settings(made_with)
@@ -85,10 +90,12 @@ class SampleSet:
         unlock_folder(self.folder)
 
     def _check_settings(self, made_with: dict[str, Any]) -> None:
-        path = self.folder / "samples.json"
+        path, is_there = self.folder / "samples.json", self.folder.exists()
         if not path.exists():
-            if (self.folder / "images").exists():
-                raise InputError(f"{self.folder} contains images but no samples.json; choose another --name")
+            others = [name for name in os.listdir(self.folder) if not IGNORED.fullmatch(name)] if is_there else []
+            if others:
+                first = "images" if "images" in others else printable(sorted(others)[0])
+                raise InputError(f"{self.folder} contains {first} but no samples.json; choose another --name")
             return
         saved = read_json(path)
         if not isinstance(saved, dict):
@@ -193,10 +200,12 @@ class SampleSet:
             raise InputError(f"{path}: {error}; {REMEDY}") from error
 
     def _has_current_npz(self, shape: tuple[int, ...]) -> bool:
-        """Return whether samples.npz has the expected shape and is newer than every image."""
+        """Return whether samples.npz is sound, has the expected shape, and is newer than every image."""
         path = self.folder / "samples.npz"
         try:
-            header = NpzFile(path).header("arr_0")
+            npz = NpzFile(path)
+            header = npz.header("arr_0")
+            npz.digest("arr_0")  # verifies the checksum
         except InputError:
             return False
         newest = max(image.stat().st_mtime_ns for image in self.image_paths)
@@ -204,7 +213,11 @@ class SampleSet:
 
     def read_cls_tokens(self) -> np.ndarray:
         """Return the class tokens of a finished set, (N, D) float32."""
-        return _read_cls_tokens(self.folder / "cls_tokens.npy")[: self.total]
+        path = self.folder / "cls_tokens.npy"
+        cls_tokens = _read_cls_tokens(path)
+        if len(cls_tokens) < self.total:
+            raise InputError(f"{path}: {len(cls_tokens):,} class tokens of {self.total:,} images; {REMEDY}")
+        return cls_tokens[: self.total]
 
     def _known_cls_tokens(self) -> dict[int, np.ndarray]:
         """Return all class tokens that have been written, by image number."""
@@ -225,6 +238,8 @@ class SampleSet:
         if not parts:
             return
         joined = next(number for number in count() if number not in known)
+        if len({known[number].shape for number in range(joined)}) > 1:
+            raise InputError(f"{self.folder}: its class tokens have different widths; choose another --name")
         with atomic_write(self.folder / "cls_tokens.npy") as file:
             np.save(file, np.stack([known[number] for number in range(joined)]))
         for part, numbers in parts:
@@ -245,9 +260,11 @@ def _read_cls_tokens(path: Path, rows: int | None = None) -> np.ndarray:
     """Return an array (rows, D). Raises InputError with the file's name if it is damaged."""
     try:
         with open(path, "rb") as file:
-            cls_tokens = np.lib.format.read_array(file, allow_pickle=False)
-        if cls_tokens.ndim != 2 or (rows is not None and len(cls_tokens) != rows):
-            raise ValueError(f"shape {cls_tokens.shape}")
+            cls_tokens = read_plain_array(file, path.stat().st_size)
+        if cls_tokens.ndim != 2 or cls_tokens.dtype != np.float32 or (rows is not None and len(cls_tokens) != rows):
+            raise InputError(f"{cls_tokens.dtype} of shape {cls_tokens.shape}")
+        if not np.isfinite(cls_tokens).all():
+            raise InputError("numbers that are not finite")
     except (OSError, ValueError, EOFError) as error:
         raise InputError(f"{path}: broken class tokens, not a complete array (N, D); {REMEDY}") from error
     return cls_tokens

@@ -122,9 +122,12 @@ def resolve_checkpoint(name: str | Path) -> Path:
     return found[-1] if found else place
 
 
-def newest_of_run(name: str | Path) -> list[str]:
-    """Return the line that says which checkpoint the folder of a run stands for; no line for other names."""
-    path = resolve_checkpoint(name)
+def newest_of_run(name: str | Path, path: Path | None = None) -> list[str]:
+    """Return the line that says which checkpoint the folder of a run stands for; no line for other names.
+
+    `path` is what `resolve_checkpoint` returned for it; default: it is resolved now.
+    """
+    path = path or resolve_checkpoint(name)
     is_folder = path.is_file() and os.path.isdir(os.path.expanduser(name))
     return [f"{name}: a training run; its newest checkpoint is {path}"] if is_folder else []
 

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common.cli import POSITIVE, parse, setting
+from common.cli import POSITIVE, WORKERS, Check, parse, setting
 from common.image_files import stop_if_incomplete
 from common.images import UNREADABLE, decode_rgb
 from common.io import InputError, atomic_write, printable, run_cli
@@ -33,13 +33,15 @@ from preprocessing.parallel import available_cores, chunks, in_workers
 
 SPOT_CHECKS = 20  # at least this many existing images are converted again at a restart and compared; about a second
 CHUNK = 50  # images per task of a worker, written together; divides the 1,000 images of an output folder
+MAX_SIDE = 16_384  # px; such an image already takes 805 MB of memory
+SIDE = Check(f"from 1 to {MAX_SIDE:,}", lambda value: 1 <= value <= MAX_SIDE)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertConfig(InputOutput):
     """Settings of convert.py."""
 
-    resolution: int = setting(MISSING, "side of the square images, in pixels", check=POSITIVE)
+    resolution: int = setting(MISSING, "side of the square images, in pixels", check=SIDE)
     transform: str = setting(
         "center-crop-dhariwal",
         "how an image becomes square: ADM's crop, the largest centred square, or the full image resized to a square",
@@ -61,7 +63,7 @@ class ConvertConfig(InputOutput):
         choices=("stop", "skip"),
     )
     max_images: int | None = setting(None, "convert only the first images, for a trial (default: all)", check=POSITIVE)
-    workers: int | None = setting(None, "number of processes (default: all available cores)", check=POSITIVE)
+    workers: int | None = setting(None, "number of processes (default: all available cores)", check=WORKERS)
 
 
 Failure = tuple[int, str]  # of an image that cannot be converted: its position in the listing, and the reason

@@ -64,6 +64,8 @@ class PublishedConvertConfig(convert.ConvertConfig):
         if self.resolution is None and self.transform:
             raise InputError(f"--transform={self.transform}: needs --resolution=WIDTHxHEIGHT")
         width, height = self.resolution or (1, 1)
+        if max(width, height) > convert.MAX_SIDE:
+            raise InputError(f"--resolution={width}x{height}: must be at most {convert.MAX_SIDE:,} per side")
         if width != height and not (self.transform == WIDE and width > height):
             allowed = f"256x256; with --transform={WIDE} also WIDTH > HEIGHT, such as 256x192"
             raise InputError(f"--resolution={width}x{height}: must be square, such as {allowed}")

@@ -19,7 +19,16 @@ from pathlib import Path
 from typing import Any
 
 from common.cli import Config, setting
-from common.io import InputError, atomic_write, is_temporary, parse_json, progress_bar, read_json, write_json
+from common.io import (
+    InputError,
+    atomic_write,
+    check_writable,
+    is_temporary,
+    parse_json,
+    progress_bar,
+    read_json,
+    write_json,
+)
 from common.locks import LOCK_NAME, lock_folder, unlock_folder
 from common.sources import FileSource
 from common.zip_files import read_hidden
@@ -35,8 +44,23 @@ class InputOutput(Config):
     dest: Path = setting(MISSING, "output folder, or output zip if the name ends in .zip")
 
     def check_combination(self) -> None:
-        if self.dest.resolve().is_relative_to(self.source.resolve()):
-            raise InputError(f"--dest {self.dest}: is inside --source {self.source}; allowed: a place outside")
+        source = self.source.resolve()
+        for folder in {self.dest, work_folder(self.dest)}:
+            place = folder.resolve()
+            if place.is_relative_to(source):
+                raise InputError(f"--dest {self.dest}: is inside --source {self.source}; allowed: a place outside")
+            if source.is_relative_to(place):
+                raise InputError(f"--dest {self.dest}: contains --source {self.source}; allowed: another folder")
+        if not os.path.isfile(work_folder(self.dest)):  # `claim` says more about it
+            check_writable(work_folder(self.dest) / "dataset.json", "--dest")
+        data = next((parent for parent in self.dest.absolute().parents if (parent / "dataset.json").exists()), None)
+        if data:
+            raise InputError(f"--dest {self.dest}: is inside the data set {data}; allowed: a place outside")
+
+
+def work_folder(dest: Path) -> Path:
+    """Return the folder that contains the files during the work: of a zip, a hidden folder next to it."""
+    return dest.with_name(f".{dest.name}.parts") if dest.suffix.lower() == ".zip" else dest
 
 
 class Destination:
@@ -49,7 +73,7 @@ class Destination:
     def __init__(self, path: str | Path, program: str):
         self.path = Path(path)
         self.is_zip = self.path.suffix.lower() == ".zip"
-        self.folder = self.path.with_name(f".{self.path.name}.parts") if self.is_zip else self.path
+        self.folder = work_folder(self.path)
         self._settings_name = f".{program}.json"
         self._packed: FileSource | None = None  # the zip, if it is complete
 
@@ -63,7 +87,8 @@ class Destination:
             raise InputError(f"{self.folder}: is a link; remove it, the files of {self.path.name} are collected there")
         if self.is_zip and self.path.exists():
             self._check(self._settings_in_zip(), settings)
-            shutil.rmtree(self.folder, ignore_errors=True)  # of a run killed after packing
+            if (self.folder / self._settings_name).exists():
+                shutil.rmtree(self.folder, ignore_errors=True)  # of a run killed after packing
             self._packed = FileSource(self.path)
             return True
         for folder in {self.path, self.folder}:

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common.cli import AUTO, BATCH_SIZE, NON_NEGATIVE, batch_size, parse, setting
+from common.cli import AUTO, BATCH_SIZE, MAX_WORKERS, Check, batch_size, parse, setting
 from common.distributed import broadcast_from_main, largest_batch, long_collective_timeout, start_processes
 from common.image_files import convert_command
 from common.images import decode_rgb
@@ -41,6 +41,7 @@ from preprocessing.listing import Listing, describe_files, image_index, list_con
 
 GPU_BATCH, CPU_BATCH = 32, 1  # larger batches do not fit into a CPU's caches
 LARGEST_BATCH = 128  # of --batch-size auto; larger batches are not faster on any GPU
+WORKERS = Check(f"from 0 to {MAX_WORKERS:,}", lambda value: 0 <= value <= MAX_WORKERS)
 WRITES_IN_FLIGHT = 3  # batches: enough to hide the disk's latency
 
 
@@ -59,7 +60,7 @@ class EncodeConfig(InputOutput):
     dtype: str = setting("float32", "number format of the files", choices=("float32", "float16"))
     flip: bool = setting(False, "encode the mirrored images as well, for train.py --flip; this doubles the time")
     tf32: bool = setting(True, "use TF32 on GPUs, which is much faster and slightly less accurate")
-    workers: int = setting(2, "processes that read images for each device; 0: the main process", check=NON_NEGATIVE)
+    workers: int = setting(2, "processes that read images for each device; 0: the main process", check=WORKERS)
 
 
 class Batch(NamedTuple):

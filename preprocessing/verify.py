@@ -24,10 +24,12 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common.cli import NON_NEGATIVE, POSITIVE, Config, parse, setting
+from common.cli import WORKERS, Check, Config, parse, setting
+from common.identity import OWN_PNG, Unchanged
 from common.images import decode_rgb, image_grid, save_png
 from common.io import (
     InputError,
+    OwnFile,
     atomic_write,
     check_writable,
     printable,
@@ -41,6 +43,7 @@ from dataset import PNG_END, LatentDataset, decode_moments
 from models.autoencoder import Codec, LatentFormat, load_decoder
 from preprocessing.parallel import available_cores, chunks, in_workers
 
+DECODED = Check("from 0 to 10,000", lambda value: 0 <= value <= 10_000)  # all are in memory together
 CHUNK = 200  # items per task of a worker
 ERRORS_SHOWN = 20
 SHEET_COLUMNS = 8
@@ -60,10 +63,10 @@ class VerifyConfig(Config):
 
     data: Path = setting(MISSING, "folder with images and latents, as train.py reads it", flag="data")
     vae: str | None = setting(None, "codec that decodes (default: the one named in the latents' dataset.json)")
-    reconstruct: int = setting(16, "number of latents to decode", check=NON_NEGATIVE)
+    reconstruct: int = setting(16, "number of latents to decode", check=DECODED)
     sheet: Path | None = setting(None, "path of the picture (default: DATA/verify.png)")
     update_checksums: bool = setting(False, f"write {CHECKSUM_FILE} again instead of comparing with it")
-    workers: int | None = setting(None, "number of processes (default: all available cores)", check=POSITIVE)
+    workers: int | None = setting(None, "number of processes (default: all available cores)", check=WORKERS)
     device: str = setting("auto", "device that decodes: auto (cuda if available, else cpu), cpu, cuda, cuda:1, ...")
 
     def check_combination(self) -> None:
@@ -71,8 +74,6 @@ class VerifyConfig(Config):
         allowed = ("auto", "cpu", *(gpus if torch.cuda.is_available() else ()))
         if self.device not in allowed:
             raise InputError(f"--device {self.device}: not available; allowed here: {', '.join(allowed)}")
-        if self.reconstruct:
-            check_writable(self.picture, "--sheet")
 
     @property
     def picture(self) -> Path:
@@ -117,11 +118,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Check counts, pairs, labels and shapes: LatentDataset raises an error at the first that is wrong.
     config = parse(VerifyConfig, __doc__.splitlines()[0], argv)
     dataset = LatentDataset(config.data)
+    if config.reconstruct:
+        check_writable(config.picture, "--sheet", (dataset.images.path, dataset.latents.path), OWN_PNG)
     codec = decoding_codec(config, dataset.latent_format) if config.reconstruct else None
     checksum_file = config.data / CHECKSUM_FILE
     has_checksums = checksum_file.exists() and not config.update_checksums
     if not has_checksums:
-        check_writable(checksum_file, "checksums:")
+        check_writable(checksum_file, "--update-checksums" if config.update_checksums else "checksums:", (), OWN_SUMS)
     counts = np.bincount(dataset.labels)
     print(
         f"{config.data}: {len(dataset):,} pairs, {describe_classes(counts[counts > 0])}, images {dataset.resolution} "
@@ -176,14 +179,17 @@ def report_other_files(dataset: LatentDataset) -> None:
 def check_files(dataset: LatentDataset, workers: int) -> Findings:
     """Return the results of reading, decoding and hashing every file."""
     found, total = Findings(), len(dataset)
+    sources = (dataset.images, dataset.latents)
+    hashed_later = Unchanged(source.path if source.is_zip else source.path / "dataset.json" for source in sources)
     job, bar = functools.partial(check_chunk, dataset), {"total": total, "desc": "checking", "unit": "item"}
     for part in in_workers(job, chunks(total, CHUNK), workers, **bar):
         found.add(part)
-    for source in (dataset.images, dataset.latents):
+    for source in sources:
         if source.is_zip:
             found.checksums[source.path.name] = sha256_of(source.path)
         elif "dataset.json" in source:
             found.checksums[f"{source.path.name}/dataset.json"] = sha256_of(source.path / "dataset.json")
+    hashed_later.check()
     return found
 
 
@@ -222,6 +228,17 @@ def read_checksums(path: Path) -> dict[str, str]:
     if not all(matches) or lines[-1]:
         raise InputError(f"{path}: not a complete checksum file; remove it, and a new one is written")
     return {match[2]: match[1] for match in matches}
+
+
+def is_checksum_file(path: Path) -> bool:
+    """Return whether a file has the format of `sha256sum -c`."""
+    try:
+        return bool(read_checksums(path)) or path.stat().st_size == 0
+    except InputError:
+        return False
+
+
+OWN_SUMS = OwnFile("a checksum file", is_checksum_file)
 
 
 def compare_checksums(before: dict[str, str], now: dict[str, str]) -> list[str]:

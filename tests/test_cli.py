@@ -85,7 +85,7 @@ def test_a_configuration_cannot_change():
         ("--scale nan", r"--scale: 'nan' is not a finite number"),
         ("--decay 1", r"--decay 1\.0: must be at least 0 and less than 1"),
         ("--share 2", r"--share 2\.0: must be from 0 to 1"),
-        ("--size 0", r"--size 0: must be 1 or greater, or auto"),
+        ("--size 0", r"--size 0: must be from 1 to 100,000, or auto"),
         ("--mode pde", r"--mode pde: allowed: sde, ode"),
         ("--mode ode --share 0.5", r"--share 0\.5 does not go with --mode ode"),
         ("--num-step 3", r"--num-step: unknown argument; did you mean --num-steps\?"),
@@ -214,3 +214,18 @@ def test_help_and_table_are_made_from_the_fields():
     assert "| `--mode` | sde | SDE or ODE (sde, ode) |" in lines
     assert "| `--scale`* | 1 | guidance scale, 100 % of it (0 or greater) |" in lines
     assert "| `source` | required | folder of images |" in lines and "| `--tf32` | on | TF32 |" in lines
+
+
+@pytest.mark.parametrize("text", ["a\0b", "\ud800"])
+def test_texts_that_no_file_name_can_have_are_refused(text, tmp_path):
+    """A --config file may hold them."""
+    (tmp_path / "c.json").write_text(json.dumps({"name": text}))
+    with pytest.raises(InputError, match=r"--name .*: has characters that no file name and text can have"):
+        parse(Named, "", ["--config", str(tmp_path / "c.json")])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Named(Config):
+    """A text."""
+
+    name: str = setting("", "a name")

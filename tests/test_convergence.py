@@ -243,3 +243,20 @@ def test_comparisons_are_not_mixed(toy):
 def test_bad_settings_are_named(flags, text, tmp_path):
     with pytest.raises(InputError, match=text):
         convergence.main(["--out", str(tmp_path), *flags])
+
+
+def test_a_comparison_replaces_only_its_own_files(tmp_path):
+    for name in ("notes", "study", "report", "table"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "notes/thesis.txt").write_text("precious")
+    (tmp_path / "study/settings.json").write_text("{}")
+    (tmp_path / "report/digits-methods.json").write_text("{}")
+    (tmp_path / "table/digits-methods.md").write_text("precious")
+    for flags, problem in (
+        (["--out", "notes"], r"--out .*notes: contains thesis\.txt and no comparison"),
+        (["--out", "study"], r"--out .*settings\.json: exists and is not the settings of a comparison"),
+        (["--out", "new", "--report", "report"], r"--report .*methods\.json: exists and is not a report"),
+        (["--out", "new", "--report", "table"], r"--report .*methods\.md: exists without digits-methods\.json"),
+    ):
+        with pytest.raises(InputError, match=problem):
+            convergence.main([flag if flag.startswith("--") else str(tmp_path / flag) for flag in flags])

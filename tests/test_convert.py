@@ -276,6 +276,26 @@ def test_a_destination_with_other_files_is_refused(tmp_path):
     ).read_bytes() == b"precious"
 
 
+def test_source_and_destination_do_not_contain_each_other(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = make_source(tmp_path / ".out.zip.parts/source")
+    (tmp_path / "link").symlink_to(source)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/dataset.json").write_text("{}")
+    for dest, problem in (
+        (source, "is inside --source"),
+        ("link/out", "is inside --source"),
+        (source.parent, "contains --source"),
+        ("out.zip", "contains --source"),  # which is unpacked next to it
+        ("data/new", "is inside the data set"),
+    ):
+        with pytest.raises(InputError, match=f"--dest .*: {problem}"):
+            run(source, dest)
+    with pytest.raises(InputError, match="a name in it has 60,000 bytes"):
+        run(source, tmp_path / ("x" * 60_000))
+    assert len(list(source.rglob("*.jpg"))) == 6
+
+
 @pytest.mark.parametrize("name", ["out", "out.zip"])
 def test_other_settings_on_the_same_destination(name, tmp_path):
     source, other = make_source(tmp_path / "source"), make_source(tmp_path / "other")
@@ -322,10 +342,11 @@ def test_temporary_files_of_a_kill_while_packing_are_removed(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"source", "out.zip"}
 
 
-@pytest.mark.parametrize("flag", ["--resolution", "--workers"])
-def test_numbers_must_be_positive(flag, tmp_path):
-    with pytest.raises(InputError, match=f"{flag} 0: must be greater than 0"):
-        run(make_source(tmp_path / "source"), tmp_path / "out", 16, flag, 0)
+@pytest.mark.parametrize(("flag", "most"), [("--resolution", "16,384"), ("--workers", "1,024")])
+@pytest.mark.parametrize("value", [0, -1, 10**9])
+def test_numbers_are_bounded(flag, most, value, tmp_path):
+    with pytest.raises(InputError, match=f"{flag} {value}: must be from 1 to {most}"):
+        run(make_source(tmp_path / "source"), tmp_path / "out", 16, flag, value)
 
 
 def test_a_full_disk_leaves_only_complete_files(tmp_path):

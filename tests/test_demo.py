@@ -5,13 +5,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save
 
 from common.images import save_png
 from common.io import InputError, write_json
 from experiments import demo
 from experiments.judge import load_images
 from experiments.solids import SOLIDS, draw_scenes, render
-from models.encoders import load_encoder
+from models.encoders import load_encoder, untrained_encoder
 from tests.conftest import ROOT
 
 
@@ -73,3 +74,24 @@ def test_the_script_and_the_notebook_name_the_last_checkpoint():
     (steps,) = re.findall(r"--max-train-steps (\d+)", script)
     assert checkpoint == f"exps/solids/checkpoints/{int(steps):07d}.pt"
     assert f"../demo/{checkpoint}" in (ROOT / "notebooks" / "sample.ipynb").read_text()
+
+
+def test_only_own_files_are_replaced(tmp_path):
+    """Weights, scores and pictures of others are kept."""
+    (tmp_path / "encoder.safetensors").write_bytes(save({"weight": torch.zeros(2)}))
+    (tmp_path / "judge.pt").write_text("precious")
+    (tmp_path / "thesis.json").write_text("{}")
+    (tmp_path / "pictures/train/cat").mkdir(parents=True)
+    (tmp_path / "pictures/train/cat/photo.png").write_text("precious")
+    score = ["score", *(f"--{name}={tmp_path}/x" for name in ("samples", "encoder", "images", "held-out"))]
+    for flags, dest, problem in (
+        (["encoder", "--images", "x"], "encoder.safetensors", "is not an encoder of this program"),
+        (score, "thesis.json", "is not a score of this program"),
+        (score, "new.json", r"judge\.pt: exists and is not a judge of this program"),
+        (["images"], "pictures", r"contains photo\.png, which this program did not write"),
+    ):
+        with pytest.raises(InputError, match=f"--dest.*{problem}"):
+            demo.main([*flags, "--dest", str(tmp_path / dest)])
+    encoder = untrained_encoder(f"{demo.ENCODER_SPEC}:num_classes=10", demo.RESOLUTION).network.state_dict()
+    (tmp_path / "own.safetensors").write_bytes(save({name: value.contiguous() for name, value in encoder.items()}))
+    demo.Demo(command="encoder", images=tmp_path / "x", dest=tmp_path / "own.safetensors")

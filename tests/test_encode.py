@@ -163,7 +163,7 @@ def test_other_settings_on_the_same_destination(tmp_path):
     run(images, tmp_path / "latents", "pixel")
     with pytest.raises(InputError, match="dtype was 'float32', is now 'float16'"):
         run(images, tmp_path / "latents", "pixel", "--dtype", "float16")
-    with pytest.raises(InputError, match="contains files that this program did not create"):
+    with pytest.raises(InputError, match="contains --source"):
         run(images, tmp_path, "pixel")
     with pytest.raises(InputError, match="is inside"):
         run(images, images / "latents", "pixel")

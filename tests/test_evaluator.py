@@ -14,6 +14,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from common.cli import parse
 from common.io import InputError
@@ -302,10 +303,110 @@ def test_bad_flags_of_reference_are_named(tmp_path: Path, flags: list[str], mess
         run(reference, "--source", batch, "--dest", tmp_path / "ref.npz", *flags)
 
 
-@pytest.mark.parametrize("content", ["[1]", "3", "null", "no json"])
+@pytest.fixture
+def pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Flags of a reference and samples in the working directory, which are not evaluated."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluator, "Extractor", None)
+    monkeypatch.setattr(reference, "Extractor", None)
+    write_batch(tmp_path / "samples.npz", 4)
+    write_batch(tmp_path / "ref.npz", 4)
+    (tmp_path / "samples.json").write_text('{"seed": 0}')
+    (tmp_path / "thesis.json").write_text('{"chapters": 7}')
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "link.json").symlink_to("samples.json")
+    for number in range(4):
+        Image.new("RGB", (16, 16)).save(tmp_path / f"photos/{number}.png")
+    return ["ref.npz", "samples.npz"]
+
+
+@pytest.mark.parametrize(
+    ("save_path", "problem"),
+    [
+        ("samples.json", "exists and is not a result of this program"),
+        ("link.json", "exists and is not a result of this program"),
+        ("thesis.json", "exists and is not a result of this program"),
+        ("x" * 60_000 + ".json", "a name in it has 60,005 bytes"),
+    ],
+)
+def test_a_result_replaces_only_results(pair: list[str], save_path: str, problem: str) -> None:
+    with pytest.raises(InputError, match=f"--save_path .*{problem}"):
+        run(evaluator, *pair, "--save_path", save_path)
+
+
+def test_a_result_is_not_written_among_the_images(pair: list[str]) -> None:
+    for flags in (["photos", "samples.npz"], ["ref.npz", "photos"]):
+        with pytest.raises(InputError, match=r"--save_path photos/r\.json: is in photos, which this program reads"):
+            run(evaluator, *flags, "--save_path", "photos/r.json")
+        with pytest.raises(InputError, match=r"--cache photos.*is in photos, which this program reads"):
+            run(evaluator, *flags, "--save_path", "r.json", "--cache", "photos")
+
+
+def test_an_older_result_is_replaced(pair: list[str]) -> None:
+    Path("r.json").write_text('{"metrics": {}, "notes": [], "samples": {}, "reference": {}}')
+    with pytest.raises(TypeError, match="NoneType"):  # the extractor
+        run(evaluator, *pair, "--save_path", "r.json")
+
+
+@pytest.mark.parametrize(
+    ("dest", "problem"),
+    [
+        ("samples.npz", "is read by this program"),
+        ("photos/../samples.npz", "is read by this program"),
+        ("link.npz", "is read by this program"),
+        ("hard.npz", "is read by this program"),
+        ("ref.npz", "exists and is not a reference of this program"),
+    ],
+)
+def test_a_reference_replaces_only_references(pair: list[str], dest: str, problem: str) -> None:
+    Path("link.npz").symlink_to("samples.npz")
+    os.link("samples.npz", "hard.npz")
+    with pytest.raises(InputError, match=f"--dest {dest}: {problem}"):
+        run(reference, "--source", "samples.npz", "--dest", dest)
+    with pytest.raises(InputError, match=r"--dest photos/ref\.npz: is in photos, which this program reads"):
+        run(reference, "--source", "photos", "--dest", "photos/ref.npz")
+
+
+def statistics_file(path: Path, **arrays: object) -> Path:
+    """Write statistics of class tokens of width 2, with some arrays replaced."""
+    good = {"mu_enc": np.zeros(2), "sigma_enc": np.eye(2), "encoder": np.array("name"), "encoder_input": np.array(224)}
+    np.savez(path, **(good | arrays))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("arrays", "problem"),
+    [
+        ({"sigma_enc": np.array([[1.0, 0.5], [0.1, 1.0]])}, "'sigma_enc' is not symmetric"),
+        ({"sigma_enc": -np.eye(2)}, "'sigma_enc' has negative variances"),
+        ({"sigma_enc": np.eye(3)}, r"'sigma_enc' is float64 \(3, 3\)"),
+        ({"sigma_enc": np.full((2, 2), np.nan)}, "'sigma_enc' contains numbers that are not finite"),
+        ({"mu_enc": np.array([0, np.inf])}, "'mu_enc' contains numbers that are not finite"),
+        ({"mu_enc": np.zeros(0), "sigma_enc": np.zeros((0, 0))}, "'mu_enc' is empty"),
+        ({"num_images": np.array(-5)}, "'num_images' is -5; allowed: 1 or more"),
+        ({"encoder_input": np.array(0)}, "'encoder_input' is 0; allowed: 1 or more"),
+        ({"encoder": np.array(b"name")}, "'encoder' is"),
+    ],
+)
+def test_statistics_that_are_none_are_refused(tmp_path: Path, arrays: dict, problem: str) -> None:
+    with pytest.raises(InputError, match=rf"r\.npz: {problem}"):
+        load_reference(statistics_file(tmp_path / "r.npz", **arrays))
+
+
+def test_statistics_of_another_input_size_are_not_used(tmp_path: Path) -> None:
+    found = load_reference(statistics_file(tmp_path / "r.npz"))
+    assert found.of_encoder("name", 224) is not None
+    assert found.of_encoder("name", 112) is None and found.of_encoder("other", 224) is None
+
+
+DEEP = '{"a":' * 51 + "1" + "}" * 51
+
+
+@pytest.mark.parametrize("content", ["[1]", "3", "null", "no json", '{"a": NaN}', DEEP, '{"a": ' + "[" * 100_000])
 def test_settings_of_samples_that_are_none_are_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "s.json").write_text(content)
-    with pytest.raises(InputError, match=r"s\.json: (expected a JSON object|not valid JSON)"):
+    problem = "expected a JSON object|not valid JSON|holds NaN or infinity|nested in more than 50 levels"
+    with pytest.raises(InputError, match=rf"s\.json: ({problem})"):
         evaluator.read_sampling(tmp_path / "s.npz")
 
 

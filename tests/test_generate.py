@@ -250,11 +250,14 @@ BAD = {
     "class names": (["--classes", "cat"], "--classes 'cat': expected labels .*no names here"),
     "no class": (["--classes", ""], "--classes '': expected labels"),
     "sde solver": (["--heun"], "--solver heun is a solver of the ODE"),
-    "steps": (["--num-steps", "0"], "--num-steps 0: must be greater than 0"),
+    "steps": (["--num-steps", "0"], "--num-steps 0: must be from 1 to 100,000"),
     "interval": (["--guidance-low", "0.9", "--guidance-high", "0.5"], "--guidance-low 0.9 is above"),
     "scale": (["--cfg-scale", "0.5"], r"--cfg-scale 0\.5: must be 1 \(no guidance\) or greater"),
     "time": (["--guidance-high", "85"], r"--guidance-high 85\.0: must be from 0 to 1"),
-    "batch": (["--per-proc-batch-size", "0"], "--per-proc-batch-size 0: must be 1 or greater, or auto"),
+    "steps of days": (["--num-steps", "1000000000"], "--num-steps 1000000000: must be from 1 to 100,000"),
+    "count": (["--num-fid-samples", str(10**15)], "must be from 1 to 10,000,000"),
+    "large batch": (["--per-proc-batch-size", str(10**9)], "must be from 1 to 100,000, or auto"),
+    "batch": (["--per-proc-batch-size", "0"], "--per-proc-batch-size 0: must be from 1 to 100,000, or auto"),
     "half": (["--network-dtype", "fp16"], "--network-dtype fp16 needs a CUDA device"),
     "graphs": (["--cuda-graphs"], "--cuda-graphs needs a CUDA device"),
     "two precisions": (
@@ -388,3 +391,20 @@ def test_a_folder_of_other_settings_is_refused(checkpoint, tmp_path, monkeypatch
     with pytest.raises(InputError, match="made with --global-seed 0, not --global-seed 1"):
         run_generate(flags(checkpoint, tmp_path, "a", "--global-seed", "1"), monkeypatch)
     assert hashes(tmp_path / "samples" / "a") == before
+
+
+def test_the_digest_is_that_of_the_loaded_checkpoint(untrained, tmp_path, monkeypatch):
+    """A checkpoint that is replaced while it is loaded is an error; a later one does not count."""
+    path = untrained
+    load = generate.load_checkpoint
+
+    def load_and_replace(name):
+        content = load(name)
+        path.with_name("new.pt").write_bytes(path.read_bytes())
+        path.with_name("new.pt").replace(path)
+        return content
+
+    monkeypatch.setattr(generate, "load_checkpoint", load_and_replace)
+    with pytest.raises(InputError, match="was replaced or changed while it was read"):
+        run_generate(flags(path, tmp_path, "set", "--num-fid-samples", "1"), monkeypatch)
+    assert not (tmp_path / "samples").exists()

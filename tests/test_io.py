@@ -18,6 +18,7 @@ import torch
 from common import io as files
 from common.io import (
     InputError,
+    OwnFile,
     atomic_write,
     check_writable,
     clear_leftovers,
@@ -297,6 +298,60 @@ def test_check_writable_names_the_flag(tmp_path, place):
         return
     with pytest.raises(InputError, match=r"--out .*there"):
         check_writable(tmp_path / place, "--out")
+
+
+@pytest.fixture
+def inputs(tmp_path):
+    """A folder `data` with a file, a file, and links to both; the working directory is their folder."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/image.png").write_bytes(b"image")
+    (tmp_path / "input.npz").write_bytes(b"input")
+    os.link(tmp_path / "input.npz", tmp_path / "hard.npz")
+    (tmp_path / "link.npz").symlink_to("input.npz")
+    (tmp_path / "linked").symlink_to("data")
+    return [tmp_path / "data", tmp_path / "input.npz", None, tmp_path / "missing"]
+
+
+@pytest.mark.parametrize(
+    "output",
+    ["input.npz", "./data/../input.npz", "link.npz", "hard.npz", "data/image.png", "data/new.json", "linked/sub/new"],
+)
+def test_an_output_must_not_be_an_input_or_in_one(tmp_path, monkeypatch, inputs, output):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"--out .*(is read by this program|, which this program reads); choose"):
+        check_writable(output, "--out", inputs)
+
+
+@pytest.mark.parametrize("output", ["other.npz", "database/x", "data.json", "new/input.npz"])
+def test_an_output_may_be_next_to_the_inputs(tmp_path, inputs, output):
+    check_writable(tmp_path / output, "--out", inputs)
+
+
+def test_foreign_files_are_kept(tmp_path):
+    own = OwnFile("a result", lambda path: path.read_text() == "result")
+    (tmp_path / "foreign").write_text("thesis")
+    (tmp_path / "result").write_text("result")
+    for name in ("result", "new"):
+        check_writable(tmp_path / name, "--out", own=own)
+    with pytest.raises(InputError, match=r"--out .*foreign: exists and is not a result; choose another name"):
+        check_writable(tmp_path / "foreign", "--out", own=own)
+
+
+def test_names_that_no_file_can_have_are_refused(tmp_path):
+    loop = tmp_path / "loop"
+    loop.symlink_to("loop")
+    os.mkfifo(tmp_path / "pipe")
+    for path, problem in (
+        (tmp_path / ("x" * 60_000), "a name in it has 60,000 bytes; allowed: 255"),
+        (tmp_path / ("ä" * 200), "a name in it has 400 bytes"),
+        ("x/" * 3000 + "y", "cannot be used"),
+        (loop / "file", "cannot be used|is not a writable folder"),
+        (tmp_path / "pipe", "is a device or a pipe"),
+        ("/dev/null", "is a device or a pipe"),
+    ):
+        with pytest.raises(InputError, match=problem) as caught:
+            check_writable(path, "--out")
+        assert str(caught.value).startswith("--out ") and len(str(caught.value)) < 500
 
 
 ENDS = {

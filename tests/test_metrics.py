@@ -190,3 +190,32 @@ def test_precision_and_recall_refuse_too_few_points_and_nan() -> None:
         precision_recall(four, four[:3])
     with pytest.raises(InputError, match="features of the reference are not finite"):
         precision_recall(torch.full((4, 2), math.nan), four)
+
+
+# ------------------------------------------------------------------------------------------------ damaged numbers
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda s: s.covariance.mul_(1e308), "is not finite|cannot be decomposed|not finite"),
+        (lambda s: s.mean.fill_(1e300), "the Frechet distance is not finite"),
+        (lambda s: s.covariance.neg_(), "negative eigenvalue"),
+        (lambda s: s.covariance[0, 0].sub_(100 * s.covariance.trace()), "negative eigenvalue"),
+    ],
+)
+def test_a_distance_is_a_finite_number_or_an_error(change, problem: str) -> None:
+    damaged = random_statistics(5, 50)
+    change(damaged)
+    with pytest.raises(InputError, match=problem):
+        frechet_distance(random_statistics(5, 50, seed=1), damaged)
+
+
+def test_scores_of_numbers_that_are_too_large_are_refused() -> None:
+    points = torch.randn(10, 4, generator=generator())
+    with pytest.raises(InputError, match="samples are too large for distances in float32"):
+        precision_recall(points, points * 1e20)
+    sums = InceptionScoreSums(4, 3)
+    sums.update(torch.tensor([[torch.inf, 0, 0]] * 4), 0)
+    with pytest.raises(InputError, match="the Inception Score is not finite"):
+        sums.score()

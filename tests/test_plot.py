@@ -118,3 +118,17 @@ def test_what_is_wrong_is_named(tmp_path: Path, content: str, flags: list[str], 
 def test_a_place_that_cannot_be_written_to_is_named_before_anything_is_read(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--out"):
         plot.main([str(tmp_path / "nowhere.jsonl"), "--out", f"{__file__}/fid.png"])
+
+
+def test_a_plot_replaces_only_plots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_rows(tmp_path / "metrics.jsonl", {"step": 1, "fid": 2.0})
+    path.with_name("link.svg").symlink_to(path)
+    path.with_name("photo.png").write_bytes(b"\x89PNG\r\n\x1a\n of a cat")
+    before = path.read_bytes()
+    for name, problem in (("link.svg", "is read by this program"), ("photo.png", "is not a plot of this program")):
+        with pytest.raises(InputError, match=f"--out .*{name}: .*{problem}"):
+            plot.main([str(path), "--out", str(tmp_path / name)])
+    for name in ("a.png", "a.svg", "a.pdf"):
+        for _ in range(2):  # its own plots are replaced
+            plot.main([str(path), "--out", str(tmp_path / name)])
+    assert path.read_bytes() == before

@@ -247,3 +247,43 @@ def test_captions_of_a_grid(samples, monkeypatch):
         ["tench", "jay", "creme", None, None, None, None],
         None,
     ]
+
+
+def test_a_set_is_not_written_over_something_else(tmp_path):
+    places = {"run": "args.json", "notes": "thesis.txt", "data/images/set": None}
+    for name, file in places.items():
+        (tmp_path / name).mkdir(parents=True)
+        if file:
+            (tmp_path / name / file).write_text("precious")
+    (tmp_path / "data/images/dataset.json").write_text("{}")
+    for name, file in places.items():
+        problem = f"contains {file} but no samples.json" if file else "is in the data set .*images"
+        with pytest.raises(InputError, match=problem):
+            SampleSet(tmp_path / name, 7, SIZE).claim({"checkpoint_sha256": "x"})
+        assert [path.name for path in (tmp_path / name).iterdir()] == ([file] if file else [])
+    with pytest.raises(InputError, match=r"--sample-dir .*is in .*notes, which this program reads"):
+        SampleSet(tmp_path / "notes/new", 7, SIZE).claim({"checkpoint_sha256": "x"}, [tmp_path / "notes"])
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/.lock").write_text("")
+    SampleSet(tmp_path / "empty", 7, SIZE).claim({"checkpoint_sha256": "x"})
+
+
+def test_a_damaged_npz_is_written_again(samples):
+    path = samples.folder / "samples.npz"
+    content = path.read_bytes()
+    damaged = bytearray(content)
+    damaged[len(content) // 2] ^= 1
+    path.write_bytes(damaged)
+    samples.finish([0] * 7, False, with_cls=True, npz=True)
+    assert path.read_bytes() == content
+
+
+def test_class_tokens_of_other_kinds_are_named(samples):
+    path = samples.folder / "cls_tokens.npy"
+    for array in (tokens(range(7)).astype(np.float64), np.full((7, 2), np.nan, np.float32)):
+        np.save(path, array)
+        with pytest.raises(InputError, match=r"cls_tokens\.npy: broken class tokens"):
+            samples.read_cls_tokens()
+    np.save(path, tokens(range(3)))
+    with pytest.raises(InputError, match=r"cls_tokens\.npy: 3 class tokens of 7 images"):
+        samples.read_cls_tokens()

@@ -322,3 +322,23 @@ def test_files_that_training_does_not_read_are_counted(data, capsys):
         "first note.npy",
     ):
         assert text in printed
+
+
+def test_the_picture_and_the_checksums_replace_only_their_own(data):
+    image = next(iter(sorted((data / "images").rglob("*.png"))))
+    before = image.read_bytes()
+    (data / "thesis.png").write_text("precious")
+    for sheet, problem in (
+        (image, "is read by|is in"),
+        (data / "images/new.png", "is in"),
+        (data / "thesis.png", "PNG picture"),
+    ):
+        with pytest.raises(InputError, match=f"--sheet .*({problem})"):
+            run(data, "--sheet", str(sheet))
+    assert image.read_bytes() == before
+    (data / "checksums.sha256").write_text("my notes")
+    with pytest.raises(InputError, match=r"--update-checksums .*checksums\.sha256: exists and is not a checksum file"):
+        run(data, "--update-checksums")
+    with pytest.raises(InputError, match="not a checksum file"):
+        run(data)
+    assert (data / "checksums.sha256").read_text() == "my notes"

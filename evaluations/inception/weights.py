@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from common.identity import Unchanged
 from common.io import WRITE_ERRORS, InputError, clear_leftovers, sha256_of
 from evaluations.inception.graphdef import Graph
 from evaluations.inception.layers import NUM_CLASSES, NUM_FEATURES, convolutions, inception_layers
@@ -100,6 +101,7 @@ def load_weights(path: str | Path) -> InceptionWeights:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected {GRAPH_NAME} or the PyTorch port pt_inception-2015-12-05")
+    file = Unchanged([path])
     sha256, is_graph = sha256_of(path), path.suffix == ".pb"
     layers, tensors = inception_layers(), {}
     shapes = {name: tuple(like.shape) for name, like in layers.state_dict().items() if like.ndim}
@@ -111,9 +113,12 @@ def load_weights(path: str | Path) -> InceptionWeights:
             raise InputError(f"{path}: not the port of the Inception network of 2015-12-05: no tensor {name}")
         if tuple(tensor.shape) != shape:
             raise InputError(f"{path}: {name} has shape {tuple(tensor.shape)}, expected {shape}")
+        if not tensor.is_floating_point():
+            raise InputError(f"{path}: {name} is {tensor.dtype}; allowed: floating-point numbers")
         tensors[name] = tensor.float()
         if not tensors[name].isfinite().all():
             raise InputError(f"{path}: {name} holds values that are not finite")
+    file.check()
     published = sha256 == GRAPH_SHA256 if is_graph else sha256.startswith(PORT_SHA256_START)
     return InceptionWeights(tensors, str(path), sha256, published)
 
