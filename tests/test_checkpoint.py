@@ -135,8 +135,8 @@ def test_a_checkpoint_is_identified_by_its_content(tmp_path):
     save_checkpoint(tmp_path / "a.pt", state)
     digest = checkpoint_digest(tmp_path / "a.pt")
     assert digest == sha256_of(tmp_path / "a.pt")
-    checksum_path(tmp_path / "a.pt").write_text("noted  a.pt\n")  # is not read again
-    assert checkpoint_digest(tmp_path / "a.pt") == "noted"
+    checksum_path(tmp_path / "a.pt").write_text(f"{'0' * 64}  a.pt\n")  # is not read again
+    assert checkpoint_digest(tmp_path / "a.pt") == "0" * 64
     checksum_path(tmp_path / "a.pt").unlink()
     assert checkpoint_digest(tmp_path / "a.pt") == digest
     export(tmp_path / "a.pt", tmp_path / "folder")
@@ -208,15 +208,19 @@ def test_the_weights_that_do_not_fit_are_counted():
 
 CONTRADICTIONS = {
     "depth": ({"depth": 4}, "network has depth 4, but the weights have 3"),
-    "huge depth": ({"depth": 10**12}, f"network has depth {10**12}, but the weights have 3"),
+    "huge depth": ({"depth": 10**12}, f"its depth is {10**12}; expected a whole number up to 2147483647"),
     "classes": ({"num_classes": 6}, "network has num_classes 6, but the weights have 5"),
     "encoders": ({"z_dims": [24, 24]}, r"network has z_dims \(24, 24\), but the weights have \(24,\)"),
     "slot": ({"cls_token_dim": None}, "network has cls_token_dim None, but the weights have 24"),
     "norm": ({"qk_norm": True}, "network has qk_norm True, but the weights have False"),
     "heads": ({"num_heads": 3}, "network: hidden_size 32 is not a multiple of num_heads 3"),
     "mlp": ({"mlp_ratio": 2.0}, r"blocks\.0\.mlp\.fc1\.weight.*\[128, 32\].*\[64, 32\]"),
-    "infinite mlp": ({"mlp_ratio": float("inf")}, "do not fit the network"),
-    "no number": ({"mlp_ratio": None}, "do not fit the network"),
+    "infinite mlp": ({"mlp_ratio": float("inf")}, "its mlp_ratio is inf; expected a number above 0"),
+    "no number": ({"mlp_ratio": None}, "its mlp_ratio is None; expected a number above 0"),
+    "huge mlp": ({"mlp_ratio": 1e9}, r"blocks\.0\.mlp\.fc1|sizes that are not possible"),
+    "huge projectors": ({"projector_dim": 10**9}, "network has projector_dim 1000000000, but the weights have 16"),
+    "widths": ({"z_dims": ["24"]}, r"its z_dims is \['24'\]; expected whole numbers"),
+    "odd slot": ({"cls_token_dim": [24]}, r"its cls_token_dim is \[24\]; expected a whole number or null"),
     "unknown": ({"width": 3}, "unknown fields width"),
 }
 
@@ -344,5 +348,5 @@ def test_classes_of_a_checkpoint():
     assert checkpoint_classes({}, 3) == ClassSet.of_network(3)
     with pytest.raises(InputError, match=r"a\.pt: its classes contain label 2, but the network has labels 0 \.\. 1"):
         checkpoint_classes({"classes": classes.to_json()}, 2, "a.pt")
-    with pytest.raises(InputError, match=r"a\.pt: classes are \[1\]"):
+    with pytest.raises(InputError, match=r"a\.pt: its classes are \[1\]"):
         checkpoint_classes({"classes": [1]}, 2, "a.pt")

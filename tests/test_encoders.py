@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from common.io import InputError
 from models import encoders
+from models.encoder_table import TOKENS
 from models.encoders import ENCODERS, load_encoder, load_encoders
 
 ASSETS = os.environ.get("REG_ASSETS")
@@ -140,7 +141,7 @@ def test_patch_tokens_are_taken_where_repa_takes_them(tmp_path, name):
         network.forward_features((images / 255 - mean) / std)
     before, after = seen
     assert (before - after).abs().mean() > 0.01
-    for tokens, expected in (("", BY_TOKENS[name]), *((f":tokens={value}", value) for value in encoders.TOKENS)):
+    for tokens, expected in (("", BY_TOKENS[name]), *((f":tokens={value}", value) for value in TOKENS)):
         output = encoded(tokens)
         patches = before if expected == encoders.BEFORE_NORM else after
         torch.testing.assert_close(output.patch_tokens, patches[:, 1:])
@@ -153,7 +154,7 @@ def test_a_pooled_class_token_does_not_depend_on_where_tokens_are_taken(tmp_path
         load_encoder(f"timm/vit_base_patch16_siglip_256:depth=1:tokens={tokens}", 256, tmp_path / "w.safetensors")(
             random_images()
         )
-        for tokens in encoders.TOKENS
+        for tokens in TOKENS
     )
     torch.testing.assert_close(before.cls_token, after.cls_token)
     assert (before.patch_tokens - after.patch_tokens).abs().mean() > 0.01

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from common.io import InputError
-from models import weights_file
+from models import pickle_outline
 from models.weights_file import mismatch, read_weights_file
 
 ALLOWED = {
@@ -134,7 +134,7 @@ def test_an_outline_executes_nothing_and_changes_nothing(tmp_path):
         except InputError as error:
             assert "\n" not in str(error)
     assert dict(vars(argparse.Namespace)) == before
-    assert not any(name in vars(weights_file._Placeholder) for name in ("x", "ran"))
+    assert not any(name in vars(pickle_outline._Placeholder) for name in ("x", "ran"))
 
 
 def test_a_mismatch_has_the_useful_part_first_and_is_short():
