@@ -12,27 +12,25 @@ To add an encoder, add a line to `ENCODERS` in encoder_table.py, or name any tim
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
 import math
 import re
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from common.io import InputError, memory_message
 from models.checksums import read_open, verify
 from models.encoder_table import AFTER_NORM, BEFORE_NORM, ENCODERS, EncoderSpec, parse_options
 from models.hub import hub_file, local_or_hub, url_file
 from models.layouts import plain_names
-from models.tensor_checks import check_finite, check_weights
+from models.tensor_checks import TooLargeError, check_finite, check_weights, parameters_at_most
 from models.weights_file import mismatch, read_safetensors, read_weights_file
 
 Device = str | torch.device
@@ -316,9 +314,9 @@ def _build(
         model, _, tag = model.partition(".")
         options["pretrained_cfg"] = tag or None
     try:
-        with _parameters_at_most(_limit(state)):
+        with parameters_at_most(_limit(state)):
             network = create(model, pretrained=state is not None, **options)
-    except _TooLargeError as error:
+    except TooLargeError as error:
         whose = f"the file {source} has weights for" if state else "are allowed"
         raise InputError(f"encoder {spec}: its options describe more parameters than {whose}") from error
     except Exception as error:  # timm's models do not agree on the errors that they raise
@@ -334,31 +332,9 @@ def _build(
     return Encoder(spec, network, input_size, line.mean or cfg.mean, line.std or cfg.std, line.tokens)
 
 
-class _TooLargeError(Exception):
-    """A network has more parameters than it may have."""
-
-
 def _limit(state: dict[str, Any] | None) -> int:
     """Return how many parameters a network may have. Tables of positions may be larger than in the file."""
     return MOST_PARAMETERS if state is None else 2 * sum(value.numel() for value in state.values()) + POSITION_VALUES
-
-
-@contextlib.contextmanager
-def _parameters_at_most(limit: int) -> Iterator[None]:
-    """Raise `_TooLargeError` inside the block before modules get more parameters than `limit`."""
-    count = 0
-
-    def counted(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        nonlocal count
-        count += 0 if parameter is None else parameter.numel()
-        if count > limit:
-            raise _TooLargeError
-
-    handle = register_module_parameter_registration_hook(counted)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _brief(error: Exception) -> str:

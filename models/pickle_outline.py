@@ -196,7 +196,9 @@ class _Outline(pickle._Unpickler):  # in Python: the C version allocates the siz
         self.calls += 1
         if self.calls > MOST_CALLS:
             raise pickle.UnpicklingError("too many objects")
-        if function in (ENCODE, BYTEARRAY) and args and args[-1] not in ("latin1", "latin-1"):
+        is_odd_text = function == ENCODE and args[1:] not in (("latin1",), ("latin-1",))
+        is_odd_array = function == BYTEARRAY and args and getattr(args[0], "full_name", None) != ENCODE
+        if is_odd_text or is_odd_array:
             raise pickle.UnpicklingError("a call that torch.save does not write")
         if function in HASHING and args:
             for item in args[0]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from common.io import InputError
 
@@ -65,3 +67,25 @@ def check_finite(state: Mapping[str, Tensor], source: str | Path) -> None:
     finite = extremes.isfinite().tolist()
     if not all(finite):
         raise InputError(f"{source}: {names[finite.index(False)]} contains numbers that are not finite (NaN, infinity)")
+
+
+class TooLargeError(Exception):
+    """A network has more parameters than it may have."""
+
+
+@contextlib.contextmanager
+def parameters_at_most(limit: int) -> Iterator[None]:
+    """Raise `TooLargeError` inside the block before the modules that it creates have more parameters than `limit`."""
+    count = 0
+
+    def counted(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal count
+        count += 0 if parameter is None else parameter.numel()
+        if count > limit:
+            raise TooLargeError
+
+    handle = register_module_parameter_registration_hook(counted)
+    try:
+        yield
+    finally:
+        handle.remove()

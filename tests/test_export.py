@@ -91,7 +91,10 @@ def test_a_contradiction_in_an_export_is_refused(checkpoint, tmp_path):
     export.export(checkpoint, tmp_path / "folder")
     path = tmp_path / "folder" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "depth": 2}))
-    with pytest.raises(InputError, match=r"folder: network has depth 2, but the weights have 3"):
+    with pytest.raises(InputError, match=r"config\.json: damaged or changed; its SHA-256 is .*checksums\.sha256 has"):
+        load_model(tmp_path / "folder")
+    (tmp_path / "folder" / "checksums.sha256").unlink()
+    with pytest.raises(InputError, match=r"config\.json: has depth 2, but the header of model\.safetensors has 3"):
         load_model(tmp_path / "folder")
 
 
@@ -110,6 +113,10 @@ def test_errors_name_the_damaged_file(checkpoint, tmp_path):
     export.export(checkpoint, tmp_path / "folder")
     path = tmp_path / "folder" / "model.safetensors"
     complete = path.read_bytes()
+    path.write_bytes(complete[:-1] + bytes([complete[-1] ^ 1]))  # one bit
+    with pytest.raises(InputError, match=r"model\.safetensors: damaged or changed; its SHA-256 is .*checksums\.sha256"):
+        load_model(tmp_path / "folder")
+    (tmp_path / "folder" / "checksums.sha256").unlink()
     for broken in (complete[: len(complete) // 2], b"", b"\xff" * 100):
         path.write_bytes(broken)
         with pytest.raises(InputError, match=r"model\.safetensors: not a readable safetensors file"):

@@ -18,17 +18,28 @@ from common.io import InputError
 
 _VARINT, _BYTES, _FIXED_SIZES = 0, 2, {1: 8, 5: 4}  # wire types; those of fixed size with their number of bytes
 _DT_FLOAT = 1
+MOST_NODES = 100_000  # the published graph has 1,008
 _DAMAGE = (ValueError, TypeError, KeyError, struct.error)  # raised by the functions below for a damaged file
 
 
 class Graph:
-    """The nodes of a graph file. Raises InputError, naming the file, if it is damaged or lacks a requested node."""
+    """The nodes of a graph file, whose bytes are `data` if they were read already.
 
-    def __init__(self, path: str | Path):
+    Raises InputError, naming the file, if it is damaged, has too many nodes, or lacks a requested node.
+    """
+
+    def __init__(self, path: str | Path, data: bytes | None = None):
         self.path = Path(path)
+        self._nodes: dict[str, dict[str, memoryview]] = {}
         try:
-            fields = _fields(memoryview(self.path.read_bytes()))
-            self._nodes = dict(_parse_node(value) for field, value in fields if field == 1)
+            for field, value in _fields(memoryview(self.path.read_bytes() if data is None else data)):
+                if field == 1:
+                    name, attributes = _parse_node(value)
+                    self._nodes[name] = attributes
+                if len(self._nodes) > MOST_NODES:
+                    raise InputError(f"{path}: has more than {MOST_NODES} nodes; expected the graph of 2015-12-05")
+        except InputError:
+            raise
         except _DAMAGE as error:
             raise InputError(f"{path}: not a TensorFlow graph, or it is damaged or cut short") from error
 
