@@ -32,6 +32,7 @@ OTHER_PROTOCOLS = (3, 4, 5)  # of pickle; PyTorch reads only protocol 2 without 
 # Limits of one file. A checkpoint of SiT-XL/2 with its optimizer has 1,800 tensors, 10,000 values and 5 levels.
 MOST_ENTRIES = 100_000  # tensors
 MOST_VALUES = 1_000_000
+MOST_CONTAINERS = 100_000  # lists, dicts and others, each counted as often as the content leads to it
 DEEPEST = 50
 LARGEST_HEADER = 2**24  # bytes, of a safetensors file
 STORED_TWICE = 2  # tensors of one dict may share memory, but together they are at most twice as large as the file
@@ -125,7 +126,7 @@ def _check_objects(file: IO[bytes], path: Path) -> None:
 
 def _check_values(content: Any, path: Path, size: int) -> None:
     """Raise InputError if the content is too deep or too long, or has tensors larger than the file of `size` bytes."""
-    waiting, count = [("", content, 0)], 0
+    waiting, count, containers = [("", content, 0)], 0, 0
     while waiting:
         place, value, depth = waiting.pop()
         if isinstance(value, Tensor):
@@ -138,8 +139,8 @@ def _check_values(content: Any, path: Path, size: int) -> None:
                 raise InputError(f"{path}: a name in {place or 'it'} has more than {LONGEST_NAME} letters")
         elif not isinstance(value, list | tuple | set | frozenset):
             continue
-        count += len(value)
-        if count > MOST_VALUES or depth > DEEPEST:
+        count, containers = count + len(value), containers + 1
+        if count > MOST_VALUES or containers > MOST_CONTAINERS or depth > DEEPEST:
             limits = f"allowed: {MOST_VALUES} values, {DEEPEST} levels"
             raise InputError(f"{path}: holds too many values, or values inside each other too deeply; {limits}")
         items = list(value.items() if isinstance(value, dict) else enumerate(value))

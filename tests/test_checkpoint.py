@@ -12,7 +12,7 @@ import torch
 from common.classes import ClassSet
 from common.io import InputError, sha256_of
 from export import describe, export
-from models import ema
+from models import checkpoint, ema
 from models.checkpoint import (
     OLD_BLOCKS,
     build_model,
@@ -23,6 +23,7 @@ from models.checkpoint import (
     list_checkpoints,
     load_checkpoint,
     load_model,
+    load_with_digest,
     network_config,
     newest_of_run,
     save_checkpoint,
@@ -118,6 +119,27 @@ ODD = {
     "path": (lambda file: setattr(file["args"], "path_type", "vp"), "path_type 'vp' is unknown; allowed: linear, cosi"),
     "settings": (lambda file: file.update(args="text"), "args is a str; expected an argparse.Namespace"),
     "steps": (lambda file: file.update(steps="many"), "its steps are 'many'; expected a whole number"),
+    "many steps": (lambda file: file.update(steps=10**5000), "its steps are a very long int; expected a whole number"),
+    "true steps": (lambda file: file.update(steps=True), "its steps are True; expected a whole number"),
+    "path list": (lambda file: setattr(file["args"], "path_type", ["linear"]), r"path_type \['linear'\] is unknown"),
+    "resolution": (
+        lambda file: setattr(file["args"], "resolution", "x"),
+        "setting resolution of its run is 'x'",
+    ),
+    "encoder": (
+        lambda file: setattr(file["args"], "enc_type", 3),
+        "the setting enc_type of its run is 3; exp",
+    ),
+    "tensor": (lambda file: setattr(file["args"], "any", torch.zeros(2)), "the setting any of its run is a tensor"),
+    "no heads": (
+        lambda file: setattr(file["args"], "num_heads", -1),
+        "hidden_size 32 is not a multiple of num_heads",
+    ),
+    "dtype": (lambda file: file["ema"].update(pos_embed=torch.zeros(1, 17, 32).char()), "pos_embed has dtype int8"),
+    "labels": (
+        lambda file: file.update(classes={"labels": [[0]]}),
+        r"its classes are \{'labels': .*; expected",
+    ),
     "no steps": (lambda file: file.update(steps=None), "its steps are None"),
 }
 
@@ -141,6 +163,38 @@ def test_a_checkpoint_is_identified_by_its_content(tmp_path):
     assert checkpoint_digest(tmp_path / "a.pt") == digest
     export(tmp_path / "a.pt", tmp_path / "folder")
     assert checkpoint_digest(tmp_path / "folder") == sha256_of(tmp_path / "folder" / "model.safetensors")
+
+
+def test_content_and_digest_belong_to_one_file(tmp_path, monkeypatch):
+    """best.pt is replaced after it was opened: the digest is that of the file that was read."""
+    for number in (1, 2):
+        state = {"ema": small().state_dict(), "args": argparse.Namespace(), "steps": number}
+        save_checkpoint(tmp_path / f"{number}.pt", state)
+    digests = {number: sha256_of(tmp_path / f"{number}.pt") for number in (1, 2)}
+    assert load_with_digest(tmp_path / "1.pt")[1] == digests[1]
+    read = checkpoint.read_weights_file
+
+    def replaced(path, file, **options):
+        for name in ("2.pt", "2.pt.sha256"):
+            if (tmp_path / name).exists():
+                (tmp_path / name).replace(tmp_path / name.replace("2", "1", 1))
+        return read(path, file, **options)
+
+    monkeypatch.setattr(checkpoint, "read_weights_file", replaced)
+    content, digest = load_with_digest(tmp_path / "1.pt")
+    assert (content["steps"], digest) == (1, digests[1])
+    content, digest = load_with_digest(tmp_path / "1.pt")
+    assert (content["steps"], digest) == (2, digests[2])
+
+
+def test_weights_that_are_not_finite_are_refused():
+    state = small().state_dict()
+    state["blocks.1.mlp.fc1.bias"][3] = torch.inf
+    with pytest.raises(InputError, match=r"odd\.pt: blocks\.1\.mlp\.fc1\.bias contains numbers that are not finite"):
+        build_model({"ema": state, "args": argparse.Namespace(num_heads=2)}, source="odd.pt")
+    state["blocks.1.mlp.fc1.bias"] = torch.full((128,), 1e300, dtype=torch.float64)  # not finite as float32
+    with pytest.raises(InputError, match=r"odd\.pt: blocks\.1\.mlp\.fc1\.bias contains numbers that are not finite"):
+        build_model({"ema": state, "args": argparse.Namespace(num_heads=2)}, source="odd.pt")
 
 
 def test_a_bare_state_dict_loads_if_a_preset_has_its_shape(tmp_path):

@@ -8,9 +8,16 @@ import torch
 
 import export
 from common.classes import ClassSet
-from common.io import InputError
+from common.io import InputError, sha256_of
 from models.autoencoder import LatentFormat, PixelCodec, load_codec
-from models.checkpoint import checkpoint_classes, load_checkpoint, load_model, save_checkpoint
+from models.checkpoint import (
+    checkpoint_classes,
+    checkpoint_digest,
+    load_checkpoint,
+    load_model,
+    load_with_digest,
+    save_checkpoint,
+)
 from models.exported_codec import export_codec
 from tests.conftest import ROOT
 from tests.test_autoencoder import save_kl
@@ -192,6 +199,42 @@ def test_a_local_codec_is_part_of_the_export(tmp_path, capsys):
     export.export(tmp_path / "0000012.pt", tmp_path / "without")
     assert "is not exported, because it is not on this machine" in capsys.readouterr().err
     assert str(tmp_path) not in (tmp_path / "without" / "config.json").read_text()
+
+
+def test_one_bit_of_an_exported_file_is_noticed(checkpoint, tmp_path):
+    path = tmp_path / "network.safetensors"
+    export.export(checkpoint, path)
+    subprocess.run(["sha256sum", "--check", "--quiet", f"{path}.sha256"], cwd=tmp_path, check=True)
+    assert load_with_digest(path)[1] == checkpoint_digest(path) == sha256_of(path)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=r"network\.safetensors: damaged or changed; .*safetensors\.sha256 has"):
+        load_checkpoint(path)
+
+
+def test_one_bit_of_an_exported_codec_is_noticed(tmp_path):
+    codec = load_codec(str(save_kl(tmp_path / "codec")))
+    save_checkpoint(tmp_path / "0000012.pt", content(small(in_channels=4), codec=codec.format.to_json()))
+    export.export(tmp_path / "0000012.pt", tmp_path / "folder")
+    subprocess.run(["sha256sum", "--check", "--quiet", "checksums.sha256"], cwd=tmp_path / "folder", check=True)
+    for name in ("diffusion_pytorch_model.safetensors", "config.json"):
+        path = tmp_path / "folder" / "vae" / name
+        data = path.read_bytes()
+        path.write_bytes(data[:-2] + bytes([data[-2] ^ 1]) + data[-1:])
+        with pytest.raises(InputError, match=rf"vae/{name}: damaged or changed; .*folder/checksums\.sha256 has"):
+            load_codec(load_checkpoint(tmp_path / "folder")["args"].codec["codec"])
+        path.write_bytes(data)
+
+
+def test_a_network_that_is_not_finite_is_not_exported(checkpoint, tmp_path):
+    saved = load_checkpoint(checkpoint)
+    saved["ema"] = {**saved["ema"], "pos_embed": saved["ema"]["pos_embed"] * torch.nan}
+    save_checkpoint(checkpoint, saved)
+    with pytest.raises(InputError, match=r"0000012\.pt: pos_embed contains numbers that are not finite"):
+        export.export(checkpoint, tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+    export.export(checkpoint, tmp_path / "folder", "model")
 
 
 def test_a_codec_with_a_name_stays_a_name(checkpoint, tmp_path):

@@ -18,9 +18,7 @@ NOT_WEIGHTS = [torch.int8, torch.uint8, torch.int64, torch.bool, torch.complex64
 @pytest.mark.parametrize("dtype", NOT_WEIGHTS)
 def test_other_dtypes_are_refused(dtype):
     state = {"a": torch.zeros(2), "b": torch.zeros(2).to(dtype)}
-    with pytest.raises(
-        InputError, match=r"w\.pt: b has dtype \w+; allowed for weights: float32, bfloat16, float16"
-    ):
+    with pytest.raises(InputError, match=r"w\.pt: b has dtype \w+; allowed for weights: float32, bfloat16, float16"):
         check_weights(state, "w.pt")
 
 

@@ -128,7 +128,7 @@ def load_weights(path: str | Path) -> InceptionWeights:
 def _read_graph(
     path: Path, names: list[str], shapes: dict[str, tuple[int, ...]]
 ) -> tuple[str, dict[str, torch.Tensor]]:
-    """Return the SHA-256 of a TensorFlow graph, and its tensors with the names and in the layout of the PyTorch port."""
+    """Return the SHA-256 of a TensorFlow graph, and its tensors with names and layout of the PyTorch port."""
     if path.stat().st_size > LARGEST_GRAPH:
         raise InputError(f"{path}: has more than {LARGEST_GRAPH} bytes; expected {GRAPH_NAME}")
     data = path.read_bytes()
