@@ -9,6 +9,7 @@ up to a minute for each file. Here the cache is read first, and one short reques
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import re
@@ -80,6 +81,13 @@ def hub_file(repo: str, filename: str, instead: str) -> Path:
 def _verify_cached(path: Path) -> None:
     """Raise InputError if a file of the hub's cache does not have the content that its name in the cache states."""
     blob = path.resolve()
+    state = blob.stat()
+    _verify_blob(path, blob, state.st_size, state.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=64)  # programs ask for the same file several times
+def _verify_blob(path: Path, blob: Path, size: int, changed: int) -> None:
+    """Do what `_verify_cached` does with a file that has this size and time of change."""
     if blob.parent.name != "blobs":  # a cache without links, as on Windows, does not keep the checksum
         return
     if re.fullmatch(r"[0-9a-f]{64}", blob.name):

@@ -120,6 +120,8 @@ def load_weights(path: str | Path) -> InceptionWeights:
             raise InputError(f"{path}: {name} has shape {tuple(tensor.shape)}, expected {shape}")
         check_weights({name: tensor}, path)
         tensors[name] = tensor.float()
+        if name.endswith("running_var") and (tensors[name] < 0).any():
+            raise InputError(f"{path}: {name} has negative numbers; a variance is not negative")
     check_finite(tensors, path)
     published = sha256 == GRAPH_SHA256 if is_graph else sha256.startswith(PORT_SHA256_START)
     return InceptionWeights(tensors, str(path), sha256, published)
