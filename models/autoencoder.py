@@ -27,7 +27,7 @@ from models.checksums import verify_file
 from models.codec_config import check_codec_config
 from models.hub import HubName, hub_folder, local_or_hub
 from models.safetensors_format import CODEC_FOLDER, CONFIG_FILE, PIPELINE_FILE, class_name
-from models.tensor_checks import TooLargeError, check_finite, check_weights, parameters_at_most
+from models.tensor_checks import LONGEST_NAME, TooLargeError, check_finite, check_weights, parameters_at_most
 from models.weights_file import mismatch, read_safetensors, some_of
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
@@ -102,7 +102,7 @@ class LatentFormat:
             raise InputError(
                 f"latent format {shown(fields)}: must have exactly the fields {', '.join(sorted(expected))}"
             )
-        if not isinstance(fields["codec"], str):
+        if not isinstance(fields["codec"], str) or len(fields["codec"]) > LONGEST_NAME:
             raise InputError(f"latent format {shown(fields)}: codec must be a name")
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
 

@@ -55,6 +55,7 @@ MOST_STEPS = 10**12
 # Settings of a run that programs read from a checkpoint, with their type. They may be missing.
 SETTING_KINDS = {
     "resolution": (int, "a whole number of px"),
+    "codec": (dict, "the description of a codec"),
     **dict.fromkeys(("model", "exp_name", "enc_type"), (str, "text")),
 }
 PLACES = "a checkpoint file, a run's folder, an exported network, or a repository of the hub (owner/name[/file.pt])"

@@ -100,7 +100,7 @@ def verify(file: IO[bytes], path: Path, digest: str | None = None) -> str | None
         return digest
     digest = digest or digest_of(file)
     if digest != recorded[0]:
-        raise InputError(f"{path}: damaged or changed; its SHA-256 is {digest}, but {recorded[1]} has {recorded[0]}")
+        raise InputError(f"{path}: damaged; its SHA-256 is {digest}, but {recorded[1]} has {recorded[0]}")
     return digest
 
 

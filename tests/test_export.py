@@ -18,6 +18,7 @@ from models.checkpoint import (
     load_with_digest,
     save_checkpoint,
 )
+from models.checksums import checksum_path
 from models.exported_codec import export_codec
 from tests.conftest import ROOT
 from tests.test_autoencoder import save_kl
@@ -98,7 +99,7 @@ def test_a_contradiction_in_an_export_is_refused(checkpoint, tmp_path):
     export.export(checkpoint, tmp_path / "folder")
     path = tmp_path / "folder" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "depth": 2}))
-    with pytest.raises(InputError, match=r"config\.json: damaged or changed; its SHA-256 is .*checksums\.sha256 has"):
+    with pytest.raises(InputError, match=r"config\.json: damaged; its SHA-256 is .*checksums\.sha256 has"):
         load_model(tmp_path / "folder")
     (tmp_path / "folder" / "checksums.sha256").unlink()
     with pytest.raises(InputError, match=r"config\.json: has depth 2, but the header of model\.safetensors has 3"):
@@ -121,7 +122,7 @@ def test_errors_name_the_damaged_file(checkpoint, tmp_path):
     path = tmp_path / "folder" / "model.safetensors"
     complete = path.read_bytes()
     path.write_bytes(complete[:-1] + bytes([complete[-1] ^ 1]))  # one bit
-    with pytest.raises(InputError, match=r"model\.safetensors: damaged or changed; its SHA-256 is .*checksums\.sha256"):
+    with pytest.raises(InputError, match=r"model\.safetensors: damaged; its SHA-256 is .*checksums\.sha256"):
         load_model(tmp_path / "folder")
     (tmp_path / "folder" / "checksums.sha256").unlink()
     for broken in (complete[: len(complete) // 2], b"", b"\xff" * 100):
@@ -171,6 +172,9 @@ def test_nothing_is_overwritten_and_errors_are_one_line(checkpoint, tmp_path):
     with pytest.raises(InputError, match="there is something already"):
         export.export(checkpoint, tmp_path / "there.safetensors")
     assert (tmp_path / "there.safetensors").read_bytes() == b"mine"
+    checksum_path(tmp_path / "new.safetensors").write_text("mine")
+    with pytest.raises(InputError, match=r"--dest .*new\.safetensors: .*new\.safetensors\.sha256 exists already"):
+        export.export(checkpoint, tmp_path / "new.safetensors")
     with pytest.raises(InputError, match=r"--dest .*there\.safetensors.* is not a writable folder"):
         export.export(tmp_path / "nowhere.pt", tmp_path / "there.safetensors" / "below")
     save_checkpoint(tmp_path / "odd.pt", {"args": argparse.Namespace()})
@@ -209,7 +213,7 @@ def test_one_bit_of_an_exported_file_is_noticed(checkpoint, tmp_path):
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    with pytest.raises(InputError, match=r"network\.safetensors: damaged or changed; .*safetensors\.sha256 has"):
+    with pytest.raises(InputError, match=r"network\.safetensors: damaged; .*safetensors\.sha256 has"):
         load_checkpoint(path)
 
 
@@ -222,7 +226,7 @@ def test_one_bit_of_an_exported_codec_is_noticed(tmp_path):
         path = tmp_path / "folder" / "vae" / name
         data = path.read_bytes()
         path.write_bytes(data[:-2] + bytes([data[-2] ^ 1]) + data[-1:])
-        with pytest.raises(InputError, match=rf"vae/{name}: damaged or changed; .*folder/checksums\.sha256 has"):
+        with pytest.raises(InputError, match=rf"vae/{name}: damaged; .*folder/checksums\.sha256 has"):
             load_codec(load_checkpoint(tmp_path / "folder")["args"].codec["codec"])
         path.write_bytes(data)
 
