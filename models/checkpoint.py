@@ -56,7 +56,7 @@ MOST_STEPS = 10**12
 SETTING_KINDS = {
     "resolution": (int, "a whole number of px"),
     "codec": (dict, "the description of a codec"),
-    **dict.fromkeys(("model", "exp_name", "enc_type"), (str, "text")),
+    **dict.fromkeys(("model", "enc_type"), (str, "text")),
 }
 PLACES = "a checkpoint file, a run's folder, an exported network, or a repository of the hub (owner/name[/file.pt])"
 
