@@ -8,6 +8,9 @@
 A .safetensors file contains both. A folder has the layout of the Hugging Face hub, and `REGPipeline.from_pretrained`
 generates images from it. All programs accept both in place of a checkpoint. A codec that is a local folder is copied
 into the export, to FOLDER/vae; the files of a codec that has a name are downloaded when they are needed.
+
+The SHA-256 of a file is in FILE.safetensors.sha256, those of a folder's files are in FOLDER/checksums.sha256. Both have
+the format of `sha256sum --check` and are compared when an export is loaded.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from models.checkpoint import (
     saved_settings,
     steps_done,
 )
+from models.checksums import checksum_path
 from models.exported_codec import export_codec
 from models.hub import FILE_ENDINGS
 from models.layouts import LAYOUTS
@@ -88,6 +92,8 @@ def export(ckpt: str | Path, dest: str | Path, weights: str = "ema", layout: str
         raise InputError(f"--dest {dest}: allowed: a name that ends in .safetensors, or the name of a folder")
     if (dest.exists() or dest.is_symlink()) and not (dest.is_dir() and not any(dest.iterdir())):
         raise InputError(f"--dest {dest}: there is something already; choose another name")
+    if dest.suffix == ".safetensors" and checksum_path(dest).exists():
+        raise InputError(f"--dest {dest}: {checksum_path(dest)} exists already; choose another name")
     check_writable(dest if dest.suffix == ".safetensors" else dest / CONFIG_FILE, "--dest")
     path = resolve_checkpoint(ckpt)  # once: training may add a newer one
     opened = Unchanged(files_of(path))

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import re
+import reprlib
 import secrets
 import signal
 import stat
@@ -72,6 +73,26 @@ def report_status(status: int) -> bool:
 def printable(text: str) -> str:
     """Return a text on one line: control characters (\\n) and bytes that are not UTF-8 (\\udce9) are escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+class _Short(reprlib.Repr):
+    """Shortens values; an object of another class is named by its class, because its own text may have any length."""
+
+    def repr_instance(self, x: Any, level: int) -> str:
+        is_plain = isinstance(x, bool | float | complex | bytes | None)
+        return repr(x)[: self.maxother] if is_plain else f"a {type(x).__name__}"
+
+
+_short = _Short()
+_short.maxlevel, _short.maxstring, _short.maxother = 2, 80, 80
+
+
+def shown(value: Any) -> str:
+    """Return a value of a file for an error message: on one line, shortened, and without running through all of it."""
+    try:
+        return printable(_short.repr(value))
+    except ValueError:  # a number of more than 4300 digits
+        return f"a very long {type(value).__name__}"
 
 
 def first_line(error: BaseException) -> str:

@@ -22,16 +22,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.io import InputError, read_json
+from common.io import InputError, memory_message, read_json, shown
+from models.checksums import verify_file
+from models.codec_config import check_codec_config
 from models.hub import HubName, hub_folder, local_or_hub
 from models.safetensors_format import CODEC_FOLDER, CONFIG_FILE, PIPELINE_FILE, class_name
-from models.weights_file import mismatch, some_of, unreadable
+from models.tensor_checks import LONGEST_NAME, TooLargeError, check_finite, check_weights, parameters_at_most
+from models.weights_file import mismatch, read_safetensors, some_of
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 NEEDED = f"the folder of a codec contains {CONFIG_FILE} and {WEIGHTS_FILE}"
 CLASSES = ("AutoencoderKL", "AutoencoderTiny")
 DECODED_PIXELS = 2**21  # in one call, 32 images of 256 px; far more would need activations of more than 2^31 values
 LOCAL_CODEC = "local folder "  # starts the name of a codec in an export that does not contain its files
+LARGEST_NUMBER = 4096  # of channels, and of pixels of one latent pixel
 SD_SCALE = 0.18215  # gives Stable Diffusion's latents about unit variance (arXiv 2112.10752, appendix G)
 
 
@@ -51,8 +55,9 @@ class LatentFormat:
 
     def __post_init__(self) -> None:
         codec, channels = f"codec {self.codec}", self.channels
-        if not all(isinstance(value, int) and value > 0 for value in (channels, self.factor)):
-            raise InputError(f"{codec}: channels {channels!r}, factor {self.factor!r}; allowed: whole numbers from 1")
+        if not all(type(value) is int and 0 < value <= LARGEST_NUMBER for value in (channels, self.factor)):
+            given = f"channels {shown(channels)}, factor {shown(self.factor)}"
+            raise InputError(f"{codec}: {given}; allowed: whole numbers from 1 to {LARGEST_NUMBER}")
         for name, allowed in (("scale", "finite numbers other than 0"), ("shift", "finite numbers")):
             value = getattr(self, name)
             if isinstance(value, tuple) and len(value) != channels:
@@ -61,7 +66,7 @@ class LatentFormat:
             for number in value if isinstance(value, tuple) else (value,):
                 is_number = isinstance(number, int | float) and not isinstance(number, bool)
                 if not is_number or not abs(number) <= sys.float_info.max or (name == "scale" and number == 0):
-                    raise InputError(f"{codec}: {name} has the value {number!r}; allowed: {allowed}")
+                    raise InputError(f"{codec}: {name} has the value {shown(number)}; allowed: {allowed}")
 
     def sample(self, moments: Tensor, noise: Tensor | None) -> Tensor:
         """Return latents (N, C, h, w) = (mean + std * noise - shift) * scale.
@@ -94,9 +99,11 @@ class LatentFormat:
             return SD_FORMAT
         expected = {field.name for field in dataclasses.fields(cls)}
         if not isinstance(fields, dict) or set(fields) != expected:
-            raise InputError(f"latent format {fields!r}: must have exactly the fields {', '.join(sorted(expected))}")
-        if not isinstance(fields["codec"], str):
-            raise InputError(f"latent format {fields!r}: codec must be a name")
+            raise InputError(
+                f"latent format {shown(fields)}: must have exactly the fields {', '.join(sorted(expected))}"
+            )
+        if not isinstance(fields["codec"], str) or len(fields["codec"]) > LONGEST_NAME:
+            raise InputError(f"latent format {shown(fields)}: codec must be a name")
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
 
 
@@ -274,15 +281,17 @@ def load_codec(name: str, device: str | torch.device = "cpu") -> Codec:
         return PixelCodec().to(device)
     spec = CODECS.get(name, CodecSpec(name))
     folder = _codec_folder(name, spec.source)
+    verify_file(folder / CONFIG_FILE)
     config = read_json(folder / CONFIG_FILE)
     found = class_name(config)
     if found not in CLASSES:
-        problem = f"the configuration of another class, {found}" if found else "names no class"
+        problem = f"the configuration of another class, {found!s:.80}" if found else "names no class"
         raise InputError(f"{folder / CONFIG_FILE}: {problem}; a codec is one of: {', '.join(CLASSES)}")
+    check_codec_config(config, folder / CONFIG_FILE)
     autoencoder = _load_autoencoder(folder, found)
     try:
         latent_format = _latent_format(name, spec, folder, config)
-    except (TypeError, ValueError, ZeroDivisionError) as error:
+    except (TypeError, ValueError, ArithmeticError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{folder / CONFIG_FILE}: scale, shift or blocks have impossible values") from error
@@ -333,22 +342,29 @@ def _load_autoencoder(folder: Path, kind: str) -> nn.Module:
         others = sorted(path.name for path in folder.glob("*") if path.suffix in (".bin", ".safetensors", ".pt"))
         found = f"; the folder has {', '.join(others)}" if others else ""
         raise InputError(f"codec {folder}: has no {WEIGHTS_FILE}; {NEEDED}{found}")
+    if (index := folder / f"{WEIGHTS_FILE}.index.json").exists():
+        raise InputError(f"{index}: weights in several files; allowed: only {WEIGHTS_FILE}, remove the index")
     import diffusers
-    from safetensors import SafetensorError
 
+    verify_file(weights)
+    check_weights(read_safetensors(weights)[0], weights)
     diffusers.logging.set_verbosity_error()  # the check below replaces its warnings
     try:
-        autoencoder, report = getattr(diffusers, kind).from_pretrained(
-            folder, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False, output_loading_info=True
-        )
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{weights}: {unreadable(weights, 'safetensors file')}") from error
-    except (ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
+        with parameters_at_most(weights.stat().st_size):
+            autoencoder, report = getattr(diffusers, kind).from_pretrained(
+                folder, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False, output_loading_info=True
+            )
+    except TooLargeError as error:
+        raise InputError(f"{folder / CONFIG_FILE}: describes more parameters than {weights} has") from error
+    except Exception as error:  # diffusers can raise any for settings that are not possible
+        if memory_message(error):
+            raise
         why = mismatch(error) or "the settings in that file are not possible"
         raise InputError(f"{weights}: does not fit {kind} of its {CONFIG_FILE}; {why}") from error
     if problems := {what: keys for what, keys in report.items() if keys}:
         why = "; ".join(f"{what.removesuffix('_keys')}: {some_of(map(str, keys))}" for what, keys in problems.items())
         raise InputError(f"{weights}: does not fit {kind} of its {CONFIG_FILE}; {why}")
+    check_finite(autoencoder.state_dict(), weights)
     return autoencoder
 
 

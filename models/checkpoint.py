@@ -15,10 +15,9 @@ checksums inside the zip.
 from __future__ import annotations
 
 import argparse
-import hashlib
-import io
 import os
 import re
+import warnings
 import zipfile
 from pathlib import Path
 from typing import IO, Any
@@ -27,13 +26,24 @@ import torch
 from torch import Tensor
 
 from common.classes import ClassSet
-from common.io import InputError, atomic_write, sha256_of
+from common.io import InputError, atomic_write, sha256_of, shown
+from models.checksums import (
+    HashingFile,
+    checksum_path,
+    digest_of,
+    read_open,
+    recorded_checksum,
+    verify,
+    write_checksum,
+)
 from models.exported_codec import hub_export
+from models.field_checks import LARGEST_SIZE
 from models.hub import hub_file, local_or_hub
 from models.interpolant import PATHS
 from models.layouts import check_layout, from_sit, plain_names
 from models.safetensors_format import is_exported, read_network, weights_file
 from models.sit import ENCODER_DEPTHS, PRESETS, SiT, SiTConfig
+from models.tensor_checks import check_finite, check_weights
 from models.weights_file import mismatch, read_weights_file
 
 CHECKPOINT_NAME = re.compile(r"(\d{7,})\.pt")
@@ -41,6 +51,13 @@ OLD_BLOCKS = "decoder_blocks."  # name of the blocks after the projectors in old
 OLD_BLOCK = re.compile(r"^decoder_blocks\.(\d+)\.")
 BLOCK_WEIGHT = re.compile(r"(?:decoder_)?blocks\.\d{1,6}\..+")
 MOST_SHOWN = 6  # names in an error
+MOST_STEPS = 10**12
+# Settings of a run that programs read from a checkpoint, with their type. They may be missing.
+SETTING_KINDS = {
+    "resolution": (int, "a whole number of px"),
+    "codec": (dict, "the description of a codec"),
+    **dict.fromkeys(("model", "enc_type"), (str, "text")),
+}
 PLACES = "a checkpoint file, a run's folder, an exported network, or a repository of the hub (owner/name[/file.pt])"
 
 
@@ -51,17 +68,11 @@ def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
     """
     path = Path(path)
     with atomic_write(path) as file:
-        hashing = _HashingFile(file)
+        hashing = HashingFile(file)
         torch.save(content, hashing)
         # Remove the checksum of the old file before the new file gets its name.
         checksum_path(path).unlink(missing_ok=True)
-    with atomic_write(checksum_path(path), "w") as file:
-        file.write(f"{hashing.digest.hexdigest()}  {path.name}\n")
-
-
-def checksum_path(path: Path) -> Path:
-    """Return the path of a checkpoint's checksum."""
-    return path.with_name(path.name + ".sha256")
+    write_checksum(path, hashing.digest.hexdigest())
 
 
 def verify_checkpoint(path: str | Path) -> None:
@@ -72,34 +83,34 @@ def verify_checkpoint(path: str | Path) -> None:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint file")
+    read_open(path, lambda file: _verify(file, path))
+
+
+def _verify(file: IO[bytes], path: Path) -> str | None:
+    """Do what `verify_checkpoint` does with an open file; return its SHA-256 if it has a checksum."""
+    if (digest := verify(file, path)) is not None:
+        return digest
     try:
-        if checksum_path(path).exists():
-            found, expected = sha256_of(path), _recorded_sum(path)
-            if found != expected:
-                raise InputError(f"{path}: damaged; its SHA-256 is {found}, but {checksum_path(path)} has {expected}")
-        elif zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
                 if (name := archive.testzip()) is not None:
                     raise InputError(f"{path}: damaged; the checksum of {name} in it is wrong")
     except InputError:
         raise
     except Exception as error:  # a damaged zip can fail in any way
         raise InputError(f"{path}: damaged or truncated, it cannot be read completely") from error
+    return None
 
 
 def checkpoint_digest(path: str | Path) -> str:
     """Return the SHA-256 of the file with a network's weights, which identifies the network in any folder.
 
     A recorded checksum is returned without reading the checkpoint, so the caller has to verify the checkpoint first.
+    The digest belongs to the file that has the name now; `load_with_digest` returns that of the file it reads.
     """
-    path = resolve_checkpoint(path)
-    if is_exported(path):
-        return sha256_of(weights_file(path))
-    return _recorded_sum(path) if checksum_path(path).exists() else sha256_of(path)
-
-
-def _recorded_sum(path: Path) -> str:
-    return checksum_path(path).read_text(encoding="utf-8", errors="replace").split(" ")[0]
+    path = weights_file(resolve_checkpoint(path))
+    recorded = recorded_checksum(path)
+    return recorded[0] if recorded else sha256_of(path)
 
 
 def resolve_checkpoint(name: str | Path) -> Path:
@@ -143,19 +154,38 @@ def load_checkpoint(name: str | Path, verify: bool = True, layout: str = "auto")
     Raises InputError if the file does not exist, is damaged, truncated or of another kind, or contains anything but
     tensors, plain Python values, Namespaces, paths and NumPy scalars.
     """
-    path = resolve_checkpoint(name)
+    return _load(resolve_checkpoint(name), verify, layout)[0]
+
+
+def load_with_digest(name: str | Path, layout: str = "auto") -> tuple[dict[str, Any], str]:
+    """Return what `load_checkpoint` returns, and the SHA-256 of the file that was read, see `checkpoint_digest`.
+
+    Both belong to one open file, also if another process gives its name to a new file meanwhile.
+    """
+    return _load(resolve_checkpoint(name), True, layout, with_digest=True)
+
+
+def _load(path: Path, verified: bool, layout: str, with_digest: bool = False) -> tuple[dict[str, Any], str]:
+    """Return the content of a checkpoint or an export, and its SHA-256, "" if that is not needed."""
     if is_exported(path):
-        content = read_network(path)
+        content, digest = read_network(path, verified, with_digest)
+    elif not path.is_file():
+        raise InputError(f"{path}: no such checkpoint file")
     else:
-        if verify:
-            verify_checkpoint(path)
-        content = read_weights_file(path)
+        content, digest = read_open(path, lambda file: _read(file, path, verified, with_digest))
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds a {type(content).__name__}; expected a dict with model, ema, opt, args, steps")
     if layout == "sit":
-        return from_sit(content, path)
+        return from_sit(content, path), digest
     check_layout(content, path, layout)
-    return content
+    return content, digest
+
+
+def _read(file: IO[bytes], path: Path, verified: bool, with_digest: bool) -> tuple[Any, str]:
+    digest = _verify(file, path) if verified else None
+    if with_digest and digest is None:
+        digest = digest_of(file)
+    return read_weights_file(path, file, check_crc=False), digest or ""
 
 
 def list_checkpoints(folder: str | Path) -> list[Path]:
@@ -169,21 +199,26 @@ def saved_settings(checkpoint: dict[str, Any], source: str | Path = "checkpoint"
 
     Raises InputError if `args` is of another type, or if its path between data and noise is unknown.
     """
-    settings = checkpoint.get("args") or {}
+    settings = {} if (args := checkpoint.get("args")) is None else args
     if not isinstance(settings, argparse.Namespace | dict):
         raise InputError(f"{source}: args is a {type(settings).__name__}; expected an argparse.Namespace")
     settings = settings if isinstance(settings, dict) else vars(settings)
     path_type = settings.get("path_type", PATHS[0])
-    if path_type not in PATHS:
-        raise InputError(f"{source}: its path_type {path_type!r} is unknown; allowed: {', '.join(PATHS)}")
+    if not isinstance(path_type, str) or path_type not in PATHS:
+        raise InputError(f"{source}: its path_type {shown(path_type)} is unknown; allowed: {', '.join(PATHS)}")
+    if tensor := next((name for name, value in settings.items() if isinstance(value, Tensor)), None):
+        raise InputError(f"{source}: the setting {tensor} of its run is a tensor; expected a number or text")
+    for name, (kind, expected) in SETTING_KINDS.items():
+        if (value := settings.get(name)) is not None and (type(value) is not kind or (kind is int and value < 1)):
+            raise InputError(f"{source}: the setting {name} of its run is {shown(value)}; expected {expected}")
     return settings
 
 
 def steps_done(checkpoint: dict[str, Any], source: str | Path = "checkpoint") -> int:
     """Return the number of optimizer steps of a checkpoint, 0 if it has none. Raises InputError for another type."""
     steps = checkpoint.get("steps", 0)
-    if not isinstance(steps, int) or steps < 0:
-        raise InputError(f"{source}: its steps are {steps!r}; expected a whole number from 0")
+    if type(steps) is not int or not 0 <= steps <= MOST_STEPS:
+        raise InputError(f"{source}: its steps are {shown(steps)}; expected a whole number from 0")
     return steps
 
 
@@ -194,6 +229,14 @@ def checkpoint_classes(checkpoint: dict[str, Any], num_classes: int, source: str
     """
     if (entry := checkpoint.get("classes")) is None:
         return ClassSet.of_network(num_classes)
+    labels, names = (entry.get("labels"), entry.get("names")) if isinstance(entry, dict) else (None, None)
+    are_labels = isinstance(labels, list) and all(type(label) is int and label <= LARGEST_SIZE for label in labels)
+    if (
+        not are_labels
+        or not isinstance(names, list | tuple | None)
+        or not all(type(name) is str for name in names or ())
+    ):
+        raise InputError(f'{source}: its classes are {shown(entry)}; expected {{"labels": [...], "names": [...]}}')
     try:
         classes = ClassSet.from_json(entry)
     except InputError as error:
@@ -220,7 +263,7 @@ def network_weights(
 
 def is_legacy(checkpoint: dict[str, Any]) -> bool:
     """Return whether the weights have the older REPA layout, with `decoder_blocks`."""
-    state = checkpoint.get("ema") or checkpoint.get("model") or checkpoint
+    state = next((checkpoint[key] for key in ("ema", "model") if isinstance(checkpoint.get(key), dict)), checkpoint)
     return any(str(key).startswith(OLD_BLOCKS) for key in state)
 
 
@@ -244,7 +287,9 @@ def network_config(checkpoint: dict[str, Any], weights: str = "ema", source: str
         raise InputError(f"{source}: {error}") from error
     for name, value in known.items():
         if name != "mlp_ratio" and getattr(config, name) != value:  # `load_state_dict` compares the width of the MLPs
-            raise InputError(f"{source}: network has {name} {getattr(config, name)}, but the weights have {value}")
+            raise InputError(
+                f"{source}: network has {name} {shown(getattr(config, name))}, but the weights have {value}"
+            )
     return config
 
 
@@ -258,16 +303,19 @@ def build_model(
     """Return the network of a loaded checkpoint, frozen, in eval mode and with float32 weights.
 
     The arguments are those of `network_weights` and `SiT`.
-    Raises InputError if the weights are missing or do not fit the network.
+    Raises InputError if the weights are missing, do not fit the network or are not finite.
     """
     config, state = network_config(checkpoint, weights, source), network_weights(checkpoint, weights, source)
     try:
-        with torch.device("meta"):  # no time is spent on random weights
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about copies to the meta device
             model = SiT(config, fused_attn)
-        model.to_empty(device=device).load_state_dict(state, strict=True)
+            model.load_state_dict(state, strict=True)  # compares names and shapes before memory is taken
     except (RuntimeError, ValueError, TypeError, OverflowError) as error:
-        why = mismatch(error) or f"sizes that are not possible: {config}"
+        why = mismatch(error) or f"sizes that are not possible: {shown(config)}"
         raise InputError(f"{source}: the weights do not fit the network that it describes; {why}") from error
+    model.to_empty(device=device).load_state_dict(state, strict=True)
+    check_finite(dict(model.named_parameters()), source)
     return model.eval().requires_grad_(False)
 
 
@@ -292,9 +340,8 @@ def _stored_weights(checkpoint: dict[str, Any], weights: str, source: str | Path
         other = "model" if weights == "ema" else "ema"
         hint = f"; --weights {other} takes its {other} weights" if isinstance(checkpoint.get(other), dict) else ""
         raise InputError(f"{source}: no {weights} weights of a SiT in it; it holds {keys}{hint}")
-    for name, value in state.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise InputError(f"{source}: {name} in its weights is a {type(value).__name__}; expected a tensor")
+    check_weights(state, source)
+    for name in state:
         if name.startswith(("blocks.", OLD_BLOCKS)) and not BLOCK_WEIGHT.fullmatch(name):
             raise InputError(f"{source}: {name} is not a weight of a block; expected blocks.NUMBER.NAME")
     return state
@@ -348,18 +395,3 @@ def _complete(fields: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any
 def _plain_blocks(state: dict[str, Tensor]) -> int:
     """Return the number of blocks named `blocks.N`."""
     return 1 + max((int(name.split(".")[1]) for name in state if name.startswith("blocks.")), default=-1)
-
-
-class _HashingFile(io.RawIOBase):
-    """Writes to an open file and computes the SHA-256 of the written bytes."""
-
-    def __init__(self, file: IO[bytes]):
-        self.file = file
-        self.digest = hashlib.sha256()
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        self.digest.update(data)
-        return self.file.write(data)

@@ -7,87 +7,39 @@ The class token is taken after the network's last norm, as REG does with DINOv2 
 where REPA takes them: before the last norm for CLIP (its ln_post) and MAE, after it for the others. The option `tokens`
 of a name selects the other: `clip-vit-L:tokens=after-norm`.
 
-To add an encoder, add a line to `ENCODERS`, or name any timm model: `timm/<model name>`.
+To add an encoder, add a line to `ENCODERS` in encoder_table.py, or name any timm model: `timm/<model name>`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
 import math
+import re
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.io import InputError
+from common.io import InputError, memory_message
+from models.checksums import read_open, verify
+from models.encoder_table import AFTER_NORM, BEFORE_NORM, ENCODERS, EncoderSpec, parse_options
 from models.hub import hub_file, local_or_hub, url_file
 from models.layouts import plain_names
-from models.weights_file import mismatch, read_weights_file, unreadable
+from models.tensor_checks import TooLargeError, check_finite, check_weights, parameters_at_most
+from models.weights_file import mismatch, read_safetensors, read_weights_file
 
 Device = str | torch.device
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 # Functions of timm.models.efficientnet that accept `channel_multiplier`, which the models with a name fix.
 WIDTH_GENERATORS = {"mobilenetv1": "_gen_mobilenet_v1", "mobilenetv2": "_gen_mobilenet_v2"}
+MOST_PARAMETERS = 2**34  # of an encoder with random weights; the largest of timm have 2**33
+POSITION_VALUES = 2**26  # of a table of positions, which is resampled: 16,384 tokens of width 4096
 CLIP_PROJECTION = "visual.proj"  # to the space shared with texts, the classifier in OpenAI's layout
-BEFORE_NORM, AFTER_NORM = TOKENS = ("before-norm", "after-norm")  # where patch tokens are taken: at the last norm
 BASE_RESOLUTION = 256  # images of this size are resized to an encoder's `input_size`, other images in proportion
-
-
-@dataclasses.dataclass(frozen=True)
-class EncoderSpec:
-    """One encoder: the name of its timm model, its input size in px for images of 256 px, and differences from timm.
-
-    `mean` and `std` default to those of the timm model. `prefix` precedes the parameter names in checkpoints of the
-    original authors. `local_only` encoders have no weights on the hub and need a file. `tokens` says where the patch
-    tokens are taken. `options` are arguments of `timm.create_model`.
-    """
-
-    model: str
-    input_size: int | None = None
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    prefix: str = ""
-    local_only: bool = False
-    tokens: str = AFTER_NORM
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-
-# Checkpoints of MoCo v3 contain two networks and a predictor.
-MOCO = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "prefix": "module.base_encoder.", "local_only": True}
-# input_size gives 16 x 16 tokens for images of 256 px: 224 with patches of 14 px, 256 with patches of 16 px.
-# The first names are suggested first.
-ENCODERS = {
-    "dinov2-vit-b": EncoderSpec("vit_base_patch14_dinov2.lvd142m", 224),  # the encoder of the paper
-    "dinov2-vit-s": EncoderSpec("vit_small_patch14_dinov2.lvd142m", 224),
-    "dinov2-vit-l": EncoderSpec("vit_large_patch14_dinov2.lvd142m", 224),
-    "dinov2-vit-g": EncoderSpec("vit_giant_patch14_dinov2.lvd142m", 224),
-    "dinov2reg-vit-s": EncoderSpec("vit_small_patch14_reg4_dinov2.lvd142m", 224),
-    "dinov2reg-vit-b": EncoderSpec("vit_base_patch14_reg4_dinov2.lvd142m", 224),
-    "dinov2reg-vit-l": EncoderSpec("vit_large_patch14_reg4_dinov2.lvd142m", 224),
-    "dinov2reg-vit-g": EncoderSpec("vit_giant_patch14_reg4_dinov2.lvd142m", 224),
-    "dinov3-vit-s": EncoderSpec("vit_small_patch16_dinov3.lvd1689m", 256),
-    "dinov3-vit-b": EncoderSpec("vit_base_patch16_dinov3.lvd1689m", 256),
-    "dinov3-vit-l": EncoderSpec("vit_large_patch16_dinov3.lvd1689m", 256),
-    "dinov1-vit-b": EncoderSpec("vit_base_patch16_224.dino", 256),
-    # OpenAI trained with QuickGELU; timm's model without `quickgelu` uses another GELU with the same weights.
-    "clip-vit-b": EncoderSpec("vit_base_patch16_clip_quickgelu_224.openai", 256, tokens=BEFORE_NORM),
-    "clip-vit-L": EncoderSpec("vit_large_patch14_clip_quickgelu_224.openai", 224, tokens=BEFORE_NORM),
-    "mae-vit-b": EncoderSpec("vit_base_patch16_224.mae", 256, tokens=BEFORE_NORM),
-    "mae-vit-l": EncoderSpec("vit_large_patch16_224.mae", 256, tokens=BEFORE_NORM),
-    "mocov3-vit-s": EncoderSpec("vit_small_patch16_224", 256, **MOCO, options={"num_heads": 12}),  # heads of 32
-    "mocov3-vit-b": EncoderSpec("vit_base_patch16_224", 256, **MOCO),
-    "mocov3-vit-l": EncoderSpec("vit_large_patch16_224", 256, **MOCO),
-    "jepa-vit-h": EncoderSpec("vit_huge_patch14_gap_224.in1k_ijepa", 224),
-    "siglip-vit-b": EncoderSpec("vit_base_patch16_siglip_256.webli", 256),
-    "siglip2-vit-b": EncoderSpec("vit_base_patch16_siglip_256.v2_webli", 256),
-}
 
 
 class EncoderOutput(NamedTuple):
@@ -221,7 +173,7 @@ def load_encoder(spec: str, resolution: int, weights: str | Path | None = None, 
     spec: a name of `ENCODERS` or `timm/<model name>`, optionally followed by options `:key=value`. `input` is the input
     size in px (default: that of the encoder, times resolution/256); `mean` and `std` are the normalization (one number,
     or three numbers separated by slashes); `tokens` is before-norm or after-norm, where the patch tokens are taken;
-    all other keys are arguments of `timm.create_model`.
+    the others in `OPTIONS` are arguments of the timm model that describe its architecture.
     weights: a safetensors or PyTorch file in the layout of timm or of the authors (DINOv2, MAE, MoCo v3, I-JEPA, CLIP),
     local or on the hub (`owner/name/file`). Position tables are resampled to the grid.
     Raises InputError if the encoder or an option is unknown, the weights do not fit, or the hub is unreachable.
@@ -252,16 +204,11 @@ def _resolve(spec: str, resolution: int) -> tuple[EncoderSpec, int]:
     else:
         allowed = ", ".join((*ENCODERS, "timm/<model name>"))
         raise InputError(f"encoder {name!r}: unknown{_suggestion(name, ENCODERS)}; allowed: {allowed}")
-    given = dict(_parse_option(spec, option) for option in options)
+    given = parse_options(spec, options)
     fixed_input = given.pop("input", None)
-    normalization = {key: _three_numbers(spec, key, given.pop(key)) for key in ("mean", "std") if key in given}
-    tokens = given.pop("tokens", line.tokens)
-    if tokens not in TOKENS:
-        raise InputError(f"encoder {spec}: tokens={tokens}; allowed: {', '.join(TOKENS)}")
-    line = dataclasses.replace(line, **normalization, tokens=tokens, options={**line.options, **given})
+    fields = {key: given.pop(key) for key in ("mean", "std", "tokens") if key in given}
+    line = dataclasses.replace(line, **fields, options={**line.options, **given})
     if fixed_input is not None:
-        if not isinstance(fixed_input, int) or fixed_input < 1:
-            raise InputError(f"encoder {spec}: input={fixed_input}; allowed: a whole number of px")
         return line, fixed_input
     input_size = line.input_size or _pretrained_cfg(line.model).input_size[-1]
     if input_size * resolution % BASE_RESOLUTION:
@@ -294,29 +241,6 @@ def name_with_tokens(specs: str, default: str | None = None) -> str:
     return ",".join(names)
 
 
-def _parse_option(spec: str, option: str) -> tuple[str, Any]:
-    """Return key and value of `key=value`, the value as bool, int, float or, if it is none of these, as a string."""
-    key, separator, text = option.partition("=")
-    if not separator or not key.isidentifier():
-        raise InputError(f"encoder {spec}: option {option!r}; allowed: key=value")
-    if text.lower() in ("true", "false"):
-        return key, text.lower() == "true"
-    for number in (int, float):
-        with contextlib.suppress(ValueError):
-            return key, number(text)
-    return key, text
-
-
-def _three_numbers(spec: str, key: str, value: Any) -> tuple[float, ...]:
-    try:
-        numbers = tuple(float(part) for part in str(value).split("/"))
-    except ValueError:
-        numbers = ()
-    if len(numbers) not in (1, 3) or (key == "std" and not all(number > 0 for number in numbers)):
-        raise InputError(f"encoder {spec}: {key}={value}; allowed: one number, or three with slashes (std above 0)")
-    return numbers * (3 // len(numbers))
-
-
 def _pretrained_cfg(model: str) -> Any:
     """Return timm's settings of a model: input size, mean, std, classifier, and address of its weights."""
     import timm
@@ -337,9 +261,6 @@ def _hub_weights(spec: str, line: EncoderSpec) -> Path:
 
 def _read_weights(name: str | Path, line: EncoderSpec) -> dict[str, Any]:
     """Return the parameters of a file without the classifier, in the file's layout. Code in a file is never run."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     path = local_or_hub(name, "a safetensors or PyTorch file, local or on the hub (owner/name/file)", "--enc-weights")
     if not isinstance(path, Path):
         instead = f"There is no local file {name} either"
@@ -347,11 +268,9 @@ def _read_weights(name: str | Path, line: EncoderSpec) -> dict[str, Any]:
     if path.is_dir():
         raise InputError(f"--enc-weights {path}: is a folder; allowed: a safetensors or PyTorch file")
     try:
-        checkpoint = load_file(path) if path.suffix == ".safetensors" else read_weights_file(path)
+        checkpoint = read_open(path, lambda file: _content(path, file))
     except InputError as error:
         raise InputError(f"--enc-weights {error}") from error
-    except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"--enc-weights {path}: {unreadable(path, 'safetensors file')}") from error
     for wrapper in ("state_dict", "model"):
         if isinstance(checkpoint, dict) and isinstance(checkpoint.get(wrapper), dict):
             checkpoint = checkpoint[wrapper]
@@ -364,7 +283,16 @@ def _read_weights(name: str | Path, line: EncoderSpec) -> dict[str, Any]:
     state = {key: value for key, value in checkpoint.items() if not key.startswith(heads)}
     if not state:
         raise InputError(f"--enc-weights {path}: holds no parameters of a network without its classifier")
+    check_weights(state, f"--enc-weights {path}", floats_only=False)
     return state
+
+
+def _content(path: Path, file: IO[bytes]) -> Any:
+    """Return what an open file of weights holds, after comparing it with its checksum if there is one."""
+    has_sum = verify(file, path) is not None
+    return (
+        read_safetensors(path, file)[0] if path.suffix == ".safetensors" else read_weights_file(path, file, not has_sum)
+    )
 
 
 def _build(
@@ -386,12 +314,27 @@ def _build(
         model, _, tag = model.partition(".")
         options["pretrained_cfg"] = tag or None
     try:
-        network = create(model, pretrained=state is not None, **options)
-    except (TypeError, ValueError, RuntimeError, AssertionError, KeyError) as error:
+        with parameters_at_most(_limit(state)):
+            network = create(model, pretrained=state is not None, **options)
+    except TooLargeError as error:
+        whose = f"the file {source} has weights for" if state else "are allowed"
+        raise InputError(f"encoder {spec}: its options describe more parameters than {whose}") from error
+    except Exception as error:  # timm's models do not agree on the errors that they raise
+        if memory_message(error):
+            raise
         culprit = f"--enc-weights {source}: does not fit encoder {spec}" if state else f"encoder {spec}"
-        raise InputError(f"{culprit}: {mismatch(error) or _brief(error)}") from error
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        why = f"this model has no option {unknown[1]}" if unknown else "its options do not fit this model"
+        raise InputError(f"{culprit}: {mismatch(error) or why}") from error
     network.pretrained_cfg["state_dict"] = None  # a second copy of all parameters
+    if state:
+        check_finite(network.state_dict(), f"--enc-weights {source}")
     return Encoder(spec, network, input_size, line.mean or cfg.mean, line.std or cfg.std, line.tokens)
+
+
+def _limit(state: dict[str, Any] | None) -> int:
+    """Return how many parameters a network may have. Tables of positions may be larger than in the file."""
+    return MOST_PARAMETERS if state is None else 2 * sum(value.numel() for value in state.values()) + POSITION_VALUES
 
 
 def _brief(error: Exception) -> str:

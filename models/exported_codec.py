@@ -13,6 +13,7 @@ from typing import Any
 
 from common.io import InputError, atomic_write, read_json
 from models.autoencoder import CODECS, CONFIG_FILE, LOCAL_CODEC, NEEDED, WEIGHTS_FILE, LatentFormat
+from models.checksums import verify_file
 from models.hub import HubName, hub_folder
 from models.safetensors_format import CODEC_FOLDER
 from models.safetensors_format import WEIGHTS_FILE as NETWORK_FILE
@@ -38,6 +39,7 @@ def export_codec(latent_format: LatentFormat, dest: Path) -> dict[str, Any]:
     for file in CODEC_FILES:
         if not (folder / file).is_file():
             raise InputError(f"{folder / file}: no such file; {NEEDED}")
+        verify_file(folder / file)
     for file in CODEC_FILES:
         with open(folder / file, "rb") as source, atomic_write(dest / CODEC_FOLDER / file) as copy:
             shutil.copyfileobj(source, copy)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from models.sit import SiT, SiTOutput
+from models.tensor_checks import check_finite, dtype_name
 
 NETWORK_DTYPES = {"float32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 WARM_UP_CALLS = 3  # before a capture, because libraries choose kernels and allocate memory in the first calls
@@ -21,11 +22,13 @@ def convert(model: SiT, dtype: torch.dtype) -> SiT:
 
     bfloat16 has 8 bits of precision: two consecutive times of 250 steps can be equal in it. The embedder is called once
     for a complete batch, so its float32 costs no time.
+    Raises InputError if a weight is too large for `dtype`; float16 ends at 65504.
     """
     for part in model.children():
         if part is not model.t_embedder:
             part.to(dtype)
     model.pos_embed.data = model.pos_embed.to(dtype)
+    check_finite(dict(model.named_parameters()), f"weights converted to {dtype_name(dtype)}")
     return model
 
 

@@ -8,6 +8,7 @@ weights exactly. Everything else that is recognised here is refused, with a sent
 
 from __future__ import annotations
 
+import argparse
 import math
 import re
 import shlex
@@ -18,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.io import InputError
+from common.io import InputError, printable, shown
 from models.sit import PRESETS, TimestepEmbedder
+from models.tensor_checks import check_weights
 
 LAYOUTS = ("auto", "reg", "sit")
 PREFIXES = re.compile(r"^(module\.|_orig_mod\.)+|\b_orig_mod\.")  # of DistributedDataParallel and torch.compile
@@ -68,7 +70,9 @@ def check_layout(content: Mapping[str, Any], source: str | Path, layout: str = "
             f"are converted by `{export_command(source, 'sit')}`. DiT's predict noise at discrete steps and cannot be "
             "used"
         )
-    is_ours = any(name.startswith(OWN_PARTS) for name in names) or content.get("args") or content.get("network")
+    parts = [content.get(name) for name in ("args", "network")]
+    has_settings = any(isinstance(part, argparse.Namespace) or (isinstance(part, dict) and part) for part in parts)
+    is_ours = any(name.startswith(OWN_PARTS) for name in names) or has_settings
     if layout != "reg" and not is_ours and "x_embedder.proj.weight" in state:
         raise InputError(
             f"{source}: weights of a SiT without projectors, class token and settings, so the direction of time is "
@@ -106,17 +110,21 @@ def from_sit(content: Mapping[str, Any], source: str | Path) -> dict[str, Any]:
     """
     state = stored_state(content)
     own = next((name for name in state if isinstance(name, str) and name.startswith(OWN_PARTS)), None)
-    if own or content.get("network"):
+    if own or content.get("network") is not None:
         what = own or "the entry network"
         raise InputError(f"--layout sit: {source} has {what}, which SiT's own weights do not have; leave --layout out")
     if Path(source).name.lower().startswith("dit"):
         raise InputError(f"--layout sit: {source} is DiT's by its name; DiT predicts noise at discrete steps")
-    given = content.get("args") or {}
-    given = given if isinstance(given, dict) else vars(given)
+    given = content.get("args")
+    given = vars(given) if isinstance(given, argparse.Namespace) else given if isinstance(given, dict) else {}
     for setting, only in (("path_type", "linear"), ("prediction", "velocity")):
         value = given.get(setting, only)
-        if str(value).lower() != only:
-            raise InputError(f"--layout sit: {source} was trained with {setting} {value}; allowed: {only}")
+        if not isinstance(value, str) or value.lower() != only:
+            found = printable(value[:80]) if isinstance(value, str) else shown(value)
+            raise InputError(f"--layout sit: {source} was trained with {setting} {found}; allowed: {only}")
+    for tensors in (content.get("ema"), content.get("model"), state):
+        if isinstance(tensors, dict):
+            check_weights({name: value for name, value in tensors.items() if isinstance(value, Tensor)}, source)
     try:
         parts = {name: plain_names(content[name]) for name in ("ema", "model") if isinstance(content.get(name), dict)}
         converted = {name: _reversed(part) for name, part in (parts or {"ema": state}).items()}

@@ -30,6 +30,7 @@ from models.checkpoint import build_model, checkpoint_classes, load_checkpoint, 
 from models.interpolant import Interpolant
 from models.safetensors_format import CODEC_FOLDER, KEPT_SETTINGS, export_config, write_network
 from models.sit import SiT
+from models.tensor_checks import check_finite
 from samplers import Guidance, image_seeds, sample_images
 
 BATCH_SIZE = 32  # the images do not depend on it
@@ -106,6 +107,7 @@ class REGPipeline(DiffusionPipeline):
         """Move or convert the pipeline, as diffusers does. The time embedder stays float32, see `inference.convert`."""
         super().to(*args, **kwargs)
         self.transformer.t_embedder.float()
+        check_finite(dict(self.transformer.named_parameters()), "weights of the pipeline")  # float16 ends at 65504
         return self
 
     @torch.no_grad()

@@ -3,6 +3,8 @@
     NETWORK.safetensors                      one file, with the configuration in its header
     FOLDER/model.safetensors, config.json    two files, as on the Hugging Face hub; vae/: a codec without a name
 
+Their SHA-256 is in NETWORK.safetensors.sha256, or in FOLDER/checksums.sha256, and is compared when they are read.
+
 The configuration contains the fields of `SiTConfig`, and the classes and the codec of the training data. Both files are
 plain data; reading them never executes code.
 """
@@ -13,13 +15,24 @@ import argparse
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from torch import Tensor
 
-from common.io import InputError, atomic_write, read_json, write_json
+from common.io import InputError, atomic_write, parse_json, printable, read_json, shown, write_json
+from models.checksums import (
+    FOLDER_CHECKSUMS,
+    HashingFile,
+    checksum_path,
+    digest_of,
+    read_open,
+    verify,
+    verify_file,
+    write_checksum,
+    write_folder_checksums,
+)
 from models.sit import SiTConfig
-from models.weights_file import unreadable
+from models.weights_file import read_safetensors
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -65,42 +78,71 @@ def write_network(path: str | Path, state: dict[str, Tensor], config: dict[str, 
     size = int.from_bytes(data[:8], "little")
     header = json.dumps(json.loads(data[8 : 8 + size]), sort_keys=True).encode()
     header += b" " * (-len(header) % 8)
-    if path.suffix != ".safetensors":
-        write_json(path / CONFIG_FILE, config)
-        path = path / WEIGHTS_FILE
+    folder = None if path.suffix == ".safetensors" else path
+    if folder:
+        (folder / FOLDER_CHECKSUMS).unlink(missing_ok=True)  # of files that are replaced now
+        write_json(folder / CONFIG_FILE, config)
+        path = folder / WEIGHTS_FILE
     with atomic_write(path) as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        file.write(memoryview(data)[8 + size :])
+        hashing = HashingFile(file)
+        hashing.write(len(header).to_bytes(8, "little") + header)
+        hashing.write(memoryview(data)[8 + size :])
+        checksum_path(path).unlink(missing_ok=True)
+    if folder:
+        codec = sorted(f"{CODEC_FOLDER}/{file.name}" for file in (folder / CODEC_FOLDER).glob("*") if file.is_file())
+        write_folder_checksums(folder, [CONFIG_FILE, WEIGHTS_FILE, *codec])
+    else:
+        write_checksum(path, hashing.digest.hexdigest())
 
 
-def read_network(path: str | Path) -> dict[str, Any]:
-    """Return an exported network as a checkpoint: `ema`, and what its configuration has of `args`, `steps`, `network`
-    and `classes`.
+def read_network(path: str | Path, verified: bool = True, with_digest: bool = False) -> tuple[dict[str, Any], str]:
+    """Return an exported network as a checkpoint, and the SHA-256 of its weights.
 
+    The checkpoint has `ema`, and what the configuration has of `args`, `steps`, `network` and `classes`. With
+    `verified`, the files are compared with their checksums, if there are any. Without `with_digest`, the SHA-256 of a
+    file without a checksum is not computed, but "".
     Raises InputError if a file is missing or damaged, or if the configuration is that of another class.
     """
-    from safetensors import SafetensorError, safe_open
-
-    path = Path(path)
-    config = None
+    path, config = Path(path), None
     if path.is_dir():
+        if verified:
+            verify_file(_config_file(path))
         config = read_json(_config_file(path))
         _check_class(config, path / CONFIG_FILE)
     path = weights_file(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file; an exported network has {CONFIG_FILE} and {WEIGHTS_FILE}")
+    state, header, digest = read_open(path, lambda file: _read(file, path, verified, with_digest))
     try:
-        with safe_open(path, "pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            header = file.metadata() or {}
-        config = config or json.loads(header.get("config", "{}"))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"{path}: {unreadable(path, 'safetensors file')}") from error
-    _check_class(config, path)
-    content = {"ema": state}
+        inner = parse_json(header.get("config", "{}").encode())
+    except InputError as error:
+        raise InputError(f"{path}: the configuration in its header is {error}") from error
+    _check_class(inner, path)
+    if config and (other := next((name for name in _described(inner) if inner[name] != config.get(name)), None)):
+        given = f"{other} {shown(config.get(other))}, but the header of {WEIGHTS_FILE} has {shown(inner[other])}"
+        raise InputError(f"{path.parent / CONFIG_FILE}: has {given}")
+    return _as_checkpoint(state, config or inner, path.parent), digest
+
+
+def _read(file: IO[bytes], path: Path, verified: bool, with_digest: bool) -> tuple[dict, dict, str]:
+    """Return tensors and header of an open file, and its SHA-256."""
+    digest = verify(file, path) if verified else None
+    if with_digest and digest is None:
+        digest = digest_of(file)
+    return *read_safetensors(path, file), digest or ""
+
+
+def _described(config: dict[str, Any]) -> list[str]:
+    """Return the entries of a configuration that determine what the network computes."""
+    return [name for name in (*(field.name for field in dataclasses.fields(SiTConfig)), "path_type") if name in config]
+
+
+def _as_checkpoint(state: dict[str, Tensor], config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Return weights and configuration of an export in `folder` as a checkpoint."""
+    content: dict[str, Any] = {"ema": state}
     codec = config.get("codec")
     if isinstance(codec, dict) and codec.get("codec") == CODEC_FOLDER:
-        config = {**config, "codec": {**codec, "codec": str(path.parent.resolve() / CODEC_FOLDER)}}
+        config = {**config, "codec": {**codec, "codec": str(folder.resolve() / CODEC_FOLDER)}}
     if config:
         content |= {"args": argparse.Namespace(**config), "steps": config.get("steps", 0)}
     names = {field.name for field in dataclasses.fields(SiTConfig)}
@@ -128,8 +170,9 @@ def _check_class(config: Any, source: Path) -> None:
     if not isinstance(config, dict):
         raise InputError(f"{source}: its configuration is a {type(config).__name__}; expected an object")
     if (name := class_name(config)) not in (None, CLASS_NAME):
+        text = printable(name[:80]) if isinstance(name, str) else shown(name)
         raise InputError(
-            f"{source}: the configuration of another class, {name}; expected an exported network, {CLASS_NAME}"
+            f"{source}: the configuration of another class, {text}; expected an exported network, {CLASS_NAME}"
         )
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from common.io import InputError
+from models.field_checks import check_fields
 
 TIME_FEATURES = 256  # width of the sinusoidal features of t (DiT)
 PlainNorm = partial(nn.LayerNorm, elementwise_affine=False, eps=1e-6)
@@ -81,9 +82,7 @@ class SiTConfig:
         if wrong := set(fields if isinstance(fields, dict) else ()) ^ set(kinds):
             names = ", ".join(sorted(map(str, wrong)))
             raise InputError(f"network: missing or unknown fields {names}; expected {', '.join(kinds)}")
-        for name, kind in kinds.items():
-            if kind == "int" and type(fields[name]) is not int:
-                raise InputError(f"network: its {name} is {fields[name]!r}; expected a whole number")
+        check_fields(fields, kinds)
         try:
             return cls(**fields)
         except (TypeError, ValueError) as error:

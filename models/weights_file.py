@@ -1,125 +1,208 @@
-"""Reading files of weights that PyTorch wrote, and saying what is wrong with one.
+"""Reading files of weights: those of PyTorch and safetensors.
 
-Reading never executes code from a file: `torch.load` builds tensors and plain Python values, and the few classes of
-`ALLOWED` are replaced by stand-ins that hold data only. PyTorch's own messages advise to load without this protection,
-so they are not passed on. The message names what a file holds in addition, and where.
+Reading never executes code from a file: `torch.load` builds tensors and plain Python values, and a few classes are
+replaced by stand-ins that hold data only. Before that, `pickle_outline` finds what a file holds in addition, and where,
+and the entries of the zip are compared with the file's size. PyTorch's own messages advise to load without this
+protection, so they are not passed on.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
-import itertools
-import pickle
+import json
+import os
 import re
 import warnings
 import zipfile
+from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
 import torch
+from torch import Tensor
 
 from common.io import InputError
+from models.pickle_outline import ALLOWED, MOST_BYTES, STAND_INS, not_allowed
+from models.tensor_checks import LONGEST_NAME, check_tensor
 
-ALLOWED = "tensors, numbers, text, lists, dicts, Namespaces, paths, and NumPy numbers and dtypes"
 NAMES_SHOWN = 4  # of parameters, in one list
 OTHER_PROTOCOLS = (3, 4, 5)  # of pickle; PyTorch reads only protocol 2 without executing code
-TORCH_MODULES = {"torch", "torch._utils", "torch._tensor", "torch.storage", "torch.serialization", "torch.nn.parameter"}
-ARRAY_BUILDERS = {"_reconstruct", "_frombuffer"}  # functions that files name in place of numpy.ndarray
-PLAIN = {"collections.OrderedDict", "collections.Counter", "_codecs.encode", "builtins.set", "builtins.bytearray"}
+# Limits of one file. A checkpoint of SiT-XL/2 with its optimizer has 1,800 tensors, 10,000 values and 5 levels.
+MOST_ENTRIES = 100_000  # tensors
+MOST_VALUES = 1_000_000
+MOST_CONTAINERS = 100_000  # lists, dicts and others, each counted as often as the content leads to it
+DEEPEST = 50
+LARGEST_HEADER = 2**24  # bytes, of a safetensors file
+STORED_TWICE = 2  # tensors of one dict may share memory, but together they are at most twice as large as the file
 
 
-class _Number:
-    """In place of a NumPy scalar: the Python number."""
-
-    def __new__(cls, dtype: _Dtype, data: bytes) -> Any:
-        if dtype.lstrip("<>=|")[:1] not in tuple("biufc"):
-            raise ValueError(f"a NumPy scalar of dtype {dtype}")
-        return np.frombuffer(data, np.dtype(str(dtype)).newbyteorder(dtype.byte_order), count=1)[0].item()
-
-
-class _Dtype(str):
-    """In place of a NumPy dtype: its name, such as "f4"."""
-
-    byte_order = "="
-
-    def __new__(cls, name: str, *_: Any) -> _Dtype:
-        return super().__new__(cls, name)
-
-    def __setstate__(self, state: tuple) -> None:
-        self.byte_order = {"<": "<", ">": ">"}.get(state[1], "=")
-
-
-def _path(kind: type) -> type:
-    """Return a class in place of a path: its text."""
-    return type("Path", (), {"__new__": lambda cls, *parts: str(kind(*parts))})
-
-
-def _stand_ins() -> dict[str, type]:
-    """Return the classes that are built in place of those in a file, by the names that files have."""
-    stand_ins = {
-        "types.SimpleNamespace": argparse.Namespace,
-        "numpy.dtype": _Dtype,
-        "numpy.core.multiarray.scalar": _Number,
-        "numpy._core.multiarray.scalar": _Number,
-    }
-    for module, kind in itertools.product(("pathlib", "pathlib._local"), (PurePosixPath, PureWindowsPath)):
-        name = f"{module}.{kind.__name__}"  # _local: Python 3.13
-        stand_ins |= {name: _path(kind), name.replace("Pure", ""): _path(kind)}
-    named = {"argparse.Namespace": argparse.Namespace}
-    for full_name, base in stand_ins.items():
-        module, _, name = full_name.rpartition(".")
-        named[full_name] = type(name, (base,), {"__module__": module, "__qualname__": name})
-    return named
-
-
-STAND_INS = _stand_ins()
-
-
-def read_weights_file(path: str | Path) -> Any:
+def read_weights_file(path: str | Path, file: IO[bytes] | None = None, check_crc: bool = True) -> Any:
     """Return the content of a file of `torch.save`, with tensors on the CPU. Tensors in a zip are read when used.
 
-    NumPy scalars become Python numbers; paths and NumPy dtypes become text.
-    Raises InputError if the file cannot be read, is damaged or of another kind, or holds more than `ALLOWED`.
+    NumPy scalars become Python numbers; paths and NumPy dtypes become text. `file` is the file if it is open already,
+    and `path` is then its name in errors. With `check_crc`, the checksums inside a zip are compared first.
+    Raises InputError if the file cannot be read, is damaged or of another kind, holds more than `ALLOWED`, or would
+    take more memory than its size accounts for.
     """
     path = Path(path)
+    if file is None:
+        if path.is_dir():
+            raise InputError(f"{path}: is a folder; expected a file of weights")
+        with open(path, "rb") as opened:
+            return read_weights_file(path, opened, check_crc)
+    is_zip = zipfile.is_zipfile(file)
     try:
+        _check_pickle(file, path, is_zip, check_crc)
+        file.seek(0)
         with torch.serialization.safe_globals(list(STAND_INS.values())), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the pickle protocol, which the error below names
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except PermissionError:
+            warnings.simplefilter("ignore")
+            source = open_path(file) if is_zip else file
+            content = torch.load(source, map_location="cpu", weights_only=True, mmap=is_zip)
+    except InputError:
         raise
     except Exception as error:  # a damaged file can make the reader fail in any way
-        raise InputError(f"{path}: {_problem(path)}") from error
+        raise InputError(f"{path}: {unreadable(path, file)}") from error
+    _check_values(content, path, os.fstat(file.fileno()).st_size)
+    return content
 
 
-def _problem(path: Path) -> str:
-    """Return why a file cannot be read."""
-    if path.is_dir():
-        return "is a folder; expected a file of weights"
+def open_path(file: IO[bytes]) -> str:
+    """Return a path of an open file, which stays valid if another file gets its name."""
+    path = f"/proc/self/fd/{file.fileno()}"
+    return path if os.path.exists(path) else str(file.name)
+
+
+def _check_pickle(file: IO[bytes], path: Path, is_zip: bool, check_crc: bool) -> None:
+    """Raise InputError if a file of `torch.save` holds what is not allowed or larger than the file."""
+    file.seek(0)
+    if not is_zip:
+        return _check_objects(file, path)
+    with zipfile.ZipFile(file) as archive:
+        members = archive.infolist()
+        names = [member.filename for member in members]
+        if any(name.endswith("/constants.pkl") for name in names):
+            saved = f'torch.save(torch.jit.load("{path.name}", map_location="cpu").state_dict(), "weights.pt")'
+            how = f"if you trust it, extract its weights: {saved}"
+            raise InputError(f"{path}: a TorchScript program, which is not executed; {how}")
+        pickles = [member for member in members if member.filename.split("/")[-1] == "data.pkl"]
+        if not pickles:
+            raise InputError(f"{path}: a zip without weights of PyTorch")
+        if len(members) > MOST_ENTRIES:
+            raise InputError(f"{path}: has {len(members)} entries; allowed: at most {MOST_ENTRIES}")
+        if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+            raise InputError(f"{path}: its entries are compressed; torch.save stores them uncompressed")
+        is_odd = any(m.file_size != m.compress_size or m.flag_bits & 1 for m in members)
+        size = os.fstat(file.fileno()).st_size
+        is_odd = is_odd or len(pickles) > 1 or len(set(names)) < len(names) or len({n.split("/")[0] for n in names}) > 1
+        if is_odd or sum(member.file_size for member in members) > size:
+            raise InputError(f"{path}: damaged; its entries are not those that torch.save writes")
+        if pickles[0].file_size > MOST_BYTES:
+            raise InputError(f"{path}: {pickles[0].filename} has {pickles[0].file_size} bytes; allowed: {MOST_BYTES}")
+        if check_crc and (name := archive.testzip()) is not None:
+            raise InputError(f"{path}: damaged; the checksum of {name} in it is wrong")
+        return _check_objects(io.BytesIO(archive.read(pickles[0])), path)
+
+
+def _check_objects(file: IO[bytes], path: Path) -> None:
+    """Raise InputError if a pickle has objects that are not allowed or another protocol than that of torch.save."""
+    start = file.read(2)
+    file.seek(0)
     try:
-        if not zipfile.is_zipfile(path):
-            with open(path, "rb") as file:
-                return _problem_of_pickle(file) or unreadable(path)
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-            if any(name.endswith("/constants.pkl") for name in names):
-                saved = f'torch.save(torch.jit.load("{path.name}", map_location="cpu").state_dict(), "weights.pt")'
-                return f"a TorchScript program, which is not executed; if you trust it, extract its weights: {saved}"
-            content = next((name for name in names if name == "data.pkl" or name.endswith("/data.pkl")), None)
-            if content is None:
-                return "a zip without weights of PyTorch"
-            return _problem_of_pickle(io.BytesIO(archive.read(content))) or unreadable(path)
-    except Exception:  # a damaged zip can fail in any way
-        return "damaged or truncated, it cannot be read completely"
+        found = not_allowed(file)
+    except Exception as error:  # damaged, in any way
+        if start[:1] == b"\x80" and start[1:] and start[1] in OTHER_PROTOCOLS:
+            found = []
+        else:
+            raise InputError(f"{path}: {unreadable(path, file)}") from error
+    if found:
+        kinds = ", ".join(f"{name} ({place})" if place else name for place, name in found[:NAMES_SHOWN])
+        more = f" and {len(found) - NAMES_SHOWN} more" if len(found) > NAMES_SHOWN else ""
+        raise InputError(f"{path}: refused, it holds {kinds}{more}; allowed: {ALLOWED}")
+    if start[:1] == b"\x80" and start[1] in OTHER_PROTOCOLS:
+        raise InputError(f"{path}: refused, it has pickle protocol {start[1]}; allowed: 2, the default of torch.save")
 
 
-def unreadable(path: Path, kind: str = "file of weights") -> str:
+def _check_values(content: Any, path: Path, size: int) -> None:
+    """Raise InputError if the content is too deep or too long, or has tensors larger than the file of `size` bytes."""
+    waiting, count, containers = [("", content, 0)], 0, 0
+    while waiting:
+        place, value, depth = waiting.pop()
+        if isinstance(value, Tensor):
+            check_tensor(value, place or "its content", path)
+            continue
+        if isinstance(value, argparse.Namespace):
+            value = vars(value)
+        if isinstance(value, dict):
+            if any(isinstance(key, str) and len(key) > LONGEST_NAME for key in value):
+                raise InputError(f"{path}: a name in {place or 'it'} has more than {LONGEST_NAME} letters")
+        elif not isinstance(value, list | tuple | set | frozenset):
+            continue
+        count, containers = count + len(value), containers + 1
+        if count > MOST_VALUES or containers > MOST_CONTAINERS or depth > DEEPEST:
+            limits = f"allowed: {MOST_VALUES} values, {DEEPEST} levels"
+            raise InputError(f"{path}: holds too many values, or values inside each other too deeply; {limits}")
+        items = list(value.items() if isinstance(value, dict) else enumerate(value))
+        if (
+            sum(item.nbytes for _, item in items if isinstance(item, Tensor) and not item.is_nested)
+            > STORED_TWICE * size
+        ):
+            raise InputError(f"{path}: the tensors of {place or 'it'} are larger than the file, {size} bytes")
+        waiting += [
+            (f"{place}.{key}".lstrip(".")[-200:], item, depth + 1)
+            for key, item in items
+            if isinstance(item, Tensor | dict | list | tuple | set | frozenset | argparse.Namespace)
+        ]
+
+
+def read_safetensors(path: str | Path, file: IO[bytes] | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors of a safetensors file, on the CPU, and the texts in its header.
+
+    `file` is the file if it is open already, and `path` is then its name in errors.
+    Raises InputError if it is damaged or of another kind, or its header is larger than `LARGEST_HEADER`.
+    """
+    from safetensors import safe_open
+
+    path = Path(path)
+    if file is None:
+        with open(path, "rb") as opened:
+            return read_safetensors(path, opened)
+    _check_header(path, file)
+    try:
+        with safe_open(open_path(file), "pt") as archive:
+            state = {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118 (not a dict)
+            return state, archive.metadata() or {}
+    except Exception as error:  # a damaged file can make the reader fail in any way
+        raise InputError(f"{path}: {unreadable(path, file, 'safetensors file')}") from error
+
+
+def _check_header(path: Path, file: IO[bytes]) -> None:
+    """Raise InputError if the header of a safetensors file is too large, not JSON, or has a name twice."""
+    file.seek(0)
+    length = int.from_bytes(file.read(8), "little")
+    if length > os.fstat(file.fileno()).st_size - 8:
+        raise InputError(f"{path}: {unreadable(path, file, 'safetensors file')}")
+    if length > LARGEST_HEADER:
+        raise InputError(f"{path}: its header has {length} bytes; allowed: at most {LARGEST_HEADER}")
+    try:
+        pairs = json.loads(file.read(length), object_pairs_hook=lambda pairs: pairs)
+        names = Counter(name for name, _ in pairs)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise InputError(f"{path}: {unreadable(path, file, 'safetensors file')}") from error
+    if len(names) > MOST_ENTRIES or any(len(name) > LONGEST_NAME for name in names):
+        raise InputError(f"{path}: allowed: at most {MOST_ENTRIES} tensors, with names of {LONGEST_NAME} letters")
+    if twice := next((name for name, count in names.items() if count > 1), None):
+        raise InputError(f"{path}: damaged; its header names {twice} twice")
+
+
+def unreadable(path: Path, file: IO[bytes] | None = None, kind: str = "file of weights") -> str:
     """Return what a file is that cannot be read as a file of this kind, as its first bytes show it."""
-    with open(path, "rb") as file:
-        start = file.read(64)
+    if file is None:
+        with open(path, "rb") as opened:
+            return unreadable(path, opened, kind)
+    file.seek(0)
+    start = file.read(64)
     if start.startswith(b"version https://git-lfs"):
         return f"not a {kind} but a pointer of Git LFS to it; fetch the file by git lfs pull"
     if start.lstrip()[:1] == b"<":
@@ -127,83 +210,6 @@ def unreadable(path: Path, kind: str = "file of weights") -> str:
     if start[8:9] == b"{" and path.suffix != ".safetensors":
         return f"not a {kind} of PyTorch; it looks like a safetensors file, which needs the ending .safetensors"
     return f"not a readable {kind}; it is truncated or of another kind"
-
-
-def _problem_of_pickle(file: IO[bytes]) -> str | None:
-    start = file.read(2)
-    file.seek(0)
-    if found := sorted(_not_allowed(file)):
-        kinds = ", ".join(f"{name} ({place})" if place else name for place, name in found[:NAMES_SHOWN])
-        more = f" and {len(found) - NAMES_SHOWN} more" if len(found) > NAMES_SHOWN else ""
-        return f"refused, it holds {kinds}{more}; allowed: {ALLOWED}"
-    if start[:1] == b"\x80" and len(start) > 1 and start[1] in OTHER_PROTOCOLS:
-        return f"refused, it has pickle protocol {start[1]}; allowed: 2, the default of torch.save"
-    return None
-
-
-def _not_allowed(file: IO[bytes]) -> set[tuple[str, str]]:
-    """Return place and class name of each object in pickled data that is not in `ALLOWED`. Nothing is executed."""
-    try:
-        content = _Outline(file).load()
-        if isinstance(content, int):  # the format before 2020: a number, a version, facts of the machine, the content
-            content = [_Outline(file).load() for _ in range(3)][-1]
-    except Exception:  # damaged, in any way
-        return set()
-    found, waiting, seen = set(), [("", content)], set()
-    while waiting:
-        place, value = waiting.pop()
-        if id(value) in seen:
-            continue
-        seen.add(id(value))
-        is_class = isinstance(value, type) and issubclass(value, _Placeholder)
-        if (is_class or isinstance(value, _Placeholder)) and not value.is_allowed:
-            found.add((place, value.full_name))
-        elif isinstance(value, _Placeholder):
-            value = value.state
-        if isinstance(value, dict):
-            waiting += [(f"{place}.{key}".lstrip("."), item) for key, item in value.items()]
-        elif isinstance(value, list | tuple):
-            waiting += [(f"{place}[{index}]", item) for index, item in enumerate(value)]
-    return found
-
-
-class _Placeholder:
-    """Stands for an object of any class while a file is examined. It ignores what is done with it."""
-
-    full_name, is_allowed = "", True
-    state: Any = None
-
-    def __new__(cls, *_: Any, **__: Any) -> _Placeholder:
-        return super().__new__(cls)
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        pass
-
-    def append(self, *_: Any) -> None:
-        pass
-
-    extend = add = append
-
-
-class _Outline(pickle._Unpickler):  # in Python: the C version allocates the sizes that a damaged file states
-    """Reads the structure of pickled data, with a `_Placeholder` for every class and function."""
-
-    def find_class(self, module: str, name: str) -> type:
-        full_name = f"{module.replace('__builtin__', 'builtins')}.{name}"
-        if full_name == "collections.OrderedDict":
-            return dict
-        allowed = module in TORCH_MODULES or full_name in PLAIN or full_name in STAND_INS
-        shown = "numpy.ndarray" if full_name.startswith("numpy.") and name in ARRAY_BUILDERS else full_name
-        return type("Placeholder", (_Placeholder,), {"full_name": shown, "is_allowed": allowed})
-
-    def persistent_load(self, pid: Any) -> Any:  # the memory of a tensor; before 2020, also the class of a module
-        return pid[1] if isinstance(pid, tuple) and pid[0] == "module" else _Placeholder()
 
 
 def some_of(names: Iterable[str]) -> str:

@@ -205,6 +205,15 @@ def test_errors_name_unusable_folders(tmp_path):
         ({"down_block_types": ["X"] * 3}, impossible),
         ({"latents_std": [0, 1, 1, 1]}, "scale, shift or blocks have impossible values"),
         ({"scaling_factor": "much"}, "scale has the value 'much'"),
+        (
+            {"layers_per_block": 10**9},
+            r"config\.json: layers_per_block is 1000000000; allowed: whole numbers from",
+        ),
+        ({"latent_channels": True}, r"config\.json: latent_channels is True; allowed: whole numbers from 1 to 1024"),
+        ({"in_channels": 4}, r"config\.json: in_channels is 4; allowed: 3"),
+        ({"block_out_channels": [10**9] * 3}, r"block_out_channels is \[1000000000, .*; allowed: 1 to 8 whole numbers"),
+        ({"block_out_channels": [8192] * 3}, r"config\.json: describes more parameters than .*safetensors has"),
+        ({"quantization_config": {"quant_method": "x"}}, r"config\.json: the codec is quantized; allowed: weights of"),
     ):
         config.write_text(json.dumps({**json.loads(good), **change}))
         with pytest.raises(InputError, match=text):
@@ -294,6 +303,23 @@ def test_weights_with_a_parameter_missing_are_refused(tmp_path):
     del parameters["encoder.conv_in.weight"]
     save_file(parameters, weights, metadata={"format": "pt"})
     with pytest.raises(InputError, match=r"safetensors: does not fit.*; missing: 1 \(encoder\.conv_in\.weight\)"):
+        load_codec(str(tmp_path))
+
+
+def test_weights_of_other_dtypes_and_numbers_that_are_not_finite_are_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    weights = save_kl(tmp_path) / "diffusion_pytorch_model.safetensors"
+    state, name = load_file(weights), "decoder.conv_in.weight"
+    for changed, text in (
+        (state[name].to(torch.int8), rf"safetensors: {name} has dtype int8; allowed for weights: float32"),
+        (state[name] * torch.nan, rf"safetensors: {name} contains numbers that are not finite"),
+    ):
+        save_file({**state, name: changed}, weights, metadata={"format": "pt"})
+        with pytest.raises(InputError, match=text):
+            load_codec(str(tmp_path))
+    (tmp_path / f"{weights.name}.index.json").write_text("{}")
+    with pytest.raises(InputError, match=r"index\.json: weights in several files; allowed: only diffusion_pytorch_mod"):
         load_codec(str(tmp_path))
 
 

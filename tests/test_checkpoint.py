@@ -12,7 +12,7 @@ import torch
 from common.classes import ClassSet
 from common.io import InputError, sha256_of
 from export import describe, export
-from models import ema
+from models import checkpoint, ema
 from models.checkpoint import (
     OLD_BLOCKS,
     build_model,
@@ -23,6 +23,7 @@ from models.checkpoint import (
     list_checkpoints,
     load_checkpoint,
     load_model,
+    load_with_digest,
     network_config,
     newest_of_run,
     save_checkpoint,
@@ -118,6 +119,27 @@ ODD = {
     "path": (lambda file: setattr(file["args"], "path_type", "vp"), "path_type 'vp' is unknown; allowed: linear, cosi"),
     "settings": (lambda file: file.update(args="text"), "args is a str; expected an argparse.Namespace"),
     "steps": (lambda file: file.update(steps="many"), "its steps are 'many'; expected a whole number"),
+    "many steps": (lambda file: file.update(steps=10**5000), "its steps are a very long int; expected a whole number"),
+    "true steps": (lambda file: file.update(steps=True), "its steps are True; expected a whole number"),
+    "path list": (lambda file: setattr(file["args"], "path_type", ["linear"]), r"path_type \['linear'\] is unknown"),
+    "resolution": (
+        lambda file: setattr(file["args"], "resolution", "x"),
+        "setting resolution of its run is 'x'",
+    ),
+    "encoder": (
+        lambda file: setattr(file["args"], "enc_type", 3),
+        "the setting enc_type of its run is 3; exp",
+    ),
+    "tensor": (lambda file: setattr(file["args"], "any", torch.zeros(2)), "the setting any of its run is a tensor"),
+    "no heads": (
+        lambda file: setattr(file["args"], "num_heads", -1),
+        "hidden_size 32 is not a multiple of num_heads",
+    ),
+    "dtype": (lambda file: file["ema"].update(pos_embed=torch.zeros(1, 17, 32).char()), "pos_embed has dtype int8"),
+    "labels": (
+        lambda file: file.update(classes={"labels": [[0]]}),
+        r"its classes are \{'labels': .*; expected",
+    ),
     "no steps": (lambda file: file.update(steps=None), "its steps are None"),
 }
 
@@ -135,12 +157,44 @@ def test_a_checkpoint_is_identified_by_its_content(tmp_path):
     save_checkpoint(tmp_path / "a.pt", state)
     digest = checkpoint_digest(tmp_path / "a.pt")
     assert digest == sha256_of(tmp_path / "a.pt")
-    checksum_path(tmp_path / "a.pt").write_text("noted  a.pt\n")  # is not read again
-    assert checkpoint_digest(tmp_path / "a.pt") == "noted"
+    checksum_path(tmp_path / "a.pt").write_text(f"{'0' * 64}  a.pt\n")  # is not read again
+    assert checkpoint_digest(tmp_path / "a.pt") == "0" * 64
     checksum_path(tmp_path / "a.pt").unlink()
     assert checkpoint_digest(tmp_path / "a.pt") == digest
     export(tmp_path / "a.pt", tmp_path / "folder")
     assert checkpoint_digest(tmp_path / "folder") == sha256_of(tmp_path / "folder" / "model.safetensors")
+
+
+def test_content_and_digest_belong_to_one_file(tmp_path, monkeypatch):
+    """best.pt is replaced after it was opened: the digest is that of the file that was read."""
+    for number in (1, 2):
+        state = {"ema": small().state_dict(), "args": argparse.Namespace(), "steps": number}
+        save_checkpoint(tmp_path / f"{number}.pt", state)
+    digests = {number: sha256_of(tmp_path / f"{number}.pt") for number in (1, 2)}
+    assert load_with_digest(tmp_path / "1.pt")[1] == digests[1]
+    read = checkpoint.read_weights_file
+
+    def replaced(path, file, **options):
+        for name in ("2.pt", "2.pt.sha256"):
+            if (tmp_path / name).exists():
+                (tmp_path / name).replace(tmp_path / name.replace("2", "1", 1))
+        return read(path, file, **options)
+
+    monkeypatch.setattr(checkpoint, "read_weights_file", replaced)
+    content, digest = load_with_digest(tmp_path / "1.pt")
+    assert (content["steps"], digest) == (1, digests[1])
+    content, digest = load_with_digest(tmp_path / "1.pt")
+    assert (content["steps"], digest) == (2, digests[2])
+
+
+def test_weights_that_are_not_finite_are_refused():
+    state = small().state_dict()
+    state["blocks.1.mlp.fc1.bias"][3] = torch.inf
+    with pytest.raises(InputError, match=r"odd\.pt: blocks\.1\.mlp\.fc1\.bias contains numbers that are not finite"):
+        build_model({"ema": state, "args": argparse.Namespace(num_heads=2)}, source="odd.pt")
+    state["blocks.1.mlp.fc1.bias"] = torch.full((128,), 1e300, dtype=torch.float64)  # not finite as float32
+    with pytest.raises(InputError, match=r"odd\.pt: blocks\.1\.mlp\.fc1\.bias contains numbers that are not finite"):
+        build_model({"ema": state, "args": argparse.Namespace(num_heads=2)}, source="odd.pt")
 
 
 def test_a_bare_state_dict_loads_if_a_preset_has_its_shape(tmp_path):
@@ -208,15 +262,19 @@ def test_the_weights_that_do_not_fit_are_counted():
 
 CONTRADICTIONS = {
     "depth": ({"depth": 4}, "network has depth 4, but the weights have 3"),
-    "huge depth": ({"depth": 10**12}, f"network has depth {10**12}, but the weights have 3"),
+    "huge depth": ({"depth": 10**12}, f"its depth is {10**12}; expected a whole number up to 2147483647"),
     "classes": ({"num_classes": 6}, "network has num_classes 6, but the weights have 5"),
     "encoders": ({"z_dims": [24, 24]}, r"network has z_dims \(24, 24\), but the weights have \(24,\)"),
     "slot": ({"cls_token_dim": None}, "network has cls_token_dim None, but the weights have 24"),
     "norm": ({"qk_norm": True}, "network has qk_norm True, but the weights have False"),
     "heads": ({"num_heads": 3}, "network: hidden_size 32 is not a multiple of num_heads 3"),
     "mlp": ({"mlp_ratio": 2.0}, r"blocks\.0\.mlp\.fc1\.weight.*\[128, 32\].*\[64, 32\]"),
-    "infinite mlp": ({"mlp_ratio": float("inf")}, "do not fit the network"),
-    "no number": ({"mlp_ratio": None}, "do not fit the network"),
+    "infinite mlp": ({"mlp_ratio": float("inf")}, "its mlp_ratio is inf; expected a number above 0"),
+    "no number": ({"mlp_ratio": None}, "its mlp_ratio is None; expected a number above 0"),
+    "huge mlp": ({"mlp_ratio": 1e9}, r"blocks\.0\.mlp\.fc1|sizes that are not possible"),
+    "huge projectors": ({"projector_dim": 10**9}, "network has projector_dim 1000000000, but the weights have 16"),
+    "widths": ({"z_dims": ["24"]}, r"its z_dims is \['24'\]; expected whole numbers"),
+    "odd slot": ({"cls_token_dim": [24]}, r"its cls_token_dim is \[24\]; expected a whole number or null"),
     "unknown": ({"width": 3}, "unknown fields width"),
 }
 
@@ -344,5 +402,5 @@ def test_classes_of_a_checkpoint():
     assert checkpoint_classes({}, 3) == ClassSet.of_network(3)
     with pytest.raises(InputError, match=r"a\.pt: its classes contain label 2, but the network has labels 0 \.\. 1"):
         checkpoint_classes({"classes": classes.to_json()}, 2, "a.pt")
-    with pytest.raises(InputError, match=r"a\.pt: classes are \[1\]"):
+    with pytest.raises(InputError, match=r"a\.pt: its classes are \[1\]"):
         checkpoint_classes({"classes": [1]}, 2, "a.pt")

@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from common.io import InputError
 from models import encoders
+from models.checksums import write_checksum
+from models.encoder_table import TOKENS
 from models.encoders import ENCODERS, load_encoder, load_encoders
 
 ASSETS = os.environ.get("REG_ASSETS")
@@ -140,7 +142,7 @@ def test_patch_tokens_are_taken_where_repa_takes_them(tmp_path, name):
         network.forward_features((images / 255 - mean) / std)
     before, after = seen
     assert (before - after).abs().mean() > 0.01
-    for tokens, expected in (("", BY_TOKENS[name]), *((f":tokens={value}", value) for value in encoders.TOKENS)):
+    for tokens, expected in (("", BY_TOKENS[name]), *((f":tokens={value}", value) for value in TOKENS)):
         output = encoded(tokens)
         patches = before if expected == encoders.BEFORE_NORM else after
         torch.testing.assert_close(output.patch_tokens, patches[:, 1:])
@@ -153,7 +155,7 @@ def test_a_pooled_class_token_does_not_depend_on_where_tokens_are_taken(tmp_path
         load_encoder(f"timm/vit_base_patch16_siglip_256:depth=1:tokens={tokens}", 256, tmp_path / "w.safetensors")(
             random_images()
         )
-        for tokens in encoders.TOKENS
+        for tokens in TOKENS
     )
     torch.testing.assert_close(before.cls_token, after.cls_token)
     assert (before.patch_tokens - after.patch_tokens).abs().mean() > 0.01
@@ -307,8 +309,24 @@ def test_the_input_that_an_error_names_gives_the_tokens(tmp_path):
         ("timm/vit_smal_patch14_dinov2", "did you mean vit_small_patch14_dinov2"),
         ("timm/resnet18.nonsense", "no such model"),
         ("timm/resnet18:input", "option 'input'; allowed: key=value"),
-        ("timm/resnet18:input=big", "input=big; allowed: a whole number"),
+        ("timm/resnet18:input=big", "input=big; allowed: a whole number of px from 1 to 2048"),
+        ("timm/resnet18:input=1000000", "input=1000000; allowed: a whole number of px from 1 to 2048"),
         ("timm/resnet18:std=0", "std=0; allowed"),
+        ("timm/resnet18:mean=nan", "mean=nan; allowed: one number, or three"),
+        ("timm/resnet18:std=1/inf/1", "std=1/inf/1; allowed: one number, or three"),
+        ("timm/resnet18:input=64:input=32", "option input is given twice"),
+        ("timm/resnet18:checkpoint_path=w.pth", "option 'checkpoint_path' is unknown; allowed: input, mean, std, tok"),
+        ("timm/resnet18:pretrained_cfg=w", "option 'pretrained_cfg' is unknown"),
+        ("timm/resnet18:cache_dir=w", "option 'cache_dir' is unknown"),
+        ("timm/resnet18:num_classes=3", "option 'num_classes' is unknown"),
+        ("timm/vit_tiny_patch16_224:depth=1000000000", "depth=1000000000; allowed: a whole number from 1 to 256"),
+        ("timm/vit_tiny_patch16_224:depth=2.5", "depth=2.5; allowed: a whole number"),
+        ("timm/vit_tiny_patch16_224:class_token=maybe", "class_token=maybe; allowed: true, false"),
+        ("timm/vit_tiny_patch16_224:patch_size=1:input=512", "input of 512 px has more than 256 patches in a row"),
+        ("timm/hf-hub:owner/name", "no such model"),
+        ("timm/hf_hub:owner/name", "no such model"),
+        ("timm/local-dir:/tmp", "no such model"),
+        ("hf-hub:owner/name", "encoder 'hf-hub': unknown"),
         ("mocov3-vit-b", "--enc-weights"),
     ],
 )
@@ -351,6 +369,36 @@ def test_errors_name_unusable_weights(tmp_path):
         match=r"--enc-weights .*code\.pth: refused, it holds timm\.models\.vision_transformer\.VisionTransformer; ",
     ):
         load_encoder(TINY_VIT, 256, tmp_path / "code.pth")
+
+
+def test_weights_of_other_dtypes_and_numbers_that_are_not_finite_are_refused(tmp_path):
+    state = save_timm(tmp_path / "w.safetensors", "vit_tiny_patch16_224", depth=1).state_dict()
+    name = "blocks.0.mlp.fc1.weight"
+    for changed, text in (
+        (state[name].to(torch.int8), rf"odd\.pth: {name} has dtype int8; allowed for weights: float32"),
+        (state[name].to(torch.complex64), rf"odd\.pth: {name} has dtype complex64"),
+        (state[name] * torch.inf, rf"odd\.pth: {name} contains numbers that are not finite"),
+        ("text", rf"odd\.pth: {name} in its weights is a str; expected a tensor"),
+    ):
+        torch.save({**state, name: changed}, tmp_path / "odd.pth")
+        with pytest.raises(InputError, match=rf"--enc-weights .*{text}"):
+            load_encoder("timm/vit_tiny_patch16_224:depth=1", 256, tmp_path / "odd.pth")
+
+
+def test_weights_are_compared_with_their_checksum(tmp_path):
+    save_timm(tmp_path / "w.safetensors", "vit_tiny_patch16_224", depth=2)
+    write_checksum(tmp_path / "w.safetensors", "0" * 64)
+    with pytest.raises(InputError, match=r"--enc-weights .*w\.safetensors: damaged; its SHA-256 is "):
+        load_encoder(TINY_VIT, 256, tmp_path / "w.safetensors")
+
+
+def test_a_name_cannot_describe_more_than_the_file_has(tmp_path):
+    save_timm(tmp_path / "w.safetensors", "vit_tiny_patch16_224", depth=1)
+    spec = "timm/vit_tiny_patch16_224:depth=256:embed_dim=4096:num_heads=16"
+    with pytest.raises(InputError, match=r"its options describe more parameters than the file .*w\.safetensors has"):
+        load_encoder(spec, 256, tmp_path / "w.safetensors")
+    with pytest.raises(InputError, match=r"w\.safetensors: does not fit .*: this model has no option embed_dim"):
+        load_encoder("timm/resnet18:embed_dim=32", 256, tmp_path / "w.safetensors")
 
 
 def test_an_unreachable_hub_is_reported_at_once_with_the_missing_file(monkeypatch, tmp_path):

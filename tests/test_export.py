@@ -8,9 +8,17 @@ import torch
 
 import export
 from common.classes import ClassSet
-from common.io import InputError
+from common.io import InputError, sha256_of
 from models.autoencoder import LatentFormat, PixelCodec, load_codec
-from models.checkpoint import checkpoint_classes, load_checkpoint, load_model, save_checkpoint
+from models.checkpoint import (
+    checkpoint_classes,
+    checkpoint_digest,
+    load_checkpoint,
+    load_model,
+    load_with_digest,
+    save_checkpoint,
+)
+from models.checksums import checksum_path
 from models.exported_codec import export_codec
 from tests.conftest import ROOT
 from tests.test_autoencoder import save_kl
@@ -91,7 +99,10 @@ def test_a_contradiction_in_an_export_is_refused(checkpoint, tmp_path):
     export.export(checkpoint, tmp_path / "folder")
     path = tmp_path / "folder" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "depth": 2}))
-    with pytest.raises(InputError, match=r"folder: network has depth 2, but the weights have 3"):
+    with pytest.raises(InputError, match=r"config\.json: damaged; its SHA-256 is .*checksums\.sha256 has"):
+        load_model(tmp_path / "folder")
+    (tmp_path / "folder" / "checksums.sha256").unlink()
+    with pytest.raises(InputError, match=r"config\.json: has depth 2, but the header of model\.safetensors has 3"):
         load_model(tmp_path / "folder")
 
 
@@ -110,6 +121,10 @@ def test_errors_name_the_damaged_file(checkpoint, tmp_path):
     export.export(checkpoint, tmp_path / "folder")
     path = tmp_path / "folder" / "model.safetensors"
     complete = path.read_bytes()
+    path.write_bytes(complete[:-1] + bytes([complete[-1] ^ 1]))  # one bit
+    with pytest.raises(InputError, match=r"model\.safetensors: damaged; its SHA-256 is .*checksums\.sha256"):
+        load_model(tmp_path / "folder")
+    (tmp_path / "folder" / "checksums.sha256").unlink()
     for broken in (complete[: len(complete) // 2], b"", b"\xff" * 100):
         path.write_bytes(broken)
         with pytest.raises(InputError, match=r"model\.safetensors: not a readable safetensors file"):
@@ -157,6 +172,9 @@ def test_nothing_is_overwritten_and_errors_are_one_line(checkpoint, tmp_path):
     with pytest.raises(InputError, match="there is something already"):
         export.export(checkpoint, tmp_path / "there.safetensors")
     assert (tmp_path / "there.safetensors").read_bytes() == b"mine"
+    checksum_path(tmp_path / "new.safetensors").write_text("mine")
+    with pytest.raises(InputError, match=r"--dest .*new\.safetensors: .*new\.safetensors\.sha256 exists already"):
+        export.export(checkpoint, tmp_path / "new.safetensors")
     with pytest.raises(InputError, match=r"--dest .*there\.safetensors.* is not a writable folder"):
         export.export(tmp_path / "nowhere.pt", tmp_path / "there.safetensors" / "below")
     save_checkpoint(tmp_path / "odd.pt", {"args": argparse.Namespace()})
@@ -185,6 +203,42 @@ def test_a_local_codec_is_part_of_the_export(tmp_path, capsys):
     export.export(tmp_path / "0000012.pt", tmp_path / "without")
     assert "is not exported, because it is not on this machine" in capsys.readouterr().err
     assert str(tmp_path) not in (tmp_path / "without" / "config.json").read_text()
+
+
+def test_one_bit_of_an_exported_file_is_noticed(checkpoint, tmp_path):
+    path = tmp_path / "network.safetensors"
+    export.export(checkpoint, path)
+    subprocess.run(["sha256sum", "--check", "--quiet", f"{path}.sha256"], cwd=tmp_path, check=True)
+    assert load_with_digest(path)[1] == checkpoint_digest(path) == sha256_of(path)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=r"network\.safetensors: damaged; .*safetensors\.sha256 has"):
+        load_checkpoint(path)
+
+
+def test_one_bit_of_an_exported_codec_is_noticed(tmp_path):
+    codec = load_codec(str(save_kl(tmp_path / "codec")))
+    save_checkpoint(tmp_path / "0000012.pt", content(small(in_channels=4), codec=codec.format.to_json()))
+    export.export(tmp_path / "0000012.pt", tmp_path / "folder")
+    subprocess.run(["sha256sum", "--check", "--quiet", "checksums.sha256"], cwd=tmp_path / "folder", check=True)
+    for name in ("diffusion_pytorch_model.safetensors", "config.json"):
+        path = tmp_path / "folder" / "vae" / name
+        data = path.read_bytes()
+        path.write_bytes(data[:-2] + bytes([data[-2] ^ 1]) + data[-1:])
+        with pytest.raises(InputError, match=rf"vae/{name}: damaged; .*folder/checksums\.sha256 has"):
+            load_codec(load_checkpoint(tmp_path / "folder")["args"].codec["codec"])
+        path.write_bytes(data)
+
+
+def test_a_network_that_is_not_finite_is_not_exported(checkpoint, tmp_path):
+    saved = load_checkpoint(checkpoint)
+    saved["ema"] = {**saved["ema"], "pos_embed": saved["ema"]["pos_embed"] * torch.nan}
+    save_checkpoint(checkpoint, saved)
+    with pytest.raises(InputError, match=r"0000012\.pt: pos_embed contains numbers that are not finite"):
+        export.export(checkpoint, tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+    export.export(checkpoint, tmp_path / "folder", "model")
 
 
 def test_a_codec_with_a_name_stays_a_name(checkpoint, tmp_path):

@@ -329,7 +329,8 @@ def test_a_set_is_completed_with_its_own_checkpoint_only(untrained, tmp_path, mo
 
 def test_samples_that_are_not_finite_are_no_images(untrained, tmp_path, monkeypatch):
     saved = load_checkpoint(untrained)
-    saved["ema"]["final_layer.linear.bias"] = torch.full_like(saved["ema"]["final_layer.linear.bias"], torch.nan)
+    saved["ema"]["pos_embed"] = torch.full_like(saved["ema"]["pos_embed"], 3e38)  # its variance is not finite
+    saved["ema"]["final_layer.linear.weight"] = torch.ones_like(saved["ema"]["final_layer.linear.weight"])
     save_checkpoint(untrained, saved)
     with pytest.raises(InputError, match=r"0000012\.pt: its samples are not finite"):
         run_generate(flags(untrained, tmp_path, "a", "--save-cls"), monkeypatch)

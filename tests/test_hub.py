@@ -1,5 +1,6 @@
 """Where weights are: a local path or the hub; the cache first, then the server, else an error that names the file."""
 
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,7 @@ def test_errors_of_the_hub_are_in_our_words(monkeypatch):
     for kind, text in (
         (errors.EntryNotFoundError, "no such file in this repository"),
         (errors.RepositoryNotFoundError, "no such repository; a private one needs hf auth login"),
+        (errors.RevisionNotFoundError, "this repository has no revision main"),
         (errors.GatedRepoError, "needs the owner's permission; ask for it at"),
         (errors.LocalEntryNotFoundError, "not in the local cache, and the hub cannot be reached"),
     ):
@@ -140,6 +142,56 @@ def test_a_cached_file_needs_no_hub(no_hub):
     assert hub_file("owner/name", "vae/config.json", "") == cached
     with pytest.raises(InputError, match=r"owner/name/resolve/main/vae/other: not in .*\. Do this instead"):
         hub_file("owner/name", "vae/other", "Do this instead")
+
+
+def put_blob(cache: Path, filename: str, data: bytes, digest: str) -> Path:
+    """Put a file into the cache as the hub's client does: a link to a file with the checksum as its name."""
+    path = put_into_cache(cache, "owner/name", filename, data)
+    blob = cache / "models--owner--name" / "blobs" / digest
+    blob.parent.mkdir(exist_ok=True)
+    path.rename(blob)
+    path.symlink_to(blob)
+    return path
+
+
+def test_a_cached_file_has_the_content_that_the_hub_announced(no_hub):
+    data = b"weights"
+    large = put_blob(no_hub, "model.safetensors", data, hashlib.sha256(data).hexdigest())
+    small = put_blob(no_hub, "config.json", data, hashlib.sha1(b"blob 7\0" + data).hexdigest())
+    for path in (large, small):
+        assert hub_file("owner/name", path.name, "") == path
+        path.write_bytes(b"Weights")
+        with pytest.raises(InputError, match=rf"{path.name}: damaged; its checksum is \w+, but the hub gave \w+;"):
+            hub_file("owner/name", path.name, "")
+
+
+def test_a_revision_is_part_of_the_name(no_hub, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    put_into_cache(no_hub, "owner/name", "config.json", b"new")
+    old = no_hub / "models--owner--name" / "snapshots" / ("a" * 40) / "config.json"
+    old.parent.mkdir()
+    old.write_bytes(b"old")
+    place = local_or_hub(f"owner/name@{'a' * 40}/config.json", "")
+    assert place == HubName(f"owner/name@{'a' * 40}", "config.json") and place.is_file
+    assert hub_file(place.repo, place.inside, "").read_bytes() == b"old"
+    assert hub_file("owner/name", "config.json", "").read_bytes() == b"new"
+    with pytest.raises(InputError, match=r"owner/name/resolve/v1\.0/config\.json: not in the local cache"):
+        hub_file("owner/name@v1.0", "config.json", "")
+    for name in ("owner/name@", "owner@v1/name", "owner/name/file@v1.pt"):
+        with pytest.raises(InputError, match="no such file or folder"):
+            local_or_hub(name, "")
+
+
+def test_a_checksum_in_the_name_of_a_file_is_compared(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    digest = hashlib.sha256(b"weights").hexdigest()
+    (tmp_path / "checkpoints").mkdir()
+    for name in (f"net-{digest[:8]}.pth", "net-224.pth", "net-deadbee.pth"):
+        (tmp_path / "checkpoints" / name).write_bytes(b"weights")
+        assert url_file(f"http://127.0.0.1:9/{name}", "").name == name
+    (tmp_path / "checkpoints" / "net-01234567.pth").write_bytes(b"weights")
+    with pytest.raises(InputError, match=rf"damaged; its SHA-256 is {digest}, not 01234567\.\.\.; delete it\. Do this"):
+        url_file("http://127.0.0.1:9/net-01234567.pth", "Do this instead")
 
 
 def test_a_name_that_the_hub_does_not_allow_is_refused(no_hub):

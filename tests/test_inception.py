@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from common.io import InputError
+from evaluations.inception import graphdef, weights
 from evaluations.inception.graphdef import Graph
 from evaluations.inception.network import Inception, full_precision, load_inception, resize_bilinear_tf1
 from evaluations.inception.weights import fetch_graph, load_weights
@@ -133,6 +134,8 @@ def test_graph_and_port_are_the_same_network(network: Inception, tmp_path: Path)
         ("fc.weight", torch.zeros(1000, 2048), r"\(1000, 2048\), expected \(1008, 2048\)"),
         ("Conv2d_1a_3x3.conv.weight", torch.zeros(32, 3, 5, 5), r"expected \(32, 3, 3, 3\)"),
         ("Mixed_5b.branch1x1.bn.running_var", torch.full((64,), torch.nan), "not finite"),
+        ("Mixed_5b.branch1x1.bn.running_var", torch.full((64,), -1.0), "a variance is not negative"),
+        ("Mixed_5b.branch1x1.bn.weight", torch.ones(64, dtype=torch.int8), "dtype int8; allowed for weights: float32"),
     ],
 )
 def test_other_ports_are_refused(tmp_path: Path, name: str, value: torch.Tensor | None, message: str) -> None:
@@ -198,6 +201,23 @@ def test_random_damage_gives_no_other_error_than_inputerror(tmp_path: Path) -> N
             assert "damaged.pb" in str(error)
             refused += 1
     assert refused > 30
+
+
+def test_a_graph_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "many.pb"
+    path.write_bytes(b"".join(b"\x0a\x06\x0a\x04%04d" % number for number in range(101)))  # nodes with a name only
+    assert len(Graph(path)._nodes) == 101
+    monkeypatch.setattr(graphdef, "MOST_NODES", 100)
+    with pytest.raises(InputError, match=r"many\.pb: has more than 100 nodes; expected the graph of 2015-12-05"):
+        Graph(path)
+    path.write_bytes(b"\x0a\xd0\x0f" + b"\x20\x01" * 1000)  # a node of 1000 fields
+    Graph(path)
+    path.write_bytes(b"\x0a\xd2\x0f" + b"\x20\x01" * 1001)
+    with pytest.raises(InputError, match="not a TensorFlow graph"):
+        Graph(path)
+    monkeypatch.setattr(weights, "LARGEST_GRAPH", 100)
+    with pytest.raises(InputError, match=r"many\.pb: has more than 100 bytes; expected classify_image_graph_def\.pb"):
+        load_weights(path)
 
 
 def test_gamma_is_ignored_where_the_graph_ignores_it(tmp_path: Path) -> None:

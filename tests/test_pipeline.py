@@ -210,7 +210,7 @@ def test_an_upload_carries_everything(pipeline, tmp_path, monkeypatch, by_saving
         pipeline.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id="owner/reg", private=True)
     else:
         pipeline.push_to_hub("owner/reg")
-    assert uploaded == {"owner/reg": ["config.json", "model.safetensors"]}
+    assert uploaded == {"owner/reg": ["checksums.sha256", "config.json", "model.safetensors"]}
 
 
 def test_an_export_on_the_hub_brings_its_codec(tmp_path, monkeypatch):

@@ -233,7 +233,7 @@ def test_a_network_is_built_from_a_configuration_or_from_its_fields():
         (lambda fields: fields.pop("depth"), "missing or unknown fields depth; expected input_size, patch_size"),
         (lambda fields: fields.update(width=3), "missing or unknown fields width"),
         (lambda fields: fields.update(num_heads=2.0), "its num_heads is 2.0; expected a whole number"),
-        (lambda fields: fields.update(z_dims=3), "network: .*not iterable"),
+        (lambda fields: fields.update(z_dims=3), "network: its z_dims is 3; expected whole numbers"),
         (lambda fields: fields.update(input_size=9), "network: latents of 9 x 9 do not divide into patches of 2"),
     ],
 )

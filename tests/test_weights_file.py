@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from common.io import InputError
-from models import weights_file
-from models.weights_file import mismatch, read_weights_file
+from models import pickle_outline, weights_file
+from models.weights_file import mismatch, read_safetensors, read_weights_file
 
 ALLOWED = {
     "float64": (np.float64(1.5), 1.5),
@@ -134,7 +134,7 @@ def test_an_outline_executes_nothing_and_changes_nothing(tmp_path):
         except InputError as error:
             assert "\n" not in str(error)
     assert dict(vars(argparse.Namespace)) == before
-    assert not any(name in vars(weights_file._Placeholder) for name in ("x", "ran"))
+    assert not any(name in vars(pickle_outline._Placeholder) for name in ("x", "ran"))
 
 
 def test_a_mismatch_has_the_useful_part_first_and_is_short():
@@ -151,3 +151,107 @@ def test_a_mismatch_has_the_useful_part_first_and_is_short():
         network.load_state_dict({})
     assert mismatch(error.value) == "missing: 24 (0.bias, 0.weight, 1.bias, 1.weight and 20 more)"
     assert mismatch(RuntimeError("something else")) is None
+
+
+def test_expanded_tensors_are_refused(tmp_path):
+    """A file of 1 KB that would take 4 TB, and one whose tensors share one memory."""
+    torch.save({"ema": {"w": torch.zeros(1).expand(10**6, 10**6)}}, tmp_path / "w.pt")
+    with pytest.raises(InputError, match=r"w\.pt: the tensors of ema are larger than the file, \d+ bytes"):
+        read_weights_file(tmp_path / "w.pt")
+    torch.save([torch.zeros(1), {"w": torch.zeros(1).expand(2)}], tmp_path / "w.pt")
+    with pytest.raises(InputError, match=r"w\.pt: 1\.w, 2, is an expanded tensor, of which the file has only a part"):
+        read_weights_file(tmp_path / "w.pt")
+    shared = torch.zeros(1000)
+    torch.save({"ema": {f"w{n}": shared for n in range(100)}}, tmp_path / "w.pt")
+    with pytest.raises(InputError, match=r"w\.pt: the tensors of ema are larger than the file"):
+        read_weights_file(tmp_path / "w.pt")
+    torch.save({"ema": {"w": shared}, "model": {"w": shared}}, tmp_path / "w.pt")
+    assert torch.equal(read_weights_file(tmp_path / "w.pt")["model"]["w"], shared)
+
+
+def nested(levels: int) -> list:
+    value: list = []
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+def test_content_without_end_is_refused(tmp_path, monkeypatch):
+    cyclic: dict = {"a": 1}
+    cyclic["self"] = [cyclic] * 20
+    wide = ["x"]
+    for _ in range(30):
+        wide = [wide, wide]  # 2^30 values
+    for value in (cyclic, wide, nested(200), argparse.Namespace(a=nested(200)), {"x" * 60_000: 1}):
+        torch.save(value, tmp_path / "w.pt")
+        with pytest.raises(InputError, match=r"w\.pt: (holds too many values, or|a name in it has more than 1000)"):
+            read_weights_file(tmp_path / "w.pt")
+    monkeypatch.setattr(weights_file, "MOST_VALUES", 100)
+    torch.save(list(range(101)), tmp_path / "w.pt")
+    with pytest.raises(InputError, match="too many values"):
+        read_weights_file(tmp_path / "w.pt")
+
+
+def rezipped(source: Path, dest: Path, compression: int = zipfile.ZIP_STORED, extra: str = "") -> None:
+    """Write a zip again, compressed or with a further entry."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(dest, "w", compression) as new:
+        for member in old.infolist():
+            new.writestr(member.filename, old.read(member))
+        if extra:
+            new.writestr(extra, b"")
+
+
+def test_a_zip_that_torch_did_not_write_is_refused(tmp_path):
+    torch.save({"w": torch.zeros(10_000)}, tmp_path / "w.pt")
+    rezipped(tmp_path / "w.pt", tmp_path / "small.pt", zipfile.ZIP_DEFLATED)
+    with pytest.raises(InputError, match=r"small\.pt: its entries are compressed; torch\.save stores them uncompr"):
+        read_weights_file(tmp_path / "small.pt")
+    for extra in ("other/data.pkl", "other/x"):
+        rezipped(tmp_path / "w.pt", tmp_path / "extra.pt", extra=extra)
+        with pytest.raises(InputError, match=r"extra\.pt: damaged; its entries are not those that torch\.save writes"):
+            read_weights_file(tmp_path / "extra.pt")
+
+
+def test_one_bit_of_a_zip_is_noticed(tmp_path):
+    torch.save({"w": torch.zeros(1000)}, tmp_path / "w.pt")
+    data = bytearray((tmp_path / "w.pt").read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / "w.pt").write_bytes(data)
+    with pytest.raises(InputError, match=r"w\.pt: damaged; the checksum of \S+ in it is wrong"):
+        read_weights_file(tmp_path / "w.pt")
+
+
+def test_an_open_file_stays_the_same_file(tmp_path):
+    for number in (1, 2):
+        torch.save({"w": torch.full((1000,), number)}, tmp_path / f"{number}.pt")
+    with open(tmp_path / "1.pt", "rb") as file:
+        (tmp_path / "2.pt").replace(tmp_path / "1.pt")
+        content = read_weights_file(tmp_path / "1.pt", file)
+    assert content["w"].unique().tolist() == [1]  # read after the file was closed and its name replaced
+
+
+def header(entries: str) -> bytes:
+    return len(entries).to_bytes(8, "little") + entries.encode()
+
+
+ENTRY = '{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
+ODD_SAFETENSORS = {
+    "empty": (b"", "not a readable"),
+    "header of 2^63 bytes": ((2**63).to_bytes(8, "little") + b"{}", "not a readable"),
+    "header of 100 MB": ((10**8).to_bytes(8, "little") + bytes(10**8), r"its header has 100000000 bytes; allowed"),
+    "recursion": (header("[" * 200_000), "not a readable"),
+    "list": (header("[1]"), "not a readable"),
+    "name twice": (header(f'{{"a":{ENTRY},"a":{ENTRY}}}') + bytes(4), "damaged; its header names a twice"),
+    "long name": (header(f'{{"{"x" * 60_000}":{ENTRY}}}') + bytes(4), "with names of 1000 letters"),
+    "offsets": (header(f'{{"a":{ENTRY.replace("[0,4]", "[0,400]")}}}') + bytes(4), "not a readable"),
+    "negative": (header(f'{{"a":{ENTRY.replace("[1]", "[-1]")}}}') + bytes(4), "not a readable"),
+    "huge shape": (header(f'{{"a":{ENTRY.replace("[1]", "[4611686018427387904,4]")}}}') + bytes(4), "not a readable"),
+    "number": (header('{"a":' + "9" * 5000 + "}"), "not a readable"),
+}
+
+
+@pytest.mark.parametrize("data, text", ODD_SAFETENSORS.values(), ids=ODD_SAFETENSORS)
+def test_odd_safetensors_are_refused(tmp_path, data, text):
+    (tmp_path / "w.safetensors").write_bytes(data)
+    with pytest.raises(InputError, match=rf"w\.safetensors: .*{text}"):
+        read_safetensors(tmp_path / "w.safetensors")

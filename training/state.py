@@ -21,6 +21,7 @@ from models.autoencoder import Codec
 from models.checkpoint import list_checkpoints, load_checkpoint, network_weights, resolve_checkpoint
 from models.encoders import Encoder
 from models.sit import SiT
+from models.tensor_checks import check_finite
 from models.weights_file import mismatch
 from training.checkpoint_writer import CheckpointWriter
 from training.config import RunFacts, TrainConfig
@@ -182,6 +183,7 @@ def initialize_from(path: str | Path, model: SiT, average: SiT) -> list[str]:
     if required := [name for name in different if name.startswith(("blocks.", "x_embedder.", "t_embedder."))]:
         raise InputError(f"--init-from {path}: holds another network than that of the flags; {required[0]} differs")
     own.update({name: given[name] for name in wanted if name not in initial})
+    check_finite(own, f"--init-from {path}")
     model.load_state_dict(own)
     average.load_state_dict(own)
     return initial

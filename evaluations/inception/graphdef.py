@@ -6,6 +6,7 @@ https://protobuf.dev/programming-guides/encoding.
 
 from __future__ import annotations
 
+import itertools
 import math
 import struct
 from collections.abc import Iterator
@@ -18,17 +19,30 @@ from common.io import InputError
 
 _VARINT, _BYTES, _FIXED_SIZES = 0, 2, {1: 8, 5: 4}  # wire types; those of fixed size with their number of bytes
 _DT_FLOAT = 1
+MOST_NODES = 100_000  # the published graph has 1,008
+MOST_FIELDS = 1000  # of a message; those of a node are its inputs and attributes
+MOST_NUMBERS = 3_000_000  # fields of a tensor, of which the classifier's may have one for each of its 2,064,384 numbers
 _DAMAGE = (ValueError, TypeError, KeyError, struct.error)  # raised by the functions below for a damaged file
 
 
 class Graph:
-    """The nodes of a graph file. Raises InputError, naming the file, if it is damaged or lacks a requested node."""
+    """The nodes of a graph file, whose bytes are `data` if they were read already.
 
-    def __init__(self, path: str | Path):
+    Raises InputError, naming the file, if it is damaged, has too many nodes, or lacks a requested node.
+    """
+
+    def __init__(self, path: str | Path, data: bytes | None = None):
         self.path = Path(path)
+        self._nodes: dict[str, dict[str, memoryview]] = {}
         try:
-            fields = _fields(memoryview(self.path.read_bytes()))
-            self._nodes = dict(_parse_node(value) for field, value in fields if field == 1)
+            for field, value in _fields(memoryview(self.path.read_bytes() if data is None else data)):
+                if field == 1:
+                    name, attributes = _parse_node(value)
+                    self._nodes[name] = attributes
+                if len(self._nodes) > MOST_NODES:
+                    raise InputError(f"{path}: has more than {MOST_NODES} nodes; expected the graph of 2015-12-05")
+        except InputError:
+            raise
         except _DAMAGE as error:
             raise InputError(f"{path}: not a TensorFlow graph, or it is damaged or cut short") from error
 
@@ -37,9 +51,9 @@ class Graph:
         attributes = self._attributes(name)
         try:
             # TensorProto: 1 dtype, 2 shape (2 dim (1 size)), 4 raw content, 5 float_val. AttrValue: 8 tensor.
-            fields = list(_fields(dict(_fields(attributes["value"]))[8]))
+            fields = _listed(dict(_listed(attributes["value"]))[8], MOST_NUMBERS)
             tensor = dict(fields)
-            found = tuple(dict(_fields(dim)).get(1, 0) for field, dim in _fields(tensor[2]) if field == 2)
+            found = tuple(dict(_listed(dim)).get(1, 0) for field, dim in _listed(tensor[2]) if field == 2)
             content = tensor.get(4) or b"".join(value for field, value in fields if field == 5)
             numbers = np.frombuffer(content, "<f4")
         except _DAMAGE as error:
@@ -55,7 +69,7 @@ class Graph:
         """Return a boolean attribute of a node; an attribute that is absent is false."""
         attributes = self._attributes(name)
         try:
-            return bool(dict(_fields(attributes.get(attribute, b""))).get(5, 0))  # AttrValue: 5 b
+            return bool(dict(_listed(attributes.get(attribute, b""))).get(5, 0))  # AttrValue: 5 b
         except _DAMAGE as error:
             raise InputError(f"{self.path}: {attribute} of the node {name!r} is damaged") from error
 
@@ -67,8 +81,8 @@ class Graph:
 
 def _parse_node(message: memoryview) -> tuple[str, dict[str, memoryview]]:
     """Return name and attributes of a NodeDef: 1 name, 5 attr (a map entry: 1 key, 2 value)."""
-    fields = list(_fields(message))
-    entries = [dict(_fields(value)) for field, value in fields if field == 5]
+    fields = _listed(message)
+    entries = [dict(_listed(value)) for field, value in fields if field == 5]
     return str(dict(fields).get(1, b""), "utf-8"), {str(entry[1], "utf-8"): entry.get(2, b"") for entry in entries}
 
 
@@ -87,6 +101,14 @@ def _fields(message: memoryview | bytes) -> Iterator[tuple[int, int | memoryview
             value = message[at : at + size]
             at += size
         yield key >> 3, value
+
+
+def _listed(message: memoryview | bytes, most: int = MOST_FIELDS) -> list[tuple[int, int | memoryview]]:
+    """Return the fields of a message. Raises ValueError if there are more than `most`."""
+    fields = list(itertools.islice(_fields(message), most + 1))
+    if len(fields) > most:
+        raise ValueError("too many fields")
+    return fields
 
 
 def _varint(message: memoryview | bytes, at: int) -> tuple[int, int]:

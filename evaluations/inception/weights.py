@@ -12,15 +12,19 @@ from pathlib import Path
 
 import torch
 
-from common.identity import Unchanged
 from common.io import WRITE_ERRORS, InputError, clear_leftovers, sha256_of
 from evaluations.inception.graphdef import Graph
 from evaluations.inception.layers import NUM_CLASSES, NUM_FEATURES, convolutions, inception_layers
+from models.checksums import digest_of
+from models.tensor_checks import check_finite, check_weights
+from models.weights_file import read_weights_file
 
 GRAPH_NAME = "classify_image_graph_def.pb"
 GRAPH_URL = f"https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/{GRAPH_NAME}"
 GRAPH_SHA256 = "009d6814d1bc560d4e7b236e170e9b2d5ca6f4b57bd8037f6db05776204415c6"
+LARGEST_GRAPH = 2**29  # bytes; the published graph has 96 MB
 PUBLISHED_NAME = "inception-2015-12-05"
+PORT_NAME = "pt_inception-2015-12-05"
 PORT_SHA256_START = "6726825d"  # of the PyTorch port: the part of its hash that is in its published file name
 
 # Tensors of a batch norm in the PyTorch port, and in the graph.
@@ -101,31 +105,37 @@ def load_weights(path: str | Path) -> InceptionWeights:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected {GRAPH_NAME} or the PyTorch port pt_inception-2015-12-05")
-    file = Unchanged([path])
-    sha256, is_graph = sha256_of(path), path.suffix == ".pb"
+    is_graph = path.suffix == ".pb"
     layers, tensors = inception_layers(), {}
     shapes = {name: tuple(like.shape) for name, like in layers.state_dict().items() if like.ndim}
     shapes["fc.weight"] = (NUM_CLASSES, NUM_FEATURES)
-    state = _read_graph(path, convolutions(layers), shapes) if is_graph else _read_port(path)
+    if is_graph:
+        sha256, state = _read_graph(path, convolutions(layers), shapes)
+    else:
+        sha256, state = _read_port(path)
     for name, shape in shapes.items():
         tensor = state.get(name)
         if not isinstance(tensor, torch.Tensor):
             raise InputError(f"{path}: not the port of the Inception network of 2015-12-05: no tensor {name}")
         if tuple(tensor.shape) != shape:
             raise InputError(f"{path}: {name} has shape {tuple(tensor.shape)}, expected {shape}")
-        if not tensor.is_floating_point():
-            raise InputError(f"{path}: {name} is {tensor.dtype}; allowed: floating-point numbers")
+        check_weights({name: tensor}, path)
         tensors[name] = tensor.float()
-        if not tensors[name].isfinite().all():
-            raise InputError(f"{path}: {name} holds values that are not finite")
-    file.check()
+        if name.endswith("running_var") and (tensors[name] < 0).any():
+            raise InputError(f"{path}: {name} has negative numbers; a variance is not negative")
+    check_finite(tensors, path)
     published = sha256 == GRAPH_SHA256 if is_graph else sha256.startswith(PORT_SHA256_START)
     return InceptionWeights(tensors, str(path), sha256, published)
 
 
-def _read_graph(path: Path, names: list[str], shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
-    """Return the tensors of a TensorFlow graph with the names and in the layout of the PyTorch port."""
-    graph, tensors = Graph(path), {}
+def _read_graph(
+    path: Path, names: list[str], shapes: dict[str, tuple[int, ...]]
+) -> tuple[str, dict[str, torch.Tensor]]:
+    """Return the SHA-256 of a TensorFlow graph, and its tensors with names and layout of the PyTorch port."""
+    if path.stat().st_size > LARGEST_GRAPH:
+        raise InputError(f"{path}: has more than {LARGEST_GRAPH} bytes; expected {GRAPH_NAME}")
+    data = path.read_bytes()
+    graph, tensors = Graph(path, data), {}
     for name, scope in zip(names, GRAPH_CONVOLUTIONS, strict=True):
         width, channels, *kernel = shapes[f"{name}.conv.weight"]
         weight = graph.constant(f"{scope}/conv2d_params", (*kernel, channels, width))
@@ -135,13 +145,15 @@ def _read_graph(path: Path, names: list[str], shapes: dict[str, tuple[int, ...]]
         if not graph.switch(f"{scope}/batchnorm", "scale_after_normalization"):
             tensors[f"{name}.bn.weight"] = torch.ones(width)  # the operation ignores gamma then
     tensors["fc.weight"] = graph.constant("softmax/weights", (NUM_FEATURES, NUM_CLASSES)).t()
-    return tensors
+    return hashlib.sha256(data).hexdigest(), tensors
 
 
-def _read_port(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # on a file of another kind, the unpickler can raise any exception
-        expected = "expected a dict of tensors, the PyTorch port pt_inception-2015-12-05"
-        raise InputError(f"{path}: not a PyTorch file of weights, or it holds other objects; {expected}") from error
-    return state if isinstance(state, dict) else {}
+def _read_port(path: Path) -> tuple[str, dict[str, torch.Tensor]]:
+    """Return the SHA-256 of the PyTorch port, and its tensors."""
+    with open(path, "rb") as file:
+        digest = digest_of(file)
+        try:
+            state = read_weights_file(path, file)
+        except InputError as error:
+            raise InputError(f"{error}. Expected a dict of tensors, the PyTorch port {PORT_NAME}") from error
+    return digest, state if isinstance(state, dict) else {}

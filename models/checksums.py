@@ -1,0 +1,126 @@
+"""SHA-256 of files of weights: written next to them, and compared when they are read.
+
+A single file has its checksum in FILE.sha256, a folder has those of its files in checksums.sha256. Both have the format
+of `sha256sum --check`. A file without a checksum, such as a published one, is accepted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+from common.io import HASH_BLOCK, InputError, atomic_write, sha256_of
+
+FOLDER_CHECKSUMS = "checksums.sha256"
+LINE = re.compile(r"([0-9a-fA-F]{64})(?: [ *](.+))?")
+LARGEST = 2**20  # bytes of a file of checksums
+ATTEMPTS = 5  # to read a file that other processes replace
+
+T = TypeVar("T")
+
+
+class HashingFile(io.RawIOBase):
+    """Writes to an open file and computes the SHA-256 of the written bytes."""
+
+    def __init__(self, file: IO[bytes]):
+        self.file = file
+        self.digest = hashlib.sha256()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        return self.file.write(data)
+
+
+def checksum_path(path: Path) -> Path:
+    """Return the path of a single file's checksum."""
+    return path.with_name(path.name + ".sha256")
+
+
+def write_checksum(path: Path, digest: str) -> None:
+    """Write the checksum of a single file."""
+    with atomic_write(checksum_path(path), "w") as file:
+        file.write(f"{digest}  {path.name}\n")
+
+
+def write_folder_checksums(folder: Path, names: Iterable[str]) -> None:
+    """Write the checksums of files in a folder, which `names` gives relative to it."""
+    with atomic_write(folder / FOLDER_CHECKSUMS, "w") as file:
+        file.writelines(f"{sha256_of(folder / name)}  {name}\n" for name in names)
+
+
+def recorded_checksum(path: Path) -> tuple[str, Path] | None:
+    """Return the checksum that was written for a file and the file that contains it; None if there is none.
+
+    Looked up in FILE.sha256, in checksums.sha256 of the file's folder, and in that of the folder above.
+    Raises InputError if a file of checksums is damaged.
+    """
+    places = [(checksum_path(path), path.name), (path.parent / FOLDER_CHECKSUMS, path.name)]
+    places.append((path.parent.parent / FOLDER_CHECKSUMS, f"{path.parent.name}/{path.name}"))
+    for place, name in places:
+        if not place.is_file():
+            continue
+        if place.stat().st_size > LARGEST:
+            raise InputError(f"{place}: is larger than {LARGEST} bytes; expected the output of sha256sum")
+        lines = [LINE.fullmatch(line) for line in place.read_text("utf-8", errors="replace").splitlines() if line]
+        if not lines or not all(lines):
+            raise InputError(f"{place}: damaged; expected lines of sha256sum, a checksum and a name")
+        found = {line[2]: line[1].lower() for line in lines}
+        if place == checksum_path(path):
+            return lines[0][1].lower(), place  # also if the file was renamed together with its checksum
+        if name in found:
+            return found[name], place
+    return None
+
+
+def digest_of(file: IO[bytes]) -> str:
+    """Return the hexadecimal SHA-256 of an open file's bytes."""
+    digest = hashlib.sha256()
+    file.seek(0)
+    while block := file.read(HASH_BLOCK):
+        digest.update(block)
+    file.seek(0)
+    return digest.hexdigest()
+
+
+def verify(file: IO[bytes], path: Path, digest: str | None = None) -> str | None:
+    """Compare an open file with its recorded checksum; return its SHA-256, or None if none is recorded.
+
+    `path` is the name under which the file was opened; `digest` is its SHA-256 if it is known.
+    Raises InputError, naming both, if they differ.
+    """
+    if (recorded := recorded_checksum(path)) is None:
+        return digest
+    digest = digest or digest_of(file)
+    if digest != recorded[0]:
+        raise InputError(f"{path}: damaged; its SHA-256 is {digest}, but {recorded[1]} has {recorded[0]}")
+    return digest
+
+
+def verify_file(path: Path) -> None:
+    """Compare a file with its recorded checksum, if there is one; see `verify`."""
+    if recorded_checksum(path) is not None:
+        with open(path, "rb") as file:
+            verify(file, path)
+
+
+def read_open(path: Path, read: Callable[[IO[bytes]], T]) -> T:
+    """Return `read(file)` for the file that has this name now, again if another file gets the name and reading fails.
+
+    best.pt and its checksum are two files: a process that replaces them does not do so at one moment.
+    """
+    for _ in range(ATTEMPTS):
+        with open(path, "rb") as file:
+            try:
+                return read(file)
+            except InputError:
+                if path.is_file() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                    raise
+    raise InputError(f"{path}: is replaced again and again while it is read; give a file that does not change")

@@ -1,0 +1,32 @@
+"""Whether the fields of a network's description, which comes from a file, have possible values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from common.io import InputError, shown
+
+LARGEST_SIZE = 2**31 - 1  # of a number; the shapes of the weights limit most fields further
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and abs(value) <= LARGEST_SIZE
+
+
+# What the fields of a description may be, by their annotation: the test, and the text in errors.
+FIELD_KINDS = {
+    "int": (_is_size, f"a whole number up to {LARGEST_SIZE}"),
+    "float": (lambda value: type(value) in (int, float) and 0 < value <= LARGEST_SIZE, "a number above 0"),
+    "bool": (lambda value: type(value) is bool, "true or false"),
+    "int | None": (lambda value: value is None or _is_size(value), "a whole number or null"),
+    "tuple[int, ...]": (lambda value: isinstance(value, list | tuple) and all(map(_is_size, value)), "whole numbers"),
+}
+
+
+def check_fields(fields: Mapping[str, Any], kinds: Mapping[str, str]) -> None:
+    """Raise InputError, naming the field, if a value is not of its kind, a key of `FIELD_KINDS`."""
+    for name, kind in kinds.items():
+        is_valid, expected = FIELD_KINDS[kind]
+        if not is_valid(fields[name]):
+            raise InputError(f"network: its {name} is {shown(fields[name])}; expected {expected}")
