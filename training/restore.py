@@ -113,7 +113,7 @@ def _parameter_state(values: Any, name: str, shape: torch.Size, steps: int, entr
     if not isinstance(values, Mapping) or set(values) != entries:
         held = ", ".join(sorted(map(str, values))) if isinstance(values, Mapping) else describe(values)
         raise damaged(f"its optimizer has {held or 'nothing'} for {name}; expected {', '.join(sorted(entries))}")
-    state = {key: value for key, value in values.items() if value is None}
+    state = {key: value for key, value in values.items() if value is None and key not in ("step", *MOMENTS)}
     for key in entries - state.keys():
         value, what = values[key], f"its optimizer's {key} of {name}"
         if key == "step":
