@@ -3,13 +3,15 @@
 #
 #     MODEL=SiT-XL/2 DATA_DIR=/data/imagenet256 bash train.sh --seed 1
 #
-# The same command resumes an interrupted run. With --resume-step N it goes back to the checkpoint of step N first: later
-# checkpoints, grids and rows are moved to set-aside/ in the folder of the run. A restart by torchrun or SLURM does not
-# go back again: it continues after the step that the run has reached. It uses all GPUs of the machine. For several machines, run it on each
+# The same command resumes an interrupted run. It uses all GPUs of the machine. For several machines, run it on each
 # machine with NUM_MACHINES, MACHINE_RANK, HEAD_ADDRESS and HEAD_PORT (launch/launch.sh), or submit it to SLURM:
 #
 #     sbatch --nodes 4 --ntasks-per-node 1 --gpus-per-node 8 --requeue --open-mode append --signal USR1@300 --wrap "srun --kill-on-bad-exit=1 bash train.sh"
 #     sbatch --gpus 8 --requeue --open-mode append --signal B:USR1@300 train.sh (one machine)
+#
+# With --resume-step N, the run goes back to its checkpoint of step N: what is later is moved to set-aside/ in its folder.
+# If torchrun or SLURM restarts the same command (TORCHELASTIC_RESTART_COUNT, SLURM_RESTART_COUNT) after it has gone
+# back, the run continues from its newest checkpoint and does not go back again.
 #
 # Relative paths that are given mean the folder of the caller; the defaults are in the folder of this script.
 #

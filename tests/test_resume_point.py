@@ -258,6 +258,9 @@ DAMAGED = {
     "classes": (lambda file: file.update(classes={"labels": [0, 1]}), r"trained on 2 classes \(0-1\), the data have 3"),
     "no classes": (lambda file: file.update(classes=[7]), "the checkpoint: "),
     "heads": (lambda file: file["network"].update(num_heads=4), "its network has num_heads 4; by the flags it is 2"),
+    "a tensor in args": (lambda file: setattr(file["args"], "seed", torch.ones(2)), r"--seed is 0, but .* tensor"),
+    "a tensor as rate": (lambda file: setattr(file["args"], "learning_rate", torch.ones(2)), "settings is a tensor"),
+    "a tensor in network": (lambda file: file["network"].update(z_dims=[torch.ones(2)]), "its network has z_dims"),
     "network": (lambda file: file.update(network=3), "the checkpoint: network: "),
     "args": (lambda file: file.update(args=[1]), "args is a list"),
 }

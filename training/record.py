@@ -59,12 +59,20 @@ def check_same_run(current: dict[str, Any], saved: dict[str, Any], source: str |
         if name == "enc_type" and isinstance(value, str) and isinstance(before, str):
             value, before = name_with_tokens(value), name_with_tokens(before, AFTER_NORM)
         known = name in MEANS_ALL or (value is not None and before is not None)
-        if name not in changeable and known and value != before:
-            value, before = ("all" if one is None else one for one in (value, before))
+        if name not in changeable and known and not same_value(value, before):
+            value, before = ("all" if one is None else f"{one}"[:200] for one in (value, before))
             raise InputError(
                 f"{flag(name)} is {value}, but {source} was started with {before}, and a run keeps this setting. To "
                 "start another run from its weights: a new --exp-name and --init-from CHECKPOINT"
             )
+
+
+def same_value(value: Any, before: Any) -> bool:
+    """Return whether a value from a file, of any type, equals a setting. Tensors, whose == is a tensor, never do."""
+    try:
+        return bool(value == before)
+    except (RuntimeError, TypeError, ValueError):
+        return False
 
 
 def check_same_data(digest: str | None, saved: dict[str, Any], data_dir: str, allowed: bool) -> bool:
@@ -73,7 +81,7 @@ def check_same_data(digest: str | None, saved: dict[str, Any], data_dir: str, al
     `saved`: settings of the run; older runs recorded no digest. Raises InputError if they differ and may not.
     """
     before = saved.get(DATA_DIGEST)
-    if before is None or digest is None or before == digest:
+    if before is None or digest is None or same_value(digest, before):
         return False
     if not allowed:
         raise InputError(
@@ -94,9 +102,9 @@ def check_same_network(checkpoint: dict[str, Any], facts: RunFacts, data_classes
             saved, own = SiTConfig.from_json(entry).to_json(), facts.network.to_json()
         except InputError as error:
             raise InputError(f"the checkpoint: {error}") from error
-        if names := [name for name in own if saved[name] != own[name]]:
-            name = names[0]
-            raise InputError(f"the checkpoint: its network has {name} {saved[name]}; by the flags it is {own[name]}")
+        if names := [name for name in own if not same_value(own[name], saved[name])]:
+            name, held = names[0], f"{saved[names[0]]!r:.60}"
+            raise InputError(f"the checkpoint: its network has {name} {held}; by the flags it is {own[name]}")
     classes = checkpoint_classes(checkpoint, facts.network.num_classes, "the checkpoint")
     if checkpoint.get("classes") is not None and data_classes is not None and classes.labels != data_classes.labels:
         held = f"{len(classes.labels)} classes ({label_ranges(classes.labels)[:60]})"

@@ -18,9 +18,13 @@ from torch import Tensor, nn
 from common.io import InputError
 from models.checkpoint import network_weights
 from training.metrics import COUNTS
+from training.record import same_value
 
 IMPLEMENTATION = ("fused", "foreach", "capturable", "differentiable")  # how an optimizer computes, not what
-REQUIRED = ("betas", "eps", "weight_decay")  # settings of every AdamW, besides the learning rate
+# Settings of every AdamW, besides the learning rate, and their flags.
+REQUIRED = {
+    "betas": "--adam-beta1, --adam-beta2", "eps": "--adam-epsilon", "weight_decay": "--adam-weight-decay",
+}  # fmt: skip
 MOMENTS = ("exp_avg", "exp_avg_sq")
 SCALER = ("growth_factor", "backoff_factor", "growth_interval")  # settings of a loss scaler
 LARGEST_SCALE = 2.0**127  # of a loss scaler: the largest power of two in float32
@@ -74,7 +78,8 @@ def optimizer_state(checkpoint: dict[str, Any], model: nn.Module, is_adamw: bool
             raise damaged(f"its optimizer has no state for {name}")
         if index in placed and not parameters[name].requires_grad:
             raise damaged(f"its optimizer has a state for {name}, which is not trained")
-    entries = {"step", *MOMENTS} if is_adamw else set(next(iter(placed.values())))
+    first = next(iter(placed.values()))
+    entries = {"step", *MOMENTS} if is_adamw or not isinstance(first, Mapping) else set(first)
     checked = {
         index: _parameter_state(placed[index], names[index], parameters[names[index]].shape, steps, entries)
         for index in sorted(placed)
@@ -183,7 +188,8 @@ def check_optimizer_settings(group: Mapping[str, Any], own: Mapping[str, Any]) -
         parts = plain[0] if isinstance(plain[0], list) else [plain[0]]
         is_number = all(isinstance(part, int | float | str | None) for part in parts)
         if not is_number or plain[0] != plain[1] or isinstance(saved, bool) != isinstance(wanted, bool):
-            raise damaged(f"its optimizer has {name} {describe_setting(saved)}, but the run has {wanted}")
+            flags = f"; flags: {REQUIRED[name]}" if name in REQUIRED else ""
+            raise damaged(f"its optimizer has {name} {describe_setting(saved)}, but the run has {wanted}{flags}")
 
 
 def describe_setting(value: Any) -> str:
@@ -206,7 +212,7 @@ def saved_learning_rate(checkpoint: dict[str, Any], settings: Mapping[str, Any],
     recorded = settings.get("learning_rate")
     if rate == 0 and not given:
         raise damaged("the learning rate of its optimizer is 0")
-    if recorded is not None and recorded != rate and not given:
+    if recorded is not None and not given and not same_value(rate, recorded):
         raise damaged(
             f"the learning rate of its optimizer is {rate:g}, that of its settings is {describe(recorded)}; "
             "--learning-rate decides"
