@@ -79,7 +79,7 @@ def test_every_number_has_an_upper_bound(flag):
 @pytest.mark.parametrize(
     ("flag", "value"),
     [("--max-train-steps", MOST_STEPS + 1), ("--num-workers", 10**6), ("--grid-samples", 10**5),
-     ("--eval-samples", 10**8), ("--eval-num-steps", 10**7), ("--grid-num-steps", 10**7)],
+     ("--eval-samples", 10**8), ("--eval-batch-size", 10**6), ("--eval-num-steps", 10**7), ("--grid-num-steps", 10**7)],
 )  # fmt: skip
 def test_numbers_that_take_memory_or_time_have_bounds_of_their_own(flag, value):
     with pytest.raises(InputError, match=rf"{flag} {value}: must be from [01] to "):

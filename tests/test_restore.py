@@ -205,7 +205,7 @@ def test_a_learning_rate_that_contradicts_the_settings_needs_the_flag(checkpoint
     with pytest.raises(InputError, match=r"optimizer is 0\.5, that of its settings is 0\.001; --learning-rate decides"):
         saved_learning_rate(checkpoint, settings, given=False)
     assert saved_learning_rate(checkpoint, settings, given=True) == 0.5
-    for wrong in (None, "1e-3", True, NAN, float("inf"), -1.0, [1e-3], torch.ones(2)):
+    for wrong in (None, "1e-3", True, NAN, float("inf"), 10**400, -1.0, [1e-3], torch.ones(2)):
         group["lr"] = wrong
         with pytest.raises(InputError, match=r"the learning rate of its optimizer is .*expected a number from 0"):
             saved_learning_rate(checkpoint, settings, given=True)

@@ -222,6 +222,13 @@ def test_a_dry_run_and_a_start_with_bad_input_move_nothing(runs, flags, more):
     assert files() == before
 
 
+def test_settings_of_another_form_are_named(runs, flags):
+    shutil.rmtree(runs / "run" / "checkpoints")
+    (runs / "run" / "args.json").write_text("[]")
+    with pytest.raises(InputError, match=r"args\.json: expected a JSON object with the settings of the run"):
+        point(flags, "--resume", "latest")
+
+
 def test_a_run_that_another_process_trained_meanwhile_is_left_alone(runs, flags):
     seen = contents(runs / "run")
     check_unchanged(runs / "run", seen)

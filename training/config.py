@@ -48,6 +48,7 @@ MEANS_ALL = ("max_images",)  # settings of a run for which None is a value, not 
 MOST_WORKERS = 1024  # each is a process; more than any machine has cores
 MOST_GRID_SAMPLES = 10_000  # a grid of 100 x 100 images
 MOST_EVAL_SAMPLES = 10_000_000  # 200 times the usual 50,000
+MOST_EVAL_BATCH = 65_536  # images of 256 px decoded by one process: 50 GB
 MOST_SOLVER_STEPS = 1_000_000  # 4000 times the usual 250
 FOLDER_NAME = Check("the name of a folder", lambda value: bool(value.strip(". ")))
 
@@ -136,7 +137,7 @@ class EvaluationSettings(Config):
     eval_ref: str | None = adjustable(None, "reference .npz: ADM's, or one made by evaluations/reference.py")
     eval_samples: int = adjustable(10_000, "samples of an evaluation", check=between(1, MOST_EVAL_SAMPLES))
     eval_num_steps: int = adjustable(250, "SDE steps of these samples", check=between(1, MOST_SOLVER_STEPS))
-    eval_batch_size: int = adjustable(64, "samples at a time on each process", check=POSITIVE)
+    eval_batch_size: int = adjustable(64, "samples at a time on each process", check=between(1, MOST_EVAL_BATCH))
     eval_inception: str | None = adjustable(None, "Inception weights; default: the published ones, downloaded once")
 
 

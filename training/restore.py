@@ -9,6 +9,7 @@ REPA layout.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,7 +45,7 @@ def number(value: Any, what: str, low: float = -math.inf, high: float = math.inf
     if isinstance(value, Tensor) and value.numel() == 1 and value.device.type == "cpu" and _is_plain(value):
         value = value.item()
     fits = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
-    if not fits or not abs(value) < math.inf or (whole and value != int(value)):
+    if not fits or not abs(value) <= sys.float_info.max or (whole and value != int(value)):
         kind, least = ("a whole number" if whole else "a number"), "" if low == -math.inf else f" from {low:g}"
         most = "" if high == math.inf else f" to {high:g}"
         raise damaged(f"{what} is {describe(value)}; expected {kind}{least}{most}")

@@ -48,7 +48,7 @@ def find_resume_point(config: TrainConfig, environment: Mapping[str, str] = os.e
     check_own_checkpoints(folder)
     seen, found = contents(folder), own_checkpoints(folder)
     if asked and found and is_restart(environment) and (last_row(folder / "starts.jsonl") or {}).get("asked") == asked:
-        logger.info("note: this is a restart, so the run continues from its newest checkpoint; %s is done", asked)
+        logger.info("note: this is a restart after %s, so the run continues from its newest checkpoint", asked)
         path, skipped = newest_complete(found)
         return ResumePoint(path, asked, skipped, seen)
     if config.resume_step:
