@@ -10,6 +10,7 @@ describe their codec; the default is Stable Diffusion's. The folder may also con
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -49,6 +50,7 @@ LATENT_FOLDERS = ("vae-sd", "latents")
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # of Pillow; others lose values as 8-bit RGB
 PNG_END = b"IEND\xaeB`\x82"  # the last eight bytes of every complete PNG (PNG specification, section 11.2.5)
 ERRORS_SHOWN = 5
+DIGEST_SAMPLE = 64  # images whose bytes are part of the digest: enough to notice other data, read in a second
 
 
 class LatentDataset(Dataset):
@@ -153,6 +155,19 @@ class LatentDataset(Dataset):
         self.image_names, self.latent_names = self.image_names[kept], self.latent_names[kept]
         self.labels = self.labels[kept]
         self.classes = ClassSet.of_data(np.unique(self.labels), self.class_names)
+
+    def digest(self) -> str:
+        """Return the SHA-256 of file names, labels, class names, and the bytes of `DIGEST_SAMPLE` images and latents.
+
+        It is the same for a folder and a zip, in any place. Raises InputError for a file that cannot be read.
+        """
+        names = [os.path.basename(name) for name in (*self.image_names.tolist(), *self.latent_names.tolist())]
+        digest = hashlib.sha256(repr((names, self.labels.tolist(), self.class_names)).encode())
+        for i in sorted(set(np.linspace(0, len(self) - 1, DIGEST_SAMPLE).astype(int).tolist())):
+            files = [self.images.read(self.image_file(i))]
+            files += [self.latents.read(self.latents_file(i, m)) for m in ((False, True) if self.flip else (False,))]
+            digest.update(b"".join(hashlib.sha256(data).digest() for data in files))
+        return digest.hexdigest()
 
     def image(self, i: int) -> Tensor:
         """Return image i, (3, R, R) uint8, without reading its latents. Raises InputError if it is broken."""

@@ -26,10 +26,11 @@ from dataset import ErrorsAsItems, GlobalBatchSampler, collate, raise_errors
 from loss import Targets, alignment_target, entangled_token
 from models import ema
 from training import summary
-from training.config import parse_args, saved_args
+from training.config import parse_args
 from training.messages import ROW, log_file, logger, show_rows
 from training.parallelism import full_norm, gather_full, to_device
 from training.preemption import StopSignal, exit_status, shield_worker
+from training.record import saved_args
 from training.sampling import score_samples, write_reconstructions, write_samples
 from training.setup import peak_memory, set_up
 from training.state import Run

@@ -9,6 +9,10 @@
 #     sbatch --nodes 4 --ntasks-per-node 1 --gpus-per-node 8 --requeue --open-mode append --signal USR1@300 --wrap "srun --kill-on-bad-exit=1 bash train.sh"
 #     sbatch --gpus 8 --requeue --open-mode append --signal B:USR1@300 train.sh (one machine)
 #
+# With --resume-step N, the run goes back to its checkpoint of step N: what is later is moved to set-aside/ in its folder.
+# If torchrun or SLURM restarts the same command (TORCHELASTIC_RESTART_COUNT, SLURM_RESTART_COUNT) after it has gone
+# back, the run continues from its newest checkpoint and does not go back again.
+#
 # Relative paths that are given mean the folder of the caller; the defaults are in the folder of this script.
 #
 # A run that lost a process restarts by itself, at most MAX_RESTARTS times. After SIGTERM, SIGUSR1, SIGHUP or Ctrl-C,

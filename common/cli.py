@@ -33,6 +33,8 @@ from common.io import InputError, read_json
 
 CONFIG = "config"
 CONFIG_HELP = "JSON file of settings, such as args.json of a run; flags replace its values"
+LARGEST_NUMBER = 2**63  # whole numbers are smaller: files and tensors have 64 bits
+SHOWN = 40  # characters of a wrong number in an error
 AUTO = "auto"  # value of a batch size: the largest that fits, see `common.distributed.largest_batch`
 
 
@@ -42,6 +44,11 @@ class Check:
 
     allowed: str
     fits: Callable[[Any], bool]
+
+
+def between(low: int, high: int) -> Check:
+    """Return the condition that a value is from `low` to `high`."""
+    return Check(f"from {low:,} to {high:,}", lambda value: low <= value <= high)
 
 
 POSITIVE = Check("greater than 0", lambda value: value > 0)
@@ -120,7 +127,9 @@ class Config:
                 if rules["choices"] and one not in rules["choices"]:
                     raise InputError(f"{flag_of(item)} {one}: allowed: {', '.join(rules['choices'])}")
                 if rules["check"] and not rules["check"].fits(one):
-                    raise InputError(f"{flag_of(item)} {one}: must be {rules['check'].allowed}")
+                    raise InputError(f"{flag_of(item)} {str(one)[:SHOWN]}: must be {rules['check'].allowed}")
+                if isinstance(one, int) and abs(one) >= LARGEST_NUMBER:
+                    raise InputError(f"{flag_of(item)} {str(one)[:SHOWN]}: must be less than {LARGEST_NUMBER:,}")
         self.check_combination()
 
     def check_combination(self) -> None:
@@ -347,7 +356,7 @@ def whole_number(text: str) -> int:
     try:
         return int(text)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from error
+        raise argparse.ArgumentTypeError(f"{text[:SHOWN]!r} is not a whole number") from error
 
 
 def _argument(item: dataclasses.Field, hint: Any) -> dict[str, Any]:

@@ -180,7 +180,7 @@ def test_recorded_names_keep_their_meaning():
 
 
 def test_a_run_keeps_where_its_tokens_are_taken():
-    from training.config import check_same_run
+    from training.record import check_same_run
 
     for saved in ("clip-vit-b", "clip-vit-b:tokens=after-norm"):
         with pytest.raises(

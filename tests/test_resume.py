@@ -284,7 +284,7 @@ def test_too_many_bad_steps_in_a_row_end_the_run(train_flags, data, tmp_path):
     folder = run_training([*flags, "--max-train-steps", "3"])
     for index in range(24):
         poison(data, index, float("nan"))
-    training = Training(flags, tmp_path / "output.txt", processes=2)
+    training = Training([*flags, "--allow-changed-data"], tmp_path / "output.txt", processes=2)
     assert training.wait() == 2
     assert "error: the last 3 steps, up to step 5, had no finite gradient: the run stops" in training.text()
     assert "resume from an earlier checkpoint" in training.text().lower()

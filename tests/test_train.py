@@ -14,7 +14,7 @@ from samplers import sample_images
 from tests.conftest import NUM_CLASSES, read_rows, reset_accelerate, run_program, run_training
 from training.config import parse_args
 from training.preemption import StopSignal
-from training.state import place_state
+from training.restore import place_state
 
 MODES = {
     "reg": [],
@@ -284,7 +284,7 @@ BAD = {
     "share": (["--cfg-prob", "1"], "--cfg-prob 1.0: must be at least 0 and less than 1"),
     "no checkpoint": (["--resume-step", "7"], r"--resume-step 7: .*0000007\.pt does not exist; existing steps: none"),
     "no file to resume": (["--resume", "newest"], r"--resume newest: no such file or folder; allowed: latest, or a"),
-    "both": (["--resume-step", "7", "--resume", "latest"], "give one of them"),
+    "both": (["--resume-step", "7", "--resume", "x.pt"], "give one of them"),
     "encoder": (["--enc-type", "dinov2-vit-x"], "dinov2-vit-x"),
     "codec": (["--sampling-steps", "1", "--vae", "no/such/folder/here"], "no/such/folder/here"),
 }

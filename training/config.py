@@ -7,7 +7,7 @@ may change it (`changeable`). What the data and the encoders determine is in `Ru
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +19,15 @@ from common.cli import (
     Check,
     Config,
     adjustable,
-    fixed_settings,
-    flag,
+    between,
     parse,
     setting,
-    settings,
     uses_cuda,
 )
 from common.io import InputError
 from loss import ENTANGLED, FROM_ENCODER, TERMS
 from models.autoencoder import LatentFormat
-from models.encoders import AFTER_NORM, name_with_tokens
+from models.checkpoint import MOST_STEPS
 from models.interpolant import PATHS
 from models.sit import ENCODER_DEPTHS, PRESETS, SiT_models, SiTConfig
 from training.randomness import TIME_DISTRIBUTIONS
@@ -41,9 +39,17 @@ MODEL = Check(f"one of {', '.join(SiT_models)}", lambda value: value in SiT_mode
 WEIGHTS = {term.name: term.weight for term in TERMS}
 # In args.json: facts about the run that are not settings, and the names of the settings that follow from others.
 DERIVED = "derived"
-RECORDED = frozenset({"codec", "latent_size", "z_dims", "in_channels", "cls_token_dim", DERIVED})
-OF_ONE_RUN = ("exp_name", "resume", "resume_step", "dry_run")  # another run does not take them from args.json
+DATA_DIGEST = "data_digest"
+RECORDED = frozenset({"codec", "latent_size", "z_dims", "in_channels", "cls_token_dim", DATA_DIGEST, DERIVED})
+# Another run does not take these from args.json.
+OF_ONE_RUN = ("exp_name", "resume", "resume_step", "allow_changed_data", "dry_run")
 MEANS_ALL = ("max_images",)  # settings of a run for which None is a value, not one that is determined later
+# Bounds of numbers, so that a slip of the keyboard is an error and not a machine without memory.
+MOST_WORKERS = 1024  # each is a process; more than any machine has cores
+MOST_GRID_SAMPLES = 10_000  # a grid of 100 x 100 images
+MOST_EVAL_SAMPLES = 10_000_000  # 200 times the usual 50,000
+MOST_EVAL_BATCH = 65_536  # images of 256 px decoded by one process: 50 GB
+MOST_SOLVER_STEPS = 1_000_000  # 4000 times the usual 250
 FOLDER_NAME = Check("the name of a folder", lambda value: bool(value.strip(". ")))
 
 
@@ -74,9 +80,20 @@ class RunSettings(Config):
     retry_steps: int = adjustable(100, "steps until a failed checkpoint is tried again", check=POSITIVE)
     max_bad_steps: int = adjustable(20, "stop after N consecutive steps whose gradient is not finite", check=POSITIVE)
     timeout_minutes: float = adjustable(30, "how long processes wait for one that does not answer", check=TIMEOUT)
-    resume_step: int = adjustable(0, "resume from the checkpoint of this step; 0: start a new run", check=NON_NEGATIVE)
+    resume_step: int = adjustable(
+        0,
+        "resume this run from its checkpoint of this step; what is later is moved to RUN/set-aside/N. With --resume "
+        "latest, this flag decides. A restart by torchrun or SLURM continues after the step that the run has reached. "
+        "0: no such step",
+        check=between(0, MOST_STEPS),
+    )
     resume: str | None = adjustable(
-        None, "resume from a checkpoint file, or from 'latest' (a new run if there is no checkpoint)"
+        None,
+        "resume from 'latest', the newest checkpoint of this run (a new run if there is none), or from a checkpoint "
+        "file: of this run as --resume-step does, of another run only if --exp-name is a new run",
+    )
+    allow_changed_data: bool = adjustable(
+        False, "resume although the data (names, labels, images or latents) differ from those of the run"
     )
     init_from: str | None = adjustable(
         None,
@@ -105,8 +122,10 @@ class GridSettings(Config):
     vae: str | None = adjustable(
         None, "codec that decodes samples; default: that of the latents (for sd-vae-ft-mse: sd-vae-ft-ema)"
     )
-    grid_samples: int = adjustable(36, "images in a grid; up to 12 classes: fewer, full rows", check=POSITIVE)
-    grid_num_steps: int = adjustable(50, "SDE steps for a grid", check=POSITIVE)
+    grid_samples: int = adjustable(
+        36, "images in a grid; up to 12 classes: fewer, full rows", check=between(1, MOST_GRID_SAMPLES)
+    )
+    grid_num_steps: int = adjustable(50, "SDE steps for a grid", check=between(1, MOST_SOLVER_STEPS))
     grid_cfg_scale: float = adjustable(1.0, "guidance scale of a grid", check=GUIDANCE_SCALE)
 
 
@@ -116,9 +135,9 @@ class EvaluationSettings(Config):
 
     eval_steps: int = adjustable(0, "steps between two evaluations of EMA samples; 0: none", check=NON_NEGATIVE)
     eval_ref: str | None = adjustable(None, "reference .npz: ADM's, or one made by evaluations/reference.py")
-    eval_samples: int = adjustable(10_000, "samples of an evaluation", check=POSITIVE)
-    eval_num_steps: int = adjustable(250, "SDE steps of these samples", check=POSITIVE)
-    eval_batch_size: int = adjustable(64, "samples at a time on each process", check=POSITIVE)
+    eval_samples: int = adjustable(10_000, "samples of an evaluation", check=between(1, MOST_EVAL_SAMPLES))
+    eval_num_steps: int = adjustable(250, "SDE steps of these samples", check=between(1, MOST_SOLVER_STEPS))
+    eval_batch_size: int = adjustable(64, "samples at a time on each process", check=between(1, MOST_EVAL_BATCH))
     eval_inception: str | None = adjustable(None, "Inception weights; default: the published ones, downloaded once")
 
 
@@ -161,7 +180,7 @@ class DataSettings(Config):
     batch_size: int = setting(
         256, "samples of an optimizer step, over all processes and micro-batches (published default: 8)", check=POSITIVE
     )
-    num_workers: int = adjustable(4, "loader processes of each training process", check=NON_NEGATIVE)
+    num_workers: int = adjustable(4, "loader processes of each training process", check=between(0, MOST_WORKERS))
     flip: bool = setting(False, "mirror half of the images (needs preprocessing/encode.py --flip)")
     check_data: bool = adjustable(True, "check every file for truncation before training")
 
@@ -197,7 +216,7 @@ class SpeedSettings(Config):
 class OptimizationSettings(Config):
     """optimization"""
 
-    max_train_steps: int = adjustable(400_000, "number of training steps", check=POSITIVE)
+    max_train_steps: int = adjustable(400_000, "number of training steps", check=between(1, MOST_STEPS))
     epochs: int | None = adjustable(None, "stop after N passes over the data, if this is earlier", check=POSITIVE)
     gradient_accumulation_steps: int = adjustable(
         1,
@@ -269,7 +288,7 @@ class TrainConfig(
             raise InputError(f"--entangle {self.entangle} contradicts {given}; give one of them")
         if self.enc_type == "none" and self.slot in FROM_ENCODER:
             raise InputError("--enc-type none: the class slot needs an encoder; add --no-cls-token to train SiT")
-        if self.resume and self.resume_step:
+        if self.resume not in (None, "latest") and self.resume_step:
             raise InputError(f"--resume {self.resume} and --resume-step {self.resume_step}: give one of them")
         if self.keep_every and not self.keep_last:
             raise InputError(f"--keep-every {self.keep_every}: extends --keep-last; give --keep-last as well")
@@ -310,11 +329,12 @@ class RunFacts:
     resolution: int
     latent_format: LatentFormat
     network: SiTConfig
+    data_digest: str | None = None  # what `LatentDataset.digest` returns
 
 
 def find_facts(
     config: TrainConfig, resolution: int, latent_size: int, num_classes: int, latent_format: LatentFormat,
-    encoder_widths: Sequence[int],
+    encoder_widths: Sequence[int], data_digest: str | None = None,
 ) -> RunFacts:  # fmt: skip
     """Return the facts of a run from its data and from the widths of its encoders.
 
@@ -346,55 +366,4 @@ def find_facts(
         )
     except ValueError as error:
         raise InputError(f"--model {config.model} with the given sizes: {error}") from error
-    return RunFacts(resolution, latent_format, network)
-
-
-def saved_args(config: TrainConfig, facts: RunFacts) -> dict[str, Any]:
-    """Return the settings as a checkpoint's `args` and args.json hold them: the flags, completed by the facts."""
-    network = facts.network
-    return {
-        **asdict(config),
-        "enc_type": name_with_tokens(config.enc_type),
-        "entangle": config.slot,
-        "cls_token": config.slot != "none",
-        "mixed_precision": config.precision,
-        "resolution": facts.resolution,
-        "codec": facts.latent_format.to_json(),
-        "latent_size": network.input_size,
-        "z_dims": list(network.z_dims),
-        **{
-            name: getattr(network, name)
-            for name in (
-                "depth", "hidden_size", "num_heads", "encoder_depth", "num_classes", "in_channels", "cls_token_dim",
-            )
-        },
-    }  # fmt: skip
-
-
-def run_record(config: TrainConfig, facts: RunFacts) -> dict[str, Any]:
-    """Return the content of args.json: `saved_args`, and which settings the data, the model and others determined."""
-    saved = saved_args(config, facts)
-    derived = [name for name in settings(TrainConfig) if getattr(config, name) is None and saved[name] is not None]
-    return {**saved, DERIVED: derived}
-
-
-def check_same_run(current: dict[str, Any], saved: dict[str, Any], source: str | Path) -> None:
-    """Raise InputError, naming both values, where settings contradict those that a run was started with.
-
-    Args:
-        current: settings as `saved_args` returns them, or those of a `TrainConfig` alone.
-        saved: what the run recorded.
-        source: named in the error.
-    """
-    changeable = settings(TrainConfig).keys() - fixed_settings(TrainConfig)
-    for name, value in current.items():
-        before = saved.get(name)
-        if name == "enc_type" and isinstance(value, str) and isinstance(before, str):
-            value, before = name_with_tokens(value), name_with_tokens(before, AFTER_NORM)
-        known = name in MEANS_ALL or (value is not None and before is not None)
-        if name not in changeable and known and value != before:
-            value, before = ("all" if one is None else one for one in (value, before))
-            raise InputError(
-                f"{flag(name)} is {value}, but {source} was started with {before}, and a run keeps this setting. To "
-                "start another run from its weights: a new --exp-name and --init-from CHECKPOINT"
-            )
+    return RunFacts(resolution, latent_format, network, data_digest)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import resource
 import sys
-from dataclasses import asdict
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,26 +14,30 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 
 from common.cli import changed
 from common.distributed import broadcast_from_main, start_processes
-from common.io import InputError, check_writable, progress_bar, read_json, read_metrics, write_json
+from common.io import InputError, check_writable, progress_bar, write_json
 from common.locks import lock_folder
 from dataset import GlobalBatchSampler, LatentDataset
 from evaluations.in_training import TrainingEvaluation
 from loss import FROM_ENCODER, REGLoss
 from models.autoencoder import Codec, load_decoder
-from models.checkpoint import is_legacy, list_checkpoints, saved_settings
+from models.checkpoint import saved_settings
 from models.encoders import Encoder, load_encoders
-from models.hub import local_or_hub
 from models.interpolant import Interpolant
 from models.sit import SiT
 from training.checkpoint_writer import CheckpointWriter
-from training.config import RunFacts, TrainConfig, check_same_run, find_facts, run_record, saved_args
+from training.config import RunFacts, TrainConfig, find_facts
 from training.guards import BadSteps, GuardedOptimizer
+from training.limits import check_memory, memory_of
 from training.messages import logger, start_messages
 from training.metrics import RunLog, StepReports, warn_if_unwritable
 from training.parallelism import check_sharding, compile_training, count_parameters
 from training.preemption import StopSignal
 from training.randomness import StepRandomness
-from training.state import Run, load_resumable, newest_complete, prepare_networks
+from training.record import check_same_data, check_same_network, check_same_run, run_record, saved_args
+from training.restore import check_log, saved_learning_rate
+from training.resume import ResumePoint, check_unchanged, find_resume_point, load_chosen
+from training.rewind import finish_order, go_back
+from training.state import Run, prepare_networks
 from training.throughput import describe_start, peak_flops, training_flops
 from training.tracker import installed_tracker, start_tracker
 
@@ -54,7 +56,8 @@ def set_up(config: TrainConfig, stop_signal: StopSignal | None = None) -> Run:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
 
     # Everything that can be wrong with the input.
-    checkpoint = find_checkpoint(config, accelerator)
+    point = broadcast_from_main(accelerator, lambda: find_resume_point(config))
+    checkpoint = load_chosen(config, point)
     config = choose_learning_rate(config, checkpoint)
     say_differences(config)
     data = open_data(config, accelerator)
@@ -64,9 +67,11 @@ def set_up(config: TrainConfig, stop_signal: StopSignal | None = None) -> Run:
         config = changed(config, sampling_steps=0)
     evaluation = make_evaluation(config, accelerator, encoders)
     widths = [encoder.width for encoder in encoders]
-    facts = find_facts(config, data.resolution, data.latent_size, data.num_classes, data.latent_format, widths)
-    if checkpoint is not None:
-        check_same_run(saved_args(config, facts), saved_settings(checkpoint), "the checkpoint's run")
+    digest = broadcast_from_main(accelerator, data.digest)
+    facts = find_facts(config, data.resolution, data.latent_size, data.num_classes, data.latent_format, widths, digest)
+    data_changed = check_restorable(config, facts, data, checkpoint)
+    memory = memory_of(accelerator.device)
+    check_memory(facts.network, config.batch_size, accelerator.num_processes, config.fsdp, memory)
 
     # Network, optimizer, loss.
     model, average, optimizer = prepare_networks(config, facts, accelerator, checkpoint)
@@ -79,9 +84,10 @@ def set_up(config: TrainConfig, stop_signal: StopSignal | None = None) -> Run:
 
     # The run's folder, its log and its guards.
     step = checkpoint["steps"] if checkpoint else 0
-    claim_folder(config, facts, accelerator, step)
+    set_aside = claim_folder(config, facts, accelerator, point, step)
     start_tracker(config, facts, accelerator)
-    log = make_log(config, facts, accelerator, checkpoint, model)
+    log = make_log(config, facts, accelerator, checkpoint)
+    note_start(config, accelerator, log, model, step, {"asked": point.asked, **set_aside, **data_changed})
     writer = make_writer(config, accelerator)
     reports = StepReports(lambda values: accelerator.reduce(values, "mean"), accelerator.device, REQUESTS)
     bad_steps = BadSteps(
@@ -89,7 +95,7 @@ def set_up(config: TrainConfig, stop_signal: StopSignal | None = None) -> Run:
     )
     return Run(
         config, facts, accelerator, data, encoders, codec, evaluation, model, average, optimizer, criterion, randomness,
-        log, step, reports, bad_steps, writer, stop_signal or StopSignal(),
+        log, step, reports, bad_steps, writer, stop_signal or StopSignal(), resumed_from=point.path,
     )  # fmt: skip
 
 
@@ -111,57 +117,15 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     )
 
 
-def find_checkpoint(config: TrainConfig, accelerator: Accelerator) -> dict[str, Any] | None:
-    """Return the checkpoint to resume from, or None for a new run.
-
-    A folder that holds checkpoints or rows of a run is never overwritten. What a start left that ended before its first
-    row, args.json, is replaced, so that the start can be repeated with other settings.
-    """
-    folder, checkpoints = config.folder, config.folder / "checkpoints"
-    args, metrics = folder / "args.json", folder / "metrics.jsonl"
-    if config.resume == "latest":
-        path = broadcast_from_main(accelerator, lambda: newest_complete(checkpoints))
-    elif config.resume:
-        local_or_hub(config.resume, "latest, or a checkpoint, local or on the hub (owner/name/file.pt)", "--resume")
-        path = Path(config.resume).expanduser()
-    elif config.resume_step:
-        path = checkpoints / f"{config.resume_step:07d}.pt"
-        if not path.exists():
-            steps = ", ".join(str(int(found.stem)) for found in list_checkpoints(checkpoints)) or "none"
-            raise InputError(f"--resume-step {config.resume_step}: {path} does not exist; existing steps: {steps}")
-    else:
-        path = None
-    if path is not None:
-        checkpoint = load_resumable(path, verify=accelerator.is_main_process and config.resume != "latest")
-        if config.legacy is not None and config.legacy != is_legacy(checkpoint):
-            raise InputError(f"--legacy {config.legacy}, but {path} has legacy layout {is_legacy(checkpoint)}")
-        return checkpoint
-
-    # A new run.
-    has_rows = metrics.exists() and bool(read_metrics(metrics))
-    if config.resume != "latest" and (has_rows or list_checkpoints(checkpoints)):
-        raise InputError(f"{folder} already holds a run; resume it with --resume latest, or choose another --exp-name")
-    if has_rows and args.exists():
-        check_same_run(asdict(config), read_json(args), args)
-    elif args.exists():
-        logger.info(f"note: an earlier start in {folder} ended before its first row; its args.json is replaced")
-    if config.legacy:
-        raise InputError(
-            "--legacy: the published switch, which drops labels twice in a new run (probability 0.19), does not exist "
-            "here; the same distribution: --cfg-prob 0.19. Here the flag says which layout a checkpoint to resume has"
-        )
-    return None
-
-
 def choose_learning_rate(config: TrainConfig, checkpoint: dict[str, Any] | None) -> TrainConfig:
     """Return the settings with the learning rate of the run: the flag's if it is given, else the checkpoint's."""
-    try:
-        before = float(checkpoint["opt"]["param_groups"][0]["lr"])
-    except (KeyError, IndexError, TypeError):  # no checkpoint, or one that `restore_optimizer` refuses
+    if checkpoint is None:
         return config
+    given = "learning_rate" in config.given
+    before = saved_learning_rate(checkpoint, saved_settings(checkpoint, "the checkpoint"), given)
     if before == config.learning_rate:
         return config
-    if "learning_rate" in config.given:
+    if given:
         now, first = config.learning_rate, checkpoint["steps"] + 1
         logger.info(f"note: the learning rate is {now:g} from step {first}, as --learning-rate says; before {before:g}")
         return config
@@ -254,21 +218,50 @@ def make_randomness(
     )
 
 
-def claim_folder(config: TrainConfig, facts: RunFacts, accelerator: Accelerator, step: int) -> None:
-    """Lock the run's folder for this run and write args.json. A dry run only checks that it could."""
+def check_restorable(
+    config: TrainConfig, facts: RunFacts, data: LatentDataset, checkpoint: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Check a checkpoint against the settings, the network and the data; return what starts.jsonl records of it.
+
+    Raises InputError, naming both values, for the first contradiction.
+    """
+    if checkpoint is None:
+        return {}
+    saved, allowed = saved_settings(checkpoint, "the checkpoint"), config.allow_changed_data
+    check_same_run(saved_args(config, facts), saved, "the checkpoint's run")
+    data_changed = check_same_data(facts.data_digest, saved, config.data_dir, allowed)
+    check_same_network(checkpoint, facts, None if allowed else data.classes)
+    check_log(checkpoint.get("log"))
+    return {"data_changed": True} if data_changed else {}
+
+
+def claim_folder(
+    config: TrainConfig, facts: RunFacts, accelerator: Accelerator, point: ResumePoint, step: int
+) -> dict[str, Any]:
+    """Lock the run's folder for this run, set aside what is later than its step if it goes back, and write args.json.
+
+    A dry run only checks that it could. Return what starts.jsonl records of it.
+    """
     args = config.folder / "args.json"
 
-    def claim() -> None:
+    def claim() -> dict[str, Any]:
         if step == 0:
             check_writable(args, f"--output-dir {config.output_dir}:")
         if config.dry_run:
-            return
+            return {}
         lock_folder(config.folder, "training")
+        check_unchanged(config.folder, point.seen)
+        order = finish_order(config.folder)
+        order = (go_back(config.folder, step) if point.goes_back else None) or order
+        if order is not None:
+            place = config.folder / order.place
+            logger.info("what the run had after step %d is now in %s; nothing was deleted", order.step, place)
         # A new run needs a writable folder; a resumed run continues on a full disk.
         with warn_if_unwritable(str(args)) if step else contextlib.nullcontext():
             write_json(args, run_record(config, facts))
+        return {} if order is None else {"set_aside": order.place}
 
-    broadcast_from_main(accelerator, claim)
+    return broadcast_from_main(accelerator, claim)
 
 
 def make_log(
@@ -276,11 +269,10 @@ def make_log(
     facts: RunFacts,
     accelerator: Accelerator,
     checkpoint: dict[str, Any] | None,
-    model: torch.nn.Module,
 ) -> RunLog:
-    """Return the run's log, with this start noted in starts.jsonl."""
+    """Return the run's log."""
     step = checkpoint["steps"] if checkpoint else 0
-    log = RunLog(
+    return RunLog(
         config.folder,
         config.batch_size,
         accelerator.is_main_process and not config.dry_run,
@@ -290,9 +282,15 @@ def make_log(
         step,
         peak_images_per_second(config, facts, accelerator),
     )
+
+
+def note_start(
+    config: TrainConfig, accelerator: Accelerator, log: RunLog, model: torch.nn.Module, step: int, more: dict[str, Any]
+) -> None:
+    """Append this start to starts.jsonl."""
     start = describe_start(config.seed, step, accelerator.device, accelerator.num_processes)
-    log.write_line("starts.jsonl", start | count_parameters(model) | {"learning_rate": config.learning_rate})
-    return log
+    start |= count_parameters(model) | {"learning_rate": config.learning_rate}
+    log.write_line("starts.jsonl", start | {name: value for name, value in more.items() if value is not None})
 
 
 def make_writer(config: TrainConfig, accelerator: Accelerator) -> CheckpointWriter:

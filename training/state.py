@@ -18,7 +18,7 @@ from evaluations.in_training import TrainingEvaluation
 from loss import REGLoss
 from models import ema
 from models.autoencoder import Codec
-from models.checkpoint import list_checkpoints, load_checkpoint, network_weights, resolve_checkpoint
+from models.checkpoint import load_checkpoint, network_weights, resolve_checkpoint
 from models.encoders import Encoder
 from models.sit import SiT
 from models.tensor_checks import check_finite
@@ -31,8 +31,7 @@ from training.metrics import RunLog, StepReports
 from training.parallelism import device_mesh, shard, shard_like
 from training.preemption import StopSignal
 from training.randomness import StepRandomness
-
-IMPLEMENTATION = ("fused", "foreach", "capturable", "differentiable")  # how an optimizer computes, not what
+from training.restore import check_optimizer_settings, check_scaler, optimizer_group, optimizer_state
 
 
 @dataclass
@@ -59,6 +58,7 @@ class Run:
     stop_signal: StopSignal
     requests: set[str] = field(default_factory=set)  # what any process asked all processes for: "stop", "save"
     retry_save_at: int = 0  # step from which a failed checkpoint is tried again
+    resumed_from: Path | None = None  # the checkpoint; None: a new run
     class_centres: Tensor | None = None  # mean token of each class, computed by the first evaluation
 
     @property
@@ -116,8 +116,11 @@ def prepare_networks(
     if not config.fsdp:
         model = accelerator.prepare(model)
     optimizer = accelerator.prepare(optimizer)
-    if checkpoint is not None and accelerator.scaler is not None and checkpoint.get("scaler"):
-        accelerator.scaler.load_state_dict(checkpoint["scaler"])
+    if checkpoint is not None:
+        scaler = accelerator.scaler
+        check_scaler(checkpoint.get("scaler"), None if scaler is None else scaler.state_dict())
+        if scaler is not None and checkpoint.get("scaler"):
+            scaler.load_state_dict(checkpoint["scaler"])
     return model, average, optimizer
 
 
@@ -131,40 +134,19 @@ def restore_weights(checkpoint: dict[str, Any], model: SiT, average: SiT) -> Non
 
 
 def restore_optimizer(checkpoint: dict[str, Any], optimizer: torch.optim.Optimizer, model: SiT) -> None:
-    """Load the optimizer state, strictly."""
-    # Published checkpoints, and older ones of ours, come from another implementation of the same AdamW. The learning
-    # rate is a setting: `training.setup.choose_learning_rate` has compared it with the checkpoint's.
-    own = {name: optimizer.defaults[name] for name in (*IMPLEMENTATION, "lr") if name in optimizer.defaults}
-    groups = [{**group, **own} for group in checkpoint["opt"]["param_groups"]]
-    try:
-        state = shard_like(place_state(checkpoint, model), model)
-        optimizer.load_state_dict({"state": state, "param_groups": groups})
-        for values in optimizer.state.values():  # own memory: the file is memory-mapped and may be deleted later
-            values.update(
-                {name: v.clone() for name, v in values.items() if isinstance(v, Tensor) and v.device.type == "cpu"}
-            )
-    except (RuntimeError, ValueError, IndexError, KeyError, TypeError) as error:
-        raise InputError(f"the checkpoint's optimizer does not fit the network of the flags: {error}") from error
+    """Load the optimizer state, compared with what it must be. Its settings are those of the flags.
 
-
-def place_state(checkpoint: dict[str, Any], model: SiT) -> dict[int, dict[str, Any]]:
-    """Return the optimizer state, which a checkpoint has by index of the parameter, by the indices of `model`.
-
-    A checkpoint of the older REPA layout may count in the order of its weights; that order is used where ours does not
-    fit. Without this check of the shapes, a step would read the moments of one parameter as those of another.
+    Raises InputError if they contradict the checkpoint's, or if the state does not fit; see `training.restore`.
     """
-    state, parameters = checkpoint["opt"]["state"], dict(model.named_parameters())
-    names, shapes = list(parameters), [parameter.shape for parameter in parameters.values()]
-    order_of_file = [name for name in network_weights(checkpoint, "model") if name in parameters]
-
-    def fits(index: int, values: dict[str, Any]) -> bool:
-        return all(v.shape == shapes[index] for v in values.values() if isinstance(v, Tensor) and v.ndim)
-
-    for order in (names, order_of_file):
-        placed = {names.index(order[index]): values for index, values in state.items()}
-        if all(fits(index, values) for index, values in placed.items()):
-            return placed
-    raise ValueError("its moments have other shapes than the parameters")
+    (own,) = optimizer.state_dict()["param_groups"]
+    group = optimizer_group(checkpoint, len(own["params"]))
+    check_optimizer_settings(group, own)
+    state = shard_like(optimizer_state(checkpoint, model, isinstance(optimizer, torch.optim.AdamW)), model)
+    optimizer.load_state_dict({"state": state, "param_groups": [own]})
+    for values in optimizer.state.values():  # own memory: the file is memory-mapped and may be deleted later
+        values.update(
+            {name: v.clone() for name, v in values.items() if isinstance(v, Tensor) and v.device.type == "cpu"}
+        )
 
 
 def initialize_from(path: str | Path, model: SiT, average: SiT) -> list[str]:
@@ -187,24 +169,6 @@ def initialize_from(path: str | Path, model: SiT, average: SiT) -> list[str]:
     model.load_state_dict(own)
     average.load_state_dict(own)
     return initial
-
-
-def newest_complete(checkpoints: Path) -> Path | None:
-    """Return the newest undamaged checkpoint of a folder, with a warning for damaged ones; None if it has none.
-
-    Raises:
-        InputError: there are checkpoints, but each of them is damaged.
-    """
-    found = list_checkpoints(checkpoints)
-    for path in reversed(found):
-        try:
-            load_resumable(path)
-            return path
-        except InputError as error:
-            logger.warning("%s is skipped, the previous checkpoint is tried: %s", path.name, error)
-    if found:
-        raise InputError(f"{checkpoints}: each checkpoint in this folder is damaged; remove them to start a new run")
-    return None
 
 
 def load_resumable(path: Path, verify: bool = True) -> dict[str, Any]:

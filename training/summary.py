@@ -56,9 +56,7 @@ def resume_point(run: Run) -> str:
     config = run.config
     if not run.step:
         return f"new, with weights of {config.init_from}" if config.init_from else "new"
-    path = run.folder / "checkpoints" / f"{run.step:07d}.pt"
-    source = path if config.resume in (None, "latest") else config.resume
-    return f"resumed from step {run.step} of {source}"
+    return f"resumed from step {run.step} of {run.resumed_from}"
 
 
 def device(run: Run) -> str:

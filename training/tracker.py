@@ -13,8 +13,9 @@ from accelerate.tracking import GeneralTracker
 from PIL.Image import Image
 
 from common.io import first_line
-from training.config import RunFacts, TrainConfig, saved_args
+from training.config import RunFacts, TrainConfig
 from training.messages import logger
+from training.record import saved_args
 
 # What the messages of trackers contain, and what it means.
 CAUSES = {

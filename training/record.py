@@ -1,0 +1,115 @@
+"""What a run records about itself, in args.json and in its checkpoints, and the comparison of a resumed run with it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from common.classes import ClassSet, label_ranges
+from common.cli import fixed_settings, flag, settings
+from common.io import InputError
+from models.checkpoint import checkpoint_classes
+from models.encoders import AFTER_NORM, name_with_tokens
+from models.sit import SiTConfig
+from training.config import DATA_DIGEST, DERIVED, MEANS_ALL, RunFacts, TrainConfig
+
+
+def saved_args(config: TrainConfig, facts: RunFacts) -> dict[str, Any]:
+    """Return the settings as a checkpoint's `args` and args.json hold them: the flags, completed by the facts."""
+    network = facts.network
+    return {
+        **asdict(config),
+        "enc_type": name_with_tokens(config.enc_type),
+        "entangle": config.slot,
+        "cls_token": config.slot != "none",
+        "mixed_precision": config.precision,
+        "resolution": facts.resolution,
+        "codec": facts.latent_format.to_json(),
+        "latent_size": network.input_size,
+        DATA_DIGEST: facts.data_digest,
+        "z_dims": list(network.z_dims),
+        **{
+            name: getattr(network, name)
+            for name in (
+                "depth", "hidden_size", "num_heads", "encoder_depth", "num_classes", "in_channels", "cls_token_dim",
+            )
+        },
+    }  # fmt: skip
+
+
+def run_record(config: TrainConfig, facts: RunFacts) -> dict[str, Any]:
+    """Return the content of args.json: `saved_args`, and which settings the data, the model and others determined."""
+    saved = saved_args(config, facts)
+    derived = [name for name in settings(TrainConfig) if getattr(config, name) is None and saved[name] is not None]
+    return {**saved, DERIVED: derived}
+
+
+def check_same_run(current: dict[str, Any], saved: dict[str, Any], source: str | Path) -> None:
+    """Raise InputError, naming both values, where settings contradict those that a run was started with.
+
+    Args:
+        current: settings as `saved_args` returns them, or those of a `TrainConfig` alone.
+        saved: what the run recorded.
+        source: named in the error.
+    """
+    changeable = settings(TrainConfig).keys() - fixed_settings(TrainConfig) | {DATA_DIGEST}
+    for name, value in current.items():
+        before = saved.get(name)
+        if name == "enc_type" and isinstance(value, str) and isinstance(before, str):
+            value, before = name_with_tokens(value), name_with_tokens(before, AFTER_NORM)
+        known = name in MEANS_ALL or (value is not None and before is not None)
+        if name not in changeable and known and not same_value(value, before):
+            value, before = ("all" if one is None else f"{one}"[:200] for one in (value, before))
+            raise InputError(
+                f"{flag(name)} is {value}, but {source} was started with {before}, and a run keeps this setting. To "
+                "start another run from its weights: a new --exp-name and --init-from CHECKPOINT"
+            )
+
+
+def same_value(value: Any, before: Any) -> bool:
+    """Return whether a value from a file, of any type, equals a setting. Tensors, whose == is a tensor, never do."""
+    try:
+        return bool(value == before)
+    except (RuntimeError, TypeError, ValueError):
+        return False
+
+
+def check_same_data(digest: str | None, saved: dict[str, Any], data_dir: str, allowed: bool) -> bool:
+    """Return whether the data differ from those of the run, by their `LatentDataset.digest`.
+
+    `saved`: settings of the run; older runs recorded no digest. Raises InputError if they differ and may not.
+    """
+    before = saved.get(DATA_DIGEST)
+    if before is None or digest is None or same_value(digest, before):
+        return False
+    if not allowed:
+        raise InputError(
+            f"--data-dir {data_dir}: these are not the data of the run: names, labels, images or latents have changed "
+            "(moved folders and zips of the same files are allowed). To resume with changed data: --allow-changed-data"
+        )
+    return True
+
+
+def check_same_network(checkpoint: dict[str, Any], facts: RunFacts, data_classes: ClassSet | None) -> None:
+    """Raise InputError if a checkpoint describes another network, or other classes than the data have.
+
+    Published and older files have no description; their weights and settings are compared in any case.
+    `data_classes`: None if the data may have changed.
+    """
+    if (entry := checkpoint.get("network")) is not None:
+        try:
+            saved, own = SiTConfig.from_json(entry).to_json(), facts.network.to_json()
+        except InputError as error:
+            raise InputError(f"the checkpoint: {error}") from error
+        if names := [name for name in own if not same_value(own[name], saved[name])]:
+            name, held = names[0], f"{saved[names[0]]!r:.60}"
+            raise InputError(f"the checkpoint: its network has {name} {held}; by the flags it is {own[name]}")
+    classes = checkpoint_classes(checkpoint, facts.network.num_classes, "the checkpoint")
+    if checkpoint.get("classes") is not None and data_classes is not None and classes.labels != data_classes.labels:
+        held = f"{len(classes.labels)} classes ({label_ranges(classes.labels)[:60]})"
+        now = f"{len(data_classes.labels)} ({label_ranges(data_classes.labels)[:60]})"
+        raise InputError(
+            f"--data-dir: the checkpoint was trained on {held}, the data have {now}; allowed: the data of the run, or "
+            "--allow-changed-data"
+        )

@@ -1,0 +1,175 @@
+"""Going back to an earlier step of a run: what is later is set aside by renaming it, and nothing is deleted.
+
+The files go to RUN/set-aside/N/, under the names that they have in the run: checkpoints and their checksums, best.pt if
+it is later, grids, and copies of metrics.jsonl, bad_steps.jsonl and args.json as they were. The order to go back is
+written first, to RUN/rewind.json, and moved to the same folder last. A start that finds the file completes the moves,
+so a process can be killed at any moment.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.io import InputError, atomic_write, first_line, read_json, write_json
+from models.checkpoint import load_checkpoint
+from training.checkpoint_writer import TEMPORARY
+
+SET_ASIDE = "set-aside"
+ORDER = "rewind.json"
+COPIED = ("metrics.jsonl", "bad_steps.jsonl", "args.json")
+BEST = ("best.json", "best.pt.sha256", "best.pt")  # in the order of the moves: best.pt says whether it is later
+NUMBERED = re.compile(r"(\d{7,})\.(?:pt|pt\.sha256|png)")
+TAIL_BYTES = 1 << 20  # of a file of rows, read to find its last row
+
+
+@dataclass(frozen=True)
+class Order:
+    """To go back to `step`: what is later goes to the folder `number` in set-aside."""
+
+    step: int
+    number: int
+
+    @property
+    def place(self) -> str:
+        """Where the files are, in the folder of the run."""
+        return f"{SET_ASIDE}/{self.number}"
+
+
+def pending_order(folder: Path) -> Order | None:
+    """Return the order that an earlier start did not complete. Raises InputError if its file is damaged."""
+    path = folder / ORDER
+    if not path.exists():
+        return None
+    content = read_json(path)
+    values = [content.get(name) for name in ("step", "number")] if isinstance(content, dict) else []
+    if len(values) != 2 or any(type(value) is not int or value < 0 for value in values):
+        raise InputError(f"{path}: expected step and number of an unfinished --resume-step; remove it to resume")
+    return Order(*values)
+
+
+def go_back(folder: Path, step: int) -> Order | None:
+    """Set aside everything of a run that is later than `step`; return None if there is nothing.
+
+    Raises InputError if files cannot be moved. The next start then continues the moves.
+    """
+    finish_order(folder)
+    if not any(later_files(folder, step)) and (last_row(folder / "metrics.jsonl") or {"step": 0})["step"] <= step:
+        return None
+    used = [int(path.name) for path in (folder / SET_ASIDE).glob("*") if path.name.isdecimal()]
+    order = Order(step, 1 + max(used, default=0))
+    try:
+        write_json(folder / ORDER, {"step": order.step, "number": order.number})
+    except OSError as error:
+        raise _cannot(folder, error) from error
+    return finish_order(folder)
+
+
+def finish_order(folder: Path) -> Order | None:
+    """Complete the order of an earlier start, if there is one, and return it."""
+    if (order := pending_order(folder)) is None:
+        return None
+    target = folder / order.place
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        for name in COPIED:  # before any of them is changed
+            if (folder / name).exists() and not (target / name).exists():
+                _copy(folder / name, target / name)
+        _split_temporary(folder / "checkpoints", target / "checkpoints", order.step)
+        for path in later_files(folder, order.step):
+            _move(path, target / path.relative_to(folder))
+        os.replace(folder / ORDER, target / ORDER)
+    except OSError as error:
+        raise _cannot(folder, error) from error
+    return order
+
+
+def later_files(folder: Path, step: int) -> Iterator[Path]:
+    """Yield checkpoints, checksums and grids of steps later than `step`."""
+    checkpoints = folder / "checkpoints"
+    if best_step(checkpoints) > step:
+        yield from (checkpoints / name for name in BEST if (checkpoints / name).exists())
+    for path in sorted([*checkpoints.glob("*"), *(folder / "samples").glob("*.png")]):
+        if (match := NUMBERED.fullmatch(path.name)) and int(match[1]) > step:
+            yield path
+
+
+def best_step(checkpoints: Path) -> float:
+    """Return the step of best.pt, or of its scores if that is later; -1 without both, infinity if it is unreadable."""
+    step = -1.0
+    try:
+        if (checkpoints / "best.json").exists():
+            found = read_json(checkpoints / "best.json")
+            step = found["step"] if isinstance(found, dict) and type(found.get("step")) is int else float("inf")
+        if (checkpoints / "best.pt").exists():
+            step = max(step, load_checkpoint(checkpoints / "best.pt", verify=False)["steps"])
+    except (InputError, KeyError, TypeError):
+        return float("inf")
+    return step
+
+
+def last_row(path: Path) -> dict[str, Any] | None:
+    """Return the last row of a file of rows that has an integer `step`, read from its end; None if there is none."""
+    if not path.is_file():
+        return None
+    with open(path, "rb") as file:
+        file.seek(-min(TAIL_BYTES, file.seek(0, os.SEEK_END)), os.SEEK_END)
+        lines = file.read().splitlines()
+    for line in reversed(lines):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict) and type(row.get("step")) is int:
+            return row
+    return None
+
+
+def _split_temporary(checkpoints: Path, target: Path, step: int) -> None:
+    """Divide the list of temporary checkpoints into those up to `step`, which stay, and those that are moved."""
+    path = checkpoints / TEMPORARY
+    try:
+        names = read_json(path)
+    except InputError:  # missing, or damaged: the writer of checkpoints ignores it
+        return
+    steps = {name: NUMBERED.fullmatch(name) for name in names if isinstance(name, str)}
+    later = [name for name, match in steps.items() if match and int(match[1]) > step]
+    if not later:
+        return
+    write_json(target / TEMPORARY, later)
+    if kept := [name for name in steps if name not in later]:
+        write_json(path, kept)
+    else:
+        path.unlink()
+
+
+def _copy(source: Path, target: Path) -> None:
+    with open(source, "rb") as read, atomic_write(target) as written:
+        shutil.copyfileobj(read, written)
+
+
+def _move(source: Path, target: Path) -> None:
+    """Rename a file; on another file system, to which a link may lead, copy it before it is removed."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.rename(source, target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        _copy(source, target)
+        source.unlink()
+
+
+def _cannot(folder: Path, error: OSError) -> InputError:
+    where, why = error.filename or folder, error.strerror or first_line(error)
+    return InputError(
+        f"{where}: {why}; what is later than the step to resume from cannot be moved to {folder / SET_ASIDE}. Nothing "
+        "is lost: the next start continues"
+    )
