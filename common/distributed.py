@@ -99,6 +99,7 @@ def broadcast_from_main(accelerator: Accelerator, decide: Callable[[], Value]) -
             outcome = error
     outcome = broadcast_object_list([outcome])[0]
     if isinstance(outcome, InputError):
+        outcome.said_by_another = not accelerator.is_main_process
         raise outcome
     return outcome
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import resource
 import sys
 from dataclasses import asdict
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,8 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 
 from common.cli import changed
 from common.distributed import broadcast_from_main, start_processes
-from common.io import InputError, check_writable, lock_folder, progress_bar, read_json, read_metrics, write_json
+from common.io import InputError, check_writable, iterate_metrics, lock_folder, progress_bar, read_json, write_json
+from common.loader import check_shared_memory
 from dataset import GlobalBatchSampler, LatentDataset
 from evaluations.in_training import TrainingEvaluation
 from loss import FROM_ENCODER, REGLoss
@@ -28,7 +31,7 @@ from models.interpolant import Interpolant
 from models.sit import SiT
 from training.checkpoint_writer import CheckpointWriter
 from training.config import RunFacts, TrainConfig, check_same_run, find_facts, run_record, saved_args
-from training.guards import BadSteps, GuardedOptimizer
+from training.guards import BadSteps, FiniteWeights, GuardedOptimizer
 from training.messages import logger, start_messages
 from training.metrics import RunLog, StepReports, warn_if_unwritable
 from training.parallelism import check_sharding, compile_training, count_parameters
@@ -38,7 +41,8 @@ from training.state import Run, load_resumable, newest_complete, prepare_network
 from training.throughput import describe_start, peak_flops, training_flops
 from training.tracker import installed_tracker, start_tracker
 
-REQUESTS = ("stop", "save")  # what a process can ask all processes for
+PREFETCHED = 4  # batches of each loader process
+REQUESTS = ("stop", "save", "lost")  # what a process can ask all processes for; lost: a loader process has ended
 
 
 def set_up(config: TrainConfig, stop_signal: StopSignal | None = None) -> Run:
@@ -82,13 +86,14 @@ def set_up(config: TrainConfig, stop_signal: StopSignal | None = None) -> Run:
     start_tracker(config, facts, accelerator)
     log = make_log(config, facts, accelerator, checkpoint, model)
     writer = make_writer(config, accelerator)
+    weights = FiniteWeights(model, average, optimizer, partial(accelerator.reduce, reduction="mean"), writer.folder)
     reports = StepReports(lambda values: accelerator.reduce(values, "mean"), accelerator.device, REQUESTS)
     bad_steps = BadSteps(
         log, accelerator.gather, lambda at: sample_names(config, data, at), config.max_bad_steps, config.precision
     )
     return Run(
         config, facts, accelerator, data, encoders, codec, evaluation, model, average, optimizer, criterion, randomness,
-        log, step, reports, bad_steps, writer, stop_signal or StopSignal(),
+        log, step, reports, bad_steps, weights, writer, stop_signal or StopSignal(),
     )  # fmt: skip
 
 
@@ -137,7 +142,7 @@ def find_checkpoint(config: TrainConfig, accelerator: Accelerator) -> dict[str, 
         return checkpoint
 
     # A new run.
-    has_rows = metrics.exists() and bool(read_metrics(metrics))
+    has_rows = metrics.exists() and next(iterate_metrics(metrics), None) is not None
     if config.resume != "latest" and (has_rows or list_checkpoints(checkpoints)):
         raise InputError(f"{folder} already holds a run; resume it with --resume latest, or choose another --exp-name")
     if has_rows and args.exists():
@@ -191,6 +196,9 @@ def open_data(config: TrainConfig, accelerator: Accelerator) -> LatentDataset:
         data.keep(config.max_images)
     processes, parts = accelerator.num_processes, config.gradient_accumulation_steps
     GlobalBatchSampler(len(data), config.batch_size, config.seed, range(0), 0, processes, parts)  # checks divisibility
+    item_bytes = 3 * data.resolution**2 + 4 * math.prod(data.moments_shape)
+    micro_batch = config.batch_size // processes // parts
+    check_shared_memory("--num-workers", config.num_workers, PREFETCHED, micro_batch * item_bytes)
     if config.check_data:
         part, parts = accelerator.process_index, accelerator.num_processes
         with progress_bar(total=len(data) // parts, desc="checking the data", unit="image", main=part == 0) as bar:
