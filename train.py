@@ -54,7 +54,7 @@ def train(run: Run) -> bool:
         show_rows(bar.disable or not sys.stdout.isatty())
         run.model.train()
         while run.step < last_step and not ends(run):
-            training_step(run, batches, check_weights=row_due(run, run.step + 1))
+            training_step(run, batches)
             run.step += 1
             bar.update()
             read_reports(run, wait_for_all=run.log.clock.in_first_step)
@@ -113,7 +113,7 @@ def after_step(run: Run, last_step: int, bar: tqdm) -> None:
     bar.unpause()
 
 
-def training_step(run: Run, batches: Iterator[tuple[Tensor, Tensor, Tensor]], check_weights: bool = False) -> None:
+def training_step(run: Run, batches: Iterator[tuple[Tensor, Tensor, Tensor]]) -> None:
     """Do one optimizer step: the complete method. Nothing here waits for the device."""
     accelerator, parts = run.accelerator, run.config.gradient_accumulation_steps
     global_draws = run.randomness.draw(run.step)
@@ -134,7 +134,8 @@ def training_step(run: Run, batches: Iterator[tuple[Tensor, Tensor, Tensor]], ch
                 good = run.optimizer.step(grad_norm)
                 run.optimizer.zero_grad()
     ema.update(run.ema, accelerator.unwrap_model(run.model), run.config.ema_decay, good)
-    run.reports.send(run.step, grad_norm, own_requests(run), run.weights.flag() if check_weights else None)
+    finite_weights = run.weights.flag() if row_due(run, run.step + 1) else None
+    run.reports.send(run.step, grad_norm, own_requests(run), finite_weights)
     run.log.clock.end_step()
 
 
