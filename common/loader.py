@@ -6,6 +6,7 @@ for it forever, or the system kills the worker. Here both end the worker and are
 
 from __future__ import annotations
 
+import multiprocessing
 import multiprocessing.queues
 import os
 import signal
@@ -17,7 +18,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
-from common.io import InputError, LostProcess, first_line
+from common.io import InputError, LostProcess, first_line, memory_message
 
 SHARED_MEMORY = Path("/dev/shm")
 CANNOT_SEND = 77  # exit status of a worker that could not pass a batch on
@@ -46,7 +47,7 @@ class ErrorsAsItems(Dataset):
         except (OSError, MemoryError, RuntimeError) as error:
             if get_worker_info() is None:
                 raise
-            return LostProcess(f"a loader process has failed: {first_line(error)}")
+            return LostProcess(f"a loader process has failed: {_reason(error)}")
 
 
 def collate(items: list[Any]) -> Any:
@@ -59,7 +60,7 @@ def collate(items: list[Any]) -> Any:
     except (OSError, MemoryError, RuntimeError) as error:  # in a worker: there is no shared memory for the batch
         if get_worker_info() is None:
             raise
-        return LostProcess(f"a loader process has failed: {first_line(error)}{_free_shared_memory()}")
+        return LostProcess(f"a loader process has failed: {_reason(error)}{_free_shared_memory()}")
 
 
 def start_worker(worker_id: int) -> None:
@@ -83,8 +84,8 @@ def check_shared_memory(flag: str, workers: int, batches: int, batch_bytes: int)
     needed = (workers * batches + 1) * batch_bytes * int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
     if workers and free is not None and needed > free:
         raise InputError(
-            f"{flag} {workers}: the loader processes of this machine keep up to {needed / 1e6:,.0f} MB of batches in "
-            f"{SHARED_MEMORY}, where {free / 1e6:,.0f} MB are free; allowed: more shared memory (docker run "
+            f"{flag} {workers}: the loader processes of this machine keep up to {needed / 1e6:,.1f} MB of batches in "
+            f"{SHARED_MEMORY}, where {free / 1e6:,.1f} MB are free; allowed: more shared memory (docker run "
             f"--shm-size {-(-needed // 10**9) + 1}g), fewer processes, or {flag} 0"
         )
 
@@ -98,13 +99,16 @@ def batches_of(loader: DataLoader, flag: str) -> Iterator[Any]:
     """
     handler = signal.getsignal(signal.SIGCHLD)
     try:
+        if loader.num_workers:  # queues need shared memory too, and a failure within PyTorch would leave a traceback
+            queues = [multiprocessing.Queue() for _ in range(loader.num_workers + 4)]
+            del queues
         batches = iter(loader)
     except OSError as error:
         if not loader.num_workers:
             raise
         raise InputError(
             f"{flag} {loader.num_workers}: the loader processes cannot be started ({error.strerror or error}); "
-            "allowed: fewer, as far as memory and the number of processes (ulimit -u) allow"
+            f"allowed: {flag} 0, or more memory, processes (ulimit -u) and shared memory{_free_shared_memory()}"
         ) from error
     if loader.num_workers and threading.current_thread() is threading.main_thread():
         # PyTorch's handler raises an error when a worker ends, wherever the program is then, even in a training step.
@@ -122,6 +126,14 @@ def batches_of(loader: DataLoader, flag: str) -> Iterator[Any]:
         if isinstance(batch, InputError | LostProcess):
             raise batch
         yield batch
+
+
+def _reason(error: Exception) -> str:
+    """Return why a worker failed; PyTorch's messages about shared memory name files that the user does not know."""
+    text = str(error)
+    if any(mark in text for mark in ("shared memory", "</torch_", "No space left")):
+        return "the shared memory is full"
+    return memory_message(error) or (isinstance(error, OSError) and error.strerror) or first_line(error)
 
 
 def _why_lost(batches: Any, error: Exception) -> str:
@@ -142,4 +154,4 @@ def _free_bytes() -> int | None:
 
 def _free_shared_memory() -> str:
     free = _free_bytes()
-    return "" if free is None else f" ({SHARED_MEMORY}: {free / 1e6:,.0f} MB free)"
+    return "" if free is None else f" ({SHARED_MEMORY}: {free / 1e6:,.1f} MB free)"
