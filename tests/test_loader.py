@@ -119,7 +119,9 @@ def test_too_little_shared_memory_is_noticed_at_the_start(monkeypatch) -> None:
     monkeypatch.setattr(loader.os, "statvfs", lambda path: SimpleNamespace(f_bavail=16384, f_frsize=4096))  # 64 MiB
     check_shared_memory("--num-workers", 4, 4, 3_900_000)
     check_shared_memory("--num-workers", 0, 4, 10**12)
-    with pytest.raises(InputError, match=r"^--num-workers 4: .* up to 68.0 MB .* 67.1 MB are free; .*--shm-size 2g.* 0$"):
+    with pytest.raises(
+        InputError, match=r"^--num-workers 4: .* up to 68.0 MB .* 67.1 MB are free; .*--shm-size 2g.* 0$"
+    ):
         check_shared_memory("--num-workers", 4, 4, 4_000_000)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     with pytest.raises(InputError, match="up to 530.4 MB"):
