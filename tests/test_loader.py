@@ -124,7 +124,7 @@ def test_too_little_shared_memory_is_noticed_at_the_start(monkeypatch) -> None:
     ):
         check_shared_memory("--num-workers", 4, 4, 4_000_000)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    with pytest.raises(InputError, match="up to 530.4 MB"):
+    with pytest.raises(InputError, match=r"up to 530\.4 MB"):
         check_shared_memory("--num-workers", 4, 4, 3_900_000)
     monkeypatch.setattr(loader.os, "statvfs", lambda path: raise_(FileNotFoundError()))  # macOS
     check_shared_memory("--num-workers", 4, 4, 10**12)
