@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler, default_collate
+from torch.utils.data import Dataset, Sampler
 
 from common.classes import ClassSet, class_names
 from common.image_files import convert_command, encode_command, has_images, preparation
@@ -222,35 +222,6 @@ class LatentDataset(Dataset):
             return None if is_complete else f"{path}: truncated, no end of a PNG"
         except InputError as error:
             return str(error)
-
-
-@dataclass(frozen=True)
-class ErrorsAsItems(Dataset):
-    """Returns an InputError instead of raising it, because a DataLoader's worker would add its traceback to it."""
-
-    data: Dataset
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, i: int) -> Any:
-        try:
-            return self.data[i]
-        except InputError as error:
-            return error
-
-
-def collate(items: list[Any]) -> Any:
-    """Return the items of `ErrorsAsItems` as a batch, or the first error among them."""
-    return next((item for item in items if isinstance(item, InputError)), None) or default_collate(items)
-
-
-def raise_errors(batches: Iterable[Any]) -> Iterator[Any]:
-    """Yield the batches of `collate`; raise a batch that is an InputError."""
-    for batch in batches:
-        if isinstance(batch, InputError):
-            raise batch
-        yield batch
 
 
 @dataclass(eq=False)

@@ -13,6 +13,7 @@ import argparse
 import sys
 import time
 from collections.abc import Generator, Iterator
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -20,19 +21,21 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from common.distributed import broadcast_from_main
-from common.io import InputError, progress_bar, read_json, run_cli, write_json
+from common.io import InputError, LostProcess, progress_bar, run_cli
+from common.loader import ErrorsAsItems, batches_of, collate
 from common.locks import unlock_folder
-from dataset import ErrorsAsItems, GlobalBatchSampler, collate, raise_errors
+from dataset import GlobalBatchSampler
 from loss import Targets, alignment_target, entangled_token
 from models import ema
 from training import summary
+from training.best import is_best, write_best
 from training.config import parse_args
 from training.messages import ROW, log_file, logger, show_rows
 from training.parallelism import full_norm, gather_full, to_device
 from training.preemption import StopSignal, exit_status, shield_worker
 from training.record import saved_args
 from training.sampling import score_samples, write_reconstructions, write_samples
-from training.setup import peak_memory, set_up
+from training.setup import PREFETCHED, peak_memory, set_up
 from training.state import Run
 
 
@@ -42,6 +45,7 @@ def train(run: Run) -> bool:
     last_step = last_step_of(run)
     with log_file(run.folder / "log.txt", accelerator.process_index):
         announce(summary.starting(run, last_step))
+        run.weights.check(run.step)
         if run.step >= last_step:
             flags = "--max-train-steps" + " and --epochs" * (run.config.epochs is not None)
             logger.info("nothing to do: the run is at step %d, and %s ends it at step %d", run.step, flags, last_step)
@@ -51,7 +55,7 @@ def train(run: Run) -> bool:
         bar = progress_bar(total=last_step, initial=run.step, desc=config.exp_name, main=accelerator.is_main_process)
         show_rows(bar.disable or not sys.stdout.isatty())
         run.model.train()
-        while run.step < last_step and "stop" not in run.requests:
+        while run.step < last_step and not ends(run):
             training_step(run, batches)
             run.step += 1
             bar.update()
@@ -73,6 +77,16 @@ def last_step_of(run: Run) -> int:
     return min(config.max_train_steps, max(1, config.epochs * len(run.data) // config.batch_size))
 
 
+def ends(run: Run) -> bool:
+    """Return whether the run ends before its last step, after a checkpoint."""
+    return bool(run.requests & {"stop", "lost"})
+
+
+def row_due(run: Run, step: int) -> bool:
+    """Return whether a row of metrics.jsonl is due after a step."""
+    return run.config.log_steps > 0 and (step % run.config.log_steps == 0 or step == last_step_of(run))
+
+
 def after_step(run: Run, last_step: int, bar: tqdm) -> None:
     """Write the row, grid, scores and checkpoint that are due. The clocks stand still, except for the row."""
     config = run.config
@@ -80,8 +94,9 @@ def after_step(run: Run, last_step: int, bar: tqdm) -> None:
     def due(every: int) -> bool:
         return every > 0 and (run.step % every == 0 or run.step == last_step)
 
-    if due(config.log_steps):
+    if row_due(run, run.step):
         read_reports(run, wait_for_all=True)
+        run.weights.record(run.step, finite=True)  # else the report had ended the run
         row = run.log.write_row(run.step, epoch=run.step * config.batch_size / len(run.data))
         logger.log(ROW, summary.row_line(row, last_step, run.log.clock.seconds_left(last_step - run.step)))
         bar.set_postfix({name: f"{row[name]:.3f}" for name in summary.SHOWN if name in row})
@@ -90,12 +105,13 @@ def after_step(run: Run, last_step: int, bar: tqdm) -> None:
         return
     read_reports(run, wait_for_all=True)  # the time of these steps is training time
     with run.log.clock.stopped():
+        run.weights.check(run.step)  # before they are sampled, scored or saved
         if due(config.sampling_steps):
             write_samples(run)
         if due(config.eval_steps):
             evaluate(run)
         if regular or run.requests:
-            save(run, temporary=not regular and "stop" not in run.requests)
+            save(run, temporary=not regular and not ends(run))
     bar.unpause()
 
 
@@ -120,7 +136,8 @@ def training_step(run: Run, batches: Iterator[tuple[Tensor, Tensor, Tensor]]) ->
                 good = run.optimizer.step(grad_norm)
                 run.optimizer.zero_grad()
     ema.update(run.ema, accelerator.unwrap_model(run.model), run.config.ema_decay, good)
-    run.reports.send(run.step, grad_norm, own_requests(run))
+    finite_weights = run.weights.flag() if row_due(run, run.step + 1) else None
+    run.reports.send(run.step, grad_norm, own_requests(run), finite_weights)
     run.log.clock.end_step()
 
 
@@ -135,8 +152,10 @@ def encode_tokens(run: Run, images: Tensor, x: Tensor) -> Targets:
 
 
 def own_requests(run: Run) -> set[str]:
-    """Return what this process asks all processes for: to stop, or to save (after a failure, or by minutes)."""
+    """Return what this process asks all processes for: to end the run, or to save (after a failure, or by minutes)."""
     requests = {"stop"} if run.stop_signal.received else set()
+    if run.lost_worker:
+        requests.add("lost")
     failed = run.writer.failure and run.step >= run.retry_save_at
     if failed or (run.accelerator.is_main_process and run.writer.overdue):
         requests.add("save")
@@ -148,14 +167,34 @@ def read_reports(run: Run, wait_for_all: bool = False) -> None:
     for report in run.reports.receive(wait_for_all):
         if "stop" in report.requests - run.requests:
             logger.info("a signal asks the run to stop: it saves a checkpoint and ends")
+        if "lost" in report.requests - run.requests:
+            logger.warning("%s: the run saves a checkpoint and ends", lost_worker(run))
         run.requests |= report.requests
         run.bad_steps.record(report)
+        if not report.finite_weights:
+            run.weights.record(report.step + 1, finite=False)
         if report.good:
             run.log.add(report.means)
 
 
 def load_batches(run: Run, steps: range) -> Generator[tuple[Tensor, Tensor, Tensor], None, None]:
-    """Yield images, moments and labels on the device: the micro-batches of this process for each of `steps`."""
+    """Yield images, moments and labels on the device: the micro-batches of this process for each of `steps`.
+
+    If a loader process is lost, this process reads the batches itself, so that the step can be completed and saved.
+    """
+    parts, yielded = run.config.gradient_accumulation_steps, 0
+    try:
+        for batch in read_batches(run, steps, run.config.num_workers):
+            yield batch
+            yielded += 1
+    except LostProcess as error:
+        run.lost_worker = str(error)
+        rest = range(steps.start + yielded // parts, steps.stop)
+        yield from islice(read_batches(run, rest, workers=0), yielded % parts, None)
+
+
+def read_batches(run: Run, steps: range, workers: int) -> Iterator[tuple[Tensor, ...]]:
+    """Return an iterator over the micro-batches of this process, read by `workers` processes; see `load_batches`."""
     config, accelerator = run.config, run.accelerator
     sampler = GlobalBatchSampler(
         len(run.data),
@@ -171,12 +210,17 @@ def load_batches(run: Run, steps: range) -> Generator[tuple[Tensor, Tensor, Tens
         ErrorsAsItems(run.data),
         collate_fn=collate,
         batch_sampler=sampler,
-        num_workers=config.num_workers,
+        num_workers=workers,
         pin_memory=accelerator.device.type == "cuda",
-        prefetch_factor=4 if config.num_workers else None,
+        prefetch_factor=PREFETCHED if workers else None,
         worker_init_fn=shield_worker,
     )
-    yield from to_device(raise_errors(loader), accelerator.device)
+    return to_device(batches_of(loader, "--num-workers"), accelerator.device)
+
+
+def lost_worker(run: Run) -> str:
+    """Return the message for a lost loader process."""
+    return run.lost_worker or "a loader process of another process has ended"
 
 
 def save(run: Run, name: str | None = None, temporary: bool = False) -> None:
@@ -209,14 +253,13 @@ def evaluate(run: Run) -> None:
     started = time.perf_counter()
     scores = score_samples(run)
     run.log.append({"step": run.step, **scores})
-    path = run.folder / "checkpoints" / "best.json"
-    best = broadcast_from_main(run.accelerator, lambda: not path.exists() or scores["fid"] < read_json(path)["fid"])
+    best = broadcast_from_main(run.accelerator, lambda: is_best(run.folder, run.step, scores["fid"]))
     logger.info(summary.score_line(run.step, scores, time.perf_counter() - started, best))
     if best:
         save(run, "best")
         run.writer.finish()
         if run.accelerator.is_main_process and not run.writer.failure:
-            write_json(path, {"step": run.step, **scores})
+            write_best(run.folder, {"step": run.step, **scores})
 
 
 def finish(run: Run, last_step: int) -> None:
@@ -232,6 +275,8 @@ def finish(run: Run, last_step: int) -> None:
         raise InputError(f"{failure}; free some space, then resume from the previous checkpoint by --resume latest")
     announce(summary.ending(run, last_step))
     accelerator.end_training()
+    if "lost" in run.requests and run.step < last_step:
+        raise LostProcess(lost_worker(run))
 
 
 def announce(lines: list[str]) -> None:
@@ -264,6 +309,9 @@ def try_steps(run: Run, count: int = 2) -> None:
         read_reports(run, wait_for_all=True)
         seconds.append(time.perf_counter() - start)
     batches.close()
+    run.weights.check(run.step)
+    if run.lost_worker:
+        raise LostProcess(run.lost_worker)
     accelerator.print(
         f"dry run: {count} steps of {size} images done; the first took {seconds[0]:.2f} s, start-up included, the last "
         f"{seconds[-1]:.2f} s ({size / seconds[-1]:.1f} images/s); peak memory {peak_memory(accelerator.device)}; "

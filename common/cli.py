@@ -170,6 +170,14 @@ def parse(config_class: type[AnyConfig], description: str, argv: Sequence[str] |
     Raises:
         InputError: an unknown flag, a missing one, or a value that is not allowed.
     """
+    try:
+        return _parse(config_class, description, argv)
+    except InputError as error:  # all processes of a launcher have the same command line
+        error.said_by_another = os.environ.get("LOCAL_RANK", "0") not in ("", "0")
+        raise
+
+
+def _parse(config_class: type[AnyConfig], description: str, argv: Sequence[str] | None) -> AnyConfig:
     parser = make_parser(config_class, description)
     values = _parsed(parser, sys.argv[1:] if argv is None else argv)
     if source := values.pop(CONFIG, None):

@@ -38,7 +38,13 @@ REFUSED_SETTINGS = {
     "ACCELERATE_USE_SAGEMAKER": "start the processes by torchrun or accelerate launch",
     "ACCELERATE_DYNAMO_BACKEND": "--compile compiles",
     "ACCELERATE_TORCH_DEVICE": "--device chooses, and CUDA_VISIBLE_DEVICES among GPUs",
+    "ACCELERATE_GRADIENT_CLIPPING": "train.py --max-grad-norm clips",
+    "ACCELERATE_FP8_BACKEND": "--mixed-precision allows no, fp16 and bf16",
+    "ACCELERATE_FP8_OPT_LEVEL": "--mixed-precision allows no, fp16 and bf16",
 }
+PRECISION = "ACCELERATE_MIXED_PRECISION"
+PROCESS_NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT")  # set by a launcher
+OTHER_RANKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK")  # set by MPI's launchers in place of RANK
 Value = TypeVar("Value")
 
 
@@ -59,6 +65,11 @@ def start_processes(
     Raises InputError if there are fewer GPUs than processes, or for a setting of accelerate that is not supported.
     """
     check_launch_settings(os.environ, gradient_accumulation_steps)
+    check_process_numbers(os.environ)
+    wanted = os.environ.get(PRECISION, "").lower()
+    if wanted not in ("", "no", mixed_precision) and os.environ.get("LOCAL_RANK", "0") == "0":
+        used = "float32" if mixed_precision == "no" else mixed_precision
+        print(f"note: environment variable {PRECISION}={wanted} is not used: this program computes in {used}")
     on_gpu, number = uses_cuda(device), int(os.environ.get("LOCAL_RANK", "0"))
     if on_gpu and number >= torch.cuda.device_count():
         found = f"PyTorch finds {torch.cuda.device_count()} GPUs (CUDA_VISIBLE_DEVICES may hide some)"
@@ -88,6 +99,23 @@ def check_launch_settings(environment: Mapping[str, str], gradient_accumulation_
         raise InputError(f"environment variable {ACCUMULATION}={steps} (set by accelerate's configuration): {instead}")
 
 
+def check_process_numbers(environment: Mapping[str, str]) -> None:
+    """Raise InputError, naming the variable, if a launcher's variables do not describe a process.
+
+    Otherwise the program would wait for processes that do not exist.
+    """
+    numbers = {name: environment[name] for name in PROCESS_NUMBERS if environment.get(name)}
+    advice = "a launcher (torchrun, accelerate launch) sets it; without a launcher, unset it"
+    for name, value in numbers.items():
+        if not value.removeprefix("-").isdecimal():
+            raise InputError(f"environment variable {name}={value}: must be a whole number; {advice}")
+    size = int(numbers.get("WORLD_SIZE", "1"))
+    if size > 1 and not any(environment.get(name) for name in ("RANK", *OTHER_RANKS)):
+        raise InputError(f"environment variable WORLD_SIZE={size} without RANK: {advice}")
+    if not 0 <= int(numbers.get("RANK", "0")) < max(size, 1):
+        raise InputError(f"environment variable RANK={numbers['RANK']} with WORLD_SIZE={size}: {advice}")
+
+
 def broadcast_from_main(accelerator: Accelerator, decide: Callable[[], Value]) -> Value:
     """Return on every process the value of `decide()`, which only the main process calls. Every process must call this.
 
@@ -102,6 +130,7 @@ def broadcast_from_main(accelerator: Accelerator, decide: Callable[[], Value]) -
             outcome = error
     outcome = broadcast_object_list([outcome])[0]
     if isinstance(outcome, InputError):
+        outcome.said_by_another = not accelerator.is_main_process
         raise outcome
     return outcome
 

@@ -31,6 +31,7 @@ from typing import IO, Any, NamedTuple
 from tqdm import tqdm
 
 WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+NO_MORE = (errno.EAGAIN, errno.EMFILE, errno.ENFILE)  # processes or threads; open files
 # How PyTorch reports that a GPU's memory is full, and that another process is lost: parts of messages, types of errors.
 GPU_MEMORY_MARKS = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 LOST_PROCESS = ("DistBackendError", "DistNetworkError", "DistStoreError", "gloo/transport", "Connection closed by peer")
@@ -42,6 +43,7 @@ TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?:[0-9a-f]{16}|\d+)\.tmp", re.DOTALL)
 PARTIAL = re.compile(r"(?P<name>.+)\.[0-9a-f]{32}\.partial", re.DOTALL)
 LONGEST_STEM = 200  # bytes of a file's name in the name of its temporary file: file systems allow 255 in all
 DEAD_AFTER = 24 * 3600  # seconds without a change after which a temporary file that cannot be locked is a leftover
+LONGEST_LINE = 1 << 24  # bytes of a row of metrics.jsonl; the longest ones written, of a bad step, have about 1e5
 
 
 LONGEST_NAME = 255  # bytes of a file's or folder's name, the limit of file systems
@@ -50,6 +52,12 @@ LONGEST_SHOWN = 200  # characters of a path in a message
 
 class InputError(ValueError):
     """Invalid input that the user can correct. The message names the file, flag or value and what is allowed."""
+
+    said_by_another = False  # process of this run: `run_cli` prints nothing
+
+
+class LostProcess(RuntimeError):
+    """A helper process has ended or failed. The message says which one; starting the program again may help."""
 
 
 class OwnFile(NamedTuple):
@@ -105,7 +113,7 @@ def run_cli(main: Callable[[], None], memory_advice: str = "give it smaller batc
 
     Invalid input, files that cannot be read or written, and too little memory give one line on stderr and exit status
     2; `memory_advice` completes that line. Ctrl-C gives one line and status 130. A process that lost the others of its
-    run gives one line and status 1, with which a launcher starts all of them again.
+    run, or a helper process, gives one line and status 1, with which a launcher starts all of them again.
     """
     program = Path(sys.argv[0]).name
     for stream in (sys.stdout, sys.stderr):  # a name that the terminal's encoding lacks must not end the program
@@ -123,7 +131,8 @@ def run_cli(main: Callable[[], None], memory_advice: str = "give it smaller batc
         message, status = explain(error, memory_advice)
         if message is None:
             raise
-        print(f"{program}: error: {message}", file=sys.stderr)
+        if not getattr(error, "said_by_another", False):
+            print(f"{program}: error: {message}", file=sys.stderr)
         if status == 2:
             report_status(2)
         sys.exit(status)
@@ -133,6 +142,8 @@ def explain(error: Exception, memory_advice: str) -> tuple[str | None, int]:
     """Return the message for an error whose cause is outside the program, None for others, and the exit status."""
     if isinstance(error, InputError):
         return str(error), 2
+    if isinstance(error, LostProcess):
+        return str(error), 1
     if full := memory_message(error):
         return f"{full}{_place(error)}; {memory_advice}, or end other programs that use this memory", 2
     if type(error).__name__ in LOST_PROCESS or any(text in str(error) for text in LOST_PROCESS):
@@ -141,6 +152,9 @@ def explain(error: Exception, memory_advice: str) -> tuple[str | None, int]:
         return f"{shortened(os.fsdecode(error.filename))}: {error.strerror}", 2
     if isinstance(error, OSError) and error.errno in WRITE_ERRORS:
         return error.strerror, 2
+    if "can't start new thread" in str(error) or (isinstance(error, OSError) and error.errno in NO_MORE):
+        limits = "ulimit -u and -n, and the limits of the container"
+        return f"this machine allows no more processes, threads or open files ({first_line(error)}); see {limits}", 2
     return None, 1
 
 
@@ -372,9 +386,14 @@ def _sync_folder(folder: Path) -> None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write `value` as indented JSON, atomically."""
+    """Write `value` as indented JSON, atomically.
+
+    Raises InputError, naming the file and the place, for a number that is not finite: JSON has no such numbers.
+    """
+    if place := _not_finite(value):
+        raise InputError(f"{path} is not written: {place}, and JSON has finite numbers only")
     with atomic_write(path, "w") as file:
-        json.dump(value, file, indent=2)
+        json.dump(value, file, indent=2, allow_nan=False)
         file.write("\n")
 
 
@@ -404,6 +423,19 @@ def read_file(path: str | Path | bytes) -> bytes:
     if len(data) != size:
         raise InputError("its size changed while it was read; wait until it is complete")
     return data
+
+
+def _not_finite(value: Any, place: str = "") -> str | None:
+    """Return what the first number in nested dicts and lists is that is not finite, such as "fid is nan"; None: none"""
+    if isinstance(value, float):
+        return None if math.isfinite(value) else f"{place or 'the value'} is {value}"
+    if isinstance(value, dict):
+        parts = ((f"{place}.{key}".lstrip("."), item) for key, item in value.items())
+    elif isinstance(value, list | tuple):
+        parts = ((f"{place}[{number}]", item) for number, item in enumerate(value))
+    else:
+        return None
+    return next((found for name, item in parts if (found := _not_finite(item, name))), None)
 
 
 def parse_json(data: bytes) -> Any:
@@ -458,15 +490,27 @@ def read_json(path: str | Path) -> Any:
         raise InputError(f"{path}: {error}") from error
 
 
+def parse_row(line: bytes) -> dict[str, Any] | None:
+    """Return the row in a line of a metrics.jsonl, a JSON object with an integer `step`; None for other lines."""
+    try:
+        row = json.loads(line.decode("utf-8", "replace"))
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and type(row.get("step")) is int else None
+
+
+def iterate_metrics(path: str | Path, name: str | None = None) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a metrics.jsonl, only those with a value `name` if it is given. Damaged lines are skipped."""
+    text = name.encode() if name and name.isascii() else b""
+    with open(path, "rb") as file:
+        while line := file.readline(LONGEST_LINE):
+            if text in line and (row := parse_row(line)) is not None and (name is None or name in row):
+                yield row
+
+
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """Return the rows of a metrics.jsonl: its JSON objects with an integer `step`. Damaged lines are skipped."""
-    rows = []
-    for line in Path(path).read_text(encoding="utf-8", errors="replace").split("\n"):
-        with contextlib.suppress(ValueError, RecursionError):
-            row = json.loads(line)
-            if isinstance(row, dict) and type(row.get("step")) is int:
-                rows.append(row)
-    return rows
+    return list(iterate_metrics(path))
 
 
 class _ProgressLines(tqdm):

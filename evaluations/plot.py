@@ -24,7 +24,7 @@ from matplotlib.ticker import AutoLocator, LogLocator, MaxNLocator
 
 from common.cli import Config, parse, setting
 from common.identity import own_file
-from common.io import InputError, atomic_write, check_writable, read_metrics, run_cli
+from common.io import InputError, atomic_write, check_writable, iterate_metrics, run_cli
 from evaluations.comparison import STAND_IN
 
 FROM_INCEPTION = ("fid", "sfid")
@@ -98,7 +98,7 @@ def read_evaluations(path: str | Path, metric: str) -> list[dict[str, Any]]:
 
     Raises OSError if the file cannot be read, InputError if it has no such row.
     """
-    rows = [row for row in read_metrics(path) if is_number(row["step"]) and is_number(row.get(metric))]
+    rows = [row for row in iterate_metrics(path, metric) if is_number(row["step"]) and is_number(row.get(metric))]
     found = {row["step"]: row for row in rows}
     if not found:
         raise InputError(f"{path}: no line with an integer `step` and a number `{metric}`")

@@ -33,8 +33,8 @@ from common.distributed import broadcast_from_main, largest_batch, long_collecti
 from common.image_files import convert_command
 from common.images import decode_rgb
 from common.io import InputError, progress_bar, run_cli
+from common.loader import ErrorsAsItems, batches_of, check_shared_memory, start_worker
 from common.sources import FileSource, latents_name, mirrored_name
-from dataset import ErrorsAsItems, raise_errors
 from models.autoencoder import Codec, load_codec
 from preprocessing.destination import Destination, InputOutput, explain_write_errors
 from preprocessing.listing import Listing, describe_files, image_index, list_converted
@@ -42,6 +42,7 @@ from preprocessing.listing import Listing, describe_files, image_index, list_con
 GPU_BATCH, CPU_BATCH = 32, 1  # larger batches do not fit into a CPU's caches
 LARGEST_BATCH = 128  # of --batch-size auto; larger batches are not faster on any GPU
 WORKERS = Check(f"from 0 to {MAX_WORKERS:,}", lambda value: 0 <= value <= MAX_WORKERS)
+PREFETCHED = 2  # batches of each process that reads
 WRITES_IN_FLIGHT = 3  # batches: enough to hide the disk's latency
 
 
@@ -168,16 +169,26 @@ def encode(
 ) -> None:
     """Encode batches and write their files. Processes read ahead, and a thread writes while the device computes.
 
-    Raises InputError if an image is broken or of another size, or if latents are not finite.
+    Raises InputError if an image is broken or of another size, or if latents are not finite; LostProcess if a process
+    that reads has ended.
     """
     device = accelerator.device
-    reading = {"num_workers": config.workers, "pin_memory": device.type == "cuda"}
-    loader = DataLoader(ErrorsAsItems(images), batch_size=None, **reading)
+    if images.batches:
+        batch_bytes = 3 * images.resolution**2 * max(len(batch.outputs) for batch in images.batches)
+        check_shared_memory("--workers", min(config.workers, len(images.batches)), PREFETCHED, batch_bytes)
+    loader = DataLoader(
+        ErrorsAsItems(images),
+        batch_size=None,
+        num_workers=config.workers,
+        prefetch_factor=PREFETCHED if config.workers else None,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=start_worker,
+    )
     total = sum(len(batch.outputs) for batch in images.batches)
     progress = progress_bar(total=total, desc="encoding", unit="image", main=accelerator.is_main_process, lines=True)
     writing: deque[Future] = deque()
     with ThreadPoolExecutor(1) as writer, progress:
-        for batch, pixels in zip(images.batches, raise_errors(loader), strict=True):
+        for batch, pixels in zip(images.batches, batches_of(loader, "--workers"), strict=True):
             moments = codec.encode(pixels.to(device, non_blocking=True))
             writing.append(writer.submit(save, destination, batch, moments, config.dtype))
             if len(writing) > WRITES_IN_FLIGHT:

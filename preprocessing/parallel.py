@@ -11,7 +11,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-from common.io import InputError, progress_bar
+from common.io import InputError, first_line, progress_bar
 
 _job: Callable[[Any], Any]
 
@@ -37,7 +37,15 @@ def in_workers(job: Callable[[Any], Any], pieces: Sequence[Any], workers: int, *
     others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(min(workers, len(pieces)) or 1, initializer=_start_worker, initargs=(job,))
     try:
-        running = {pool.submit(_run_job, piece): piece for piece in pieces}
+        try:
+            running = {pool.submit(_run_job, piece): piece for piece in pieces}
+        except BrokenProcessPool:
+            raise
+        except (OSError, RuntimeError) as error:  # the system allows no more processes or threads, or has no memory
+            reason = first_line(error)
+            raise InputError(
+                f"{workers} worker processes cannot be started ({reason}): use a smaller --workers"
+            ) from error
         with progress_bar(main=bool(bar), lines=True, **bar) as progress:
             for done in as_completed(running):
                 yield done.result()

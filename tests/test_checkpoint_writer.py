@@ -244,3 +244,30 @@ def test_damage_at_50_places_is_found(tmp_path, damage, with_checksum):
             load_checkpoint(path)
     path.write_bytes(content)
     assert torch.equal(load_checkpoint(path)["ema"]["weight"], CONTENT["ema"]["weight"])
+
+
+def test_without_the_list_of_checkpoints_by_minutes_they_are_written(tmp_path, monkeypatch, said):
+    """The list cannot be written, old files cannot be removed: warnings, and the checkpoint counts as written."""
+    writer = CheckpointWriter(tmp_path, keep_last=1)
+
+    def full(path, value):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint_writer, "write_json", full)
+    writer.save(5, CONTENT, temporary=True)
+    writer.finish()
+    monkeypatch.setattr(checkpoint_writer, "_remove", lambda path: full(path, None))
+    write(writer, 6)
+    assert steps_in(tmp_path) == [5, 6] and writer.failure is None
+    assert any("temporary.json cannot be written" in line for line in said)
+    assert any("old checkpoints cannot be removed" in line for line in said)
+
+
+def test_without_a_thread_the_file_is_written_at_once(tmp_path, monkeypatch):
+    def fail(self):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    writer = CheckpointWriter(tmp_path)
+    writer.save(5, CONTENT)
+    assert steps_in(tmp_path) == [5] and writer.failure is None and not writer.busy

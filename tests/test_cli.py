@@ -105,6 +105,14 @@ def test_a_bad_command_line_is_one_line_with_flag_value_and_what_is_allowed(flag
         example(*flags.split())
 
 
+def test_of_several_processes_the_first_prints_a_bad_command_line(monkeypatch):
+    for rank, silent in (("0", False), ("", False), ("1", True)):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with pytest.raises(InputError) as error:
+            parse(Example, "An example.", ["--no-such-flag"])
+        assert error.value.said_by_another is silent
+
+
 def test_missing_flags_are_named_with_an_example(monkeypatch):
     monkeypatch.setattr("sys.argv", ["do.py"])
     example = "example: python do.py SOURCE --name NAME; --help lists all flags"

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 import train
+from common.io import InputError
 from loss import REGLoss
 from models import ema
 from models.encoders import untrained_encoder
@@ -116,6 +117,13 @@ def test_checkpointed_activations_give_the_same_gradients_to_the_bit():
         (out.velocity.square().mean() + sum(p.mean() for p in out.projected or [])).backward()
         gradients.append([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
     assert len(gradients[0]) > 10 and all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("variable", ["TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE"])
+def test_a_variable_that_would_disable_compiling_is_refused(monkeypatch, variable):
+    monkeypatch.setenv(variable, "1")
+    with pytest.raises(InputError, match=f"environment variable {variable}=1: --compile would do nothing"):
+        compile_training(small(), [], REGLoss(Interpolant()))
 
 
 def test_batches_pass_through_on_a_cpu():

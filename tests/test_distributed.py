@@ -5,7 +5,14 @@ import pytest
 import torch
 
 from common import distributed
-from common.distributed import broadcast_from_main, check_launch_settings, largest_batch, start_processes, to_host
+from common.distributed import (
+    broadcast_from_main,
+    check_launch_settings,
+    check_process_numbers,
+    largest_batch,
+    start_processes,
+    to_host,
+)
 from common.io import InputError
 from tests.conftest import reset_accelerate, run_program
 
@@ -149,3 +156,44 @@ def test_a_copy_from_the_gpu_is_complete_once_it_is_read():
     arrived = to_host(product.T)
     product.zero_()  # after the copy, in the order of the stream
     assert np.array_equal(arrived(), (tensor @ tensor.T @ tensor).T.cpu().numpy())
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 without RANK"),
+        ({"LOCAL_RANK": "x"}, "LOCAL_RANK=x: must be a whole number"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 with WORLD_SIZE=2"),
+        ({"MASTER_PORT": "1e4"}, "MASTER_PORT=1e4: must be a whole number"),
+    ],
+)
+def test_variables_of_a_launcher_that_describe_no_process_are_refused(environment, message):
+    """A program would wait for processes that do not exist, or end with a traceback."""
+    with pytest.raises(InputError, match=f"environment variable {message}.*; without a launcher, unset it"):
+        check_process_numbers(environment)
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        {"WORLD_SIZE": "1"},
+        {"LOCAL_RANK": "-1"},
+        {"RANK": "", "WORLD_SIZE": ""},
+        {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "29500"},
+        {"OMPI_COMM_WORLD_RANK": "0", "WORLD_SIZE": "2"},
+    ],
+)
+def test_variables_of_a_launcher_are_accepted(environment):
+    check_process_numbers(environment)
+
+
+@pytest.mark.parametrize(
+    ("value", "used", "noted"), [("bf16", "no", True), ("bf16", "bf16", False), ("no", "bf16", False)]
+)
+def test_accelerates_precision_is_used_or_a_note_names_it(monkeypatch, capsys, value, used, noted):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", value)
+    reset_accelerate()
+    assert start_processes("cpu", used).mixed_precision == used
+    note = "note: environment variable ACCELERATE_MIXED_PRECISION=bf16 is not used: this program computes in float32\n"
+    assert capsys.readouterr().out == note * noted

@@ -1,6 +1,7 @@
 import json
 import math
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,9 +9,9 @@ from accelerate import Accelerator
 
 from common.io import InputError
 from models import ema
-from tests.conftest import read_rows, reset_accelerate
+from tests.conftest import read_rows, reset_accelerate, run_training
 from tests.test_sit import inputs, randomise, small
-from training.guards import BadSteps, GuardedOptimizer
+from training.guards import BadSteps, FiniteWeights, GuardedOptimizer
 from training.metrics import RunLog, StepReport, StepReports
 
 
@@ -202,3 +203,62 @@ def test_a_partial_line_is_removed(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         module._append('{"step": 2}\n', path)
     assert path.read_text() == '{"step": 1}\n'
+
+
+class Weights(torch.nn.Module):
+    def __init__(self, *values: float):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor(values))
+
+
+def finite_weights(tmp_path, *parts, reduce=lambda value: value) -> FiniteWeights:
+    """Return the guard of a network, an average and an optimizer with these values."""
+    model, average, moment = (Weights(*values) for values in parts)
+    optimizer = GuardedOptimizer(SimpleNamespace(optimizer=torch.optim.AdamW(model.parameters(), fused=True)))
+    optimizer.optimizer.optimizer.state[model.weight] = {"step": torch.tensor(1.0), "exp_avg": moment.weight.detach()}
+    return FiniteWeights(model, average, optimizer, reduce, tmp_path)
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", range(3))
+def test_weights_averages_and_moments_that_are_not_finite_end_the_run(tmp_path, place, poison):
+    parts = [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]
+    guard = finite_weights(tmp_path, *parts)
+    guard.check(10)
+    assert guard.flag() == 1 and guard.known_at == 10
+    parts[place][1] = poison
+    broken = finite_weights(tmp_path, *parts)
+    assert broken.flag() == (place == 2)  # moments are compared only where something is written
+    with pytest.raises(InputError, match="not finite at step 0, where the run starts: choose another checkpoint"):
+        broken.check(0)
+    broken.known_at = 10
+    with pytest.raises(InputError, match=r"not finite at step 20; at step 10 they were finite.* checkpoint: none"):
+        broken.check(20)
+    for name in ("0000008.pt", "0000015.pt", "best.pt"):
+        (tmp_path / name).touch()
+    with pytest.raises(InputError, match=r"0000008\.pt: resume from it by --resume-step 8\. Use a smaller --learning"):
+        broken.check(20)
+
+
+def test_weights_that_are_not_finite_on_one_process_end_the_run_on_all(tmp_path):
+    guard = finite_weights(tmp_path, [1.0], [1.0], [1.0], reduce=lambda value: (value + 0) / 2)  # the other one has 0
+    with pytest.raises(InputError, match="not finite"):
+        guard.check(1)
+
+
+def test_a_report_says_whether_the_weights_were_finite_on_all_processes():
+    for other, expected in ((1.0, True), (0.0, False)):
+        reports = StepReports(lambda values, other=other: (values + other) / 2, torch.device("cpu"), ())
+        for flag in (torch.tensor(1.0), None):
+            reports.add({"loss": torch.ones(2)})
+            reports.send(3, torch.tensor(1.0), set(), flag)
+        assert [report.finite_weights for report in reports.receive(wait_for_all=True)] == [expected] * 2
+
+
+def test_a_finite_gradient_with_an_update_that_is_not_finite_ends_the_run(train_flags, tmp_path):
+    """AdamW with epsilon 0 divides 0 by 0 where the gradient is 0: for labels that do not occur in the step."""
+    flags = [*train_flags, "--exp-name", "run", "--adam-epsilon", "0", "--checkpointing-steps", "1"]
+    with pytest.raises(InputError, match=r"not finite at step 1; at step 0 they were .*--adam-epsilon is 0"):
+        run_training(flags)
+    run = tmp_path / "exps" / "run"
+    assert not list((run / "checkpoints").glob("*.pt")) and not (run / "metrics.jsonl").exists()

@@ -18,6 +18,7 @@ import torch
 from common import io as files
 from common.io import (
     InputError,
+    LostProcess,
     OwnFile,
     atomic_write,
     check_writable,
@@ -30,6 +31,7 @@ from common.io import (
     read_file,
     read_json,
     read_metrics,
+    run_cli,
     write_json,
 )
 from tests.conftest import ROOT
@@ -491,3 +493,43 @@ def test_a_full_memory_is_told_with_device_place_and_advice():
 def test_other_forms_of_a_full_memory(error, text):
     assert memory_message(error) == text
     assert text is not None or explain(error, "") == (None, 1)
+
+
+@pytest.mark.parametrize(
+    ("value", "place"),
+    [
+        ({"fid": float("nan")}, "fid is nan"),
+        ({"a": [1, {"b": float("-inf")}]}, r"a\[1\].b is -inf"),
+        (float("inf"), "value"),
+    ],
+)
+def test_json_never_holds_numbers_that_are_not_finite(tmp_path, value, place):
+    (tmp_path / "x.json").write_text("before")
+    with pytest.raises(InputError, match=rf"x\.json is not written: .*{place}.* finite numbers only"):
+        write_json(tmp_path / "x.json", value)
+    assert (tmp_path / "x.json").read_text() == "before" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "text", "status"),
+    [
+        (LostProcess("a loader process was killed"), "a loader process was killed", 1),
+        (RuntimeError("can't start new thread"), "allows no more processes, threads or open files", 2),
+        (BlockingIOError(11, "Resource temporarily unavailable"), "allows no more processes", 2),
+        (OSError(24, "Too many open files"), "ulimit -u and -n", 2),
+    ],
+)
+def test_helpers_that_end_or_cannot_start_are_one_line(error, text, status):
+    message, found = explain(error, "")
+    assert text in message and "\n" not in message and found == status
+
+
+def test_an_error_that_another_process_prints_is_not_printed_again(monkeypatch, capsys):
+    def refuse() -> None:
+        error = InputError("bad")
+        error.said_by_another = True
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        run_cli(refuse)
+    assert ended.value.code == 2 and capsys.readouterr().err == ""

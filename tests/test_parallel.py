@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
 import time
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
+from common.io import InputError
 from preprocessing import parallel
 
 
@@ -32,3 +35,26 @@ def test_no_more_workers_than_pieces(monkeypatch):
     monkeypatch.setattr(parallel, "ProcessPoolExecutor", record)
     assert list(parallel.in_workers(abs, [-1, -1], workers=100)) == [1, 1] and asked == [2]
     assert list(parallel.in_workers(abs, [], workers=100)) == []
+
+
+@pytest.mark.parametrize(
+    "error", [BlockingIOError(11, "Resource temporarily unavailable"), OSError(12, "Cannot allocate")]
+)
+def test_processes_that_cannot_be_started_are_one_error(monkeypatch, error):
+    def fail(self):
+        raise error
+
+    monkeypatch.setattr("multiprocessing.process.BaseProcess.start", fail)
+    with pytest.raises(InputError, match=r"2 worker processes cannot be started \(.*\): use a smaller --workers"):
+        list(parallel.in_workers(abs, [1, 2], workers=2))
+
+
+def test_a_killed_process_is_one_error():
+    with pytest.raises(
+        InputError, match=r"a worker process was killed, probably because memory was full: use a smaller"
+    ):
+        list(parallel.in_workers(kill_this_process, [signal.SIGKILL], workers=1))
+
+
+def kill_this_process(number: int) -> None:
+    os.kill(os.getpid(), number)

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import train
@@ -11,7 +12,7 @@ from common.classes import ClassSet
 from models.checkpoint import load_checkpoint
 from tests.conftest import reset_accelerate
 from training import sampling
-from training.sampling import grid_captions, grid_columns, image_labels
+from training.sampling import count_broken, grid_captions, grid_columns, image_labels
 
 LABELS = {0: 5, 1: 17, 2: 40}  # in place of 0, 1, 2
 
@@ -64,3 +65,17 @@ def test_captions_name_columns_or_images_and_a_single_class_not_at_all():
     assert grid_captions(classes, [3, 8, 3, 8], 2) == ["cat", "8", None, None]
     assert grid_captions(classes, [8, 3, 3], None) == ["8", "cat", "cat"]
     assert grid_captions(ClassSet((0,)), [0, 0], None) is None
+
+
+def test_samples_that_are_not_finite_get_no_scores_and_a_warning(run, monkeypatch, said):
+    latents = torch.zeros(4, 3, 16, 16)
+    latents[1, 0, 0, 0] = float("nan")
+    latents[2] = float("inf")
+    assert int(count_broken(latents)) == 2 and int(count_broken(latents, torch.full((4, 2), float("nan")))) == 4
+    monkeypatch.setattr(sampling, "draw_latents", lambda *parts: (latents, torch.zeros(4, 32)))
+    sampling.write_samples(run)
+    assert said[0] == "warning: step 2: 2 of 4 samples of the grid are not finite"
+    run.evaluation = lambda draw: draw(range(4)) is not None and {"fid": 3.0, "num_samples": 4, "notes": []}
+    scores = sampling.score_samples(run)
+    assert np.isnan(scores["fid"]) and np.isnan(scores["coherence"]) and scores["num_samples"] == 4
+    assert said[-1] == "warning: step 2: no scores, 2 of the samples are not finite"

@@ -91,3 +91,11 @@ def test_a_poisoned_sample_is_skipped(train_flags, data, tmp_path):
 def test_one_process_cannot_shard(train_flags):
     with pytest.raises(InputError, match="--fsdp with 1 process"):
         run_training(flags_of(train_flags, "alone", "--fsdp"))
+
+
+def test_weights_that_are_not_finite_end_all_processes(train_flags, tmp_path):
+    flags = [*flags_of(train_flags, "broken", "--fsdp"), "--adam-epsilon", "0", "--log-steps", "1"]
+    training = Training(flags, tmp_path / "output.txt", processes=2)
+    assert training.wait() == 2
+    assert training.text().count("not finite at step 1; at step 0 they were finite") == 2, training.text()
+    assert not list((run_folder(flags) / "checkpoints").glob("*.pt"))

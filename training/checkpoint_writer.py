@@ -61,7 +61,11 @@ class CheckpointWriter:
         # Not a daemon thread: after an exception elsewhere, the program ends only when the file is complete.
         arguments = (step, copy, name, temporary)
         self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint writer")
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError:  # the system allows no more threads
+            self._thread = None
+            self._write(*arguments)
 
     @property
     def overdue(self) -> bool:
@@ -87,12 +91,9 @@ class CheckpointWriter:
         path, started = self.folder / f"{name or f'{step:07d}'}.pt", time.perf_counter()
         try:
             if temporary:
-                write_json(self.folder / TEMPORARY, [*self._temporary(), path.name])
+                self._list_temporary([*self._temporary(), path.name])
             self._copies.wait()
             save_checkpoint(path, content)
-            if name is None:
-                self._remove_temporary(path, temporary)
-                self._prune(step)
         except Exception as error:  # whatever it is, the run must know that there is no file
             self.failure = f"{path} cannot be written: {_root_cause(error)}"
             self._kept_one_failed |= name is None and not temporary
@@ -103,6 +104,23 @@ class CheckpointWriter:
             note = ", to be replaced by the next one" if temporary else ""
             size, seconds = path.stat().st_size, time.perf_counter() - started
             logger.info("checkpoint %s: %.4g MB written in %.1f s%s", path, size / 1e6, seconds, note)
+            if name is None:
+                self._remove_old(path, temporary)
+
+    def _remove_old(self, path: Path, temporary: bool) -> None:
+        """Remove the checkpoints that `path`, which is complete, replaces. A failure is a warning."""
+        try:
+            self._remove_temporary(path, temporary)
+            self._prune(int(path.stem))
+        except OSError as error:
+            logger.warning("%s: old checkpoints cannot be removed, training continues: %s", self.folder, error)
+
+    def _list_temporary(self, names: list[str]) -> None:
+        """Write the names of the temporary checkpoints. Without the list, they are kept."""
+        try:
+            write_json(self.folder / TEMPORARY, names)
+        except OSError as error:
+            logger.warning("%s cannot be written, training continues: %s", self.folder / TEMPORARY, error)
 
     def _temporary(self) -> list[str]:
         """Return the names of the temporary checkpoints."""
@@ -120,7 +138,7 @@ class CheckpointWriter:
             _remove(self.folder / old)
         left = [name for name in names if int(Path(name).stem) > int(path.stem)] + [path.name] * temporary
         if left:
-            write_json(self.folder / TEMPORARY, left)
+            self._list_temporary(left)
         else:
             (self.folder / TEMPORARY).unlink(missing_ok=True)
 

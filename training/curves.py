@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from common.io import atomic_write, read_metrics
+from common.io import atomic_write
 from loss import TERMS
+from training.rows import rows_to_draw
 
 SMOOTHED_SHARE = 10  # each point of a smoothed curve is the mean of the last tenth of the rows up to it
 SMOOTHED_FROM = 50  # rows; shorter curves are not smoothed
@@ -23,7 +24,7 @@ def loss_curves(metrics: str | Path, picture: str | Path) -> None:
 
     from evaluations.plot import is_number, set_step_axis
 
-    rows = read_metrics(metrics)
+    rows = rows_to_draw(metrics, *SCORES)
     curves = {}
     for name, title in {**LOSSES, **SCORES}.items():
         if points := [(row["step"], row[name]) for row in rows if is_number(row.get(name))]:

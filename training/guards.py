@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from common.io import InputError
+from models.checkpoint import list_checkpoints
+from models.ema import local_parameters
 from training.messages import logger
 from training.metrics import RunLog, StepReport
 
@@ -29,6 +34,11 @@ ADVICE = {
     "--qk-norm.",
 }
 
+
+ADVICE_WEIGHTS = (
+    "Use a smaller --learning-rate, or --mixed-precision bf16 or no. If --adam-epsilon is 0 or very small, start a new "
+    "run with 1e-8: a weight whose gradients are all 0 becomes 0 / 0."
+)
 
 # Optimizers whose fused form skips a step on the device if `found_inf` is 1, and leaves its state untouched. (Fused SGD
 # skips too, but if the first step is skipped, its momentum starts from uninitialized memory.)
@@ -72,6 +82,69 @@ class GuardedOptimizer:
     def state_dict(self) -> dict[str, Any]:
         """Return the optimizer state, by index of the parameter."""
         return self.optimizer.state_dict()
+
+    def moments(self) -> list[Tensor]:
+        """Return the tensors of the optimizer state, or this process's shards of them; without the counts of steps."""
+        values = (value for state in self.optimizer.optimizer.state.values() for value in state.values())
+        found = (value.to_local() if isinstance(value, DTensor) else value for value in values)
+        return [value for value in found if isinstance(value, Tensor) and value.ndim and value.is_floating_point()]
+
+
+def all_finite(tensors: list[Tensor]) -> Tensor:
+    """Return 1.0 if all numbers are finite, else 0.0, a scalar on the device of the tensors, without a host sync.
+
+    Numbers so large that their sum overflows count as not finite.
+    """
+    # Sums keep NaN and infinity. On a GPU few kernels compute all norms; on the CPU plain sums are four times faster.
+    on_gpu = tensors[0].device.type == "cuda"
+    sums = torch._foreach_norm(tensors, 1) if on_gpu else [tensor.sum() for tensor in tensors]
+    return torch.stack(sums).isfinite().all().float()
+
+
+@dataclass
+class FiniteWeights:
+    """Ends a run whose weights are not finite, which a finite gradient does not exclude: see ADVICE_WEIGHTS.
+
+    Such weights are never saved, sampled or scored. All processes end at the same step.
+    """
+
+    model: nn.Module
+    average: nn.Module
+    optimizer: GuardedOptimizer
+    reduce: Callable[[Tensor], Tensor]  # averages a tensor over the processes
+    checkpoints: Path  # folder
+    known_at: int | None = None  # step at which they were finite
+
+    @torch.no_grad()
+    def flag(self) -> Tensor:
+        """Return 1.0 if weights and averages of this process are finite, else 0.0, without a host sync."""
+        return all_finite(local_parameters(self.model) + local_parameters(self.average))
+
+    @torch.no_grad()
+    def check(self, step: int) -> None:
+        """Check weights, averages and the optimizer's moments after a step. Waits for the device.
+
+        Raises:
+            InputError: they are not finite.
+        """
+        moments = self.optimizer.moments()
+        flag = self.flag() * all_finite(moments) if moments else self.flag()
+        self.record(step, self.reduce(flag).item() == 1)
+
+    def record(self, step: int, finite: bool) -> None:
+        """Record whether the weights were finite on all processes after a step; raise InputError if they were not."""
+        if finite:
+            self.known_at = step
+            return
+        what = f"the weights, their averages or the optimizer's moments are not finite at step {step}"
+        if self.known_at is None:
+            raise InputError(f"{what}, where the run starts: choose another checkpoint (--resume-step, --init-from)")
+        good = [path for path in list_checkpoints(self.checkpoints) if int(path.stem) <= self.known_at]
+        newest = f"{good[-1]}: resume from it by --resume-step {int(good[-1].stem)}" if good else "none: start again"
+        raise InputError(
+            f"{what}; at step {self.known_at} they were finite. The run ends without saving them. Newest good "
+            f"checkpoint: {newest}. {ADVICE_WEIGHTS}"
+        )
 
 
 class BadSteps:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from common.io import first_line
+from common.io import LostProcess, first_line
 
 ROW = logging.INFO - 1  # level of the rows of numbers: on a terminal, the progress bar shows them instead
 LINES_KEPT = 1000  # written before log.txt can be opened
@@ -95,7 +95,7 @@ def log_file(path: Path, process: int = 0) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
+        kind = "" if isinstance(error, ValueError | OSError | LostProcess) else f"{type(error).__name__}: "
         logger.error("%s%s%s", f"process {process}: " if process else "", kind, first_line(error))
         raise
     finally:

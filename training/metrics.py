@@ -23,9 +23,10 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from common.io import atomic_write, first_line, read_metrics
+from common.io import first_line
 from training.curves import loss_curves
 from training.messages import logger
+from training.rows import end_of_rows
 from training.throughput import StepClock
 
 COUNTS = ("bad_steps", "overflow_steps")  # summed over the steps of a row; all other numbers are averaged
@@ -44,6 +45,7 @@ class StepReport:
     means: dict[str, float]
     requests: frozenset[str]  # of any process
     samples: dict[str, Tensor]
+    finite_weights: bool = True  # after the step, on all processes; also true if this was not checked
 
     @property
     def good(self) -> bool:
@@ -82,11 +84,15 @@ class StepReports:
         self._parts.append({name: values.detach() for name, values in {**terms, **details}.items()})
         self._terms = list(terms)
 
-    def send(self, step: int, grad_norm: Tensor, requests: set[str]) -> None:
-        """Complete the report of a step and start its copy to the host."""
+    def send(self, step: int, grad_norm: Tensor, requests: set[str], finite_weights: Tensor | None = None) -> None:
+        """Complete the report of a step and start its copy to the host.
+
+        finite_weights: 1.0 if the weights of this process are finite, else 0.0; None if this is not checked.
+        """
         samples = {name: torch.cat([part[name] for part in self._parts]) for name in self._parts[0]}
         self._parts = []
-        values = [samples[name].float().mean() for name in self._terms] + [grad_norm.detach().float()]
+        finite = torch.ones((), device=self.device) if finite_weights is None else finite_weights
+        values = [samples[name].float().mean() for name in self._terms] + [grad_norm.detach().float(), finite]
         values += [torch.full((), float(name in requests), device=self.device) for name in self.requests]
         vector = self._reduced = self.reduce(torch.stack(values))
         copied = None
@@ -94,7 +100,7 @@ class StepReports:
             vector = torch.empty(vector.shape, pin_memory=True).copy_(vector, non_blocking=True)
             copied = torch.cuda.Event()
             copied.record()
-        self._sent.append((step, [*self._terms, "grad_norm"], vector, copied, samples))
+        self._sent.append((step, [*self._terms, "grad_norm", "finite"], vector, copied, samples))
 
     def receive(self, wait_for_all: bool = False) -> list[StepReport]:
         """Return the reports that have arrived, oldest first; with `wait_for_all`, wait for every report sent."""
@@ -106,7 +112,8 @@ class StepReports:
             values = vector.tolist()
             requests = {name for name, value in zip(self.requests, values[len(names) :], strict=True) if value > 0}
             means = dict(zip(names, values[: len(names)], strict=True))
-            arrived.append(StepReport(step, means, frozenset(requests), samples))
+            finite = means.pop("finite") >= 1
+            arrived.append(StepReport(step, means, frozenset(requests), samples, finite))
         return arrived
 
 
@@ -198,7 +205,7 @@ class RunLog:
         """Append a row to metrics.jsonl and pass it to the tracker. Numbers that are not finite become null."""
         if not self.main:
             return
-        row = _finite(row)
+        row = finite_or_null(row)
         self.write_line("metrics.jsonl", row)
         numbers = {key: value for key, value in row.items() if isinstance(value, int | float) and key != "step"}
         self.track(numbers, row["step"])
@@ -214,7 +221,7 @@ class RunLog:
         if not self.main:
             return
         lines = self.unwritten.setdefault(name, [])
-        lines.append(json.dumps(_finite(row)) + "\n")
+        lines.append(json.dumps(finite_or_null(row)) + "\n")
         with warn_if_unwritable(f"{name} of {self.folder}"):
             _append("".join(lines), self.folder / name)
             lines.clear()
@@ -229,8 +236,12 @@ class RunLog:
             self._drawing.join()
         self._drawn_at = time.monotonic()
         self._drawing = threading.Thread(target=self._draw, name="loss curves")
-        self._drawing.start()
-        if wait:
+        try:
+            self._drawing.start()
+        except RuntimeError as error:  # the system allows no more threads
+            logger.warning("%s cannot be drawn, training continues: %s", self.picture, error)
+            self._drawing = None
+        if wait and self._drawing is not None:
             self._drawing.join()
 
     def _draw(self) -> None:
@@ -254,11 +265,16 @@ def warn_if_unwritable(what: str) -> Iterator[None]:
 
 
 def _append(text: str, path: Path) -> None:
-    """Append `text` and sync it, or leave the file as it was: a partial line would damage the next one."""
+    """Append `text` and sync it, or leave the file as it was: a partial line would damage the next one.
+
+    An incomplete last line, which a crash of the machine can leave, is ended before.
+    """
     length = path.stat().st_size if path.exists() else 0
     try:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(text)
+        with open(path, "a+b") as file:
+            file.seek(max(length - 1, 0))
+            start = "" if file.read(1) in (b"", b"\n") else "\n"
+            file.write((start + text).encode())
             file.flush()
             os.fsync(file.fileno())
     except OSError:
@@ -269,20 +285,14 @@ def _append(text: str, path: Path) -> None:
 
 def _remove_rows_after(path: Path, step: int) -> None:
     if path.exists():
-        kept = "".join(json.dumps(row) + "\n" for row in read_metrics(path) if row["step"] <= step).encode()
-        content = path.read_bytes()
         with warn_if_unwritable(str(path)):
-            if content.startswith(kept):  # the usual case; truncating works on a full disk too
-                os.truncate(path, len(kept))
-            else:
-                with atomic_write(path) as file:
-                    file.write(kept)
+            os.truncate(path, end_of_rows(path, step))  # works on a full disk too
 
 
-def _finite(value: Any) -> Any:
+def finite_or_null(value: Any) -> Any:
     """Return `value` with null for numbers that JSON does not know, at any depth."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite_or_null(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_finite(item) for item in value]
+        return [finite_or_null(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -7,6 +7,7 @@ is the same with and without sharding.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -96,6 +97,11 @@ def compile_training(network: SiT, encoders: Sequence[Encoder], criterion: REGLo
     the names of parameters do not change. A region that cannot be one graph is an error, not a slower step. Shapes are
     fixed, since every step of a run has the same. `backend`: of torch.compile.
     """
+    for variable in ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE"):
+        if os.environ.get(variable) == "1":
+            raise InputError(
+                f"environment variable {variable}=1: --compile would do nothing; unset it, or --no-compile"
+            )
     how = {"backend": backend, "fullgraph": True, "dynamic": False}
     for module in (*network.blocks, *network.projectors, network.final_layer, *encoders):
         module.compile(**how)

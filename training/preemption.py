@@ -14,6 +14,7 @@ import time
 from types import FrameType
 
 from common.io import report_status
+from common.loader import start_worker
 
 EXIT_RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: "temporary failure; try again later"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
@@ -57,6 +58,7 @@ def shield_worker(worker_id: int) -> None:
     SIGTERM ends a worker only if it was sent by the training process, as the loader does with workers that do not end
     by themselves. Where the sender is unknown (macOS), any SIGTERM ends a worker.
     """
+    start_worker(worker_id)
     for number in (signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):

@@ -33,6 +33,8 @@ def write_samples(run: Run) -> None:
         columns = grid_columns(len(run.data.classes.labels), config.grid_samples)
         numbers = range(config.grid_samples - config.grid_samples % (columns or 1))  # complete rows
         latents, _ = draw_latents(run, network, numbers, config.grid_num_steps, guidance)
+        if broken := int(count_broken(latents)):
+            logger.warning("step %d: %d of %d samples of the grid are not finite", run.step, broken, len(latents))
         write_grid(run, f"{run.step:07d}", latents, image_labels(run, numbers), columns)
     run.accelerator.wait_for_everyone()
 
@@ -41,14 +43,18 @@ def score_samples(run: Run) -> dict[str, float]:
     """Return the scores of EMA samples, generated without guidance by all processes.
 
     With an encoder's token in the class slot these include the coherence of the samples (evaluations/coherence.py).
+    If a sample is not finite, all scores are NaN, with a warning.
     """
     network, device, slot = averaged_network(run), run.accelerator.device, run.config.slot
     sums = CoherenceSums(run.facts.network.cls_token_dim, device) if slot in FROM_ENCODER else None
     if sums is not None and run.class_centres is None:
         run.class_centres = class_centres(run)
 
+    broken = torch.zeros((), device=device)
+
     def draw(numbers: range) -> Tensor:
         latents, cls_tokens = draw_latents(run, network, numbers, run.config.eval_num_steps, Guidance())
+        broken.add_(count_broken(latents, cls_tokens))
         images = run.codec.decode(latents)
         if sums is not None:
             encoded = entangled_token(slot, run.encoders[0](images), None)
@@ -59,7 +65,16 @@ def score_samples(run: Run) -> dict[str, float]:
     if sums is not None:
         sums.load_state_dict(run.accelerator.reduce(sums.state_dict(), "sum"))
         scores |= sums.scores()
+    if broken := int(run.accelerator.reduce(broken, "sum")):
+        logger.warning("step %d: no scores, %d of the samples are not finite", run.step, broken)
+        scores |= {name: math.nan for name, value in scores.items() if isinstance(value, float)}
     return scores
+
+
+def count_broken(*parts: Tensor | None) -> Tensor:
+    """Return the number of samples that are not finite in one of `parts`, (N, ...) each, on their device."""
+    finite = [part.flatten(1).isfinite().all(1) for part in parts if part is not None]
+    return (~torch.stack(finite).all(0)).sum()
 
 
 def averaged_network(run: Run) -> SiT:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import resource
 import sys
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from common.cli import changed
 from common.distributed import broadcast_from_main, start_processes
 from common.io import InputError, check_writable, progress_bar, write_json
+from common.loader import check_shared_memory
 from common.locks import lock_folder
 from dataset import GlobalBatchSampler, LatentDataset
 from evaluations.in_training import TrainingEvaluation
@@ -26,7 +29,7 @@ from models.interpolant import Interpolant
 from models.sit import SiT
 from training.checkpoint_writer import CheckpointWriter
 from training.config import RunFacts, TrainConfig, find_facts
-from training.guards import BadSteps, GuardedOptimizer
+from training.guards import BadSteps, FiniteWeights, GuardedOptimizer
 from training.limits import check_memory, memory_of
 from training.messages import logger, start_messages
 from training.metrics import RunLog, StepReports, warn_if_unwritable
@@ -41,7 +44,8 @@ from training.state import Run, prepare_networks
 from training.throughput import describe_start, peak_flops, training_flops
 from training.tracker import installed_tracker, start_tracker
 
-REQUESTS = ("stop", "save")  # what a process can ask all processes for
+PREFETCHED = 4  # batches of each loader process
+REQUESTS = ("stop", "save", "lost")  # what a process can ask all processes for; lost: a loader process has ended
 
 
 def set_up(config: TrainConfig, stop_signal: StopSignal | None = None) -> Run:
@@ -89,13 +93,14 @@ def set_up(config: TrainConfig, stop_signal: StopSignal | None = None) -> Run:
     log = make_log(config, facts, accelerator, checkpoint)
     note_start(config, accelerator, log, model, step, {"asked": point.asked, **set_aside, **data_changed})
     writer = make_writer(config, accelerator)
+    weights = FiniteWeights(model, average, optimizer, partial(accelerator.reduce, reduction="mean"), writer.folder)
     reports = StepReports(lambda values: accelerator.reduce(values, "mean"), accelerator.device, REQUESTS)
     bad_steps = BadSteps(
         log, accelerator.gather, lambda at: sample_names(config, data, at), config.max_bad_steps, config.precision
     )
     return Run(
         config, facts, accelerator, data, encoders, codec, evaluation, model, average, optimizer, criterion, randomness,
-        log, step, reports, bad_steps, writer, stop_signal or StopSignal(), resumed_from=point.path,
+        log, step, reports, bad_steps, weights, writer, stop_signal or StopSignal(), resumed_from=point.path,
     )  # fmt: skip
 
 
@@ -156,6 +161,9 @@ def open_data(config: TrainConfig, accelerator: Accelerator) -> LatentDataset:
         data.keep(config.max_images)
     processes, parts = accelerator.num_processes, config.gradient_accumulation_steps
     GlobalBatchSampler(len(data), config.batch_size, config.seed, range(0), 0, processes, parts)  # checks divisibility
+    item_bytes = 3 * data.resolution**2 + 4 * math.prod(data.moments_shape)
+    micro_batch = config.batch_size // processes // parts
+    check_shared_memory("--num-workers", config.num_workers, PREFETCHED, micro_batch * item_bytes)
     if config.check_data:
         part, parts = accelerator.process_index, accelerator.num_processes
         with progress_bar(total=len(data) // parts, desc="checking the data", unit="image", main=part == 0) as bar:

@@ -25,7 +25,7 @@ from models.tensor_checks import check_finite
 from models.weights_file import mismatch
 from training.checkpoint_writer import CheckpointWriter
 from training.config import RunFacts, TrainConfig
-from training.guards import BadSteps, GuardedOptimizer
+from training.guards import BadSteps, FiniteWeights, GuardedOptimizer
 from training.messages import logger
 from training.metrics import RunLog, StepReports
 from training.parallelism import device_mesh, shard, shard_like
@@ -54,9 +54,11 @@ class Run:
     step: int  # optimizer steps done
     reports: StepReports
     bad_steps: BadSteps
+    weights: FiniteWeights
     writer: CheckpointWriter
     stop_signal: StopSignal
-    requests: set[str] = field(default_factory=set)  # what any process asked all processes for: "stop", "save"
+    requests: set[str] = field(default_factory=set)  # what any process asked all processes for: `setup.REQUESTS`
+    lost_worker: str | None = None  # why a loader process of this process has ended
     retry_save_at: int = 0  # step from which a failed checkpoint is tried again
     resumed_from: Path | None = None  # the checkpoint; None: a new run
     class_centres: Tensor | None = None  # mean token of each class, computed by the first evaluation
