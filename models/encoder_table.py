@@ -23,7 +23,7 @@ LARGEST_GRID = 256  # patches in a row, where `patch_size` is given
 WHOLE = {
     "patch_size": (1, 1024), "embed_dim": (1, 16384), "depth": (1, 256), "num_heads": (1, 1024),
     "attn_head_dim": (1, 16384), "reg_tokens": (0, 1024), "img_size": (1, LARGEST_INPUT), "window_size": (1, 64),
-    "output_stride": (1, 1024),
+    "output_stride": (1, 1024), "num_classes": (0, 100_000),
 }  # fmt: skip
 REAL = {
     "mlp_ratio": (0.01, 64.0), "channel_multiplier": (0.01, 64.0), "bn_eps": (0.0, 1.0), "init_values": (0.0, 100.0),

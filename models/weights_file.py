@@ -52,8 +52,8 @@ def read_weights_file(path: str | Path, file: IO[bytes] | None = None, check_crc
             raise InputError(f"{path}: is a folder; expected a file of weights")
         with open(path, "rb") as opened:
             return read_weights_file(path, opened, check_crc)
-    is_zip = zipfile.is_zipfile(file)
     try:
+        is_zip = zipfile.is_zipfile(file)
         _check_pickle(file, path, is_zip, check_crc)
         file.seek(0)
         with torch.serialization.safe_globals(list(STAND_INS.values())), warnings.catch_warnings():

@@ -318,7 +318,7 @@ def test_the_input_that_an_error_names_gives_the_tokens(tmp_path):
         ("timm/resnet18:checkpoint_path=w.pth", "option 'checkpoint_path' is unknown; allowed: input, mean, std, tok"),
         ("timm/resnet18:pretrained_cfg=w", "option 'pretrained_cfg' is unknown"),
         ("timm/resnet18:cache_dir=w", "option 'cache_dir' is unknown"),
-        ("timm/resnet18:num_classes=3", "option 'num_classes' is unknown"),
+        ("timm/resnet18:scriptable=true", "option 'scriptable' is unknown"),
         ("timm/vit_tiny_patch16_224:depth=1000000000", "depth=1000000000; allowed: a whole number from 1 to 256"),
         ("timm/vit_tiny_patch16_224:depth=2.5", "depth=2.5; allowed: a whole number"),
         ("timm/vit_tiny_patch16_224:class_token=maybe", "class_token=maybe; allowed: true, false"),

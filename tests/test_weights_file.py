@@ -212,6 +212,15 @@ def test_a_zip_that_torch_did_not_write_is_refused(tmp_path):
             read_weights_file(tmp_path / "extra.pt")
 
 
+def test_a_zip_on_several_disks_is_refused(tmp_path):
+    torch.save({"w": torch.zeros(3)}, tmp_path / "w.pt")
+    data = (tmp_path / "w.pt").read_bytes()
+    at = data.rindex(b"PK\x06\x07")  # the locator of the zip64 directory; its last number counts the disks
+    (tmp_path / "w.pt").write_bytes(data[: at + 16] + b"\x02" + data[at + 17 :])
+    with pytest.raises(InputError, match=r"w\.pt: not a readable file of weights"):
+        read_weights_file(tmp_path / "w.pt")
+
+
 def test_one_bit_of_a_zip_is_noticed(tmp_path):
     torch.save({"w": torch.zeros(1000)}, tmp_path / "w.pt")
     data = bytearray((tmp_path / "w.pt").read_bytes())
