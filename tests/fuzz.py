@@ -18,7 +18,6 @@ sys.path.insert(0, str(ROOT))
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}  # before torch is imported
 
 import random
-import shutil
 import tempfile
 import time
 from collections import Counter
@@ -26,9 +25,12 @@ from dataclasses import dataclass
 
 from common.cli import NON_NEGATIVE, Config, parse, setting
 from common.io import InputError, run_cli, write_json
+from tests.fuzzing import commands
 from tests.fuzzing.checkpoints import CANARY
+from tests.fuzzing.command_lines import PROGRAMS, command
 from tests.fuzzing.readers import READERS, digest, prepare
 from tests.fuzzing.worker import CLASSES, FAILURES, Outcome, Watch, run_inputs
+from tests.fuzzing.workfolder import load_programs, write_work_folder
 
 KEPT = 3  # inputs of a failure at one place
 
@@ -52,7 +54,7 @@ def fuzz_reader(name: str, numbers: list[int], seed: int, keep: Path | None = No
     seen: Counter[tuple[str, str]] = Counter()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        first, second = prepare(reader, folder)
+        first, valid = prepare(reader, folder)
         expected = digest(reader.read(first))
         watch: list[Watch] = []
 
@@ -60,12 +62,11 @@ def fuzz_reader(name: str, numbers: list[int], seed: int, keep: Path | None = No
             if not watch:
                 os.chdir(folder)
                 watch.append(Watch())
-            file, change = reader.input(random.Random(f"{seed}/{name}/{number}"), first, second)
-            original = (first / file).read_bytes()
-            (first / file).write_bytes(change.data)
+            file, change = reader.input(random.Random(f"{seed}/{name}/{number}"), valid)
+            for other, (content, _) in valid.items():  # an earlier process may have died before it restored them
+                (first / other).write_bytes(change.data if other == file else content)
             refuse = reader.must_be_refused(change)
             outcome = watch[0].outcome(number, lambda: digest(reader.read(first)), expected, refuse)
-            (first / file).write_bytes(original)
             if (folder / CANARY).exists():
                 (folder / CANARY).unlink()
                 outcome = Outcome(number, "executed", outcome.place, outcome.detail)
@@ -77,27 +78,43 @@ def fuzz_reader(name: str, numbers: list[int], seed: int, keep: Path | None = No
             if outcome.kind in FAILURES and keep is not None:
                 seen[outcome[1:3]] += 1
                 if seen[outcome[1:3]] <= KEPT:
-                    file, change = reader.input(random.Random(f"{seed}/{name}/{outcome.number}"), first, second)
+                    file, change = reader.input(random.Random(f"{seed}/{name}/{outcome.number}"), valid)
                     target = keep / name / f"{outcome.number}-{outcome.kind}" / file
                     target.parent.mkdir(parents=True, exist_ok=True)
                     target.write_bytes(change.data)
     return found
 
 
-def table(counts: dict[str, Counter[str]], classes: tuple[str, ...] = CLASSES) -> str:
+def fuzz_commands(names: list[str], numbers: list[int], seed: int) -> dict[str, list[Outcome]]:
+    """Return the outcomes of changed command lines, by program. A number determines program and changes."""
+    found: dict[str, list[Outcome]] = {name: [] for name in names}
+    load_programs()
+    with tempfile.TemporaryDirectory() as temporary:
+        base, folder = Path(temporary) / "base", Path(temporary) / "work"
+        write_work_folder(base)
+        before = commands.contents(base)
+        for number in numbers:
+            rng = random.Random(f"{seed}/{number}")
+            made = command(rng, names[0] if len(names) == 1 else None)
+            if made.program in found:
+                found[made.program].append(commands.run(base, before, number, made, folder))
+    return found
+
+
+def table(counts: dict[str, Counter[str]], classes: tuple[str, ...]) -> str:
     """Return a Markdown table of the counts by class."""
-    used = [kind for kind in classes if kind in ("same", "changed", "clear") or any(c[kind] for c in counts.values())]
+    used = [kind for kind in classes if any(c[kind] for c in counts.values())]
     lines = [f"| | inputs | {' | '.join(used)} |", "|---|" + "---|" * (len(used) + 1)]
     for name, found in counts.items():
         lines.append(f"| {name} | {sum(found.values())} | " + " | ".join(str(found[kind]) for kind in used) + " |")
     return "\n".join(lines)
 
 
-def report_failures(name: str, outcomes: list[Outcome], seed: int) -> list[dict]:
+def failures_of(name: str, outcomes: list[Outcome], seed: int) -> list[dict]:
     """Print each kind of failure with its first input and the command that repeats it; return them for JSON."""
     groups: dict[tuple[str, str], list[Outcome]] = {}
     for outcome in outcomes:
-        if outcome.kind in FAILURES:
+        if outcome.kind in (*FAILURES, *commands.FAILURES):
             key = (outcome.kind, outcome.place, outcome.detail.partition(":")[0] if outcome.kind == "silent" else "")
             groups.setdefault(key, []).append(outcome)
     failures = []
@@ -112,27 +129,30 @@ def report_failures(name: str, outcomes: list[Outcome], seed: int) -> list[dict]
 def main() -> None:
     """Fuzz as the command line says."""
     config = parse(FuzzConfig, __doc__.splitlines()[0])
-    names = config.only.split(",") if config.only else [*READERS]
-    if unknown := [name for name in names if name not in READERS]:
-        raise InputError(f"--only {unknown[0]}: allowed: {', '.join(READERS)}")
-    counts, failures = {}, []
-    for name in names:
-        started = time.monotonic()
-        total = max(1, round(config.inputs * READERS[name].share))
+    names = config.only.split(",") if config.only else [*READERS, *PROGRAMS]
+    if unknown := [name for name in names if name not in READERS and name not in PROGRAMS]:
+        raise InputError(f"--only {unknown[0]}: allowed: {', '.join([*READERS, *PROGRAMS])}")
+    found = {}
+    for name in (name for name in names if name in READERS and (config.inputs or config.input is not None)):
+        started, total = time.monotonic(), round(config.inputs * READERS[name].share)
         numbers = list(range(total)) if config.input is None else [config.input]
-        outcomes = fuzz_reader(name, numbers, config.seed, config.keep)
-        counts[name] = Counter(outcome.kind for outcome in outcomes)
-        summary = ", ".join(f"{kind} {counts[name][kind]}" for kind in CLASSES if counts[name][kind])
-        print(f"{name}: {total} inputs in {time.monotonic() - started:.0f} s: {summary}", flush=True)
-        if config.input is not None:
-            print(*outcomes, sep="\n")
-        failures += report_failures(name, outcomes, config.seed)
-    print(table(counts))
+        found[name] = fuzz_reader(name, numbers, config.seed, config.keep)
+        print(f"{name}: {len(numbers)} inputs in {time.monotonic() - started:.0f} s", flush=True)
+    readers = {name: Counter(outcome.kind for outcome in outcomes) for name, outcomes in found.items()}
+    programs = [name for name in names if name in PROGRAMS]
+    if programs and (config.commands or config.input is not None):
+        numbers = list(range(config.commands)) if config.input is None else [config.input]
+        found |= fuzz_commands(programs, numbers, config.seed)
+    lines = {name: Counter(outcome.kind for outcome in found[name]) for name in programs if name in found}
+    failures = [failure for name, outcomes in found.items() for failure in failures_of(name, outcomes, config.seed)]
+    if config.input is not None:
+        print(*(outcome for outcomes in found.values() for outcome in outcomes), sep="\n")
+    for counts, classes in ((readers, CLASSES), (lines, commands.CLASSES)):
+        if counts:
+            print(table(counts, classes))
     if config.json:
-        write_json(config.json, {"seed": config.seed, "counts": counts, "failures": failures})
-    if failures:
-        sys.exit(1)
-    shutil.rmtree(config.keep, ignore_errors=True)
+        write_json(config.json, {"seed": config.seed, "readers": readers, "programs": lines, "failures": failures})
+    sys.exit(1 if failures else 0)
 
 
 if __name__ == "__main__":

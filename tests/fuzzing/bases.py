@@ -161,7 +161,7 @@ def npz(seed: int = 0, compressed: bool = False) -> bytes:
     """Return samples, and statistics of an encoder."""
     rng, buffer = np.random.default_rng(seed), io.BytesIO()
     arrays = {
-        "arr_0": rng.integers(0, 256, (5, 8, 8, 3), dtype=np.uint8), "mu_enc": rng.normal(size=6),
+        "arr_0": rng.integers(0, 256, (40, 16, 16, 3), dtype=np.uint8), "mu_enc": rng.normal(size=6),
         "sigma_enc": np.eye(6) + seed, "encoder": np.array("timm/x"), "num_images": np.array(5),
     }  # fmt: skip
     (np.savez_compressed if compressed else np.savez)(buffer, **arrays)

@@ -116,7 +116,9 @@ def optimizer(rng: random.Random, data: bytes) -> bytes:
     elif change == 3:
         del state[number][rng.choice(sorted(state[number]))]
     elif change == 4:
-        state[number]["step"] = rng.choice((torch.tensor(-1.0), torch.tensor(float("nan")), torch.tensor(1e30), "a", None))
+        state[number]["step"] = rng.choice(
+            (torch.tensor(-1.0), torch.tensor(float("nan")), torch.tensor(1e30), "a", None)
+        )
     elif change == 5:
         state[number]["exp_avg_sq"] = -state[number]["exp_avg_sq"].abs() - 1
     elif change == 6:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
@@ -44,6 +43,7 @@ from tests.fuzzing import bases, checkpoints
 from tests.fuzzing.mutations import (
     Change,
     Mutated,
+    bomb,
     json_line,
     json_value,
     mutate,
@@ -84,10 +84,10 @@ class Reader:
     checked: bool = False
     share: float = 1
 
-    def input(self, rng: random.Random, first: Path, second: Path) -> tuple[str, Mutated]:
-        """Return the name of a file and its damaged content. The folders hold two valid sets of files."""
+    def input(self, rng: random.Random, valid: dict[str, tuple[bytes, bytes]]) -> tuple[str, Mutated]:
+        """Return the name of a file and its damaged content. `valid` holds two valid contents of each file."""
         name = rng.choice(self.files)
-        return name, mutate(rng, (first / name).read_bytes(), (second / name).read_bytes(), self.odd, self.invalid)
+        return name, mutate(rng, *valid[name], self.odd, self.invalid)
 
     def must_be_refused(self, change: Mutated) -> bool:
         """Return whether a result that differs from that of the valid file is wrong."""
@@ -325,13 +325,16 @@ READERS |= {
     "reference": Reader(_file("a.npz", bases.npz), lambda f: load_reference(f / "a.npz"), ("a.npz",), **_ARCHIVE),
     "cache": Reader(_file("features.npz", _features), _cache, ("features.npz",), **_ARCHIVE),
     "json": Reader(_json("a.json", _run_settings), lambda f: read_json(f / "a.json"), ("a.json",), odd=(json_value,)),
-    "config-train": Reader(_json("a.json", _run_settings), partial(_config, parse_args), ("a.json",), odd=(json_value,)),
+    "config-train": Reader(
+        _json("a.json", _run_settings), partial(_config, parse_args), ("a.json",), odd=(json_value,)
+    ),
     "config-generate": Reader(
         _json("a.json", lambda s: {"ckpt": "a.pt", "global_seed": s, "cfg_scale": 1.5, "classes": "0,1"}),
         partial(_config, _generate), ("a.json",), odd=(json_value,),
     ),
     "sampling": Reader(
-        _json("samples.json", _settings), lambda f: read_sampling(f / "samples.npz"), ("samples.json",), odd=(json_value,)
+        _json("samples.json", _settings), lambda f: read_sampling(f / "samples.npz"), ("samples.json",),
+        odd=(json_value,),
     ),
     "sample-set": Reader(_json("samples.json", _settings), _sample_set, ("samples.json",), odd=(json_value,)),
     "temporary": Reader(
@@ -387,11 +390,13 @@ READERS |= {
 }  # fmt: skip
 
 
-def prepare(reader: Reader, folder: Path) -> tuple[Path, Path]:
-    """Write two valid sets of files of a reader; return their folders, of which the first one will be read."""
-    first, second = folder / "first", folder / "second"
-    for seed, place in enumerate((first, second)):
-        shutil.rmtree(place, ignore_errors=True)
+def prepare(reader: Reader, folder: Path) -> tuple[Path, dict[str, tuple[bytes, bytes]]]:
+    """Write two valid sets of files of a reader; return the folder of the first, and both contents of `files`."""
+    if {png_chunk, zip_members} & set(reader.odd):
+        bomb()  # made once, before processes are forked
+    places = folder / "first", folder / "second"
+    for seed, place in enumerate(places):
         place.mkdir(parents=True)
         reader.make(place, seed)
-    return first, second
+    first, second = places
+    return first, {name: ((first / name).read_bytes(), (second / name).read_bytes()) for name in reader.files}

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common.io import InputError
+from common.io import InputError, shown
 from tests.conftest import ROOT
 
 SECONDS = 20  # for one input; the machine may be shared
@@ -21,7 +21,15 @@ GRACE = 10  # seconds until a process is killed that does not answer to SIGALRM
 ADDRESS_SPACE = 3 << 30  # bytes in addition to what the process has at its start
 PEAK = 400 << 20  # bytes of memory in addition to what the process has before an input
 LONGEST_MESSAGE = 4000  # characters; some messages contain a short program
-FOREIGN = ("object at 0x", "weights_only", "torch.serialization", "Traceback", "<class ", "numpy.core", "unsupported operand")
+FOREIGN = (
+    "object at 0x",
+    "weights_only",
+    "torch.serialization",
+    "Traceback",
+    "<class ",
+    "numpy.core",
+    "unsupported operand",
+)
 STARTS_PROGRAMS = {"subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.startfile"}
 FAILURES = ("silent", "traceback", "message", "printed", "hang", "memory", "died", "executed")
 CLASSES = ("same", "changed", "clear", *FAILURES)
@@ -87,7 +95,7 @@ def _work(job: Callable[[int], Outcome], numbers: Sequence[int], seconds: float,
         raise Hang
 
     signal.signal(signal.SIGALRM, ring)
-    size = _status("VmSize")
+    size = memory("VmSize")
     resource.setrlimit(resource.RLIMIT_AS, (size + ADDRESS_SPACE, resource.RLIM_INFINITY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     for number in numbers:
@@ -109,7 +117,7 @@ class Watch:
     """
 
     def __init__(self) -> None:
-        self.printed = tempfile.TemporaryFile()
+        self.printed = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as this process)
         os.dup2(self.printed.fileno(), 1)
         os.dup2(self.printed.fileno(), 2)
         self.started: list[str] = []
@@ -134,7 +142,7 @@ class Watch:
         if self.started:
             return Outcome(number, "executed", "", ", ".join(self.started))
         if outcome.kind in ("same", "changed", "clear"):
-            if (peak := _status("VmHWM") - before) > PEAK:
+            if (peak := memory("VmHWM") - before) > PEAK:
                 return Outcome(number, "memory", outcome.place, f"{peak >> 20} MiB: {outcome.detail}")
             if size:
                 return Outcome(number, "printed", "", os.pread(self.printed.fileno(), 500, 0).decode(errors="replace"))
@@ -149,7 +157,7 @@ def _of_error(number: int, error: BaseException) -> Outcome:
     for one in chain:
         if isinstance(one, MemoryError) or "DefaultCPUAllocator" in str(one) or "std::bad_alloc" in str(one):
             return Outcome(number, "memory", place_of(one), f"{type(one).__name__}: {one}")
-    text = str(error)
+    text = shown(str(error))
     if not isinstance(error, InputError):
         return Outcome(number, "traceback", place_of(error), f"{type(error).__name__}: {text}")
     return Outcome(number, "clear" if is_clear(text) else "message", place_of(error), text)
@@ -170,12 +178,14 @@ def place_of(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     own = [Path(frame.filename).relative_to(ROOT) for frame in frames if Path(frame.filename).is_relative_to(ROOT)]
     lines = [frame.lineno for frame in frames if Path(frame.filename).is_relative_to(ROOT)]
-    product = [f"{path}:{line}" for path, line in zip(own, lines, strict=True) if path.parts[0] not in ("tests", ".venv")]
+    product = [
+        f"{path}:{line}" for path, line in zip(own, lines, strict=True) if path.parts[0] not in ("tests", ".venv")
+    ]
     return product[-1] if product else "?"
 
 
-def _status(name: str) -> int:
-    """Return a line of /proc/self/status in bytes; 0 where there is none."""
+def memory(name: str) -> int:
+    """Return an entry of /proc/self/status in bytes, such as VmRSS; 0 where there is none."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
@@ -189,5 +199,4 @@ def _reset_peak() -> int:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return 1 << 60
-    return _status("VmRSS")
-
+    return memory("VmRSS")
