@@ -17,8 +17,9 @@ from tests.fuzzing.checkpoints import CANARY
 CHANGES = (1, 1, 1, 2, 2, 3)  # changes of one command line
 PROCESS_FLAGS = ("workers", "parallel", "threads")  # large numbers would start that many processes
 SOME_TEXT = (
-    "", " ", "0", "-1", "1", "2", "0.5", "nan", "inf", "-inf", "1e400", "1e308", "1e-320", "9" * 25, "2147483648",
-    "-5.5", "abc", "None", "true", "x" * 5000, "é", os.fsdecode(b"\xff\xfe"), "a b", "-", "--", "-x", "'", f"$(touch {CANARY})",
+    "", " ", "0", "-1", "1", "2", "0.5", "nan", "inf", "-inf", "1e400", "1e308", "1e-320", "9" * 25,
+    "2147483648", "-5.5", "abc", "None", "true", "x" * 5000, "é", os.fsdecode(b"\xff\xfe"), "a b", "-", "--", "-x",
+    "'", f"$(touch {CANARY})",
     "a,b", ",", "1,2", "0x10", "1_000", "٣", "%s%n", "{0}", "\n", "a\nb\x1b[31m", "~", ".", "..", "*", "auto", "cpu",
     "cuda", "latest", "none", "pixel", "timm/vit_tiny_patch16_224:checkpoint_path=evil.pt", "owner/name",
 )  # fmt: skip
@@ -27,7 +28,8 @@ SOME_PATHS = (
     "data/vae-sd", "data/images/dataset.json", "data/images/00000/img00000001.png", "photos", "photos/a/1.png",
     "images.zip", "encoder.safetensors", "exps/old", "exps/old/checkpoints", "exps/old/checkpoints/0000002.pt",
     "exps/old/args.json", "exps/old/metrics.jsonl", "samples/old", "samples/old/samples.npz",
-    "samples/old/samples.json", "set.npz", "ref.npz", "export.safetensors", "evil.pt", "eps/evil.png", "config.json", "x" * 300, "a/" * 2000 + "b",
+    "samples/old/samples.json", "set.npz", "ref.npz", "export.safetensors", "evil.pt", "eps/evil.png",
+    "config.json", "x" * 300, "a/" * 2000 + "b",
     "text.txt/a", "evil.pt/a", os.fsdecode(b"\xff.npz"), "new.npz", "new.zip", "new.json", "new", "a\nb.png",
     "data/../data",
 )  # fmt: skip
@@ -88,8 +90,8 @@ PROGRAMS = {
         ("--output-dir", "--exp-name", "--logging-dir"), _RUN,
     ),
     "generate.py": Program(
-        "generate.py", "generation.config:GenerateConfig", FIRST_SAMPLES.replace("samples --name old", "out --name new"),
-        5, ("--sample-dir", "--name"), ("samples/old/",),
+        "generate.py", "generation.config:GenerateConfig",
+        FIRST_SAMPLES.replace("samples --name old", "out --name new"), 5, ("--sample-dir", "--name"), ("samples/old/",),
     ),
     "export.py": Program("export.py", "export:ExportConfig", "--ckpt exps/old --dest out.safetensors", 3, ("--dest",)),
     "convert.py": Program(
@@ -135,12 +137,13 @@ PROGRAMS = {
         "--work loader --data data --batches 1 --workers 0 --rounds 1 --device cpu", 1, ("--json",),
     ),
     "benchmarks/evaluate.py": Program(
-        "benchmarks/evaluate.py", "benchmarks.evaluate:Evaluate", "--images 1 --batch-size 1 --repeats 1", 1, ("--json",)
+        "benchmarks/evaluate.py", "benchmarks.evaluate:Evaluate", "--images 1 --batch-size 1 --repeats 1", 1,
+        ("--json",),
     ),
     "benchmarks/train_step.py": Program(
         "benchmarks/train_step.py", "benchmarks.train_step:TrainStep",
-        "--model SiT-S/8 --depth 1 --batch-size 1 --resolution 64 --encoder none --no-cls-token --forms ours --rounds 1 "
-        "--steps 1 --matrix-seconds 0 --device cpu", 1, ("--json", "--profile", "--saves"),
+        "--model SiT-S/8 --depth 1 --batch-size 1 --resolution 64 --encoder none --no-cls-token --forms ours "
+        "--rounds 1 --steps 1 --matrix-seconds 0 --device cpu", 1, ("--json", "--profile", "--saves"),
     ),
 }  # fmt: skip
 
@@ -162,12 +165,12 @@ def command(rng: random.Random, name: str | None = None) -> Command:
     environment, text = {}, rng.choice(SOME_CONFIGS)
     for _ in range(rng.choice(CHANGES)):
         kind = rng.random()
-        if kind < 0.1 and groups:
+        if kind < 0.07 and groups:
             groups.pop(rng.randrange(len(groups)))
-        elif kind < 0.2 and groups:
+        elif kind < 0.14 and groups:
             groups.append(list(rng.choice(groups)))
             _change_value(rng, groups[-1])
-        elif kind < 0.5 and groups:
+        elif kind < 0.44 and groups:
             _change_value(rng, rng.choice(groups))
         elif kind < 0.6:
             _exchange(rng, program, groups)
@@ -203,7 +206,7 @@ def _value(rng: random.Random, name: str) -> str:
 def _change_value(rng: random.Random, group: list[str]) -> None:
     if len(group) == 1 and group[0].startswith("--"):
         group.append(_value(rng, group[0]))
-    elif rng.random() < 0.1:
+    elif rng.random() < 0.1 and len(group) > 1:
         group.pop()
     elif rng.random() < 0.1:
         group.append(_value(rng, group[0]))

@@ -56,10 +56,10 @@ def run(
         _become(PROGRAMS[made.program], made, folder, output, errors)
     status, cpu, elapsed = _wait(process, seconds)
     said = errors.read_text(errors="replace")
-    kind, place, detail = _classify(status, cpu, elapsed, said)
+    kind, place, detail = classify(status, cpu, elapsed, said)
     if (folder / CANARY).exists():
         kind, detail = "executed", "a command from a file or argument ran"
-    elif changed := _changed(PROGRAMS[made.program], made, before, contents(folder)):
+    elif changed := changed_files(PROGRAMS[made.program], made, before, contents(folder)):
         failed = kind in FAILURES
         kind, detail = (kind, detail) if failed else changed
     line = " ".join(word if len(word) < 80 else f"{word[:40]}...({len(word)})" for word in made.argv)
@@ -117,7 +117,7 @@ def _end_group(process: int) -> None:
         os.killpg(process, signal.SIGKILL)
 
 
-def _classify(status: int | None, cpu: float, elapsed: float, said: str) -> tuple[str, str, str]:
+def classify(status: int | None, cpu: float, elapsed: float, said: str) -> tuple[str, str, str]:
     """Return class, place and detail of a program that ended with `status` and wrote `said` to stderr."""
     if status is None:
         return ("long" if cpu > elapsed / 4 else "hang"), "", f"{cpu:.1f} s of CPU in {elapsed:.0f} s"
@@ -145,7 +145,9 @@ def _classify(status: int | None, cpu: float, elapsed: float, said: str) -> tupl
     )
 
 
-def _changed(program: Program, made: Command, before: dict[str, str], after: dict[str, str]) -> tuple[str, str] | None:
+def changed_files(
+    program: Program, made: Command, before: dict[str, str], after: dict[str, str]
+) -> tuple[str, str] | None:
     """Return the class and a text if a file that was there before is another one now, or gone."""
     lost = [
         name

@@ -52,7 +52,7 @@ def run_inputs(job: Callable[[int], Outcome], numbers: Sequence[int], seconds: f
     """Yield the outcome of `job` for each number. A forked process does the work; after its death another one does."""
     waiting = list(numbers)
     while waiting:
-        for outcome in _in_one_process(job, waiting, seconds):
+        for outcome in _in_one_process(job, tuple(waiting), seconds):
             waiting.remove(outcome.number)
             yield outcome
 
