@@ -27,13 +27,14 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
+from common.text import for_terminal
+
 WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 LOCK_NAME = ".lock"
 # How PyTorch reports that a GPU's memory is full, and that another process is lost: parts of messages, types of errors.
 GPU_MEMORY_MARKS = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 LOST_PROCESS = ("DistBackendError", "DistNetworkError", "DistStoreError", "gloo/transport", "Connection closed by peer")
 HASH_BLOCK = 1 << 24  # bytes
-LONGEST_WORD, LONGEST_LINE = 400, 2000  # characters in a message; the commands in a message are shorter
 LINE_SECONDS = 60  # between two lines of progress
 
 _locks: dict[Path, IO[bytes]] = {}  # locks of this process by path; closing the file releases the lock
@@ -56,25 +57,7 @@ def report_status(status: int) -> bool:
 
 def printable(text: str) -> str:
     """Return a text on one line: control characters (\\n) and bytes that are not UTF-8 (\\udce9) are escaped."""
-    return "".join(map(_escaped, text))
-
-
-def shown(message: str) -> str:
-    """Return a message for the terminal: other control characters than \\n are escaped, long words and lines are cut.
-
-    Names and values in a message can come from a damaged or hostile file.
-    """
-    lines = (re.sub(rf"\S{{{LONGEST_WORD},}}", _cut, "".join(map(_escaped, line))) for line in message.split("\n"))
-    return "\n".join(line if len(line) <= LONGEST_LINE else _cut(line) for line in lines)
-
-
-def _escaped(character: str) -> str:
-    return character if character.isprintable() else character.encode("unicode_escape").decode()
-
-
-def _cut(text: str | re.Match[str]) -> str:
-    text = text if isinstance(text, str) else text[0]
-    return f"{text[: LONGEST_WORD // 2]}...({len(text)} characters)...{text[-LONGEST_WORD // 4 :]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def first_line(error: BaseException) -> str:
@@ -105,7 +88,7 @@ def run_cli(main: Callable[[], None], memory_advice: str = "give it smaller batc
         message, status = explain(error, memory_advice)
         if message is None:
             raise
-        print(f"{program}: error: {shown(message)}", file=sys.stderr)
+        print(f"{program}: error: {message}", file=sys.stderr)
         if status == 2:
             report_status(2)
         sys.exit(status)
@@ -114,7 +97,7 @@ def run_cli(main: Callable[[], None], memory_advice: str = "give it smaller batc
 def explain(error: Exception, memory_advice: str) -> tuple[str | None, int]:
     """Return the message for an error whose cause is outside the program, None for others, and the exit status."""
     if isinstance(error, InputError):
-        return str(error), 2
+        return for_terminal(str(error)), 2
     if full := memory_message(error):
         return f"{full}{_place(error)}; {memory_advice}, or end other programs that use this memory", 2
     if type(error).__name__ in LOST_PROCESS or any(text in str(error) for text in LOST_PROCESS):

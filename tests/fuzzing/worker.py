@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common.io import InputError, shown
+from common.io import InputError
+from common.text import for_terminal
 from tests.conftest import ROOT
 
 SECONDS = 20  # for one input; the machine may be shared
@@ -157,7 +158,7 @@ def _of_error(number: int, error: BaseException) -> Outcome:
     for one in chain:
         if isinstance(one, MemoryError) or "DefaultCPUAllocator" in str(one) or "std::bad_alloc" in str(one):
             return Outcome(number, "memory", place_of(one), f"{type(one).__name__}: {one}")
-    text = shown(str(error))
+    text = for_terminal(str(error))
     if not isinstance(error, InputError):
         return Outcome(number, "traceback", place_of(error), f"{type(error).__name__}: {text}")
     return Outcome(number, "clear" if is_clear(text) else "message", place_of(error), text)
