@@ -90,7 +90,7 @@ def checkpoint(seed: int = 0) -> dict[str, Any]:
     model = network(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=TrainConfig.learning_rate)
     for parameter in model.parameters():
-        parameter.grad = torch.ones_like(parameter) * 0.01
+        parameter.grad = torch.ones_like(parameter) * 0.01 if parameter.requires_grad else None
     optimizer.step()
     codec = PixelCodec().format.to_json()
     args = {"num_heads": 2, "encoder_depth": 1, "exp_name": "x", "path_type": "linear", "codec": codec, "resolution": 8}

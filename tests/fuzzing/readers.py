@@ -29,6 +29,7 @@ from evaluations.evaluator import read_sampling
 from evaluations.features import Extraction
 from evaluations.inception.graphdef import Graph
 from evaluations.inception.weights import _read_port
+from evaluations.metrics import FeatureSums
 from evaluations.plot import read_evaluations
 from generation.config import GenerateConfig
 from generation.sample_set import SampleSet, _read_cls_tokens
@@ -160,18 +161,14 @@ def _images(folder: Path) -> Any:
 
 
 def _cache(folder: Path) -> Any:
-    sums = nn.Module()
-    sums.register_buffer("total", torch.zeros(6))
-    extraction = Extraction({"x": sums})
-    return extraction.load(folder / "features.npz", 5), extraction.parts
+    extraction = Extraction({"cls": FeatureSums(6)})
+    return extraction.load(folder / "features.npz", 5, "key"), extraction.parts
 
 
-def _features(seed: int) -> bytes:
-    import io
-
-    buffer = io.BytesIO()
-    np.savez(buffer, **{"x.total": np.random.default_rng(seed).normal(size=6).astype(np.float32)})
-    return buffer.getvalue()
+def _write_cache(folder: Path, seed: int) -> None:
+    extraction = Extraction({"cls": FeatureSums(6)})
+    extraction.parts["cls"].update(torch.from_numpy(np.random.default_rng(seed).normal(size=(5, 6))).float())
+    extraction.save(folder / "features.npz", "key")
 
 
 def _model(name: str, folder: Path) -> Any:
@@ -323,7 +320,7 @@ READERS |= {
     "npz": Reader(_file("a.npz", bases.npz), _images, ("a.npz",), **_ARCHIVE),
     "npz-packed": Reader(_file("a.npz", partial(bases.npz, compressed=True)), _images, ("a.npz",), **_ARCHIVE),
     "reference": Reader(_file("a.npz", bases.npz), lambda f: load_reference(f / "a.npz"), ("a.npz",), **_ARCHIVE),
-    "cache": Reader(_file("features.npz", _features), _cache, ("features.npz",), **_ARCHIVE),
+    "cache": Reader(_write_cache, _cache, ("features.npz",), **_ARCHIVE),
     "json": Reader(_json("a.json", _run_settings), lambda f: read_json(f / "a.json"), ("a.json",), odd=(json_value,)),
     "config-train": Reader(
         _json("a.json", _run_settings), partial(_config, parse_args), ("a.json",), odd=(json_value,)
