@@ -157,7 +157,14 @@ def _listing(read: Callable[[FileSource], Any], folder: Path) -> Any:
 
 def _images(folder: Path) -> Any:
     images = open_images(folder / "a.npz")
-    return images.read(0, images.count)
+    found = images.read(0, images.count)
+    images.digest()  # compares the checksums of what was read in parts
+    return found
+
+
+def _reference(folder: Path) -> Any:
+    found = load_reference(folder / "a.npz")
+    return found.pool, found.spatial, found.inception, found.encoder_cls, found.encoder
 
 
 def _cache(folder: Path) -> Any:
@@ -319,7 +326,7 @@ READERS |= {
     ),
     "npz": Reader(_file("a.npz", bases.npz), _images, ("a.npz",), **_ARCHIVE),
     "npz-packed": Reader(_file("a.npz", partial(bases.npz, compressed=True)), _images, ("a.npz",), **_ARCHIVE),
-    "reference": Reader(_file("a.npz", bases.npz), lambda f: load_reference(f / "a.npz"), ("a.npz",), **_ARCHIVE),
+    "reference": Reader(_file("a.npz", bases.npz), _reference, ("a.npz",), **_ARCHIVE),
     "cache": Reader(_write_cache, _cache, ("features.npz",), **_ARCHIVE),
     "json": Reader(_json("a.json", _run_settings), lambda f: read_json(f / "a.json"), ("a.json",), odd=(json_value,)),
     "config-train": Reader(
@@ -381,7 +388,7 @@ READERS |= {
     "codec-config": Reader(bases.write_codec, _codec, ("config.json",), odd=(json_value,), share=0.3),
     "graph": Reader(_file("graph.pb", bases.graph), _graph, ("graph.pb",)),
     "port": Reader(
-        _file("a.pth", bases.port), lambda f: _read_port(f / "a.pth"), ("a.pth",), checked=True,
+        _file("a.pth", bases.port), lambda f: _read_port(f / "a.pth")[1], ("a.pth",), checked=True,
         invalid=(checkpoints.code,),
     ),
 }  # fmt: skip
