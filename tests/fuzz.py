@@ -27,7 +27,7 @@ from common.cli import NON_NEGATIVE, Config, parse, setting
 from common.io import InputError, run_cli, write_json
 from tests.fuzzing import commands
 from tests.fuzzing.checkpoints import CANARY
-from tests.fuzzing.command_lines import PROGRAMS, command
+from tests.fuzzing.command_lines import PROGRAMS, Command, command
 from tests.fuzzing.readers import READERS, digest, prepare
 from tests.fuzzing.worker import CLASSES, FAILURES, Outcome, Watch, run_inputs
 from tests.fuzzing.workfolder import load_programs, write_work_folder
@@ -85,8 +85,11 @@ def fuzz_reader(name: str, numbers: list[int], seed: int, keep: Path | None = No
     return found
 
 
-def fuzz_commands(names: list[str], numbers: list[int], seed: int) -> dict[str, list[Outcome]]:
-    """Return the outcomes of changed command lines, by program. A number determines program and changes."""
+def fuzz_commands(names: list[str], numbers: list[int], seed: int, check_valid: bool) -> dict[str, list[Outcome]]:
+    """Return the outcomes of changed command lines, by program. A number determines program and changes.
+
+    With `check_valid`, the valid command lines are run as well; one that is not accepted is a failure.
+    """
     found: dict[str, list[Outcome]] = {name: [] for name in names}
     load_programs()
     with tempfile.TemporaryDirectory() as temporary:
@@ -98,6 +101,10 @@ def fuzz_commands(names: list[str], numbers: list[int], seed: int) -> dict[str, 
             made = command(rng, names[0] if len(names) == 1 else None)
             if made.program in found:
                 found[made.program].append(commands.run(base, before, number, made, folder))
+        for name in check_valid * names:  # otherwise, changed command lines would fail for the wrong reason
+            outcome = commands.run(base, before, -1, Command(name, PROGRAMS[name].line.split(), {}, "{}"), folder)
+            if outcome.kind != "accepted":
+                found[name].append(outcome._replace(kind="message", detail=f"valid command: {outcome.detail}"))
     return found
 
 
@@ -142,7 +149,7 @@ def main() -> None:
     programs = [name for name in names if name in PROGRAMS]
     if programs and (config.commands or config.input is not None):
         numbers = list(range(config.commands)) if config.input is None else [config.input]
-        found |= fuzz_commands(programs, numbers, config.seed)
+        found |= fuzz_commands(programs, numbers, config.seed, config.input is None and len(numbers) > 50)
     lines = {name: Counter(outcome.kind for outcome in found[name]) for name in programs if name in found}
     failures = [failure for name, outcomes in found.items() for failure in failures_of(name, outcomes, config.seed)]
     if config.input is not None:

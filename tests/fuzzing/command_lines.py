@@ -14,7 +14,7 @@ from common.cli import Config, flag_of, settings
 from tests.conftest import ENCODER
 from tests.fuzzing.checkpoints import CANARY
 
-CHANGES = (1, 1, 1, 2, 2, 3)  # changes of one command line
+CHANGES = (1, 1, 1, 1, 2, 2, 3)  # changes of one command line
 PROCESS_FLAGS = ("workers", "parallel", "threads")  # large numbers would start that many processes
 SOME_TEXT = (
     "", " ", "0", "-1", "1", "2", "0.5", "nan", "inf", "-inf", "1e400", "1e308", "1e-320", "9" * 25,
@@ -200,6 +200,8 @@ def groups_of(words: Sequence[str]) -> list[list[str]]:
 def _value(rng: random.Random, name: str) -> str:
     if any(part in name for part in PROCESS_FLAGS):
         return rng.choice(("0", "1", "2", "-1", "a", "", "nan"))
+    if rng.random() < 0.25:
+        return rng.choice(("1", "2", "3", "4", "0.5", "16"))
     return rng.choice(SOME_TEXT if rng.random() < 0.5 else SOME_PATHS)
 
 
@@ -232,10 +234,10 @@ def _more(rng: random.Random, program: Program) -> list[str]:
     flag, hint = flag_of(item), str(get_type_hints(program.config_class)[name])
     if "bool" in hint:
         return [rng.choice((flag, flag.replace("--", "--no-", 1)))]
-    if item.metadata["choices"] and rng.random() < 0.7:
+    if item.metadata["choices"] and rng.random() < 0.8:
         value = rng.choice(item.metadata["choices"])
-    elif rng.random() < 0.5 and ("int" in hint or "float" in hint):
-        value = rng.choice(("0", "1", "2", "3", "0.5", "-1"))
+    elif rng.random() < 0.7 and ("int" in hint or "float" in hint):
+        value = rng.choice(("0", "1", "2", "3", "4", "-1") if "int" in hint else ("0", "1", "0.5", "0.9", "2", "-1"))
     else:
         value = _value(rng, name)
     return [flag, value] if flag.startswith("-") else [value]
