@@ -334,7 +334,7 @@ def safetensors_values(rng: random.Random, data: bytes) -> bytes:
     name = rng.choice(sorted(tensors))
     kind = rng.randrange(3)
     if kind == 0:
-        tensors[name] = np.full_like(tensors[name], rng.choice((np.nan, np.inf, 1e38)))
+        tensors[name] = np.full_like(tensors[name], rng.choice((np.nan, np.inf, -np.inf)))
     elif kind == 1:
         tensors[name] = tensors[name].astype(rng.choice(("int8", "bool", "uint8")))
     else:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from common import packed
+from common.cli import parse
 from common.images import decode_rgb, open_image
 from common.io import read_json, read_metrics
 from common.sources import FileSource
@@ -34,7 +36,14 @@ from evaluations.plot import read_evaluations
 from generation.config import GenerateConfig
 from generation.sample_set import SampleSet, _read_cls_tokens
 from models.autoencoder import load_codec
-from models.checkpoint import build_model, checkpoint_classes, load_checkpoint, saved_settings, steps_done
+from models.checkpoint import (
+    build_model,
+    checkpoint_classes,
+    load_checkpoint,
+    save_checkpoint,
+    saved_settings,
+    steps_done,
+)
 from models.encoders import load_encoder
 from preprocessing.destination import Destination
 from preprocessing.listing import list_converted, list_images
@@ -181,8 +190,7 @@ def _write_cache(folder: Path, seed: int) -> None:
 def _model(name: str, folder: Path) -> Any:
     content = load_checkpoint(folder / name)
     model = build_model(content, source=name)
-    saved = saved_settings(content, name)
-    steps = steps_done(content, name)
+    saved, steps = saved_settings(content, name), steps_done(content, name)
     return model, checkpoint_classes(content, model.num_classes, name), steps, saved.get("path_type")
 
 
@@ -195,12 +203,6 @@ def _resume(folder: Path) -> Any:
     state = [optimizer.state.get(parameter) for parameter in model.parameters()]
     groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     return model, average, state, groups, content["steps"]
-
-
-def _summed(folder: Path, seed: int) -> None:
-    from models.checkpoint import save_checkpoint
-
-    save_checkpoint(folder / "0000001.pt", bases.checkpoint(seed))
 
 
 def _encoder(name: str, folder: Path) -> Any:
@@ -248,12 +250,6 @@ def _config(config: Callable[[list[str]], Any], folder: Path) -> Any:
     return config(["--config", str(folder / "a.json")])
 
 
-def _generate(argv: list[str]) -> Any:
-    from common.cli import parse
-
-    return parse(GenerateConfig, "", argv)
-
-
 def _run_settings(seed: int) -> dict[str, Any]:
     return {"exp_name": "a", "seed": seed, "learning_rate": 1e-4, "flip": False, "model": "SiT-B/2"}
 
@@ -276,13 +272,7 @@ def _curves(folder: Path) -> Any:
     return rows, read_evaluations(folder / "metrics.jsonl", "fid")
 
 
-def _destination(folder: Path) -> Any:
-    return Destination(folder / "a.zip", "convert")._settings_in_zip()
-
-
 def _destination_zip(folder: Path, seed: int) -> None:
-    import zipfile
-
     with zipfile.ZipFile(folder / "a.zip", "w") as archive:
         archive.writestr(zipfile.ZipInfo(".convert.json"), json.dumps({"resolution": 8, "seed": seed}))
 
@@ -334,7 +324,7 @@ READERS |= {
     ),
     "config-generate": Reader(
         _json("a.json", lambda s: {"ckpt": "a.pt", "global_seed": s, "cfg_scale": 1.5, "classes": "0,1"}),
-        partial(_config, _generate), ("a.json",), odd=(json_value,),
+        partial(_config, partial(parse, GenerateConfig, "")), ("a.json",), odd=(json_value,),
     ),
     "sampling": Reader(
         _json("samples.json", _settings), lambda f: read_sampling(f / "samples.npz"), ("samples.json",),
@@ -345,7 +335,10 @@ READERS |= {
         _json("temporary.json", lambda s: ["0000001.pt", f"000000{s}.pt"]), lambda f: CheckpointWriter(f)._temporary(),
         ("temporary.json",), odd=(json_value,),
     ),
-    "destination": Reader(_destination_zip, _destination, ("a.zip",), odd=(zip_members, zip_field), checked=True),
+    "destination": Reader(
+        _destination_zip, lambda f: Destination(f / "a.zip", "convert")._settings_in_zip(), ("a.zip",),
+        odd=(zip_members, zip_field), checked=True,
+    ),
     "metrics": Reader(_file("metrics.jsonl", bases.metrics), _curves, ("metrics.jsonl",), odd=(json_line,), share=0.1),
     "checksums": Reader(_file("checksums.sha256", _sums_file), _sums, ("checksums.sha256",)),
     "tar": Reader(_file("a.tar", bases.tar), _tar, ("a.tar",)),
@@ -356,7 +349,8 @@ READERS |= {
         lambda f, s: bases.write_checkpoint(f / "a.pt", s, legacy=True), partial(_model, "a.pt"), ("a.pt",), **_WEIGHTS
     ),
     "checkpoint-sum": Reader(
-        _summed, partial(_model, "0000001.pt"), ("0000001.pt", "0000001.pt.sha256"), checked=True
+        lambda f, s: save_checkpoint(f / "0000001.pt", bases.checkpoint(s)), partial(_model, "0000001.pt"),
+        ("0000001.pt", "0000001.pt.sha256"), checked=True
     ),
     "resume": Reader(
         lambda f, s: bases.write_checkpoint(f / "0000001.pt", s), _resume, ("0000001.pt",), checked=True,
