@@ -30,6 +30,8 @@ from typing import IO, Any, NamedTuple
 
 from tqdm import tqdm
 
+from common.text import for_terminal
+
 WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 NO_MORE = (errno.EAGAIN, errno.EMFILE, errno.ENFILE)  # processes or threads; open files
 # How PyTorch reports that a GPU's memory is full, and that another process is lost: parts of messages, types of errors.
@@ -141,9 +143,9 @@ def run_cli(main: Callable[[], None], memory_advice: str = "give it smaller batc
 def explain(error: Exception, memory_advice: str) -> tuple[str | None, int]:
     """Return the message for an error whose cause is outside the program, None for others, and the exit status."""
     if isinstance(error, InputError):
-        return str(error), 2
+        return for_terminal(str(error)), 2
     if isinstance(error, LostProcess):
-        return str(error), 1
+        return for_terminal(str(error)), 1
     if full := memory_message(error):
         return f"{full}{_place(error)}; {memory_advice}, or end other programs that use this memory", 2
     if type(error).__name__ in LOST_PROCESS or any(text in str(error) for text in LOST_PROCESS):
