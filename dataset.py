@@ -25,9 +25,9 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from common.classes import ClassSet, class_names
+from common.errors import InputError, printable
 from common.image_files import convert_command, encode_command, has_images, preparation
 from common.images import open_image, to_rgb
-from common.io import InputError, printable
 from common.npy import decode_npy
 from common.packed import explain_packed
 from common.sources import (

@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from common.cli import Config, parse, setting
+from common.errors import InputError, run_cli
 from common.identity import Unchanged, files_of
-from common.io import InputError, atomic_write, check_writable, run_cli
+from common.io import check_writable
+from common.temporary import atomic_write
 from models.autoencoder import SD_FORMAT, LatentFormat
 from models.checkpoint import (
     build_model,

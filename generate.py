@@ -27,8 +27,9 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
+from common.checks import AUTO
 from common.classes import ClassSet, label_ranges
-from common.cli import AUTO, changed, parse
+from common.cli import changed, parse
 from common.distributed import (
     broadcast_from_main,
     check_same_files,
@@ -37,8 +38,10 @@ from common.distributed import (
     start_processes,
     to_host,
 )
+from common.errors import InputError, run_cli
 from common.identity import Unchanged, files_of
-from common.io import InputError, progress_bar, run_cli, write_json
+from common.io import write_json
+from common.progress import progress_bar
 from evaluations.coherence import CoherenceReport
 from generation.config import (
     DEFAULT_COUNT,

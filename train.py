@@ -21,9 +21,10 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from common.distributed import broadcast_from_main
-from common.io import InputError, LostProcess, progress_bar, run_cli
+from common.errors import InputError, LostProcess, run_cli
 from common.loader import ErrorsAsItems, batches_of, collate
 from common.locks import unlock_folder
+from common.progress import progress_bar
 from dataset import GlobalBatchSampler
 from loss import Targets, alignment_target, entangled_token
 from models import ema

@@ -38,9 +38,11 @@ from torch.utils.data import DataLoader
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from benchmarks import timing
-from common.cli import AUTO, BATCH_SIZE, NON_NEGATIVE, POSITIVE, batch_size, parse, require, setting
+from common.checks import AUTO, BATCH_SIZE, NON_NEGATIVE, POSITIVE
+from common.cli import batch_size, parse, require, setting
 from common.distributed import largest_batch
-from common.io import InputError, progress_bar, run_cli
+from common.errors import InputError, run_cli
+from common.progress import progress_bar
 from common.sources import FileSource
 from dataset import GlobalBatchSampler, LatentDataset
 from models.autoencoder import SD_FORMAT, Codec, KLCodec, load_codec

@@ -26,9 +26,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import timing
-from common.cli import AUTO, BATCH_SIZE, NON_NEGATIVE, POSITIVE, batch_size, parse, setting
+from common.checks import AUTO, BATCH_SIZE, NON_NEGATIVE, POSITIVE
+from common.cli import batch_size, parse, setting
 from common.distributed import largest_batch
-from common.io import run_cli
+from common.errors import run_cli
 from evaluations.features import CPU_BATCH
 from evaluations.inception.layers import NUM_CLASSES, NUM_FEATURES, SPATIAL_LAYER, inception_layers
 from evaluations.inception.network import SPATIAL_CHANNELS, Inception, InceptionOutput, full_precision, load_inception

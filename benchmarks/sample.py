@@ -25,9 +25,11 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import timing
-from common.cli import AUTO, BATCH_SIZE, NON_NEGATIVE, POSITIVE, UNIT_INTERVAL, Check, batch_size, parse, setting
+from common.checks import AUTO, BATCH_SIZE, NON_NEGATIVE, POSITIVE, UNIT_INTERVAL, Check
+from common.cli import batch_size, parse, setting
 from common.distributed import largest_batch
-from common.io import progress_bar, run_cli
+from common.errors import run_cli
+from common.progress import progress_bar
 from models.checkpoint import load_model
 from models.inference import NETWORK_DTYPES, CudaGraphs, compile_blocks, convert
 from models.interpolant import Interpolant

@@ -20,8 +20,10 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.cli import Config, setting, uses_cuda
+from common.errors import InputError
 from common.identity import own_json
-from common.io import InputError, check_writable, progress_bar, write_json
+from common.io import check_writable, write_json
+from common.progress import progress_bar
 from training.throughput import describe_code
 
 Name = TypeVar("Name", bound=Hashable)

@@ -38,9 +38,12 @@ import train
 from benchmarks import timing
 from benchmarks.training_steps import Form, OurForm, PlainForm, Workload
 from common import distributed
-from common.cli import NON_NEGATIVE, POSITIVE, parse, setting
+from common.checks import NON_NEGATIVE, POSITIVE
+from common.cli import parse, setting
+from common.errors import InputError, run_cli
 from common.identity import own_file
-from common.io import InputError, check_writable, progress_bar, run_cli
+from common.io import check_writable
+from common.progress import progress_bar
 from training.checkpoint_writer import CheckpointWriter
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

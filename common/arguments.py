@@ -6,7 +6,7 @@ import argparse
 import difflib
 from typing import NoReturn
 
-from common.io import InputError
+from common.errors import InputError
 
 # argparse's words and ours
 MESSAGES = {

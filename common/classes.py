@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import pairwise, zip_longest
 from typing import Any
 
-from common.io import InputError, printable
+from common.errors import InputError, printable
 
 # The network has an embedding per class. With its gradient, average and AdamW's two moments, a million of them take
 # 23 GB in SiT-XL. ImageNet-21k has 21,841 classes; a label above a million is a mistake.

@@ -24,8 +24,8 @@ from accelerate.utils import (
 from torch import Tensor
 
 from common.cli import uses_cuda
+from common.errors import InputError, memory_message
 from common.identity import changed_error
-from common.io import InputError, memory_message
 
 LONGEST_WORK = timedelta(days=2)
 ACCUMULATION = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"

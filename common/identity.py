@@ -10,7 +10,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from common.io import InputError, OwnFile, read_json
+from common.errors import InputError
+from common.io import OwnFile, read_json
 
 HEAD_BYTES = 1 << 20  # of a file, in which its kind is recognised
 FileState = tuple[int, ...]  # device, inode, size, time of the last change in ns

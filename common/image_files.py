@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
 
-from common.io import InputError, printable
+from common.errors import InputError, printable
 from common.packed import TAR, explain_packed, packed_kind, unpack_command
 from common.sources import FileSource, describe_dead_link, map_files
 from common.zip_files import folders_above

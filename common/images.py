@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFile, ImageFont, UnidentifiedImageError
 
-from common.io import InputError, atomic_write
+from common.errors import InputError
+from common.temporary import atomic_write
 from common.zip_files import MAX_RATIO
 
 # Listed, so that Pillow does not use decoders that start other programs (EPS). JPEG includes MPO.

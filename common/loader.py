@@ -18,7 +18,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
-from common.io import InputError, LostProcess, first_line, memory_message
+from common.errors import InputError, LostProcess, first_line, memory_message
 
 SHARED_MEMORY = Path("/dev/shm")
 CANNOT_SEND = 77  # exit status of a worker that could not pass a batch on

@@ -11,7 +11,8 @@ import stat
 from pathlib import Path
 from typing import IO
 
-from common.io import InputError, clear_leftovers, printable
+from common.errors import InputError, printable
+from common.temporary import clear_leftovers
 
 LOCK_NAME = ".lock"
 REASONS = {errno.ELOOP: "it is a link", errno.EISDIR: "it is a folder", errno.EACCES: "it belongs to another user"}

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from common.io import InputError
+from common.errors import InputError
 
 MAGIC = b"\x93NUMPY"
 LENGTH_BYTES = {b"\1\0": 2, b"\2\0": 4}  # of the header's length, by the version of the format

@@ -11,7 +11,8 @@ import tarfile
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
-from common.io import open_regular, printable
+from common.errors import printable
+from common.io import open_regular
 
 TAR = "tar archive"
 # Endings of packed data, and what they are. Longer endings come first.

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from common.classes import MAX_CLASSES
-from common.io import InputError, open_regular, parse_json, printable, read_file
+from common.errors import InputError, printable
+from common.io import open_regular, parse_json, read_file
 from common.packed import explain_packed
 from common.zip_files import (
     MAX_NAME,

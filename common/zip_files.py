@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from common.io import MAX_FILE, InputError, printable
+from common.errors import InputError, printable
+from common.io import MAX_FILE
 
 MAX_NAME = 1024  # bytes; names are an array with the length of the longest, so a longer one would need gigabytes
 MAX_RATIO = 1032  # of deflate, unpacked to packed bytes (zlib's technical details); a larger claimed size is false

@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from common.cli import Config, flag_table
-from common.io import atomic_write
+from common.temporary import atomic_write
 from evaluations.evaluator import EvaluatorConfig
 from evaluations.plot import PlotConfig
 from evaluations.reference import ReferenceConfig

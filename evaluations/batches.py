@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.errors import InputError
 from common.identity import FileState, file_state
 from common.image_files import check_one_part, find_images, stop_if_incomplete
 from common.images import open_image, to_rgb
-from common.io import InputError
 from common.sources import FileSource, encode_name, map_files
 from evaluations.npz import NpzFile
 

@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.io import InputError, progress_bar
+from common.errors import InputError
+from common.progress import progress_bar
 from dataset import LatentDataset
 from evaluations.batches import DECODERS
 from evaluations.metrics import Sums, finite

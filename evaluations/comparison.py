@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.io import InputError, sha256_of
+from common.errors import InputError
+from common.io import sha256_of
 from evaluations.inception.layers import NUM_FEATURES
 from evaluations.inception.network import SPATIAL_FEATURES, Inception
 from evaluations.inception.weights import PUBLISHED_NAME

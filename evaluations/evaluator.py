@@ -26,8 +26,9 @@ from accelerate import Accelerator
 
 from common.cli import Config, parse, setting, settings
 from common.distributed import long_collective_timeout, start_processes
+from common.errors import InputError, run_cli
 from common.identity import own_json
-from common.io import InputError, check_writable, read_json, run_cli, write_json
+from common.io import check_writable, read_json, write_json
 from evaluations.batches import ImageBatch, NpzImages, open_images
 from evaluations.comparison import Reference, check_reference, count_notes, load_reference, weights_notes
 from evaluations.features import Extraction, ExtractionConfig, Extractor

@@ -18,10 +18,13 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from common.cli import AUTO, BATCH_SIZE, Config, batch_size, setting
+from common.checks import AUTO, BATCH_SIZE
+from common.cli import Config, batch_size, setting
 from common.distributed import broadcast_from_main, check_same_files, largest_batch
+from common.errors import InputError
 from common.identity import Unchanged
-from common.io import InputError, atomic_write, progress_bar
+from common.progress import progress_bar
+from common.temporary import atomic_write
 from evaluations.batches import ImageBatch
 from evaluations.comparison import encoder_name, local_weights
 from evaluations.inception.layers import NUM_CLASSES, NUM_FEATURES

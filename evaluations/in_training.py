@@ -14,7 +14,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from common.distributed import broadcast_from_main
-from common.io import InputError, progress_bar
+from common.errors import InputError
+from common.progress import progress_bar
 from evaluations.comparison import check_reference, count_notes, encoder_name, load_reference, weights_notes
 from evaluations.inception.layers import NUM_FEATURES
 from evaluations.inception.network import SPATIAL_FEATURES, full_precision, load_inception

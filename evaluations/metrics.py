@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from common.io import InputError
+from common.errors import InputError
 
 INCEPTION_SCORE_SPLIT = 5000  # images, as in ADM; a shorter last split has the same weight as a full one
 NEAREST_NEIGHBOURS = 3

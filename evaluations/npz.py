@@ -23,8 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.errors import InputError, printable
 from common.identity import FileState, file_state
-from common.io import HASH_BLOCK, InputError, printable, progress_bar
+from common.io import HASH_BLOCK
+from common.progress import progress_bar
 
 MAX_RATIO = 500  # unpacked / packed size; deflate reaches 1032 on constant bytes, images stay far below
 SMALL = 1 << 28  # bytes; arrays up to this size are allowed to have any ratio

@@ -23,8 +23,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import AutoLocator, LogLocator, MaxNLocator
 
 from common.cli import Config, parse, setting
+from common.errors import InputError, run_cli
 from common.identity import own_file
-from common.io import InputError, atomic_write, check_writable, iterate_metrics, run_cli
+from common.io import check_writable, iterate_metrics
+from common.temporary import atomic_write
 from evaluations.comparison import STAND_IN
 
 FROM_INCEPTION = ("fid", "sfid")

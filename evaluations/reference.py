@@ -18,10 +18,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from common.cli import NON_NEGATIVE, POSITIVE, Config, parse, setting
+from common.checks import NON_NEGATIVE, POSITIVE
+from common.cli import Config, parse, setting
 from common.distributed import long_collective_timeout, start_processes
+from common.errors import InputError, run_cli
 from common.identity import changed_error
-from common.io import InputError, OwnFile, atomic_write, check_writable, run_cli
+from common.io import OwnFile, check_writable
+from common.temporary import atomic_write
 from evaluations.batches import open_images
 from evaluations.features import ExtractionConfig, Extractor
 from evaluations.npz import NpzFile, write_npz

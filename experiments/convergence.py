@@ -39,18 +39,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from common import cli
-from common.cli import POSITIVE, Config, parse, setting, uses_cuda
+from common.checks import POSITIVE
+from common.cli import Config, parse, setting, uses_cuda
+from common.errors import InputError, run_cli
 from common.identity import own_json
-from common.io import (
-    InputError,
-    check_writable,
-    progress_bar,
-    read_json,
-    read_metrics,
-    run_cli,
-    sha256_of,
-    write_json,
-)
+from common.io import check_writable, read_json, read_metrics, sha256_of, write_json
+from common.progress import progress_bar
 from common.sources import FileSource
 from experiments import imagenet, report
 from experiments.judge import load_images

@@ -22,9 +22,11 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common.cli import POSITIVE, Config, parse, setting
+from common.checks import POSITIVE
+from common.cli import Config, parse, setting
+from common.errors import InputError, run_cli
 from common.identity import own_file, own_json
-from common.io import InputError, check_writable, run_cli, write_json
+from common.io import check_writable, write_json
 from experiments.encoder import check_own_pictures, own_encoder, train_encoder
 from experiments.judge import load_images, train_judge
 from experiments.scoring import Judges, Scorer

@@ -21,9 +21,11 @@ from PIL import Image
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common.cli import POSITIVE, Config, parse, require, setting
+from common.checks import POSITIVE
+from common.cli import Config, parse, require, setting
+from common.errors import InputError, run_cli
 from common.images import save_png
-from common.io import InputError, check_writable, run_cli
+from common.io import check_writable
 from experiments import encoder
 
 RESOLUTION = 16  # px; twice that of the scans

@@ -11,8 +11,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from common.errors import InputError
 from common.identity import files_of
-from common.io import InputError, OwnFile, atomic_write
+from common.io import OwnFile
+from common.temporary import atomic_write
 from experiments.judge import train_classifier
 from models.encoders import untrained_encoder
 

@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.errors import InputError
 from common.images import decode_rgb
-from common.io import InputError, atomic_write, progress_bar
+from common.progress import progress_bar
 from common.sources import FileSource, label_entries, read_dataset_json
+from common.temporary import atomic_write
 
 BATCH_SIZE = 128
 LEARNING_RATE = 2e-3

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.cli import uses_cuda
+from common.errors import InputError
 from common.images import open_image, save_png
-from common.io import InputError
 from common.sources import FileSource
 from experiments import digits
 from experiments.judge import load_images, train_judge

@@ -11,7 +11,8 @@ import matplotlib
 import numpy as np
 
 from common.images import open_image
-from common.io import atomic_write, write_json
+from common.io import write_json
+from common.temporary import atomic_write
 
 matplotlib.use("Agg")  # works without a screen
 import matplotlib.pyplot as plt

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from common.images import image_grid, save_png
-from common.io import progress_bar
+from common.progress import progress_bar
 from evaluations.coherence import CentreSums, CoherenceSums
 from evaluations.metrics import FeatureSums, frechet_distance
 from experiments.judge import load_images, load_judge

@@ -7,19 +7,10 @@ from dataclasses import MISSING, dataclass
 from typing import Any
 
 from common import cli
+from common.checks import BATCH_SIZE, GUIDANCE_SCALE, NON_NEGATIVE, UNIT_INTERVAL, Check
 from common.classes import ClassSet
-from common.cli import (
-    BATCH_SIZE,
-    GUIDANCE_SCALE,
-    NON_NEGATIVE,
-    UNIT_INTERVAL,
-    Check,
-    Config,
-    adjustable,
-    batch_size,
-    setting,
-)
-from common.io import InputError
+from common.cli import Config, adjustable, batch_size, setting
+from common.errors import InputError
 from models.autoencoder import LatentFormat
 from models.checkpoint import is_legacy, saved_settings
 from models.inference import NETWORK_DTYPES

@@ -25,9 +25,11 @@ from PIL import Image
 
 from common.classes import ClassSet
 from common.cli import fixed_settings, flag, settings
+from common.errors import InputError, printable
 from common.images import decode_rgb, image_grid, save_png
-from common.io import InputError, atomic_write, check_writable, printable, read_json, write_json
+from common.io import check_writable, read_json, write_json
 from common.locks import lock_folder, unlock_folder
+from common.temporary import atomic_write
 from evaluations.npz import NpzFile, read_plain_array, write_npz
 from generation.config import GenerateConfig
 

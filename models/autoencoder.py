@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.io import InputError, memory_message, read_json, shown
+from common.errors import InputError, memory_message, shown
+from common.io import read_json
 from models.checksums import verify_file
 from models.codec_config import check_codec_config
 from models.hub import HubName, hub_folder, local_or_hub

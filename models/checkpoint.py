@@ -26,7 +26,9 @@ import torch
 from torch import Tensor
 
 from common.classes import ClassSet
-from common.io import InputError, atomic_write, sha256_of, shown
+from common.errors import InputError, shown
+from common.io import sha256_of
+from common.temporary import atomic_write
 from models.checksums import (
     HashingFile,
     checksum_path,

@@ -14,7 +14,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from common.io import HASH_BLOCK, InputError, atomic_write, sha256_of
+from common.errors import InputError
+from common.io import HASH_BLOCK, sha256_of
+from common.temporary import atomic_write
 
 FOLDER_CHECKSUMS = "checksums.sha256"
 LINE = re.compile(r"([0-9a-fA-F]{64})(?: [ *](.+))?")

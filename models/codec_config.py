@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from common.io import InputError, shown
+from common.errors import InputError, shown
 
 MOST_STAGES = 8  # of an encoder; the factor is 2 to the power of their number minus 1
 # The lowest and the highest number of each setting. The highest are several times those of published codecs.

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.io import InputError, memory_message
+from common.errors import InputError, memory_message
 from models.checksums import read_open, verify
 from models.encoder_table import AFTER_NORM, BEFORE_NORM, ENCODERS, EncoderSpec, parse_options
 from models.hub import hub_file, local_or_hub, url_file

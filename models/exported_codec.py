@@ -11,7 +11,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from common.io import InputError, atomic_write, read_json
+from common.errors import InputError
+from common.io import read_json
+from common.temporary import atomic_write
 from models.autoencoder import CODECS, CONFIG_FILE, LOCAL_CODEC, NEEDED, WEIGHTS_FILE, LatentFormat
 from models.checksums import verify_file
 from models.hub import HubName, hub_folder

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from common.io import InputError, shown
+from common.errors import InputError, shown
 
 LARGEST_SIZE = 2**31 - 1  # of a number; the shapes of the weights limit most fields further
 

@@ -20,7 +20,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from common.io import InputError, clear_leftovers, first_line, sha256_of
+from common.errors import InputError, first_line
+from common.io import sha256_of
+from common.temporary import clear_leftovers
 
 REACH_TIMEOUT = 10  # seconds; a slower server is not usable for gigabytes
 HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.")  # as in the names of files for torch.hub

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.io import InputError, printable, shown
+from common.errors import InputError, printable, shown
 from models.sit import PRESETS, TimestepEmbedder
 from models.tensor_checks import check_weights
 

@@ -19,7 +19,9 @@ from typing import IO, Any
 
 from torch import Tensor
 
-from common.io import InputError, atomic_write, parse_json, printable, read_json, shown, write_json
+from common.errors import InputError, printable, shown
+from common.io import parse_json, read_json, write_json
+from common.temporary import atomic_write
 from models.checksums import (
     FOLDER_CHECKSUMS,
     HashingFile,

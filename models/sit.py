@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from common.io import InputError
+from common.errors import InputError
 from models.field_checks import check_fields
 
 TIME_FEATURES = 256  # width of the sinusoidal features of t (DiT)

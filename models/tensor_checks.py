@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from common.io import InputError
+from common.errors import InputError
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LONGEST_NAME = 1000  # characters of a parameter's name; the longest of timm has 80

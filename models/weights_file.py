@@ -23,7 +23,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from common.io import InputError
+from common.errors import InputError
 from models.pickle_outline import ALLOWED, MOST_BYTES, STAND_INS, not_allowed
 from models.tensor_checks import LONGEST_NAME, check_tensor
 

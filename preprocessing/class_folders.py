@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 
+from common.errors import InputError, printable
 from common.image_files import SHOWN, ImageFiles, check_split, common_depth
-from common.io import InputError, printable
 from common.sources import FileSource
 
 

@@ -21,11 +21,13 @@ import numpy as np
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common.cli import POSITIVE, WORKERS, Check, parse, setting
+from common.checks import POSITIVE, WORKERS, Check
+from common.cli import parse, setting
+from common.errors import InputError, printable, run_cli
 from common.image_files import stop_if_incomplete
 from common.images import UNREADABLE, decode_rgb
-from common.io import InputError, atomic_write, printable, run_cli
 from common.sources import FileSource, decode_name, image_name
+from common.temporary import atomic_write
 from preprocessing.crops import TRANSFORMS, Photograph, decode, to_png
 from preprocessing.destination import Destination, InputOutput, explain_write_errors
 from preprocessing.listing import Listing, list_images

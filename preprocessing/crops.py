@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from common.errors import InputError
 from common.images import MAX_PIXELS, UNREADABLE, open_image
-from common.io import InputError
 
 _EXIF_ORIENTATION = 0x0112
 _UPRIGHT = {  # EXIF orientation: what turns the image upright

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from PIL import Image
 
 from common.cli import parse, setting
-from common.io import InputError, run_cli
+from common.errors import InputError, run_cli
 from common.sources import FileSource, read_dataset_json
 from preprocessing import convert
 from preprocessing.convert import Squaring

@@ -19,18 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from common.cli import Config, setting
-from common.io import (
-    InputError,
-    atomic_write,
-    check_writable,
-    is_temporary,
-    parse_json,
-    progress_bar,
-    read_json,
-    write_json,
-)
+from common.errors import InputError
+from common.io import check_writable, parse_json, read_json, write_json
 from common.locks import LOCK_NAME, lock_folder, unlock_folder
+from common.progress import progress_bar
 from common.sources import FileSource
+from common.temporary import atomic_write, is_temporary
 from common.zip_files import read_hidden
 
 _ZIP_TIME = (1980, 1, 1, 0, 0, 0)  # of every file in a zip: the time of packing would change the bytes

@@ -28,12 +28,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common.cli import AUTO, BATCH_SIZE, MAX_WORKERS, Check, batch_size, parse, setting
+from common.checks import AUTO, BATCH_SIZE, MAX_WORKERS, Check
+from common.cli import batch_size, parse, setting
 from common.distributed import broadcast_from_main, largest_batch, long_collective_timeout, start_processes
+from common.errors import InputError, run_cli
 from common.image_files import convert_command
 from common.images import decode_rgb
-from common.io import InputError, progress_bar, run_cli
 from common.loader import ErrorsAsItems, batches_of, check_shared_memory, start_worker
+from common.progress import progress_bar
 from common.sources import FileSource, latents_name, mirrored_name
 from models.autoencoder import Codec, load_codec
 from preprocessing.destination import Destination, InputOutput, explain_write_errors

@@ -12,8 +12,8 @@ from itertools import pairwise
 from typing import Any
 
 from common.classes import class_names
+from common.errors import InputError, printable
 from common.image_files import ImageFiles, check_one_part, convert_command, find_images
-from common.io import InputError, printable
 from common.sources import IMAGE_NAME, FileSource, image_name, label_entries, map_files, read_dataset_json
 from preprocessing.class_folders import find_class_folders
 

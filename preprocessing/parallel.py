@@ -11,7 +11,8 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-from common.io import InputError, first_line, progress_bar
+from common.errors import InputError, first_line
+from common.progress import progress_bar
 
 _job: Callable[[Any], Any]
 

@@ -24,21 +24,15 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common.cli import WORKERS, Check, Config, parse, setting
+from common.checks import WORKERS, Check
+from common.cli import Config, parse, setting
+from common.errors import InputError, printable, run_cli
 from common.identity import OWN_PNG, Unchanged
 from common.images import decode_rgb, image_grid, save_png
-from common.io import (
-    InputError,
-    OwnFile,
-    atomic_write,
-    check_writable,
-    printable,
-    progress_bar,
-    read_file,
-    run_cli,
-    sha256_of,
-)
+from common.io import OwnFile, check_writable, read_file, sha256_of
+from common.progress import progress_bar
 from common.sources import decode_name
+from common.temporary import atomic_write
 from dataset import PNG_END, LatentDataset, decode_moments
 from models.autoencoder import Codec, LatentFormat, load_decoder
 from preprocessing.parallel import available_cores, chunks, in_workers

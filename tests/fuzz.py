@@ -23,8 +23,10 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 
-from common.cli import NON_NEGATIVE, Config, parse, setting
-from common.io import InputError, run_cli, write_json
+from common.checks import NON_NEGATIVE
+from common.cli import Config, parse, setting
+from common.errors import InputError, run_cli
+from common.io import write_json
 from tests.fuzzing import commands
 from tests.fuzzing.checkpoints import CANARY
 from tests.fuzzing.command_lines import PROGRAMS, Command, command

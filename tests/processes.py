@@ -38,7 +38,7 @@ def _train(flags: list[str], environment: dict[str, str], output: str, prepare: 
     import torch
 
     import train
-    from common.io import run_cli
+    from common.errors import run_cli
 
     torch.set_num_threads(1)
     if prepare is not None:

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from common.io import InputError
+from common.errors import InputError
 from evaluations.batches import open_images
 from evaluations.npz import NpzFile, write_npz
 

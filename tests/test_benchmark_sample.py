@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks import encode, sample, timing
-from common.io import InputError
+from common.errors import InputError
 from tests.test_autoencoder import save_kl
 
 TINY = "--device cpu --model SiT-S/8 --resolution 64 --batch-size 2 --steps 20 --timed-steps 1 --rounds 1"

@@ -14,7 +14,7 @@ from benchmarks import encode, evaluate, sample, timing, train_step
 from benchmarks.timing import peak_memory, reset_peak_memory, run_measured
 from benchmarks.training_steps import OurForm, PlainForm, Workload, write_random_weights
 from common.cli import parse
-from common.io import InputError
+from common.errors import InputError
 from models.encoders import load_encoders, untrained_encoder
 from tests.conftest import ROOT
 

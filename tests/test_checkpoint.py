@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from common.classes import ClassSet
-from common.io import InputError, sha256_of
+from common.errors import InputError
+from common.io import sha256_of
 from export import describe, export
 from models import checkpoint, ema
 from models.checkpoint import (

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from common import io as files
-from common.io import InputError
+from common import temporary as files
+from common.errors import InputError
 from models.checkpoint import checksum_path, load_checkpoint, verify_checkpoint
 from training import checkpoint_writer
 from training.checkpoint_writer import CheckpointWriter, TensorCopies

@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from common.io import InputError
+from common.errors import InputError
 from models.checksums import (
     checksum_path,
     read_open,

@@ -3,7 +3,7 @@
 import pytest
 
 from common.classes import ClassSet, class_names, label_ranges
-from common.io import InputError
+from common.errors import InputError
 
 SOME = ClassSet((5, 17, 940), ("electric ray", "jay", "spaghetti squash"))
 

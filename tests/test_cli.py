@@ -5,24 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from common.cli import (
-    AUTO,
-    BATCH_SIZE,
-    BELOW_ONE,
-    NON_NEGATIVE,
-    POSITIVE,
-    UNIT_INTERVAL,
-    Config,
-    batch_size,
-    changed,
-    fixed_settings,
-    flag_table,
-    make_parser,
-    parse,
-    setting,
-    uses_cuda,
-)
-from common.io import InputError
+from common.checks import AUTO, BATCH_SIZE, BELOW_ONE, NON_NEGATIVE, POSITIVE, UNIT_INTERVAL
+from common.cli import Config, batch_size, changed, fixed_settings, flag_table, make_parser, parse, setting, uses_cuda
+from common.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common.io import InputError
+from common.errors import InputError
 from dataset import LatentDataset
 from evaluations import coherence
 from evaluations.coherence import CentreSums, CoherenceReport, CoherenceSums, class_mean_sums

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 import train
-from common.io import InputError
+from common.errors import InputError
 from loss import REGLoss
 from models import ema
 from models.encoders import untrained_encoder

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from common.io import InputError
+from common.errors import InputError
 from experiments import convergence, imagenet, presets, report
 from experiments.judge import load_judge, train_judge
 from experiments.presets import Files

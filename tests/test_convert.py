@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.io import InputError
+from common.errors import InputError
 from common.sources import FileSource
 from preprocessing import convert
 from preprocessing.listing import list_images

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.io import InputError
+from common.errors import InputError
 from preprocessing.crops import TRANSFORMS, decode
 
 FIXED_POINT = 22  # bits after the point in Pillow's 8-bit resampling

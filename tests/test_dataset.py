@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from common.io import InputError
+from common.errors import InputError
 from dataset import GlobalBatchSampler, LatentDataset
 from tests.conftest import NUM_CLASSES, RESOLUTION
 

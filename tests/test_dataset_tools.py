@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.io import InputError
+from common.errors import InputError
 from preprocessing import dataset_tools
 from tests.interrupt import contents
 from tests.test_convert import make_source

@@ -7,8 +7,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save
 
+from common.errors import InputError
 from common.images import save_png
-from common.io import InputError, write_json
+from common.io import write_json
 from experiments import demo
 from experiments.judge import load_images
 from experiments.solids import SOLIDS, draw_scenes, render

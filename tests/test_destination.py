@@ -6,7 +6,8 @@ import zipfile
 
 import pytest
 
-from common.io import InputError, atomic_write
+from common.errors import InputError
+from common.temporary import atomic_write
 from preprocessing.destination import Destination
 from tests.interrupt import REPOSITORY, contents
 

@@ -5,8 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
+from common.errors import InputError
 from common.images import save_png
-from common.io import InputError, write_json
+from common.io import write_json
 from experiments import digits
 from experiments.judge import load_images
 from models.encoders import load_encoder

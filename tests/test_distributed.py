@@ -13,14 +13,14 @@ from common.distributed import (
     start_processes,
     to_host,
 )
-from common.io import InputError
+from common.errors import InputError
 from tests.conftest import reset_accelerate, run_program
 
 PROGRAM = r"""
 import sys
 sys.path.insert(0, ".")
 from common.distributed import broadcast_from_main, largest_batch, start_processes
-from common.io import InputError
+from common.errors import InputError
 
 def attempt(size):
     if size > 8 >> accelerator.process_index:

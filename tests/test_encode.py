@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from common.io import InputError
+from common.errors import InputError
 from dataset import LatentDataset
 from models.autoencoder import load_codec
 from preprocessing import dataset_tools, encode

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from common.io import InputError
+from common.errors import InputError
 from models import encoders
 from models.checksums import write_checksum
 from models.encoder_table import TOKENS

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from common.cli import parse
-from common.io import InputError
+from common.errors import InputError
 from evaluations import evaluator, features, metrics, reference
 from evaluations.batches import open_images
 from evaluations.comparison import load_reference

@@ -8,7 +8,8 @@ import torch
 
 import export
 from common.classes import ClassSet
-from common.io import InputError, sha256_of
+from common.errors import InputError
+from common.io import sha256_of
 from models.autoencoder import LatentFormat, PixelCodec, load_codec
 from models.checkpoint import (
     checkpoint_classes,

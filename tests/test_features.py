@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import nn
 
-from common.io import InputError
+from common.errors import InputError
 from evaluations import features
 from evaluations.batches import open_images
 from evaluations.features import Extraction, ExtractionConfig, Extractor, fingerprint

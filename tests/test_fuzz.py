@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from common.io import InputError
+from common.errors import InputError
 from tests.conftest import ROOT, run_program
 from tests.fuzzing import commands
 from tests.fuzzing.command_lines import PROGRAMS, command

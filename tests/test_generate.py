@@ -13,7 +13,7 @@ from PIL import Image
 import generate
 from common.classes import ClassSet
 from common.cli import parse
-from common.io import InputError
+from common.errors import InputError
 from evaluations import evaluator
 from evaluations.batches import open_images
 from generation.config import DEFAULT_COUNT, LABEL_STREAM, GenerateConfig, image_labels, unused_scale

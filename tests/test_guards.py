@@ -7,7 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from common.io import InputError
+from common.errors import InputError
 from models import ema
 from tests.conftest import read_rows, reset_accelerate, run_training
 from tests.test_sit import inputs, randomise, small

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.io import InputError
+from common.errors import InputError
 from models.autoencoder import load_codec
 from models.checkpoint import load_checkpoint
 from models.encoders import load_encoder

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from common.errors import InputError
 from common.identity import OWN_PNG, Unchanged, files_of, own_file, own_json
-from common.io import InputError
 
 
 def test_a_file_that_is_replaced_or_changed_is_noticed(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from common.errors import InputError
 from common.image_files import (
     check_one_part,
     convert_command,
@@ -15,7 +16,6 @@ from common.image_files import (
     stop_if_incomplete,
     suggested_images,
 )
-from common.io import InputError
 from common.sources import FileSource
 from tests.test_crops import jpeg
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile, ImageFont
 
+from common.errors import InputError
 from common.images import MIN_TILE, PNG_SIGNATURE, _shortened, decode_rgb, image_grid, open_image
-from common.io import InputError
 from tests.test_crops import animation, encoded, header_only_png, noise
 
 

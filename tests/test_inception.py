@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from common.io import InputError
+from common.errors import InputError
 from evaluations.inception import graphdef, weights
 from evaluations.inception.graphdef import Graph
 from evaluations.inception.network import Inception, full_precision, load_inception, resize_bilinear_tf1

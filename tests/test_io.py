@@ -15,25 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from common import io as files
-from common.io import (
-    InputError,
-    LostProcess,
-    OwnFile,
-    atomic_write,
-    check_writable,
-    clear_leftovers,
-    explain,
-    memory_message,
-    parse_json,
-    printable,
-    progress_bar,
-    read_file,
-    read_json,
-    read_metrics,
-    run_cli,
-    write_json,
-)
+from common import temporary as files
+from common.errors import InputError, LostProcess, explain, memory_message, printable, run_cli
+from common.io import OwnFile, check_writable, parse_json, read_file, read_json, read_metrics, write_json
+from common.progress import progress_bar
+from common.temporary import atomic_write, clear_leftovers
 from tests.conftest import ROOT
 
 
@@ -66,7 +52,7 @@ def killed_writer(path: Path, end: str = "os.kill(os.getpid(), 9)") -> subproces
     """Start a process that writes half a file and then ends as `end` says; return it when the half is written."""
     code = f"""
 import os, sys
-from common.io import atomic_write
+from common.temporary import atomic_write
 with atomic_write({str(path)!r}) as file:
     file.write(b"half")
     file.flush()
@@ -357,7 +343,7 @@ def test_names_that_no_file_can_have_are_refused(tmp_path):
 
 
 ENDS = {
-    "raise io.InputError('--flag 1: bad')": (2, "x.py: error: --flag 1: bad"),
+    "raise errors.InputError('--flag 1: bad')": (2, "x.py: error: --flag 1: bad"),
     "raise KeyboardInterrupt": (130, "x.py: interrupted"),
     "open('/nowhere/file')": (2, "x.py: error: /nowhere/file: No such file or directory"),
     "raise OSError(28, 'No space left on device')": (2, "x.py: error: No space left on device"),
@@ -371,7 +357,9 @@ ENDS = {
 
 @pytest.mark.parametrize("cause", ENDS)
 def test_a_program_ends_with_one_line(cause):
-    code = f"import sys\nfrom common import io\nsys.argv = ['a/x.py']\ndef main():\n    {cause}\nio.run_cli(main)"
+    code = (
+        f"import sys\nfrom common import errors\nsys.argv = ['a/x.py']\ndef main():\n    {cause}\nerrors.run_cli(main)"
+    )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     status, text = ENDS[cause]
     assert result.returncode == status and text in result.stderr and "Traceback" not in result.stderr
@@ -379,8 +367,8 @@ def test_a_program_ends_with_one_line(cause):
 
 def test_more_loader_processes_than_cores_are_no_warning():
     code = (
-        "from torch.utils.data import DataLoader\nfrom common import io\n"
-        "io.run_cli(lambda: DataLoader([0], num_workers=99999))"
+        "from torch.utils.data import DataLoader\nfrom common import errors\n"
+        "errors.run_cli(lambda: DataLoader([0], num_workers=99999))"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0 and result.stderr == ""
@@ -390,11 +378,10 @@ def test_names_fit_on_one_line():
     assert printable("caf\udce9/a\n\tb é 香.jpg") == "caf\\udce9/a\\n\\tb é 香.jpg"
 
 
-@pytest.mark.parametrize("end", ["", "raise io.InputError(name)"])
+@pytest.mark.parametrize("end", ["", "raise errors.InputError(name)"])
 def test_any_name_can_be_printed_in_any_encoding(end):
-    code = (
-        f"from common import io\nname = 'caf\\udce9 \\u9999'\ndef main():\n    print(name)\n    {end}\nio.run_cli(main)"
-    )
+    program = f"from common import errors\nname = 'caf\\udce9 \\u9999'\ndef main():\n    print(name)\n    {end}\n"
+    code = program + "errors.run_cli(main)"
     for encoding in ("ascii", "utf-8"):
         environment = {**os.environ, "PYTHONIOENCODING": encoding}
         result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True)
@@ -428,7 +415,7 @@ def test_a_bar_is_shown_by_the_main_process_on_a_terminal_only(monkeypatch, stre
 
 def test_without_a_terminal_a_long_run_prints_lines(monkeypatch):
     now, stream = [100.0], io.StringIO()
-    monkeypatch.setattr("common.io.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("common.progress.time.monotonic", lambda: now[0])
     monkeypatch.setattr(sys, "stderr", stream)
     with progress_bar(lines=True, desc="encoding", total=4000, unit="image") as bar:
         for _ in range(40):
@@ -439,7 +426,7 @@ def test_without_a_terminal_a_long_run_prints_lines(monkeypatch):
 
 @pytest.mark.parametrize("more", [{"main": False}, {"lines": False}])
 def test_no_lines_of_other_processes_or_short_work(monkeypatch, more):
-    monkeypatch.setattr("common.io.LINE_SECONDS", 0)
+    monkeypatch.setattr("common.progress.LINE_SECONDS", 0)
     monkeypatch.setattr(sys, "stderr", stream := io.StringIO())
     with progress_bar(**{"lines": True, "desc": "x", "total": 2, "unit": "image"} | more) as bar:
         bar.update()
@@ -448,7 +435,7 @@ def test_no_lines_of_other_processes_or_short_work(monkeypatch, more):
 
 @pytest.mark.parametrize(("more", "shown"), [({}, True), ({"TQDM_DISABLE": "1"}, False)])
 def test_tqdm_disable_is_honoured(more, shown):
-    code = "import sys; from common.io import progress_bar; sys.stderr.isatty = lambda: True; list(progress_bar([1]))"
+    code = "import sys; from common.progress import progress_bar; sys.stderr.isatty = lambda: True; list(progress_bar([1]))"
     environment = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"} | more
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert found.returncode == 0 and ("1/1" in found.stderr) == shown

@@ -22,7 +22,7 @@ from training.preemption import EXIT_RESUMABLE
 PROGRAM = """
 import os, signal, sys, time
 from pathlib import Path
-from common.io import InputError, run_cli
+from common.errors import InputError, run_cli
 from training.preemption import StopSignal, exit_status
 
 def main():

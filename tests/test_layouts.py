@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import export
-from common.io import InputError
+from common.errors import InputError
 from models.checkpoint import load_checkpoint, load_model
 from models.sit import PRESETS, SiT
 from tests.test_sit import randomise, small

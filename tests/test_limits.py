@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from common.io import InputError
+from common.errors import InputError
 from models.sit import SiT, SiT_models, SiTConfig
 from training.config import MOST_STEPS, parse_args
 from training.limits import check_memory, parameter_count

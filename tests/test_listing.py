@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from common.io import InputError
+from common.errors import InputError
 from common.sources import FileSource
 from preprocessing.listing import list_converted, list_images
 from tests.test_image_files import make_tree

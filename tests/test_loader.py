@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from common import loader
-from common.io import InputError, LostProcess, explain
+from common.errors import InputError, LostProcess, explain
 from common.loader import ErrorsAsItems, batches_of, check_shared_memory, collate, start_worker
 
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from common import locks
-from common.io import InputError
+from common.errors import InputError
 from common.locks import LOCK_NAME, lock_folder, unlock_folder
 from tests.conftest import ROOT
 

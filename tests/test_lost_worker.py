@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.data import get_worker_info
 
-from common.io import LostProcess
+from common.errors import LostProcess
 from dataset import LatentDataset
 from models.checkpoint import load_checkpoint
 from tests.conftest import read_rows, run_training

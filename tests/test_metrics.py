@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from common.io import InputError
+from common.errors import InputError
 from evaluations.metrics import (
     FeatureSums,
     GaussianStatistics,

@@ -5,7 +5,7 @@ import io
 import numpy as np
 import pytest
 
-from common.io import InputError
+from common.errors import InputError
 from common.npy import decode_npy
 
 VALUES = np.arange(24, dtype=np.float32).reshape(2, 3, 4)

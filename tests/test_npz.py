@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.io import InputError
+from common.errors import InputError
 from evaluations.batches import open_images
 from evaluations.npz import NpzFile, read_plain_array
 

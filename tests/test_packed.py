@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from common.io import InputError
+from common.errors import InputError
 from common.packed import _endings, explain_packed, packed_kind
 from common.sources import FileSource
 from preprocessing.listing import list_images

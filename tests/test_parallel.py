@@ -10,7 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
-from common.io import InputError
+from common.errors import InputError
 from preprocessing import parallel
 
 

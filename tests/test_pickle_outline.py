@@ -10,7 +10,7 @@ from collections import Counter, OrderedDict
 import pytest
 import torch
 
-from common.io import InputError
+from common.errors import InputError
 from models import pickle_outline
 from models.pickle_outline import not_allowed
 from models.weights_file import read_weights_file

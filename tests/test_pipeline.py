@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from common.classes import ClassSet
-from common.io import InputError
+from common.errors import InputError
 from export import export
 from models.autoencoder import PixelCodec, load_codec
 from models.checkpoint import load_checkpoint, save_checkpoint

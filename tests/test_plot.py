@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
-from common.io import InputError
+from common.errors import InputError
 from evaluations import plot
 
 

@@ -6,7 +6,7 @@ import copy
 import pytest
 import torch
 
-from common.io import InputError
+from common.errors import InputError
 from models.checkpoint import MOST_STEPS, steps_done
 from models.sit import SiT
 from training.restore import (

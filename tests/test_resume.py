@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from common.io import InputError
+from common.errors import InputError
 from models.checkpoint import checksum_path, load_checkpoint, verify_checkpoint
 from tests.conftest import read_rows, run_training
 from tests.processes import SECONDS, Training

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.io import InputError, read_json
+from common.errors import InputError
+from common.io import read_json
 from models.checkpoint import checksum_path, load_checkpoint, save_checkpoint
 from tests.conftest import ENCODER, read_rows, reset_accelerate, run_training
 from training.config import parse_args

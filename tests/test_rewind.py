@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.io import InputError
+from common.errors import InputError
 from models.checkpoint import checksum_path, save_checkpoint
 from training import rewind
 from training.rewind import Order, go_back, last_row, later_files, pending_order

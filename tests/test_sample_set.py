@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from common.classes import ClassSet
-from common.io import InputError
+from common.errors import InputError
 from generation import sample_set
 from generation.sample_set import DIGEST, SampleSet
 from tests.conftest import ROOT

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import train
-from common.io import InputError, read_json
+from common.errors import InputError
+from common.io import read_json
 from models.checkpoint import load_checkpoint
 from tests.conftest import read_rows, reset_accelerate, run_training
 from tests.test_train import terms, with_flags

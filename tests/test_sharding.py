@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from common.io import InputError
+from common.errors import InputError
 from models.checkpoint import load_checkpoint, load_model
 from tests.conftest import read_rows, run_training
 from tests.processes import Training

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from common.io import InputError
+from common.errors import InputError
 from common.sources import (
     IMAGE_NAME,
     LATENT_NAME,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from common.io import InputError
+from common.errors import InputError
 from models.tensor_checks import (
     TooLargeError,
     check_finite,

@@ -1,4 +1,4 @@
-from common.text import LONGEST_LINE, LONGEST_WORD, for_terminal
+from common.errors import LONGEST_LINE, LONGEST_WORD, for_terminal
 
 
 def test_plain_messages_stay():

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 import train
-from common.io import InputError
+from common.errors import InputError
 from models.checkpoint import load_checkpoint, load_model
 from models.interpolant import Interpolant
 from models.sit import SiT, SiT_models, SiTConfig

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from common.io import InputError
+from common.errors import InputError
 from models.autoencoder import SD_FORMAT, LatentFormat, load_codec
 from preprocessing import verify
 from preprocessing.destination import write_dataset_json

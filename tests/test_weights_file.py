@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from common.io import InputError
+from common.errors import InputError
 from models import pickle_outline, weights_file
 from models.weights_file import mismatch, read_safetensors, read_weights_file
 

@@ -6,7 +6,7 @@ import zlib
 
 import pytest
 
-from common.io import InputError
+from common.errors import InputError
 from common.sources import FileSource
 from common.zip_files import MAX_NAME, read_hidden, zip_members
 from preprocessing.destination import Destination

@@ -6,7 +6,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from common.io import InputError, iterate_metrics, read_json, write_json
+from common.errors import InputError
+from common.io import iterate_metrics, read_json, write_json
 from training.messages import logger
 from training.metrics import finite_or_null
 

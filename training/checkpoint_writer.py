@@ -19,7 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.io import InputError, clear_leftovers, first_line, read_json, write_json
+from common.errors import InputError, first_line
+from common.io import read_json, write_json
+from common.temporary import clear_leftovers
 from models.checkpoint import checksum_path, list_checkpoints, save_checkpoint
 from training.messages import logger
 

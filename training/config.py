@@ -11,20 +11,9 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
-from common.cli import (
-    BELOW_ONE,
-    GUIDANCE_SCALE,
-    NON_NEGATIVE,
-    POSITIVE,
-    Check,
-    Config,
-    adjustable,
-    between,
-    parse,
-    setting,
-    uses_cuda,
-)
-from common.io import InputError
+from common.checks import BELOW_ONE, GUIDANCE_SCALE, NON_NEGATIVE, POSITIVE, Check, between
+from common.cli import Config, adjustable, parse, setting, uses_cuda
+from common.errors import InputError
 from loss import ENTANGLED, FROM_ENCODER, TERMS
 from models.autoencoder import LatentFormat
 from models.checkpoint import MOST_STEPS

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.io import atomic_write
+from common.temporary import atomic_write
 from loss import TERMS
 from training.rows import rows_to_draw
 

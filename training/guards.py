@@ -17,7 +17,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from common.io import InputError
+from common.errors import InputError
 from models.checkpoint import list_checkpoints
 from models.ema import local_parameters
 from training.messages import logger

@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from common.io import InputError
+from common.errors import InputError
 from models.sit import TIME_FEATURES, SiTConfig
 
 STATE_BYTES = 16  # of a parameter, float32: weight, average, and the two moments of AdamW

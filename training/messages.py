@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from common.io import LostProcess, first_line
+from common.errors import LostProcess, first_line
 
 ROW = logging.INFO - 1  # level of the rows of numbers: on a terminal, the progress bar shows them instead
 LINES_KEPT = 1000  # written before log.txt can be opened
@@ -32,7 +32,7 @@ class _Line(logging.Formatter):
 
 
 class _Console(logging.Handler):
-    """Writes to stdout, warnings to stderr, above a progress bar if there is one. Errors: see `common.io.run_cli`."""
+    """Writes to stdout, and warnings to stderr, above a progress bar. `common.errors.run_cli` writes errors."""
 
     def emit(self, record: logging.LogRecord) -> None:
         stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout

@@ -23,7 +23,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from common.io import first_line
+from common.errors import first_line
 from training.curves import loss_curves
 from training.messages import logger
 from training.rows import end_of_rows

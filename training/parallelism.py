@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from common.io import InputError
+from common.errors import InputError
 from loss import REGLoss
 from models.ema import local_parameters
 from models.encoders import Encoder

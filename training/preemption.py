@@ -13,7 +13,7 @@ import threading
 import time
 from types import FrameType
 
-from common.io import report_status
+from common.errors import report_status
 from common.loader import start_worker
 
 EXIT_RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: "temporary failure; try again later"

@@ -8,7 +8,7 @@ from typing import Any
 
 from common.classes import ClassSet, label_ranges
 from common.cli import fixed_settings, flag, settings
-from common.io import InputError
+from common.errors import InputError
 from models.checkpoint import checkpoint_classes
 from models.encoders import AFTER_NORM, name_with_tokens
 from models.sit import SiTConfig

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.io import InputError
+from common.errors import InputError
 from models.checkpoint import network_weights
 from training.metrics import COUNTS
 from training.record import same_value

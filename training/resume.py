@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from common.io import InputError, read_json
+from common.errors import InputError
+from common.io import read_json
 from models.checkpoint import CHECKPOINT_NAME, is_legacy, list_checkpoints, resolve_checkpoint, steps_done
 from models.hub import local_or_hub
 from training.config import TrainConfig

@@ -18,7 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.io import InputError, atomic_write, first_line, read_json, write_json
+from common.errors import InputError, first_line
+from common.io import read_json, write_json
+from common.temporary import atomic_write
 from models.checkpoint import load_checkpoint
 from training.checkpoint_writer import TEMPORARY
 

@@ -16,9 +16,11 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 
 from common.cli import changed
 from common.distributed import broadcast_from_main, start_processes
-from common.io import InputError, check_writable, progress_bar, write_json
+from common.errors import InputError
+from common.io import check_writable, write_json
 from common.loader import check_shared_memory
 from common.locks import lock_folder
+from common.progress import progress_bar
 from dataset import GlobalBatchSampler, LatentDataset
 from evaluations.in_training import TrainingEvaluation
 from loss import FROM_ENCODER, REGLoss

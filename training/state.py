@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor
 
-from common.io import InputError
+from common.errors import InputError
 from dataset import LatentDataset
 from evaluations.in_training import TrainingEvaluation
 from loss import REGLoss

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 from PIL.Image import Image
 
-from common.io import first_line
+from common.errors import first_line
 from training.config import RunFacts, TrainConfig
 from training.messages import logger
 from training.record import saved_args

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.io import InputError
+from common.errors import InputError
 
 _VARINT, _BYTES, _FIXED_SIZES = 0, 2, {1: 8, 5: 4}  # wire types; those of fixed size with their number of bytes
 _DT_FLOAT = 1

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import torch
 
-from common.io import WRITE_ERRORS, InputError, clear_leftovers, sha256_of
+from common.errors import WRITE_ERRORS, InputError
+from common.io import sha256_of
+from common.temporary import clear_leftovers
 from evaluations.inception.graphdef import Graph
 from evaluations.inception.layers import NUM_CLASSES, NUM_FEATURES, convolutions, inception_layers
 from models.checksums import digest_of

@@ -13,8 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common.io import InputError
-from common.text import for_terminal
+from common.errors import InputError, for_terminal
 from tests.conftest import ROOT
 
 SECONDS = 20  # for one input; the machine may be shared
