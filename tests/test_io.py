@@ -435,7 +435,10 @@ def test_no_lines_of_other_processes_or_short_work(monkeypatch, more):
 
 @pytest.mark.parametrize(("more", "shown"), [({}, True), ({"TQDM_DISABLE": "1"}, False)])
 def test_tqdm_disable_is_honoured(more, shown):
-    code = "import sys; from common.progress import progress_bar; sys.stderr.isatty = lambda: True; list(progress_bar([1]))"
+    code = (
+        "import sys; from common.progress import progress_bar; sys.stderr.isatty = lambda: True; "
+        "list(progress_bar([1]))"
+    )
     environment = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"} | more
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert found.returncode == 0 and ("1/1" in found.stderr) == shown
