@@ -325,7 +325,10 @@ def test_weights_of_other_dtypes_and_numbers_that_are_not_finite_are_refused(tmp
 
 def test_an_unreachable_hub_is_reported_at_once_with_the_missing_files(tmp_path):
     """Run in a new process, where the hub's client reads the environment when it is imported."""
-    code = "from common.errors import run_cli; from models.autoencoder import load_codec; run_cli(lambda: load_codec('%s'))"
+    code = (
+        "from common.errors import run_cli; from models.autoencoder import load_codec; "
+        "run_cli(lambda: load_codec('%s'))"
+    )
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_CACHE": str(tmp_path)}
     command = [sys.executable, "-c", code % "sd-vae-ft-mse"]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
