@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from common.errors import InputError, memory_message, shown
 from common.io import read_json
 from models.checksums import verify_file
-from models.codec_config import check_codec_config
 from models.hub import HubName, hub_folder, local_or_hub
 from models.safetensors_format import CODEC_FOLDER, CONFIG_FILE, PIPELINE_FILE, class_name
 from models.tensor_checks import LONGEST_NAME, TooLargeError, check_finite, check_weights, parameters_at_most
@@ -36,7 +35,7 @@ NEEDED = f"the folder of a codec contains {CONFIG_FILE} and {WEIGHTS_FILE}"
 CLASSES = ("AutoencoderKL", "AutoencoderTiny")
 DECODED_PIXELS = 2**21  # in one call, 32 images of 256 px; far more would need activations of more than 2^31 values
 LOCAL_CODEC = "local folder "  # starts the name of a codec in an export that does not contain its files
-LARGEST_NUMBER = 4096  # of channels, and of pixels of one latent pixel
+LARGEST_NUMBER = 4096  # of channels, of pixels of one latent pixel, and of a size in config.json
 SD_SCALE = 0.18215  # gives Stable Diffusion's latents about unit variance (arXiv 2112.10752, appendix G)
 
 
@@ -288,15 +287,25 @@ def load_codec(name: str, device: str | torch.device = "cpu") -> Codec:
     if found not in CLASSES:
         problem = f"the configuration of another class, {found!s:.80}" if found else "names no class"
         raise InputError(f"{folder / CONFIG_FILE}: {problem}; a codec is one of: {', '.join(CLASSES)}")
-    check_codec_config(config, folder / CONFIG_FILE)
+    _check_config(config, folder / CONFIG_FILE)
     autoencoder = _load_autoencoder(folder, found)
     try:
         latent_format = _latent_format(name, spec, folder, config)
+    except InputError:
+        raise
     except (TypeError, ValueError, ArithmeticError) as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(f"{folder / CONFIG_FILE}: scale, shift or blocks have impossible values") from error
     return KLCodec(autoencoder, latent_format).to(device)
+
+
+def _check_config(config: dict[str, Any], path: Path) -> None:
+    """Raise InputError, naming the setting, for another number of colours, and for sizes that take the memory."""
+    for name, value in config.items():
+        numbers = value if isinstance(value, list) else [value]
+        if any(isinstance(number, int) and abs(number) > LARGEST_NUMBER for number in numbers):
+            raise InputError(f"{path}: {name} is {shown(value)}; allowed: whole numbers up to {LARGEST_NUMBER}")
+        if name in ("in_channels", "out_channels") and value != 3:
+            raise InputError(f"{path}: {name} is {shown(value)}; allowed: 3")
 
 
 def _codec_folder(name: str, source: str) -> Path:

@@ -146,7 +146,8 @@ def _as_checkpoint(state: dict[str, Tensor], config: dict[str, Any], folder: Pat
     if isinstance(codec, dict) and codec.get("codec") == CODEC_FOLDER:
         config = {**config, "codec": {**codec, "codec": str(folder.resolve() / CODEC_FOLDER)}}
     if config:
-        content |= {"args": argparse.Namespace(**config), "steps": config.get("steps", 0)}
+        content |= {"args": argparse.Namespace(), "steps": config.get("steps", 0)}
+        vars(content["args"]).update(config)
     names = {field.name for field in dataclasses.fields(SiTConfig)}
     if config.keys() >= names:  # the oldest exports lack a field
         content["network"] = {name: config[name] for name in names}

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from common.errors import InputError
+from models.checksums import read_open
 from models.pickle_outline import ALLOWED, MOST_BYTES, STAND_INS, not_allowed
 from models.tensor_checks import LONGEST_NAME, check_tensor
 
@@ -31,6 +32,7 @@ NAMES_SHOWN = 4  # of parameters, in one list
 OTHER_PROTOCOLS = (3, 4, 5)  # of pickle; PyTorch reads only protocol 2 without executing code
 # Limits of one file. A checkpoint of SiT-XL/2 with its optimizer has 1,800 tensors, 10,000 values and 5 levels.
 MOST_ENTRIES = 100_000  # tensors
+DIRECTORY_SIZE = 5  # index in the record at the end of a zip: bytes of the list of its entries
 MOST_VALUES = 1_000_000
 MOST_CONTAINERS = 100_000  # lists, dicts and others, each counted as often as the content leads to it
 DEEPEST = 50
@@ -50,8 +52,7 @@ def read_weights_file(path: str | Path, file: IO[bytes] | None = None, check_crc
     if file is None:
         if path.is_dir():
             raise InputError(f"{path}: is a folder; expected a file of weights")
-        with open(path, "rb") as opened:
-            return read_weights_file(path, opened, check_crc)
+        return read_open(path, lambda opened: read_weights_file(path, opened, check_crc))
     try:
         is_zip = zipfile.is_zipfile(file)
         _check_pickle(file, path, is_zip, check_crc)
@@ -79,6 +80,8 @@ def _check_pickle(file: IO[bytes], path: Path, is_zip: bool, check_crc: bool) ->
     file.seek(0)
     if not is_zip:
         return _check_objects(file, path)
+    if zipfile._EndRecData(file)[DIRECTORY_SIZE] > 100 * MOST_ENTRIES:  # ZipFile takes 1 KB of memory for each entry
+        raise InputError(f"{path}: has too many entries; allowed: at most {MOST_ENTRIES}")
     with zipfile.ZipFile(file) as archive:
         members = archive.infolist()
         names = [member.filename for member in members]
@@ -144,10 +147,7 @@ def _check_values(content: Any, path: Path, size: int) -> None:
             limits = f"allowed: {MOST_VALUES} values, {DEEPEST} levels"
             raise InputError(f"{path}: holds too many values, or values inside each other too deeply; {limits}")
         items = list(value.items() if isinstance(value, dict) else enumerate(value))
-        if (
-            sum(item.nbytes for _, item in items if isinstance(item, Tensor) and not item.is_nested)
-            > STORED_TWICE * size
-        ):
+        if sum(item.nbytes for _, item in items if isinstance(item, Tensor)) > STORED_TWICE * size:
             raise InputError(f"{path}: the tensors of {place or 'it'} are larger than the file, {size} bytes")
         waiting += [
             (f"{place}.{key}".lstrip(".")[-200:], item, depth + 1)
@@ -166,8 +166,7 @@ def read_safetensors(path: str | Path, file: IO[bytes] | None = None) -> tuple[d
 
     path = Path(path)
     if file is None:
-        with open(path, "rb") as opened:
-            return read_safetensors(path, opened)
+        return read_open(path, lambda opened: read_safetensors(path, opened))
     _check_header(path, file)
     try:
         with safe_open(open_path(file), "pt") as archive:
@@ -196,11 +195,8 @@ def _check_header(path: Path, file: IO[bytes]) -> None:
         raise InputError(f"{path}: damaged; its header names {twice} twice")
 
 
-def unreadable(path: Path, file: IO[bytes] | None = None, kind: str = "file of weights") -> str:
+def unreadable(path: Path, file: IO[bytes], kind: str = "file of weights") -> str:
     """Return what a file is that cannot be read as a file of this kind, as its first bytes show it."""
-    if file is None:
-        with open(path, "rb") as opened:
-            return unreadable(path, opened, kind)
     file.seek(0)
     start = file.read(64)
     if start.startswith(b"version https://git-lfs"):
