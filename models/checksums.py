@@ -87,16 +87,15 @@ def digest_of(file: IO[bytes]) -> str:
     return digest.hexdigest()
 
 
-def verify(file: IO[bytes], path: Path, digest: str | None = None) -> str | None:
+def verify(file: IO[bytes], path: Path) -> str | None:
     """Compare an open file with its recorded checksum; return its SHA-256, or None if none is recorded.
 
-    `path` is the name under which the file was opened; `digest` is its SHA-256 if it is known.
+    `path` is the name under which the file was opened.
     Raises InputError, naming both, if they differ.
     """
     if (recorded := recorded_checksum(path)) is None:
-        return digest
-    digest = digest or digest_of(file)
-    if digest != recorded[0]:
+        return None
+    if (digest := digest_of(file)) != recorded[0]:
         raise InputError(f"{path}: damaged; its SHA-256 is {digest}, but {recorded[1]} has {recorded[0]}")
     return digest
 

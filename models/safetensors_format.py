@@ -19,7 +19,7 @@ from typing import IO, Any
 
 from torch import Tensor
 
-from common.errors import InputError, printable, shown
+from common.errors import InputError, shown
 from common.io import parse_json, read_json, write_json
 from common.temporary import atomic_write
 from models.checksums import (
@@ -173,10 +173,8 @@ def _check_class(config: Any, source: Path) -> None:
     if not isinstance(config, dict):
         raise InputError(f"{source}: its configuration is a {type(config).__name__}; expected an object")
     if (name := class_name(config)) not in (None, CLASS_NAME):
-        text = printable(name[:80]) if isinstance(name, str) else shown(name)
-        raise InputError(
-            f"{source}: the configuration of another class, {text}; expected an exported network, {CLASS_NAME}"
-        )
+        expected = f"expected an exported network, {CLASS_NAME}"
+        raise InputError(f"{source}: the configuration of another class, {shown(name)}; {expected}")
 
 
 def class_name(config: Any) -> str | None:

@@ -92,14 +92,10 @@ def _check_pickle(file: IO[bytes], path: Path, is_zip: bool, check_crc: bool) ->
         pickles = [member for member in members if member.filename.split("/")[-1] == "data.pkl"]
         if not pickles:
             raise InputError(f"{path}: a zip without weights of PyTorch")
-        if len(members) > MOST_ENTRIES:
-            raise InputError(f"{path}: has {len(members)} entries; allowed: at most {MOST_ENTRIES}")
         if any(member.compress_type != zipfile.ZIP_STORED for member in members):
             raise InputError(f"{path}: its entries are compressed; torch.save stores them uncompressed")
-        is_odd = any(m.file_size != m.compress_size or m.flag_bits & 1 for m in members)
-        size = os.fstat(file.fileno()).st_size
-        is_odd = is_odd or len(pickles) > 1 or len(set(names)) < len(names) or len({n.split("/")[0] for n in names}) > 1
-        if is_odd or sum(member.file_size for member in members) > size:
+        are_clear = len(pickles) == 1 and len(set(names)) == len(names) and len({n.split("/")[0] for n in names}) == 1
+        if not are_clear or sum(member.file_size for member in members) > os.fstat(file.fileno()).st_size:
             raise InputError(f"{path}: damaged; its entries are not those that torch.save writes")
         if pickles[0].file_size > MOST_BYTES:
             raise InputError(f"{path}: {pickles[0].filename} has {pickles[0].file_size} bytes; allowed: {MOST_BYTES}")
