@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from common.errors import InputError, memory_message, shown
 from common.io import read_json
 from models.checksums import verify_file
-from models.codec_config import check_codec_config
+from models.field_checks import LARGEST_CODEC_SIZE, check_codec_config
 from models.hub import HubName, hub_folder, local_or_hub
 from models.safetensors_format import CODEC_FOLDER, CONFIG_FILE, PIPELINE_FILE, class_name
 from models.tensor_checks import LONGEST_NAME, TooLargeError, check_finite, check_weights, parameters_at_most
@@ -36,7 +36,6 @@ NEEDED = f"the folder of a codec contains {CONFIG_FILE} and {WEIGHTS_FILE}"
 CLASSES = ("AutoencoderKL", "AutoencoderTiny")
 DECODED_PIXELS = 2**21  # in one call, 32 images of 256 px; far more would need activations of more than 2^31 values
 LOCAL_CODEC = "local folder "  # starts the name of a codec in an export that does not contain its files
-LARGEST_NUMBER = 4096  # of channels, and of pixels of one latent pixel
 SD_SCALE = 0.18215  # gives Stable Diffusion's latents about unit variance (arXiv 2112.10752, appendix G)
 
 
@@ -56,9 +55,9 @@ class LatentFormat:
 
     def __post_init__(self) -> None:
         codec, channels = f"codec {self.codec}", self.channels
-        if not all(type(value) is int and 0 < value <= LARGEST_NUMBER for value in (channels, self.factor)):
+        if not all(type(value) is int and 0 < value <= LARGEST_CODEC_SIZE for value in (channels, self.factor)):
             given = f"channels {shown(channels)}, factor {shown(self.factor)}"
-            raise InputError(f"{codec}: {given}; allowed: whole numbers from 1 to {LARGEST_NUMBER}")
+            raise InputError(f"{codec}: {given}; allowed: whole numbers from 1 to {LARGEST_CODEC_SIZE}")
         for name, allowed in (("scale", "finite numbers other than 0"), ("shift", "finite numbers")):
             value = getattr(self, name)
             if isinstance(value, tuple) and len(value) != channels:
@@ -292,9 +291,9 @@ def load_codec(name: str, device: str | torch.device = "cpu") -> Codec:
     autoencoder = _load_autoencoder(folder, found)
     try:
         latent_format = _latent_format(name, spec, folder, config)
+    except InputError:
+        raise
     except (TypeError, ValueError, ArithmeticError) as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(f"{folder / CONFIG_FILE}: scale, shift or blocks have impossible values") from error
     return KLCodec(autoencoder, latent_format).to(device)
 

@@ -18,7 +18,6 @@ import argparse
 import os
 import re
 import warnings
-import zipfile
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,6 +28,7 @@ from common.classes import ClassSet
 from common.errors import InputError, shown
 from common.io import sha256_of
 from common.temporary import atomic_write
+from models.autoencoder import LatentFormat
 from models.checksums import (
     HashingFile,
     checksum_path,
@@ -57,7 +57,6 @@ MOST_SHOWN = 6  # names in an error
 # Settings of a run that programs read from a checkpoint, with their type. They may be missing.
 SETTING_KINDS = {
     "resolution": (int, "a whole number of px"),
-    "codec": (dict, "the description of a codec"),
     **dict.fromkeys(("model", "enc_type"), (str, "text")),
 }
 PLACES = "a checkpoint file, a run's folder, an exported network, or a repository of the hub (owner/name[/file.pt])"
@@ -85,23 +84,7 @@ def verify_checkpoint(path: str | Path) -> None:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint file")
-    read_open(path, lambda file: _verify(file, path))
-
-
-def _verify(file: IO[bytes], path: Path) -> str | None:
-    """Do what `verify_checkpoint` does with an open file; return its SHA-256 if it has a checksum."""
-    if (digest := verify(file, path)) is not None:
-        return digest
-    try:
-        if zipfile.is_zipfile(file):
-            with zipfile.ZipFile(file) as archive:
-                if (name := archive.testzip()) is not None:
-                    raise InputError(f"{path}: damaged; the checksum of {name} in it is wrong")
-    except InputError:
-        raise
-    except Exception as error:  # a damaged zip can fail in any way
-        raise InputError(f"{path}: damaged or truncated, it cannot be read completely") from error
-    return None
+    read_open(path, lambda file: _read(file, path, verified=True, with_digest=False))
 
 
 def checkpoint_digest(path: str | Path) -> str:
@@ -184,10 +167,9 @@ def _load(path: Path, verified: bool, layout: str, with_digest: bool = False) ->
 
 
 def _read(file: IO[bytes], path: Path, verified: bool, with_digest: bool) -> tuple[Any, str]:
-    digest = _verify(file, path) if verified else None
-    if with_digest and digest is None:
-        digest = digest_of(file)
-    return read_weights_file(path, file, check_crc=False), digest or ""
+    digest = verify(file, path) if verified else None
+    content = read_weights_file(path, file, check_crc=verified and digest is None)
+    return content, digest or (digest_of(file) if with_digest else "")
 
 
 def list_checkpoints(folder: str | Path) -> list[Path]:
@@ -213,6 +195,10 @@ def saved_settings(checkpoint: dict[str, Any], source: str | Path = "checkpoint"
     for name, (kind, expected) in SETTING_KINDS.items():
         if (value := settings.get(name)) is not None and (type(value) is not kind or (kind is int and value < 1)):
             raise InputError(f"{source}: the setting {name} of its run is {shown(value)}; expected {expected}")
+    try:
+        LatentFormat.from_json(settings.get("codec"))
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from error
     return settings
 
 
@@ -292,6 +278,8 @@ def network_config(checkpoint: dict[str, Any], weights: str = "ema", source: str
             raise InputError(
                 f"{source}: network has {name} {shown(getattr(config, name))}, but the weights have {value}"
             )
+    if (heads := settings.get("num_heads")) not in (None, config.num_heads):
+        raise InputError(f"{source}: network has num_heads {config.num_heads}, but its run had {shown(heads)}")
     return config
 
 

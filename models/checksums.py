@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from common.errors import InputError
-from common.io import HASH_BLOCK, sha256_of
+from common.io import HASH_BLOCK, open_regular, sha256_of
 from common.temporary import atomic_write
 
 FOLDER_CHECKSUMS = "checksums.sha256"
-LINE = re.compile(r"([0-9a-fA-F]{64})(?: [ *](.+))?")
-LARGEST = 2**20  # bytes of a file of checksums
+LINE = re.compile(r"\\?([0-9a-fA-F]{64})(?: [ *](.+))?")  # sha256sum writes \ before lines with an escaped name
 ATTEMPTS = 5  # to read a file that other processes replace
 
 T = TypeVar("T")
@@ -62,23 +61,19 @@ def recorded_checksum(path: Path) -> tuple[str, Path] | None:
     """Return the checksum that was written for a file and the file that contains it; None if there is none.
 
     Looked up in FILE.sha256, in checksums.sha256 of the file's folder, and in that of the folder above.
-    Raises InputError if a file of checksums is damaged.
+    Raises InputError if FILE.sha256, or checksums.sha256 of the file's folder, contains no checksum.
     """
-    places = [(checksum_path(path), path.name), (path.parent / FOLDER_CHECKSUMS, path.name)]
-    places.append((path.parent.parent / FOLDER_CHECKSUMS, f"{path.parent.name}/{path.name}"))
-    for place, name in places:
+    own, folder, above = checksum_path(path), path.parent / FOLDER_CHECKSUMS, path.parent.parent / FOLDER_CHECKSUMS
+    for place, name in ((own, path.name), (folder, path.name), (above, f"{path.parent.name}/{path.name}")):
         if not place.is_file():
             continue
-        if place.stat().st_size > LARGEST:
-            raise InputError(f"{place}: is larger than {LARGEST} bytes; expected the output of sha256sum")
-        lines = [LINE.fullmatch(line) for line in place.read_text("utf-8", errors="replace").splitlines() if line]
-        if not lines or not all(lines):
+        with open(place, encoding="utf-8-sig", errors="replace") as file:
+            found = [line for text in file if (line := LINE.fullmatch(text.rstrip()))]
+        if not found and place != above:
             raise InputError(f"{place}: damaged; expected lines of sha256sum, a checksum and a name")
-        found = {line[2]: line[1].lower() for line in lines}
-        if place == checksum_path(path):
-            return lines[0][1].lower(), place  # also if the file was renamed together with its checksum
-        if name in found:
-            return found[name], place
+        for line in found:
+            if place == own or line[2] == name:  # a file may be renamed together with its own checksum
+                return line[1].lower(), place
     return None
 
 
@@ -92,16 +87,15 @@ def digest_of(file: IO[bytes]) -> str:
     return digest.hexdigest()
 
 
-def verify(file: IO[bytes], path: Path, digest: str | None = None) -> str | None:
+def verify(file: IO[bytes], path: Path) -> str | None:
     """Compare an open file with its recorded checksum; return its SHA-256, or None if none is recorded.
 
-    `path` is the name under which the file was opened; `digest` is its SHA-256 if it is known.
+    `path` is the name under which the file was opened.
     Raises InputError, naming both, if they differ.
     """
     if (recorded := recorded_checksum(path)) is None:
-        return digest
-    digest = digest or digest_of(file)
-    if digest != recorded[0]:
+        return None
+    if (digest := digest_of(file)) != recorded[0]:
         raise InputError(f"{path}: damaged; its SHA-256 is {digest}, but {recorded[1]} has {recorded[0]}")
     return digest
 
@@ -119,7 +113,11 @@ def read_open(path: Path, read: Callable[[IO[bytes]], T]) -> T:
     best.pt and its checksum are two files: a process that replaces them does not do so at one moment.
     """
     for _ in range(ATTEMPTS):
-        with open(path, "rb") as file:
+        try:
+            file = open_regular(path)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
+        with file:
             try:
                 return read(file)
             except InputError:

@@ -18,16 +18,12 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 BEFORE_NORM, AFTER_NORM = TOKENS = ("before-norm", "after-norm")  # where patch tokens are taken: at the last norm
 LARGEST_INPUT = 2048  # px; 16,384 tokens with patches of 16 px
 LARGEST_GRID = 256  # patches in a row, where `patch_size` is given
-# Arguments of timm's models: the lowest and the highest number, bool, or the allowed texts. The highest numbers are
-# several times those of the largest published encoders.
+# Arguments of timm's models: the highest number, several times that of the largest published encoders; or the texts.
 WHOLE = {
-    "patch_size": (1, 1024), "embed_dim": (1, 16384), "depth": (1, 256), "num_heads": (1, 1024),
-    "attn_head_dim": (1, 16384), "reg_tokens": (0, 1024), "img_size": (1, LARGEST_INPUT), "window_size": (1, 64),
-    "output_stride": (1, 1024), "num_classes": (0, 100_000),
+    "patch_size": 1024, "embed_dim": 16384, "depth": 256, "num_heads": 1024, "attn_head_dim": 16384, "reg_tokens": 1024,
+    "img_size": LARGEST_INPUT, "window_size": 64, "output_stride": 1024, "num_classes": 100_000,
 }  # fmt: skip
-REAL = {
-    "mlp_ratio": (0.01, 64.0), "channel_multiplier": (0.01, 64.0), "bn_eps": (0.0, 1.0), "init_values": (0.0, 100.0),
-}  # fmt: skip
+REAL = {"mlp_ratio": 64, "channel_multiplier": 64, "bn_eps": 1, "init_values": 100}
 FLAGS = (
     "class_token", "qkv_bias", "qk_norm", "scale_attn_norm", "pre_norm", "final_norm", "fc_norm", "no_embed_class",
     "dynamic_img_size", "dynamic_img_pad", "strict_img_size", "use_fc_norm", "use_rot_pos_emb", "use_abs_pos_emb",
@@ -117,11 +113,11 @@ def _parse_value(spec: str, key: str, text: str) -> Any:
     if key in ("mean", "std"):
         return _three_numbers(spec, key, text)
     if key == "input":
-        return _number(spec, key, text, int, (1, LARGEST_INPUT), "a whole number of px")
+        return _number(spec, key, text, int, 1, LARGEST_INPUT, "a whole number of px")
     if key in WHOLE:
-        return _number(spec, key, text, int, WHOLE[key], "a whole number")
+        return _number(spec, key, text, int, 0, WHOLE[key], "a whole number")
     if key in REAL:
-        return _number(spec, key, text, float, REAL[key], "a number")
+        return _number(spec, key, text, float, 0, REAL[key], "a number")
     allowed = TOKENS if key == "tokens" else TEXTS.get(key, ("true", "false"))
     value = text.lower() if key in FLAGS else text
     if value not in allowed:
@@ -129,13 +125,13 @@ def _parse_value(spec: str, key: str, text: str) -> Any:
     return value == "true" if key in FLAGS else value
 
 
-def _number(spec: str, key: str, text: str, kind: type, limits: tuple[float, float], what: str) -> Any:
+def _number(spec: str, key: str, text: str, kind: type, low: float, high: float, what: str) -> Any:
     try:
         value = kind(text)
     except ValueError:
         value = math.nan
-    if not limits[0] <= value <= limits[1]:
-        raise InputError(f"encoder {spec}: {key}={text}; allowed: {what} from {limits[0]} to {limits[1]}")
+    if not low <= value <= high:
+        raise InputError(f"encoder {spec}: {key}={text}; allowed: {what} from {low} to {high}")
     return value
 
 

@@ -1,12 +1,14 @@
-"""Whether the fields of a network's description, which comes from a file, have possible values."""
+"""Whether the fields of a network's or a codec's description, which comes from a file, have possible values."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from common.errors import InputError, shown
 
+LARGEST_CODEC_SIZE = 4096  # of a codec's channels, of pixels of one latent pixel, and of a number in its config.json
 LARGEST_SIZE = 2**31 - 1  # of a number; the shapes of the weights limit most fields further
 
 
@@ -30,3 +32,13 @@ def check_fields(fields: Mapping[str, Any], kinds: Mapping[str, str]) -> None:
         is_valid, expected = FIELD_KINDS[kind]
         if not is_valid(fields[name]):
             raise InputError(f"network: its {name} is {shown(fields[name])}; expected {expected}")
+
+
+def check_codec_config(config: dict[str, Any], path: Path) -> None:
+    """Raise InputError, naming the setting, for another number of colours, and for sizes that take the memory."""
+    for name, value in config.items():
+        numbers = value if isinstance(value, list) else [value]
+        if any(isinstance(number, int) and abs(number) > LARGEST_CODEC_SIZE for number in numbers):
+            raise InputError(f"{path}: {name} is {shown(value)}; allowed: whole numbers up to {LARGEST_CODEC_SIZE}")
+        if name in ("in_channels", "out_channels") and value != 3:
+            raise InputError(f"{path}: {name} is {shown(value)}; allowed: 3")

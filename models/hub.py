@@ -45,9 +45,8 @@ def local_or_hub(name: str | Path, allowed: str, flag: str = "") -> Path | HubNa
     """Return the existing file or folder of this name, or the place on the hub that it names. `~` is the home folder.
 
     `owner/name` is a repository, `owner/name/file.pt` a file in it, also in folders; `owner/name@revision` is one state
-    of it. A name is a local path if it
-    exists, and also if it starts with `.`, `/` or `~`, if its first folder exists here, or if it is a single name or
-    `folder/file` with an ending of a file. `flag` and `allowed` are for the error.
+    of it. A name is a local path if it exists, and also if it starts with `.`, `/` or `~`, if its first folder exists
+    here, or if it is a single name or `folder/file` with an ending of a file. `flag` and `allowed` are for the error.
     Raises InputError if a local path does not exist.
     """
     text = str(name)
@@ -76,20 +75,14 @@ def hub_file(repo: str, filename: str, instead: str) -> Path:
     content does not have the checksum that the hub gave for it.
     """
     path = Path(_hub_file(repo, filename, instead))
-    _verify_cached(path)
+    _verify_cached(path, path.stat().st_mtime_ns)
     return path
 
 
-def _verify_cached(path: Path) -> None:
+@functools.lru_cache(maxsize=64)  # programs ask for the same file several times
+def _verify_cached(path: Path, changed: int) -> None:
     """Raise InputError if a file of the hub's cache does not have the content that its name in the cache states."""
     blob = path.resolve()
-    state = blob.stat()
-    _verify_blob(path, blob, state.st_size, state.st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=64)  # programs ask for the same file several times
-def _verify_blob(path: Path, blob: Path, size: int, changed: int) -> None:
-    """Do what `_verify_cached` does with a file that has this size and time of change."""
     if blob.parent.name != "blobs":  # a cache without links, as on Windows, does not keep the checksum
         return
     if re.fullmatch(r"[0-9a-f]{64}", blob.name):

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.errors import InputError, printable, shown
+from common.errors import InputError, shown
 from models.sit import PRESETS, TimestepEmbedder
 from models.tensor_checks import check_weights
 
@@ -120,8 +120,7 @@ def from_sit(content: Mapping[str, Any], source: str | Path) -> dict[str, Any]:
     for setting, only in (("path_type", "linear"), ("prediction", "velocity")):
         value = given.get(setting, only)
         if not isinstance(value, str) or value.lower() != only:
-            found = printable(value[:80]) if isinstance(value, str) else shown(value)
-            raise InputError(f"--layout sit: {source} was trained with {setting} {found}; allowed: {only}")
+            raise InputError(f"--layout sit: {source} was trained with {setting} {shown(value)}; allowed: {only}")
     for tensors in (content.get("ema"), content.get("model"), state):
         if isinstance(tensors, dict):
             check_weights({name: value for name, value in tensors.items() if isinstance(value, Tensor)}, source)

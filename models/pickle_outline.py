@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import io
 import itertools
 import pickle
 import re
@@ -19,8 +20,7 @@ import numpy as np
 
 ALLOWED = "tensors, numbers, text, lists, dicts, Namespaces, paths, and NumPy numbers and dtypes"
 MOST_BYTES = 2**24  # of a pickle; a checkpoint of SiT-XL/2 with its optimizer has less than 2**19
-MOST_CALLS = 10**6  # of one pickle; each tensor needs two or three
-LONGEST_KEY = 16  # numbers and texts in a tuple that is the key of a dict
+LONGEST_KEY = 16  # numbers and texts in a tuple, or in tuples in it, that is the key of a dict
 TORCH_MODULES = {"torch", "torch._tensor", "torch.storage", "torch.serialization", "torch.nn.parameter"}
 REBUILD = "torch._utils."  # the module of the functions that build tensors
 ORDINARY_TENSORS = {
@@ -94,10 +94,10 @@ def not_allowed(file: IO[bytes]) -> list[tuple[str, str]]:
 
     Raises an error of any type if the data is damaged or larger than `MOST_BYTES`.
     """
-    limited = _Limited(file)
-    contents = [_Outline(limited).load()]
+    data = io.BytesIO(file.read(MOST_BYTES))
+    contents = [_Outline(data).load()]
     if isinstance(contents[0], int):  # the format before 2020: a number, a version, facts of the machine, the content,
-        contents = [_Outline(limited).load() for _ in range(4)]  # and the names of the tensors' memory
+        contents = [_Outline(data).load() for _ in range(4)]  # and the names of the tensors' memory
     found, waiting, seen = set(), [("", content) for content in contents], set()
     while waiting:
         place, value = waiting.pop()
@@ -114,25 +114,6 @@ def not_allowed(file: IO[bytes]) -> list[tuple[str, str]]:
         elif isinstance(value, list | tuple):
             waiting += [(f"{place}[{index}]"[-200:], item) for index, item in enumerate(value)]
     return sorted(found)
-
-
-class _Limited:
-    """An open file of which at most `MOST_BYTES` are read."""
-
-    def __init__(self, file: IO[bytes]):
-        self.file, self.left = file, MOST_BYTES
-
-    def _counted(self, data: bytes) -> bytes:
-        self.left -= len(data)
-        if self.left < 0:
-            raise pickle.UnpicklingError("too large")
-        return data
-
-    def read(self, size: int) -> bytes:
-        return self._counted(self.file.read(min(size, self.left + 1)))
-
-    def readline(self) -> bytes:
-        return self._counted(self.file.readline(self.left + 1))
 
 
 class _Placeholder:
@@ -174,7 +155,8 @@ class _Outline(pickle._Unpickler):  # in Python: the C version allocates the siz
     """Reads the structure of pickled data, with a `_Placeholder` for every class and function."""
 
     dispatch: ClassVar = dict(pickle._Unpickler.dispatch)
-    calls = 0
+    for opcode in (pickle.DICT, pickle.ADDITEMS, pickle.FROZENSET):  # protocol 2 does not use these
+        del dispatch[opcode[0]]
 
     def find_class(self, module: str, name: str) -> type:
         full_name = f"{module.replace('__builtin__', 'builtins')}.{name}"
@@ -193,9 +175,6 @@ class _Outline(pickle._Unpickler):  # in Python: the C version allocates the siz
     def load_reduce(self) -> None:
         """Call a function, after looking at its arguments; files that torch.save writes pass."""
         args, function = self.stack[-1], getattr(self.stack[-2], "full_name", None)
-        self.calls += 1
-        if self.calls > MOST_CALLS:
-            raise pickle.UnpicklingError("too many objects")
         is_odd_text = function == ENCODE and args[1:] not in (("latin1",), ("latin-1",))
         is_odd_array = function == BYTEARRAY and args and getattr(args[0], "full_name", None) != ENCODE
         if is_odd_text or is_odd_array:
@@ -221,30 +200,12 @@ class _Outline(pickle._Unpickler):  # in Python: the C version allocates the siz
 
     dispatch[pickle.SETITEMS[0]] = load_setitems
 
-    def load_dict(self) -> None:
-        for key in self.stack[::2]:
-            _check_key(key)
-        super().load_dict()
-
-    dispatch[pickle.DICT[0]] = load_dict
-
-    def load_additems(self) -> None:
-        for item in self.stack:
-            _check_key(item)
-        super().load_additems()
-
-    dispatch[pickle.ADDITEMS[0]] = load_additems
-
-    def load_frozenset(self) -> None:
-        for item in self.stack:
-            _check_key(item)
-        super().load_frozenset()
-
-    dispatch[pickle.FROZENSET[0]] = load_frozenset
-
 
 def _check_key(key: Any) -> None:
     """Raise an error if a key would take long to hash."""
-    parts = key if isinstance(key, tuple) else (key,)
-    if len(parts) > LONGEST_KEY or not all(isinstance(part, (*SCALARS, _Placeholder, type)) for part in parts):
-        raise pickle.UnpicklingError("a key of another type")
+    parts = [key]
+    for part in parts:  # the list grows
+        if isinstance(part, tuple) and len(part) + len(parts) <= 2 * LONGEST_KEY:
+            parts += part
+        elif not isinstance(part, (*SCALARS, _Placeholder, type)):
+            raise pickle.UnpicklingError("a key of another type")

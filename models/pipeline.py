@@ -25,10 +25,22 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.classes import ClassSet
+from common.errors import InputError
+from common.io import OwnFile, check_writable, read_json
 from models.autoencoder import Codec, KLCodec, LatentFormat, load_decoder
 from models.checkpoint import build_model, checkpoint_classes, load_checkpoint, saved_settings, steps_done
+from models.checksums import FOLDER_CHECKSUMS
 from models.interpolant import Interpolant
-from models.safetensors_format import CODEC_FOLDER, KEPT_SETTINGS, export_config, write_network
+from models.safetensors_format import (
+    CLASS_NAME,
+    CODEC_FOLDER,
+    CONFIG_FILE,
+    KEPT_SETTINGS,
+    WEIGHTS_FILE,
+    class_name,
+    export_config,
+    write_network,
+)
 from models.sit import SiT
 from models.tensor_checks import check_finite
 from samplers import Guidance, image_seeds, sample_images
@@ -90,6 +102,7 @@ class REGPipeline(DiffusionPipeline):
         of diffusers' method `push_to_hub`.
         """
         folder = Path(save_directory)
+        self._check_folder(folder)
         latent_format = self.vae.format.to_json()
         if isinstance(self.vae, KLCodec):
             self.vae.autoencoder.save_pretrained(folder / CODEC_FOLDER, safe_serialization=True)
@@ -102,6 +115,16 @@ class REGPipeline(DiffusionPipeline):
             repo_id = options.pop("repo_id", folder.name)
             used = ("commit_message", "private", "token", "create_pr")
             self.push_to_hub(repo_id, **{name: options[name] for name in used if name in options})
+
+    @staticmethod
+    def _check_folder(folder: Path) -> None:
+        """Raise InputError if a folder has files of an export's names that are not of an export."""
+        own = OwnFile("of an exported network", lambda path: class_name(read_json(path)) == CLASS_NAME)
+        check_writable(folder / CONFIG_FILE, "save_directory", own=own)
+        names = (WEIGHTS_FILE, FOLDER_CHECKSUMS, CODEC_FOLDER)
+        if not (folder / CONFIG_FILE).exists() and (found := [name for name in names if (folder / name).exists()]):
+            problem = f"has {', '.join(found)}, but no {CONFIG_FILE}"
+            raise InputError(f"save_directory {folder}: {problem} of an export; choose another folder")
 
     def to(self, *args: Any, **kwargs: Any) -> REGPipeline:
         """Move or convert the pipeline, as diffusers does. The time embedder stays float32, see `inference.convert`."""

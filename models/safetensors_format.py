@@ -19,7 +19,7 @@ from typing import IO, Any
 
 from torch import Tensor
 
-from common.errors import InputError, printable, shown
+from common.errors import InputError, shown
 from common.io import parse_json, read_json, write_json
 from common.temporary import atomic_write
 from models.checksums import (
@@ -146,7 +146,8 @@ def _as_checkpoint(state: dict[str, Tensor], config: dict[str, Any], folder: Pat
     if isinstance(codec, dict) and codec.get("codec") == CODEC_FOLDER:
         config = {**config, "codec": {**codec, "codec": str(folder.resolve() / CODEC_FOLDER)}}
     if config:
-        content |= {"args": argparse.Namespace(**config), "steps": config.get("steps", 0)}
+        content |= {"args": argparse.Namespace(), "steps": config.get("steps", 0)}
+        vars(content["args"]).update(config)
     names = {field.name for field in dataclasses.fields(SiTConfig)}
     if config.keys() >= names:  # the oldest exports lack a field
         content["network"] = {name: config[name] for name in names}
@@ -172,10 +173,8 @@ def _check_class(config: Any, source: Path) -> None:
     if not isinstance(config, dict):
         raise InputError(f"{source}: its configuration is a {type(config).__name__}; expected an object")
     if (name := class_name(config)) not in (None, CLASS_NAME):
-        text = printable(name[:80]) if isinstance(name, str) else shown(name)
-        raise InputError(
-            f"{source}: the configuration of another class, {text}; expected an exported network, {CLASS_NAME}"
-        )
+        expected = f"expected an exported network, {CLASS_NAME}"
+        raise InputError(f"{source}: the configuration of another class, {shown(name)}; {expected}")
 
 
 def class_name(config: Any) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from common.errors import InputError
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Entries of an encoder's file that are not weights, in BatchNorm, BEiT and CLIP.
+INTEGERS = re.compile(r"(num_batches_tracked|index|position_ids|input_resolution|context_length|vocab_size)$")
 LONGEST_NAME = 1000  # characters of a parameter's name; the longest of timm has 80
 
 
@@ -23,15 +26,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def check_tensor(value: Tensor, name: str, source: str | Path) -> None:
-    """Raise InputError if a tensor of a file is not an ordinary one, or is larger than the memory that stores it."""
-    kinds = {
-        "a nested tensor": value.is_nested,
-        "a quantized tensor": value.is_quantized,
-        "a sparse tensor": value.layout != torch.strided,
-        "a tensor without values (device meta)": value.is_meta,
-    }
-    if kind := next((kind for kind, found in kinds.items() if found), None):
-        raise InputError(f"{source}: {name} is {kind}; allowed: tensors that are stored completely")
+    """Raise InputError if a tensor of a file is larger than the memory that stores it."""
     if value.nbytes > value.untyped_storage().nbytes():
         shape = " x ".join(map(str, value.shape))
         raise InputError(f"{source}: {name}, {shape}, is an expanded tensor, of which the file has only a part")
@@ -41,14 +36,14 @@ def check_weights(state: Mapping[Any, Any], source: str | Path, floats_only: boo
     """Raise InputError, naming the first, if an entry of a state dict is not a tensor of weights.
 
     Weights are of `FLOAT_DTYPES`: other dtypes would be converted to other numbers without an error. Without
-    `floats_only`, integers are allowed too, such as the counters of batch norms.
+    `floats_only`, integers are allowed in entries with the names of `INTEGERS`.
     """
     for name, value in state.items():
         if not isinstance(name, str) or len(name) > LONGEST_NAME:
             raise InputError(f"{source}: its weights have the name {name!r:.80}; expected text of at most 1000 letters")
         if not isinstance(value, Tensor):
             raise InputError(f"{source}: {name} in its weights is a {type(value).__name__}; expected a tensor")
-        is_counter = not floats_only and value.dtype in (torch.int64, torch.int32)
+        is_counter = not floats_only and value.dtype in (torch.int64, torch.int32) and INTEGERS.search(name)
         if value.dtype not in FLOAT_DTYPES and not is_counter:
             allowed = ", ".join(map(dtype_name, FLOAT_DTYPES))
             raise InputError(f"{source}: {name} has dtype {dtype_name(value.dtype)}; allowed for weights: {allowed}")

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from common.errors import InputError
+from models.checksums import read_open
 from models.pickle_outline import ALLOWED, MOST_BYTES, STAND_INS, not_allowed
 from models.tensor_checks import LONGEST_NAME, check_tensor
 
@@ -31,6 +32,7 @@ NAMES_SHOWN = 4  # of parameters, in one list
 OTHER_PROTOCOLS = (3, 4, 5)  # of pickle; PyTorch reads only protocol 2 without executing code
 # Limits of one file. A checkpoint of SiT-XL/2 with its optimizer has 1,800 tensors, 10,000 values and 5 levels.
 MOST_ENTRIES = 100_000  # tensors
+DIRECTORY_SIZE = 5  # index in the record at the end of a zip: bytes of the list of its entries
 MOST_VALUES = 1_000_000
 MOST_CONTAINERS = 100_000  # lists, dicts and others, each counted as often as the content leads to it
 DEEPEST = 50
@@ -50,8 +52,7 @@ def read_weights_file(path: str | Path, file: IO[bytes] | None = None, check_crc
     if file is None:
         if path.is_dir():
             raise InputError(f"{path}: is a folder; expected a file of weights")
-        with open(path, "rb") as opened:
-            return read_weights_file(path, opened, check_crc)
+        return read_open(path, lambda opened: read_weights_file(path, opened, check_crc))
     try:
         is_zip = zipfile.is_zipfile(file)
         _check_pickle(file, path, is_zip, check_crc)
@@ -79,6 +80,8 @@ def _check_pickle(file: IO[bytes], path: Path, is_zip: bool, check_crc: bool) ->
     file.seek(0)
     if not is_zip:
         return _check_objects(file, path)
+    if zipfile._EndRecData(file)[DIRECTORY_SIZE] > 100 * MOST_ENTRIES:  # ZipFile takes 1 KB of memory for each entry
+        raise InputError(f"{path}: has too many entries; allowed: at most {MOST_ENTRIES}")
     with zipfile.ZipFile(file) as archive:
         members = archive.infolist()
         names = [member.filename for member in members]
@@ -89,14 +92,10 @@ def _check_pickle(file: IO[bytes], path: Path, is_zip: bool, check_crc: bool) ->
         pickles = [member for member in members if member.filename.split("/")[-1] == "data.pkl"]
         if not pickles:
             raise InputError(f"{path}: a zip without weights of PyTorch")
-        if len(members) > MOST_ENTRIES:
-            raise InputError(f"{path}: has {len(members)} entries; allowed: at most {MOST_ENTRIES}")
         if any(member.compress_type != zipfile.ZIP_STORED for member in members):
             raise InputError(f"{path}: its entries are compressed; torch.save stores them uncompressed")
-        is_odd = any(m.file_size != m.compress_size or m.flag_bits & 1 for m in members)
-        size = os.fstat(file.fileno()).st_size
-        is_odd = is_odd or len(pickles) > 1 or len(set(names)) < len(names) or len({n.split("/")[0] for n in names}) > 1
-        if is_odd or sum(member.file_size for member in members) > size:
+        are_clear = len(pickles) == 1 and len(set(names)) == len(names) and len({n.split("/")[0] for n in names}) == 1
+        if not are_clear or sum(member.file_size for member in members) > os.fstat(file.fileno()).st_size:
             raise InputError(f"{path}: damaged; its entries are not those that torch.save writes")
         if pickles[0].file_size > MOST_BYTES:
             raise InputError(f"{path}: {pickles[0].filename} has {pickles[0].file_size} bytes; allowed: {MOST_BYTES}")
@@ -144,10 +143,7 @@ def _check_values(content: Any, path: Path, size: int) -> None:
             limits = f"allowed: {MOST_VALUES} values, {DEEPEST} levels"
             raise InputError(f"{path}: holds too many values, or values inside each other too deeply; {limits}")
         items = list(value.items() if isinstance(value, dict) else enumerate(value))
-        if (
-            sum(item.nbytes for _, item in items if isinstance(item, Tensor) and not item.is_nested)
-            > STORED_TWICE * size
-        ):
+        if sum(item.nbytes for _, item in items if isinstance(item, Tensor)) > STORED_TWICE * size:
             raise InputError(f"{path}: the tensors of {place or 'it'} are larger than the file, {size} bytes")
         waiting += [
             (f"{place}.{key}".lstrip(".")[-200:], item, depth + 1)
@@ -166,8 +162,7 @@ def read_safetensors(path: str | Path, file: IO[bytes] | None = None) -> tuple[d
 
     path = Path(path)
     if file is None:
-        with open(path, "rb") as opened:
-            return read_safetensors(path, opened)
+        return read_open(path, lambda opened: read_safetensors(path, opened))
     _check_header(path, file)
     try:
         with safe_open(open_path(file), "pt") as archive:
@@ -196,11 +191,8 @@ def _check_header(path: Path, file: IO[bytes]) -> None:
         raise InputError(f"{path}: damaged; its header names {twice} twice")
 
 
-def unreadable(path: Path, file: IO[bytes] | None = None, kind: str = "file of weights") -> str:
+def unreadable(path: Path, file: IO[bytes], kind: str = "file of weights") -> str:
     """Return what a file is that cannot be read as a file of this kind, as its first bytes show it."""
-    if file is None:
-        with open(path, "rb") as opened:
-            return unreadable(path, opened, kind)
     file.seek(0)
     start = file.read(64)
     if start.startswith(b"version https://git-lfs"):

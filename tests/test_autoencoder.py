@@ -205,15 +205,9 @@ def test_errors_name_unusable_folders(tmp_path):
         ({"down_block_types": ["X"] * 3}, impossible),
         ({"latents_std": [0, 1, 1, 1]}, "scale, shift or blocks have impossible values"),
         ({"scaling_factor": "much"}, "scale has the value 'much'"),
-        (
-            {"layers_per_block": 10**9},
-            r"config\.json: layers_per_block is 1000000000; allowed: whole numbers from",
-        ),
-        ({"latent_channels": True}, r"config\.json: latent_channels is True; allowed: whole numbers from 1 to 1024"),
         ({"in_channels": 4}, r"config\.json: in_channels is 4; allowed: 3"),
-        ({"block_out_channels": [10**9] * 3}, r"block_out_channels is \[1000000000, .*; allowed: 1 to 8 whole numbers"),
-        ({"block_out_channels": [8192] * 3}, r"config\.json: describes more parameters than .*safetensors has"),
-        ({"quantization_config": {"quant_method": "x"}}, r"config\.json: the codec is quantized; allowed: weights of"),
+        ({"block_out_channels": [10**9] * 3}, r"block_out_channels is \[1000000000, .*; allowed: whole numbers up to"),
+        ({"block_out_channels": [4096] * 3}, r"config\.json: describes more parameters than .*safetensors has"),
     ):
         config.write_text(json.dumps({**json.loads(good), **change}))
         with pytest.raises(InputError, match=text):
@@ -325,10 +319,8 @@ def test_weights_of_other_dtypes_and_numbers_that_are_not_finite_are_refused(tmp
 
 def test_an_unreachable_hub_is_reported_at_once_with_the_missing_files(tmp_path):
     """Run in a new process, where the hub's client reads the environment when it is imported."""
-    code = (
-        "from common.errors import run_cli; from models.autoencoder import load_codec; "
-        "run_cli(lambda: load_codec('%s'))"
-    )
+    imports = "from common.errors import run_cli; from models.autoencoder import load_codec"
+    code = f"{imports}; run_cli(lambda: load_codec('%s'))"
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_CACHE": str(tmp_path)}
     command = [sys.executable, "-c", code % "sd-vae-ft-mse"]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)

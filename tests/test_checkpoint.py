@@ -121,27 +121,12 @@ ODD = {
     "settings": (lambda file: file.update(args="text"), "args is a str; expected an argparse.Namespace"),
     "steps": (lambda file: file.update(steps="many"), "its steps are 'many'; expected a whole number"),
     "many steps": (lambda file: file.update(steps=10**5000), "its steps are a very long int; expected a whole number"),
-    "true steps": (lambda file: file.update(steps=True), "its steps are True; expected a whole number"),
     "path list": (lambda file: setattr(file["args"], "path_type", ["linear"]), r"path_type \['linear'\] is unknown"),
-    "resolution": (
-        lambda file: setattr(file["args"], "resolution", "x"),
-        "setting resolution of its run is 'x'",
-    ),
-    "encoder": (
-        lambda file: setattr(file["args"], "enc_type", 3),
-        "the setting enc_type of its run is 3; exp",
-    ),
+    "resolution": (lambda file: setattr(file["args"], "resolution", "x"), "setting resolution of its run is 'x'"),
     "tensor": (lambda file: setattr(file["args"], "any", torch.zeros(2)), "the setting any of its run is a tensor"),
-    "no heads": (
-        lambda file: setattr(file["args"], "num_heads", -1),
-        "hidden_size 32 is not a multiple of num_heads",
-    ),
     "dtype": (lambda file: file["ema"].update(pos_embed=torch.zeros(1, 17, 32).char()), "pos_embed has dtype int8"),
-    "labels": (
-        lambda file: file.update(classes={"labels": [[0]]}),
-        r"its classes are \{'labels': .*; expected",
-    ),
-    "no steps": (lambda file: file.update(steps=None), "its steps are None"),
+    "labels": (lambda file: file.update(classes={"labels": [[0]]}), r"its classes are \{'labels': .*; expected"),
+    "codec": (lambda file: setattr(file["args"], "codec", [1]), r"latent format \[1\]: must have exactly the fields"),
 }
 
 
@@ -232,8 +217,8 @@ def test_a_network_is_inferred_from_shapes():
 )
 def test_a_network_is_rebuilt_from_its_entry(tmp_path, options):
     model = randomise(small(**options, num_heads=8, encoder_depth=1)).eval()
-    # Without the entry, the network would have another number of heads and another depth of the projectors.
-    saved = {"network": model.config.to_json(), "ema": model.state_dict(), "args": argparse.Namespace(num_heads=2)}
+    # Without the entry, the network would have another depth of the projectors.
+    saved = {"network": model.config.to_json(), "ema": model.state_dict(), "args": argparse.Namespace(encoder_depth=2)}
     save_checkpoint(tmp_path / "0000012.pt", saved)
     for path in (tmp_path / "0000012.pt", tmp_path / "folder", tmp_path / "file.safetensors"):
         if not path.exists():
@@ -271,11 +256,9 @@ CONTRADICTIONS = {
     "heads": ({"num_heads": 3}, "network: hidden_size 32 is not a multiple of num_heads 3"),
     "mlp": ({"mlp_ratio": 2.0}, r"blocks\.0\.mlp\.fc1\.weight.*\[128, 32\].*\[64, 32\]"),
     "infinite mlp": ({"mlp_ratio": float("inf")}, "its mlp_ratio is inf; expected a number above 0"),
-    "no number": ({"mlp_ratio": None}, "its mlp_ratio is None; expected a number above 0"),
     "huge mlp": ({"mlp_ratio": 1e9}, r"blocks\.0\.mlp\.fc1|sizes that are not possible"),
     "huge projectors": ({"projector_dim": 10**9}, "network has projector_dim 1000000000, but the weights have 16"),
     "widths": ({"z_dims": ["24"]}, r"its z_dims is \['24'\]; expected whole numbers"),
-    "odd slot": ({"cls_token_dim": [24]}, r"its cls_token_dim is \[24\]; expected a whole number or null"),
     "unknown": ({"width": 3}, "unknown fields width"),
 }
 
@@ -286,6 +269,13 @@ def test_an_entry_that_contradicts_the_weights_is_refused(change, text):
     checkpoint = {"network": {**model.config.to_json(), **change}, "ema": model.state_dict()}
     with pytest.raises(InputError, match=rf"(?s)odd\.pt: .*{text}"):
         build_model(checkpoint, source="odd.pt")
+
+
+def test_an_entry_that_contradicts_the_run_is_refused():
+    """Weights do not show the number of heads."""
+    checkpoint = {"network": small().config.to_json(), "ema": small().state_dict(), "args": {"num_heads": 4}}
+    with pytest.raises(InputError, match=r"odd\.pt: network has num_heads 2, but its run had 4"):
+        network_config(checkpoint, source="odd.pt")
 
 
 @pytest.mark.parametrize("entry", ["text", 3, ["depth"], {}])

@@ -1,6 +1,7 @@
 """Checksums of files of weights, and reading a file that another process replaces."""
 
 import hashlib
+import os
 import subprocess
 
 import pytest
@@ -35,12 +36,29 @@ def test_a_checksum_of_a_file_or_of_its_folder_is_compared(tmp_path):
     verify_file(path)
 
 
-@pytest.mark.parametrize("text", ["", "text", f"{DIGEST[:-1]}  w\n", "\0" * 100, "x" * 2**21])
-def test_a_damaged_file_of_checksums_is_named(tmp_path, text):
+def test_a_damaged_file_of_checksums_is_named(tmp_path):
     (tmp_path / "w").write_bytes(b"weights")
-    checksum_path(tmp_path / "w").write_text(text)
-    with pytest.raises(InputError, match=r"w\.sha256: (damaged; expected lines of sha256sum|is larger than)"):
-        recorded_checksum(tmp_path / "w")
+    for place in (tmp_path / "checksums.sha256", checksum_path(tmp_path / "w")):
+        for text in ("", "text", f"{DIGEST[:-1]}  w\n"):
+            place.write_text(text)
+            with pytest.raises(InputError, match=f"{place.name}: damaged; expected lines of sha256sum"):
+                recorded_checksum(tmp_path / "w")
+
+
+def test_lines_of_other_files_and_comments_are_skipped(tmp_path):
+    path = tmp_path / "run" / "w"
+    path.parent.mkdir()
+    (tmp_path / "checksums.sha256").write_text("notes of the user")
+    (path.parent / "checksums.sha256").write_text(f"# comment\n{'0' * 64}  other\n")
+    assert recorded_checksum(path) is None
+    checksum_path(path).write_bytes(b"\xef\xbb\xbf" + f"{DIGEST.upper()} *before its new name\r\n".encode())
+    assert recorded_checksum(path) == (DIGEST, checksum_path(path))
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "w.pt")
+    with pytest.raises(InputError, match=r"w\.pt: is not a regular file"):
+        read_open(tmp_path / "w.pt", lambda file: None)
 
 
 def test_a_file_is_read_again_if_it_is_replaced(tmp_path):

@@ -135,8 +135,11 @@ def test_what_is_not_sit_is_not_converted(tmp_path):
     for content, text in (
         (small().state_dict(), "has projectors.0.0.weight, which SiT's own weights do not have"),
         ({"ema": theirs(1), "network": {"depth": 1}}, "has the entry network"),
-        ({"ema": theirs(), "args": argparse.Namespace(path_type="GVP")}, "trained with path_type GVP; allowed: linear"),
-        ({"ema": theirs(), "args": {"prediction": "noise"}}, "trained with prediction noise; allowed: velocity"),
+        (
+            {"ema": theirs(), "args": argparse.Namespace(path_type="GVP")},
+            "trained with path_type 'GVP'; allowed: linear",
+        ),
+        ({"ema": theirs(), "args": {"prediction": "noise"}}, "trained with prediction 'noise'; allowed: velocity"),
         ({"ema": {"w": torch.zeros(2)}}, "does not hold the weights of a SiT"),
         ({"ema": {**theirs(), "x_embedder.proj.weight": torch.zeros(2)}}, "does not hold the weights of a SiT"),
         ({"ema": {**theirs(), "t_embedder.mlp.0.weight": torch.zeros(4, 3)}}, "does not hold the weights of a SiT"),

@@ -189,6 +189,18 @@ def test_a_saved_pipeline_is_complete(tmp_path, kind):
     )
 
 
+def test_a_pipeline_replaces_only_an_export(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path / "saved")
+    pipeline.save_pretrained(tmp_path / "saved")
+    for number, (name, text) in enumerate([("config.json", "{}"), ("model.safetensors", ""), ("vae/x", "")]):
+        path = tmp_path / str(number) / name
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+        with pytest.raises(InputError, match=r"save_directory .*(is not of an exported network|choose another folder)"):
+            pipeline.save_pretrained(tmp_path / str(number))
+        assert path.read_text() == text and len(list(path.parent.iterdir())) == 1
+
+
 @pytest.mark.parametrize("by_saving", [False, True])
 def test_an_upload_carries_everything(pipeline, tmp_path, monkeypatch, by_saving):
     from diffusers.utils import hub_utils

@@ -4,15 +4,9 @@ import pytest
 import torch
 
 from common.errors import InputError
-from models.tensor_checks import (
-    TooLargeError,
-    check_finite,
-    check_tensor,
-    check_weights,
-    parameters_at_most,
-)
+from models.tensor_checks import FLOAT_DTYPES, TooLargeError, check_finite, check_weights, parameters_at_most
 
-NOT_WEIGHTS = [torch.int8, torch.uint8, torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn]
+NOT_WEIGHTS = [torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn]
 
 
 @pytest.mark.parametrize("dtype", NOT_WEIGHTS)
@@ -22,15 +16,11 @@ def test_other_dtypes_are_refused(dtype):
         check_weights(state, "w.pt")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
-def test_floats_are_allowed(dtype):
-    check_weights({"a": torch.zeros(2, dtype=dtype)}, "w.pt")
-
-
-def test_counters_are_allowed_where_networks_have_them():
+def test_integers_are_allowed_where_files_of_encoders_have_them():
     check_weights({"bn.num_batches_tracked": torch.tensor(3)}, "w.pt", floats_only=False)
-    with pytest.raises(InputError, match="dtype int8"):
-        check_weights({"a": torch.zeros(2, dtype=torch.int8)}, "w.pt", floats_only=False)
+    for name, dtype in (("a", torch.int64), ("bn.num_batches_tracked", torch.int8)):
+        with pytest.raises(InputError, match=f"{name} has dtype int"):
+            check_weights({name: torch.zeros(2, dtype=dtype)}, "w.pt", floats_only=False)
 
 
 @pytest.mark.parametrize(
@@ -46,10 +36,11 @@ def test_names_and_values_are_checked(state, text):
         check_weights(state, "w.pt")
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
 def test_numbers_that_are_not_finite_are_named(value, dtype):
     state = {name: torch.ones(3, 4, dtype=dtype) for name in "abc"}
+    check_weights(state, "w.pt")
     check_finite(state, "w.pt")
     state["b"][2, 3] = value
     with pytest.raises(InputError, match=r"^w\.pt: b contains numbers that are not finite"):
@@ -60,19 +51,6 @@ def test_large_numbers_are_finite():
     largest = torch.finfo(torch.float32).max
     check_finite({"a": torch.tensor([largest, largest, 0]), "empty": torch.zeros(0), "count": torch.tensor(3)}, "w.pt")
     check_finite({"a": torch.tensor([largest, -largest])}, "w.pt")
-
-
-def test_tensors_that_are_not_stored_completely_are_refused():
-    kinds = {
-        "an expanded tensor": torch.zeros(1).expand(4),
-        "a sparse tensor": torch.zeros(2, 2).to_sparse(),
-        "a quantized tensor": torch.quantize_per_tensor(torch.zeros(2), 1.0, 0, torch.qint8),
-        "device meta": torch.zeros(2, device="meta"),
-    }
-    for text, tensor in kinds.items():
-        with pytest.raises(InputError, match=rf"w\.pt: ema\.x.* is (an|a) .*{text.split(' ', 1)[1]}"):
-            check_tensor(tensor, "ema.x", "w.pt")
-    check_tensor(torch.zeros(4)[1:], "ema.x", "w.pt")
 
 
 def test_a_network_that_is_too_large_is_not_built():

@@ -58,7 +58,7 @@ NAMED = {
 
 
 @pytest.mark.parametrize("is_zip", [True, False])
-@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("protocol", [2, 4])
 @pytest.mark.parametrize("value, name", NAMED.values(), ids=NAMED)
 def test_other_types_are_named_with_their_place(tmp_path, value, name, protocol, is_zip):
     content = {"ema": {}, "args": argparse.Namespace(tables=[{"first": value}])}
@@ -158,7 +158,7 @@ def test_expanded_tensors_are_refused(tmp_path):
     torch.save({"ema": {"w": torch.zeros(1).expand(10**6, 10**6)}}, tmp_path / "w.pt")
     with pytest.raises(InputError, match=r"w\.pt: the tensors of ema are larger than the file, \d+ bytes"):
         read_weights_file(tmp_path / "w.pt")
-    torch.save([torch.zeros(1), {"w": torch.zeros(1).expand(2)}], tmp_path / "w.pt")
+    torch.save([torch.zeros(9), {"w": torch.zeros(1).expand(2)}], tmp_path / "w.pt")
     with pytest.raises(InputError, match=r"w\.pt: 1\.w, 2, is an expanded tensor, of which the file has only a part"):
         read_weights_file(tmp_path / "w.pt")
     shared = torch.zeros(1000)
@@ -212,21 +212,23 @@ def test_a_zip_that_torch_did_not_write_is_refused(tmp_path):
             read_weights_file(tmp_path / "extra.pt")
 
 
-def test_a_zip_on_several_disks_is_refused(tmp_path):
-    torch.save({"w": torch.zeros(3)}, tmp_path / "w.pt")
-    data = (tmp_path / "w.pt").read_bytes()
-    at = data.rindex(b"PK\x06\x07")  # the locator of the zip64 directory; its last number counts the disks
-    (tmp_path / "w.pt").write_bytes(data[: at + 16] + b"\x02" + data[at + 17 :])
-    with pytest.raises(InputError, match=r"w\.pt: not a readable file of weights"):
-        read_weights_file(tmp_path / "w.pt")
-
-
-def test_one_bit_of_a_zip_is_noticed(tmp_path):
+def test_a_damaged_zip_is_refused(tmp_path):
     torch.save({"w": torch.zeros(1000)}, tmp_path / "w.pt")
-    data = bytearray((tmp_path / "w.pt").read_bytes())
-    data[len(data) // 2] ^= 1
-    (tmp_path / "w.pt").write_bytes(data)
-    with pytest.raises(InputError, match=r"w\.pt: damaged; the checksum of \S+ in it is wrong"):
+    data = (tmp_path / "w.pt").read_bytes()
+    disks = data.rindex(b"PK\x06\x07") + 16  # in the locator of the zip64 directory, the number of disks
+    for at, text in (
+        (disks, "not a readable file of weights"),
+        (len(data) // 2, r"damaged; the checksum of \S+ in it"),
+    ):
+        (tmp_path / "w.pt").write_bytes(data[:at] + bytes([data[at] ^ 2]) + data[at + 1 :])
+        with pytest.raises(InputError, match=rf"w\.pt: {text}"):
+            read_weights_file(tmp_path / "w.pt")
+
+
+def test_a_zip_of_very_many_entries_is_not_listed(tmp_path, monkeypatch):
+    monkeypatch.setattr(weights_file, "MOST_ENTRIES", 2)
+    torch.save([torch.zeros(1) for _ in range(9)], tmp_path / "w.pt")
+    with pytest.raises(InputError, match=r"w\.pt: has too many entries; allowed: at most 2"):
         read_weights_file(tmp_path / "w.pt")
 
 
@@ -247,13 +249,11 @@ ENTRY = '{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
 ODD_SAFETENSORS = {
     "empty": (b"", "not a readable"),
     "header of 2^63 bytes": ((2**63).to_bytes(8, "little") + b"{}", "not a readable"),
-    "header of 100 MB": ((10**8).to_bytes(8, "little") + bytes(10**8), r"its header has 100000000 bytes; allowed"),
+    "large header": ((2**24 + 1).to_bytes(8, "little") + bytes(2**24 + 1), r"its header has 16777217 bytes; allowed"),
     "recursion": (header("[" * 200_000), "not a readable"),
-    "list": (header("[1]"), "not a readable"),
     "name twice": (header(f'{{"a":{ENTRY},"a":{ENTRY}}}') + bytes(4), "damaged; its header names a twice"),
     "long name": (header(f'{{"{"x" * 60_000}":{ENTRY}}}') + bytes(4), "with names of 1000 letters"),
     "offsets": (header(f'{{"a":{ENTRY.replace("[0,4]", "[0,400]")}}}') + bytes(4), "not a readable"),
-    "negative": (header(f'{{"a":{ENTRY.replace("[1]", "[-1]")}}}') + bytes(4), "not a readable"),
     "huge shape": (header(f'{{"a":{ENTRY.replace("[1]", "[4611686018427387904,4]")}}}') + bytes(4), "not a readable"),
     "number": (header('{"a":' + "9" * 5000 + "}"), "not a readable"),
 }

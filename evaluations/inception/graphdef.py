@@ -28,21 +28,14 @@ _DAMAGE = (ValueError, TypeError, KeyError, struct.error)  # raised by the funct
 class Graph:
     """The nodes of a graph file, whose bytes are `data` if they were read already.
 
-    Raises InputError, naming the file, if it is damaged, has too many nodes, or lacks a requested node.
+    Raises InputError, naming the file, if it is damaged, has more than `MOST_NODES`, or lacks a requested node.
     """
 
     def __init__(self, path: str | Path, data: bytes | None = None):
         self.path = Path(path)
-        self._nodes: dict[str, dict[str, memoryview]] = {}
         try:
-            for field, value in _fields(memoryview(self.path.read_bytes() if data is None else data)):
-                if field == 1:
-                    name, attributes = _parse_node(value)
-                    self._nodes[name] = attributes
-                if len(self._nodes) > MOST_NODES:
-                    raise InputError(f"{path}: has more than {MOST_NODES} nodes; expected the graph of 2015-12-05")
-        except InputError:
-            raise
+            fields = _listed(memoryview(self.path.read_bytes() if data is None else data), MOST_NODES)
+            self._nodes = dict(_parse_node(value) for field, value in fields if field == 1)
         except _DAMAGE as error:
             raise InputError(f"{path}: not a TensorFlow graph, or it is damaged or cut short") from error
 
