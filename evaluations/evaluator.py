@@ -219,13 +219,15 @@ def distance(
     ref: the reference's statistics; without them, those of `expected`, the sums over its images, are used.
     """
     if ref is None and expected is None:
-        notes.append(f"{name}: not computed, the reference has neither statistics for it nor images")
+        needed = "statistics of this encoder and input size" if name == "FD" else "statistics for it"
+        notes.append(f"{name}: not computed, the reference has neither {needed} nor images")
         return None
     if found.count < 2 or (ref is None and expected.count < 2):
         notes.append(f"{name}: not computed, a covariance needs at least 2 images on both sides")
         return None
     if name == "FD" and ref is None:
-        notes.append(f"FD: reference statistics from its {int(expected.count):,} images, not from a full data set")
+        images = f"its {int(expected.count):,} images, not from a full data set"
+        notes.append(f"FD: the reference has no statistics of this encoder and input size; computed from {images}")
     try:
         return frechet_distance(ref or expected.statistics(), found.statistics())
     except InputError as error:

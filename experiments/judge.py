@@ -18,6 +18,7 @@ from common.images import decode_rgb
 from common.progress import progress_bar
 from common.sources import FileSource, label_entries, read_dataset_json
 from common.temporary import atomic_write
+from models.weights_file import read_weights_file
 
 BATCH_SIZE = 128
 LEARNING_RATE = 2e-3
@@ -110,12 +111,15 @@ def transformed(images: Tensor) -> Tensor:
 
 
 def load_judge(path: Path, device: str | torch.device = "cpu") -> Judge:
-    """Return a trained judge, frozen. Raises InputError if `path` does not exist."""
+    """Return a trained judge, frozen. Raises InputError if `path` does not exist or is not a judge."""
     if not path.is_file():
         raise InputError(f"{path}: no such file; convergence.py makes it")
-    saved = torch.load(path, map_location="cpu", weights_only=True)
-    judge = Judge(**saved["config"])
-    judge.load_state_dict(saved["weights"])
+    saved = read_weights_file(path)
+    try:
+        judge = Judge(**saved["config"])
+        judge.load_state_dict(saved["weights"])
+    except Exception as error:  # content of another kind can fail in any way
+        raise InputError(f"{path}: is not a judge of convergence.py; remove it, and it is trained again") from error
     return judge.to(device).eval().requires_grad_(False)
 
 

@@ -210,8 +210,8 @@ class SampleSet:
             npz.digest("arr_0")  # verifies the checksum
         except InputError:
             return False
-        newest = max(image.stat().st_mtime_ns for image in self.image_paths)
-        return (header.shape, header.dtype) == (shape, np.uint8) and path.stat().st_mtime_ns > newest
+        newest = max(image.stat().st_ctime_ns for image in self.image_paths)  # copying keeps the other time
+        return (header.shape, header.dtype) == (shape, np.uint8) and path.stat().st_ctime_ns > newest
 
     def read_cls_tokens(self) -> np.ndarray:
         """Return the class tokens of a finished set, (N, D) float32."""

@@ -284,6 +284,12 @@ def test_numbers_that_are_not_finite_are_refused(name, value):
         settings_of(["--ckpt", "x.pt", name, value])
 
 
+@pytest.mark.parametrize("name", ["..", "a/../../b", "/tmp/a"])
+def test_a_name_does_not_leave_the_folder_of_all_sets(name):
+    with pytest.raises(InputError, match=rf"--name {name}: allowed: a folder in --sample-dir"):
+        settings_of(["--ckpt", "x.pt", "--name", name])
+
+
 def test_a_scale_of_the_class_token_alone_is_warned_of():
     for flags in ([], ["--cfg-scale", "2"], ["--cfg-scale", "2", "--cls-cfg-scale", "3"], ["--cls-cfg-scale", "0"]):
         assert unused_scale(settings_of(["--ckpt", "x.pt", *flags])) == []
@@ -395,9 +401,8 @@ def test_a_folder_of_other_settings_is_refused(checkpoint, tmp_path, monkeypatch
 
 
 def test_the_digest_is_that_of_the_loaded_checkpoint(untrained, tmp_path, monkeypatch):
-    """A checkpoint that is replaced while it is loaded is an error; a later one does not count."""
-    path = untrained
-    load = generate.load_checkpoint
+    """A checkpoint that is replaced before all tensors are read is an error."""
+    path, load = untrained, generate.load_with_digest
 
     def load_and_replace(name):
         content = load(name)
@@ -405,7 +410,7 @@ def test_the_digest_is_that_of_the_loaded_checkpoint(untrained, tmp_path, monkey
         path.with_name("new.pt").replace(path)
         return content
 
-    monkeypatch.setattr(generate, "load_checkpoint", load_and_replace)
+    monkeypatch.setattr(generate, "load_with_digest", load_and_replace)
     with pytest.raises(InputError, match="was replaced or changed while it was read"):
         run_generate(flags(path, tmp_path, "set", "--num-fid-samples", "1"), monkeypatch)
     assert not (tmp_path / "samples").exists()
