@@ -49,7 +49,6 @@ LINES = {
     "precision": "Precision",
     "recall": "Recall",
 }
-MAX_DEPTH = 50  # levels of the samples' settings, which are written to the result; usual are 2
 OWN_RESULT = own_json("a result of this program", "metrics", "notes", "samples", "reference")
 
 
@@ -193,22 +192,11 @@ def read_sampling(samples: Path) -> dict[str, Any] | None:
     sampling = read_json(path)
     if not isinstance(sampling, dict):
         raise InputError(f"{path}: expected a JSON object, the settings with which {samples.name} was sampled")
-    if is_deep(sampling):
-        raise InputError(f"{path}: nested in more than {MAX_DEPTH} levels; remove it, or write it again")
     try:
-        json.dumps(sampling, allow_nan=False)
-    except ValueError as error:
-        raise InputError(f"{path}: holds NaN or infinity, which JSON does not have; remove it") from error
+        json.dumps(sampling, indent=2)  # as it is written to the result
+    except RecursionError as error:
+        raise InputError(f"{path}: its objects are nested too deeply; remove it, or write it again") from error
     return sampling
-
-
-def is_deep(content: Any) -> bool:
-    """Return whether JSON is nested in more than MAX_DEPTH levels, at which writing it could fail."""
-    level = [content]
-    for _ in range(MAX_DEPTH):
-        inside = [list(item.values()) if isinstance(item, dict) else item for item in level]
-        level = [child for item in inside if isinstance(item, list) for child in item]
-    return bool(level)
 
 
 def distance(

@@ -173,8 +173,8 @@ def test_reference_with_statistics_gives_the_same_as_its_images(
     from_images, from_statistics = (result["metrics"] for result in results)
     for name in ("fid", "sfid", "encoder_fd"):
         assert from_statistics[name] == pytest.approx(from_images[name], rel=1e-9), name
-    assert any("FD: reference statistics from its 9 images" in note for note in results[0]["notes"])
-    assert not any("FD: reference" in note for note in results[1]["notes"])
+    assert any("encoder and input size; computed from its 9 images" in note for note in results[0]["notes"])
+    assert not any("FD: the reference" in note for note in results[1]["notes"])
 
     network, sums = load_encoder(ENCODER, 16, encoder_weights), [FeatureSums(32), FeatureSums(32)]
     for side, path in zip(sums, (images, samples), strict=True):
@@ -399,13 +399,10 @@ def test_statistics_of_another_input_size_are_not_used(tmp_path: Path) -> None:
     assert found.of_encoder("name", 112) is None and found.of_encoder("other", 224) is None
 
 
-DEEP = '{"a":' * 51 + "1" + "}" * 51
-
-
-@pytest.mark.parametrize("content", ["[1]", "3", "null", "no json", '{"a": NaN}', DEEP, '{"a": ' + "[" * 100_000])
+@pytest.mark.parametrize("content", ["[1]", "no json", '{"a": NaN}', '{"a":' * 900 + "1" + "}" * 900])
 def test_settings_of_samples_that_are_none_are_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "s.json").write_text(content)
-    problem = "expected a JSON object|not valid JSON|holds NaN or infinity|nested in more than 50 levels"
+    problem = "expected a JSON object|not valid JSON|its objects are nested too deeply"
     with pytest.raises(InputError, match=rf"s\.json: ({problem})"):
         evaluator.read_sampling(tmp_path / "s.npz")
 
