@@ -191,7 +191,7 @@ def test_random_damage_gives_no_other_error_than_inputerror(tmp_path: Path) -> N
     weights = np.ones((3, 3, 3, 32), np.float32)
     adm_standin.write_pb(path, adm_standin.Graph().nodes[:20], {"conv/conv2d_params": weights})
     content = path.read_bytes()
-    for start in rng.integers(0, len(content), 500):
+    for start in rng.integers(0, len(content), 100):
         path.write_bytes(content[:start] + rng.bytes(3) + content[start + 3 :])
         try:
             graph = Graph(path)
@@ -200,7 +200,7 @@ def test_random_damage_gives_no_other_error_than_inputerror(tmp_path: Path) -> N
         except InputError as error:
             assert "damaged.pb" in str(error)
             refused += 1
-    assert refused > 30
+    assert refused > 6
 
 
 def test_a_graph_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
