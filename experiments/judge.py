@@ -111,15 +111,15 @@ def transformed(images: Tensor) -> Tensor:
 
 
 def load_judge(path: Path, device: str | torch.device = "cpu") -> Judge:
-    """Return a trained judge, frozen. Raises InputError if `path` does not exist or is not a judge."""
+    """Return a trained judge, frozen. Raises InputError if `path` does not exist or is not a judge's file."""
     if not path.is_file():
         raise InputError(f"{path}: no such file; convergence.py makes it")
     saved = read_weights_file(path)
     try:
         judge = Judge(**saved["config"])
         judge.load_state_dict(saved["weights"])
-    except Exception as error:  # content of another kind can fail in any way
-        raise InputError(f"{path}: is not a judge of convergence.py; remove it, and it is trained again") from error
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise InputError(f"{path}: not the file of a judge; convergence.py makes it") from error
     return judge.to(device).eval().requires_grad_(False)
 
 

@@ -145,7 +145,7 @@ def test_judge_learns_and_loads(tmp_path):
     assert features.shape == (60, 8) and (logits.argmax(1) == labels).all()
     (tmp_path / "text.pt").write_text("<html>")
     torch.save({"config": {}, "weights": {}}, tmp_path / "other.pt")
-    for name, problem in (("none", "no such file"), ("text", ""), ("other", "is not a judge")):
+    for name, problem in (("none", "no such file"), ("text", ""), ("other", "not the file of a judge")):
         with pytest.raises(InputError, match=rf"{name}\.pt: .*{problem}"):
             load_judge(tmp_path / f"{name}.pt")
 
