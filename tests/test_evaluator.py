@@ -357,7 +357,7 @@ def test_a_reference_replaces_only_references(pair: list[str], dest: str, proble
         run(reference, "--source", "photos", "--dest", "photos/ref.npz")
 
 
-@pytest.mark.parametrize("content", ["[1]", "no json", '{"a": NaN}', '{"a":' * 900 + "1" + "}" * 900])
+@pytest.mark.parametrize("content", ["[1]", "no json", '{"a": NaN}', '{"a":' * 3000 + "1" + "}" * 3000])
 def test_settings_of_samples_that_are_none_are_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "s.json").write_text(content)
     problem = "expected a JSON object|not valid JSON|its objects are nested too deeply"
