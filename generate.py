@@ -57,9 +57,7 @@ from models.autoencoder import Codec, LatentFormat, load_decoder
 from models.checkpoint import (
     build_model,
     checkpoint_classes,
-    checkpoint_digest,
-    checksum_path,
-    load_checkpoint,
+    load_with_digest,
     newest_of_run,
     resolve_checkpoint,
     saved_settings,
@@ -83,7 +81,7 @@ class SamplePlan:
     config: GenerateConfig
     folder: Path
     path: Path  # of the checkpoint's file, or of the folder of an export
-    opened: Unchanged  # its files
+    digest: str  # SHA-256 of its file
     checkpoint: dict[str, Any]
     model: SiT
     codec: Codec
@@ -97,8 +95,7 @@ class SamplePlan:
 
     def record(self) -> dict[str, Any]:
         """Return the content of samples.json: the settings with their final values, and the checkpoint's identity."""
-        config, digest = self.config, checkpoint_digest(self.path)
-        self.opened.check()  # the digest is that of the file that was loaded
+        config = self.config
         is_folder = config.vae is not None and Path(config.vae).is_dir()
         return {
             **asdict(config),
@@ -110,7 +107,7 @@ class SamplePlan:
             "path_type": self.interpolant.path_type,
             "vae": config.vae if is_folder else self.codec.format.codec,
             "steps": steps_done(self.checkpoint, config.ckpt),
-            DIGEST: digest,
+            DIGEST: self.digest,
         }
 
 
@@ -156,8 +153,8 @@ def make_plan(config: GenerateConfig, accelerator: Accelerator) -> SamplePlan:
     path = resolve_checkpoint(config.ckpt)
     if os.path.isdir(os.path.expanduser(config.ckpt)):  # a run's newest: training may add another one at any time
         path = broadcast_from_main(accelerator, lambda: path)
-    opened = Unchanged([*files_of(path), checksum_path(path)])
-    checkpoint = load_checkpoint(path)
+    opened = Unchanged(files_of(path))
+    checkpoint, digest = load_with_digest(path)
     saved = saved_settings(checkpoint, config.ckpt)
     folder = Path(config.sample_dir) / (config.name or default_name(config, checkpoint))
     if config.num_fid_samples is None:
@@ -165,7 +162,7 @@ def make_plan(config: GenerateConfig, accelerator: Accelerator) -> SamplePlan:
 
     # Load the networks, and compare the settings with them.
     model = build_model(checkpoint, config.weights, device, config.fused_attn, source=config.ckpt)
-    check_same_files(config.ckpt, opened.before, opened.now())
+    check_same_files(config.ckpt, opened.before, opened.now())  # tensors were read from the file until now
     latent_format = LatentFormat.from_json(saved.get("codec"))
     warnings = unused_scale(config)
     warnings += check_against_checkpoint(config, checkpoint, model.config, latent_format)
@@ -191,7 +188,7 @@ def make_plan(config: GenerateConfig, accelerator: Accelerator) -> SamplePlan:
         config,
         folder,
         path,
-        opened,
+        digest,
         checkpoint,
         model,
         codec,

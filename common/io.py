@@ -17,8 +17,6 @@ from common.temporary import atomic_write
 HASH_BLOCK = 1 << 24  # bytes
 MAX_FILE = 1 << 30  # bytes; the largest image that is decoded has less, and 20 million labels in a dataset.json
 LONGEST_LINE = 1 << 24  # bytes of a row of metrics.jsonl; the longest ones written, of a bad step, have about 1e5
-
-
 LONGEST_NAME = 255  # bytes of a file's or folder's name, the limit of file systems
 
 
@@ -91,13 +89,14 @@ def sha256_of(path: str | Path) -> str:
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically.
 
-    Raises InputError, naming the file and the place, for a number that is not finite: JSON has no such numbers.
+    Raises InputError, naming the file, for a number that is not finite: JSON has no such numbers.
     """
-    if place := _not_finite(value):
-        raise InputError(f"{path} is not written: {place}, and JSON has finite numbers only")
+    try:
+        text = json.dumps(value, indent=2, allow_nan=False)
+    except ValueError as error:
+        raise InputError(f"{path} is not written: a number is NaN or infinite; JSON has finite ones only") from error
     with atomic_write(path, "w") as file:
-        json.dump(value, file, indent=2, allow_nan=False)
-        file.write("\n")
+        file.write(text + "\n")
 
 
 def open_regular(path: str | Path | bytes) -> IO[bytes]:
@@ -126,19 +125,6 @@ def read_file(path: str | Path | bytes) -> bytes:
     if len(data) != size:
         raise InputError("its size changed while it was read; wait until it is complete")
     return data
-
-
-def _not_finite(value: Any, place: str = "") -> str | None:
-    """Return what the first number in nested dicts and lists is that is not finite, such as "fid is nan"; None: none"""
-    if isinstance(value, float):
-        return None if math.isfinite(value) else f"{place or 'the value'} is {value}"
-    if isinstance(value, dict):
-        parts = ((f"{place}.{key}".lstrip("."), item) for key, item in value.items())
-    elif isinstance(value, list | tuple):
-        parts = ((f"{place}[{number}]", item) for number, item in enumerate(value))
-    else:
-        return None
-    return next((found for name, item in parts if (found := _not_finite(item, name))), None)
 
 
 def parse_json(data: bytes) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,6 +23,35 @@ _HEADER = re.compile(
 )  # numpy.lib.format; the keys are sorted, and Python 2 wrote an L after each number
 
 
+class NpyHeader(NamedTuple):
+    """Shape and type of an array, the order of its numbers, and the position of its data in the .npy file."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    is_fortran: bool
+    offset: int
+
+    @property
+    def file_size(self) -> int:
+        """The number of bytes of the complete .npy file."""
+        return self.offset + math.prod(self.shape) * self.dtype.itemsize
+
+
+def parse_header(data: bytes) -> NpyHeader:
+    """Return the header at the start of an .npy file. Raises InputError if it is cut short or of another kind."""
+    length_bytes = LENGTH_BYTES.get(data[len(MAGIC) : len(MAGIC) + 2], 0)
+    start = len(MAGIC) + 2 + length_bytes
+    end = start + int.from_bytes(data[start - length_bytes : start], "little")
+    header = _HEADER.fullmatch(data, start, end) if data.startswith(MAGIC) and length_bytes else None
+    try:
+        if header is None or end > len(data):
+            raise ValueError("no header")
+        shape = tuple(int(size) for size in header[3].replace(b"L", b"").split(b",") if size.strip())
+        return NpyHeader(shape, np.dtype(header[1].decode("ascii")), header[2] == b"True", end)
+    except (TypeError, ValueError, SyntaxError) as error:
+        raise InputError("not a complete .npy file of numbers") from error
+
+
 def decode_npy(data: bytes, dtypes: Sequence[str], what: str) -> np.ndarray:
     """Return the array in the bytes of an .npy file, in C order. `what` it contains is for messages, such as "latents".
 
@@ -29,25 +59,17 @@ def decode_npy(data: bytes, dtypes: Sequence[str], what: str) -> np.ndarray:
     among `dtypes`, in the byte order of this machine.
     """
     broken = InputError(f"broken {what}: not a complete .npy file of numbers")
-    length_bytes = LENGTH_BYTES.get(data[len(MAGIC) : len(MAGIC) + 2])
-    if not data.startswith(MAGIC) or length_bytes is None:
-        raise broken
-    start = len(MAGIC) + 2 + length_bytes
-    end = start + int.from_bytes(data[start - length_bytes : start], "little")
-    header = _HEADER.fullmatch(data, start, end)
-    if header is None or end > len(data):
-        raise broken
     try:
-        dtype = np.dtype(header[1].decode("ascii"))
-        shape = tuple(int(size) for size in header[3].replace(b"L", b"").split(b",") if size.strip())
-    except (TypeError, ValueError, SyntaxError) as error:
+        header = parse_header(data)
+    except InputError as error:
         raise broken from error
-    if str(dtype) not in dtypes:
-        raise InputError(f"dtype {dtype}; allowed: {', '.join(dtypes)}")
-    if end + math.prod(shape) * dtype.itemsize != len(data):
+    if str(header.dtype) not in dtypes:
+        raise InputError(f"dtype {header.dtype}; allowed: {', '.join(dtypes)}")
+    if header.file_size != len(data):
         raise broken
     try:
-        array = np.frombuffer(data, dtype, offset=end).reshape(shape, order="F" if header[2] == b"True" else "C")
+        array = np.frombuffer(data, header.dtype, offset=header.offset)
+        array = array.reshape(header.shape, order="F" if header.is_fortran else "C")
     except ValueError as error:  # too many dimensions, or an empty array with a very large one
         raise broken from error
     return np.array(array, order="C")  # a copy: PyTorch warns about arrays that cannot be written

@@ -86,7 +86,7 @@ class NpzImages(ImageBatch):
     def __init__(self, npz: NpzFile):
         path = npz.path
         self.opened = npz.state()
-        shape, dtype, _ = npz.header("arr_0")
+        shape, dtype, *_ = npz.header("arr_0")
         if dtype != np.uint8:
             raise InputError(f"{path}: arr_0 is {dtype}, expected uint8 (pixels 0 ... 255)")
         if len(shape) != 4 or shape[3] != 3:

@@ -49,7 +49,6 @@ LINES = {
     "precision": "Precision",
     "recall": "Recall",
 }
-MAX_DEPTH = 50  # levels of the samples' settings, which are written to the result; usual are 2
 OWN_RESULT = own_json("a result of this program", "metrics", "notes", "samples", "reference")
 
 
@@ -193,22 +192,11 @@ def read_sampling(samples: Path) -> dict[str, Any] | None:
     sampling = read_json(path)
     if not isinstance(sampling, dict):
         raise InputError(f"{path}: expected a JSON object, the settings with which {samples.name} was sampled")
-    if is_deep(sampling):
-        raise InputError(f"{path}: nested in more than {MAX_DEPTH} levels; remove it, or write it again")
     try:
-        json.dumps(sampling, allow_nan=False)
-    except ValueError as error:
-        raise InputError(f"{path}: holds NaN or infinity, which JSON does not have; remove it") from error
+        json.dumps(sampling, indent=2)  # as it is written to the result
+    except RecursionError as error:
+        raise InputError(f"{path}: its objects are nested too deeply; remove it, or write it again") from error
     return sampling
-
-
-def is_deep(content: Any) -> bool:
-    """Return whether JSON is nested in more than MAX_DEPTH levels, at which writing it could fail."""
-    level = [content]
-    for _ in range(MAX_DEPTH):
-        inside = [list(item.values()) if isinstance(item, dict) else item for item in level]
-        level = [child for item in inside if isinstance(item, list) for child in item]
-    return bool(level)
 
 
 def distance(
@@ -219,13 +207,15 @@ def distance(
     ref: the reference's statistics; without them, those of `expected`, the sums over its images, are used.
     """
     if ref is None and expected is None:
-        notes.append(f"{name}: not computed, the reference has neither statistics for it nor images")
+        needed = "statistics of this encoder and input size" if name == "FD" else "statistics for it"
+        notes.append(f"{name}: not computed, the reference has neither {needed} nor images")
         return None
     if found.count < 2 or (ref is None and expected.count < 2):
         notes.append(f"{name}: not computed, a covariance needs at least 2 images on both sides")
         return None
     if name == "FD" and ref is None:
-        notes.append(f"FD: reference statistics from its {int(expected.count):,} images, not from a full data set")
+        images = f"its {int(expected.count):,} images, not from a full data set"
+        notes.append(f"FD: the reference has no statistics of this encoder and input size; computed from {images}")
     try:
         return frechet_distance(ref or expected.statistics(), found.statistics())
     except InputError as error:

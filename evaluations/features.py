@@ -62,23 +62,20 @@ class Extraction:
         return torch.cat(self.kept)
 
     def load(self, path: Path, count: int, key: str) -> bool:
-        """Fill this empty extraction of `count` images from a file of `save`; return whether the file has all of it.
+        """Fill this empty extraction of `count` images from a file of `save`; return whether that was possible.
 
-        Raises InputError if the file is damaged, or was written for another `key` or number of images.
+        It is not if the file is missing, damaged, or was written for another `key` or number of images.
         """
-        if not path.exists():
+        try:
+            npz = NpzFile(path)
+            found = {name: npz.tensor(name, tuple(like.shape)) for name, like in self.parts.state_dict().items()}
+            counts = {float(found[name].sum()) for name in found if name.rpartition(".")[2] in ("count", "counts")}
+            if npz.text("key") != key or counts != {count}:
+                return False
+            if self.keep:
+                self.kept = [npz.tensor("kept", (count, NUM_FEATURES), np.float32)]
+        except InputError:
             return False
-        npz, empty = NpzFile(path), self.parts.state_dict()
-        if "key" not in npz or npz.text("key") != key:
-            raise InputError(f"{path}: holds the features of other images; remove it, and they are computed again")
-        if self.keep and "kept" not in npz:
-            return False
-        found = {name: npz.tensor(name, tuple(like.shape)) for name, like in empty.items()}
-        counts = {float(found[name].sum()) for name in found if name.rpartition(".")[2] in ("count", "counts")}
-        if counts != {count}:
-            raise InputError(f"{path}: holds sums over other numbers of images than {count:,}; remove it")
-        if self.keep:
-            self.kept = [npz.tensor("kept", (count, NUM_FEATURES), np.float32)]
         self.parts.load_state_dict(found)
         return True
 

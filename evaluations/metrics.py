@@ -16,9 +16,7 @@ from common.errors import InputError
 
 INCEPTION_SCORE_SPLIT = 5000  # images, as in ADM; a shorter last split has the same weight as a full one
 NEAREST_NEIGHBOURS = 3
-MOST_NEGATIVE = (
-    1e-3  # eigenvalue of a covariance, relative to the largest; rounding gives about 1e-8 of float32 features
-)
+MOST_NEGATIVE = 1e-3  # eigenvalue of a covariance, relative to the largest; rounding of float32 gives about 1e-8
 
 
 class Sums(nn.Module):

@@ -8,16 +8,14 @@ header, content and SHA-256 are of the same bytes, also if another file gets its
 from __future__ import annotations
 
 import hashlib
-import io
 import math
 import os
 import struct
-import weakref
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO
 
 import numpy as np
 import torch
@@ -26,59 +24,19 @@ from torch import Tensor
 from common.errors import InputError, printable
 from common.identity import FileState, file_state
 from common.io import HASH_BLOCK
+from common.npy import NpyHeader, parse_header
 from common.progress import progress_bar
 
 MAX_RATIO = 500  # unpacked / packed size; deflate reaches 1032 on constant bytes, images stay far below
 SMALL = 1 << 28  # bytes; arrays up to this size are allowed to have any ratio
-MAX_HEADER = 10_000  # bytes of an array's header, NumPy's own limit; usual are 128
+MAX_HEADER = 10_000  # bytes of an array's header, NumPy's own limit; usual are 118
 MAX_MEMBERS = 1000  # arrays in a file; references have 10
 MAX_TEXT = 1000  # characters of a text in an .npz: names of networks
 
-_HEADER_READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-_HEADER_SIZES = {(1, 0): "<H", (2, 0): "<I"}  # format of the header's length, by version
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # unpacking the others has no size limit
-_READ_ERRORS = (
-    OSError, ValueError, OverflowError, struct.error, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError,
-    NotImplementedError,
-)  # fmt: skip
+_ZIP_ERRORS = (struct.error, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError)
+_READ_ERRORS = (OSError, ValueError, OverflowError, *_ZIP_ERRORS)
 _ENCRYPTED = 1  # flag of a zip's member
-
-
-class ArrayHeader(NamedTuple):
-    """Shape and type of an array, and the position of its data in its member of the zip."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    offset: int
-
-
-class _View(io.RawIOBase):
-    """A reader of an open file with a position of its own, so that threads can share the file."""
-
-    def __init__(self, descriptor: int):
-        self.descriptor, self.size, self.at = descriptor, os.fstat(descriptor).st_size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self.at
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        start = {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.size}[whence]
-        if start + offset < 0:
-            raise ValueError("a position before the file")
-        self.at = start + offset
-        return self.at
-
-    def read(self, size: int | None = -1) -> bytes:
-        left = max(0, self.size - self.at)  # a damaged zip may ask for any number of bytes
-        data = os.pread(self.descriptor, left if size is None or size < 0 else min(size, left), self.at)
-        self.at += len(data)
-        return data
 
 
 class NpzFile:
@@ -89,13 +47,12 @@ class NpzFile:
         if self.path.exists() and not self.path.is_file():
             raise InputError(f"{self.path}: is not a file; expected an .npz file")
         try:
-            self._descriptor = os.open(self.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-            weakref.finalize(self, os.close, self._descriptor)
-            with self._archive() as archive:
-                infos = archive.infolist()
-                for info in infos[:MAX_MEMBERS]:
-                    if _can_be_unpacked(info):
-                        archive.open(info).close()  # compares the name at the array with that in the directory
+            self._archive = zipfile.ZipFile(self.path)
+            self._descriptor = self._archive.fp.fileno()
+            infos = self._archive.infolist()
+            for info in infos[:MAX_MEMBERS]:
+                if _can_be_unpacked(info):
+                    self._archive.open(info).close()  # compares the name at the array with that in the directory
         except FileNotFoundError as error:
             raise InputError(f"{self.path}: no such file") from error
         except _READ_ERRORS as error:
@@ -106,9 +63,6 @@ class NpzFile:
         if len(self._members) < len(infos):
             raise InputError(f"{self.path}: contains two arrays of the same name; write it again")
 
-    def _archive(self) -> zipfile.ZipFile:
-        return zipfile.ZipFile(_View(self._descriptor))
-
     def __contains__(self, name: str) -> bool:
         return name in self._members
 
@@ -116,19 +70,21 @@ class NpzFile:
         """Return what identifies the content of the open file, see `file_state`."""
         return file_state(self._descriptor)
 
-    def header(self, name: str) -> ArrayHeader:
+    def header(self, name: str) -> NpyHeader:
         """Return an array's header. Raises InputError if it holds pickles, is cut short, or is a zip bomb."""
         info = self._plausible_member(name)
         try:
-            with self._archive().open(info) as member:
-                header = _parse_header(member)
-        except InputError as error:
-            raise self._error(name, f"is not a readable array: {error}") from error
-        except Exception as error:  # NumPy evaluates a header as Python, which fails in many ways
+            with self._archive.open(info) as member:
+                header = parse_header(member.read(MAX_HEADER))
+        except (InputError, *_READ_ERRORS) as error:
             raise self._error(name, "is not a readable array; it is damaged or of another kind") from error
-        size = header.offset + math.prod(header.shape) * header.dtype.itemsize
-        if size != info.file_size:
-            raise self._error(name, f"is cut short: its header needs {size:,} bytes, it has {info.file_size:,}")
+        if header.dtype.hasobject:
+            raise self._error(name, "holds pickled objects, which are never loaded")
+        if header.is_fortran and len(header.shape) > 1:
+            raise self._error(name, "is in Fortran order; save np.ascontiguousarray of it")
+        if header.file_size != info.file_size:
+            sizes = f"its header needs {header.file_size:,} bytes, it has {info.file_size:,}"
+            raise self._error(name, f"is cut short: {sizes}")
         return header
 
     def _plausible_member(self, name: str) -> zipfile.ZipInfo:
@@ -158,7 +114,7 @@ class NpzFile:
         if header.shape != shape or header.dtype.kind != kind:
             raise self._error(name, f"is {header.dtype} {header.shape}, expected kind {kind!r} and shape {shape}")
         try:
-            with self._archive().open(self._members[name]) as member:
+            with self._archive.open(self._members[name]) as member:
                 data = member.read(self._members[name].file_size)  # verifies the zip's checksum at its end
             if not header.dtype.itemsize:
                 return np.empty(shape, header.dtype)
@@ -197,7 +153,7 @@ class NpzFile:
         row_bytes = math.prod(header.shape[1:]) * header.dtype.itemsize
         is_stored = info.compress_type == zipfile.ZIP_STORED
         first = header.offset + (self._data_position(info) if is_stored else 0)
-        member = None if is_stored else self._archive().open(info)
+        member = None if is_stored else self._archive.open(info)
 
         def read(start: int, stop: int) -> np.ndarray:
             rows = np.empty((stop - start, *header.shape[1:]), header.dtype)
@@ -237,7 +193,7 @@ class NpzFile:
     def _unpack(self, name: str) -> None:
         """Unpack a compressed array to its end, where the zip's checksum is verified."""
         try:
-            with self._archive().open(self._members[name]) as member:
+            with self._archive.open(self._members[name]) as member:
                 while member.read(HASH_BLOCK):
                     pass
         except _READ_ERRORS as error:
@@ -259,37 +215,6 @@ def _read_at(descriptor: int, buffer: memoryview, position: int) -> int:
     while size := os.preadv(descriptor, [buffer[filled:]], position + filled):
         filled += size
     return filled
-
-
-def _parse_header(member: IO[bytes]) -> ArrayHeader:
-    version = np.lib.format.read_magic(member)
-    if version not in _HEADER_READERS:
-        raise InputError(f"its format version {version} is unknown")
-    length = member.read(struct.calcsize(_HEADER_SIZES[version]))
-    (size,) = struct.unpack(_HEADER_SIZES[version], length)
-    if size > MAX_HEADER:
-        raise InputError(f"its header has {size:,} bytes; allowed: {MAX_HEADER:,}")
-    shape, fortran_order, dtype = _HEADER_READERS[version](io.BytesIO(length + member.read(size)))
-    if dtype.hasobject:
-        raise InputError("it holds pickled objects, which are never loaded")
-    if fortran_order and len(shape) > 1:
-        raise InputError("it is in Fortran order; save np.ascontiguousarray of it")
-    if not all(type(side) is int and side >= 0 for side in shape):
-        raise InputError(f"its shape {shape} is not possible")
-    return ArrayHeader(shape, dtype, member.tell())
-
-
-def read_plain_array(file: IO[bytes], size: int) -> np.ndarray:
-    """Return the array of an open .npy file of `size` bytes. Raises InputError if its header asks for other sizes."""
-    try:
-        header = _parse_header(file)
-    except InputError:
-        raise
-    except Exception as error:  # NumPy evaluates a header as Python, which fails in many ways
-        raise InputError("not a readable array") from error
-    if header.offset + math.prod(header.shape) * header.dtype.itemsize != size or not header.dtype.itemsize:
-        raise InputError("cut short, or with other content behind it")
-    return np.frombuffer(file.read(), header.dtype).reshape(header.shape)
 
 
 def write_npz(

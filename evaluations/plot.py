@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
@@ -30,9 +31,7 @@ from common.temporary import atomic_write
 from evaluations.comparison import STAND_IN
 
 FROM_INCEPTION = ("fid", "sfid")
-CROWDED = (
-    8  # ratio of highest to lowest value; above it, the ticks of a linear axis are too dense for a logarithmic one
-)
+CROWDED = 8  # ratio of highest to lowest value above which a linear axis' ticks are too dense on a logarithmic one
 OWN_PLOT = own_file("a plot of this program", contains=b"atplotlib")  # the software that PNG, PDF and SVG name
 Curve = list[tuple[int, float]]
 
@@ -127,14 +126,17 @@ def plot(curves: dict[str, Curve], published: dict[str, Curve], config: PlotConf
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     for name, curve in curves.items():
-        axes.plot(*zip(*curve, strict=True), marker="o", label=name)
+        shown = name if name and name[0] != "_" else f" {name}"  # the legend skips names that start with _
+        axes.plot(*zip(*curve, strict=True), marker="o", label=shown)
     for (name, curve), grey in zip(published.items(), ("0.2", "0.5", "0.7"), strict=False):
         axes.plot(*zip(*curve, strict=True), marker="s", linestyle="--", color=grey, label=name)
     axes.set(xlabel="training steps", ylabel=config.metric.upper() if config.metric == "fid" else config.metric)
     set_scales(axes, [point for curve in curves.values() for point in curve])
     axes.grid(which="both", alpha=0.3)
-    axes.legend()
-    with atomic_write(config.out) as file:
+    for text in axes.legend().get_texts():
+        text.set_parse_math(False)  # names may contain $
+    with atomic_write(config.out) as file, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # a letter of a name that the font does not have
         figure.savefig(file, format=config.picture_format, dpi=150)
 
 

@@ -112,14 +112,15 @@ class Convergence(Photographs, ImageNet):
     flags: str = setting("", "further flags of train.py, the same for all rows, in quotes")
 
     def check_combination(self) -> None:
-        check_writable(self.out / "settings.json", "--out", own=OWN_STUDY)
+        inputs = (self.source, self.enc_weights)
+        check_writable(self.out / "settings.json", "--out", inputs, OWN_STUDY)
         is_new = not (self.out / "settings.json").exists()
         found = sorted(os.listdir(self.out)) if is_new and self.preset != "imagenet" and self.out.exists() else []
         if others := [name for name in found if not name.startswith(".") and name != TIMES]:
             raise InputError(f"--out {self.out}: contains {others[0]} and no comparison; choose another folder")
         flag, report = ("--report", self.report) if self.report else ("--out", self.out)
         own = (report / f"{self.name}.json").exists()  # with the pictures and the table that belong to it
-        check_writable(report / f"{self.name}.json", flag, own=OWN_REPORT)
+        check_writable(report / f"{self.name}.json", flag, inputs, OWN_REPORT)
         for ending in () if own else (".md", ".png", "-samples.png"):
             if (path := report / f"{self.name}{ending}").exists():
                 raise InputError(f"{flag} {path}: exists without {self.name}.json; choose another folder")

@@ -36,7 +36,6 @@ from experiments.solids import RESOLUTION, write_images
 ENCODER_SPEC = "timm/test_resnet:input=48:mean=0.5:std=0.5:output_stride=8"
 JUDGE_WIDTHS, JUDGE_STEPS = [16, 32, 64], 100
 NOISE_IMAGES = 1000
-HALVES = ("train", "held_out")
 OWN_FILES = {
     "encoder": own_encoder(ENCODER_SPEC, RESOLUTION),
     "score": own_json("a score of this program", "images", "cls_tokens_right", "encoder_distance"),
@@ -74,8 +73,7 @@ class Demo(Config):
         if self.command == "score":
             check_writable(self.judge, "--dest: next to it,", inputs, OWN_JUDGE)
         if self.command == "images":
-            for name in HALVES:
-                check_own_pictures(self.dest / name)
+            check_own_pictures(self.dest)
 
     @property
     def judge(self) -> Path:
@@ -87,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run one of the commands images, encoder, encoder-spec and score."""
     config = parse(Demo, "Make the data and the encoder of the demo, or score its samples.", argv)
     if config.command == "images":
-        for half, name in enumerate(HALVES):
+        for half, name in enumerate(("train", "held_out")):
             write_images(config.dest / name, half)
     elif config.command == "encoder":
         train_encoder(config.dest, ENCODER_SPEC, *load_images(config.images, RESOLUTION), config.steps)

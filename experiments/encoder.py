@@ -19,7 +19,7 @@ from experiments.judge import train_classifier
 from models.encoders import untrained_encoder
 
 SEED = 0
-PICTURE = re.compile(r"[^/]+/\d{4,}\.png", re.DOTALL)  # class folder and number
+PICTURE = re.compile(r"((train|held_out)/)?[^/]+/\d{4,}\.png", re.DOTALL)  # half, class folder, number
 
 
 def train_encoder(dest: Path, spec: str, images: Tensor, labels: Tensor, steps: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
+from pathlib import Path
 from typing import Any
 
 from common import cli
@@ -140,7 +141,9 @@ class GenerateConfig(FileSettings, ContentSettings, SamplerSettings, MachineSett
         return self.save_cls or self.coherence is not None
 
     def check_combination(self) -> None:
-        """Raise InputError for settings that exclude each other."""
+        """Raise InputError for settings that exclude each other, and a name that leaves the folder of all sets."""
+        if self.name and (Path(self.name).is_absolute() or ".." in Path(self.name).parts):
+            raise InputError(f"--name {self.name}: allowed: a folder in --sample-dir, which sets another place")
         if self.guidance_low > self.guidance_high:
             raise InputError(f"--guidance-low {self.guidance_low} is above --guidance-high {self.guidance_high}")
         if self.heun and self.solver == "dopri5":

@@ -29,8 +29,9 @@ from common.errors import InputError, printable
 from common.images import decode_rgb, image_grid, save_png
 from common.io import check_writable, read_json, write_json
 from common.locks import lock_folder, unlock_folder
+from common.npy import decode_npy
 from common.temporary import atomic_write
-from evaluations.npz import NpzFile, read_plain_array, write_npz
+from evaluations.npz import NpzFile, write_npz
 from generation.config import GenerateConfig
 
 GRID_ROWS, GRID_COLUMNS = 8, 12  # at most; with balanced labels, one column for each class if they fit
@@ -210,8 +211,8 @@ class SampleSet:
             npz.digest("arr_0")  # verifies the checksum
         except InputError:
             return False
-        newest = max(image.stat().st_mtime_ns for image in self.image_paths)
-        return (header.shape, header.dtype) == (shape, np.uint8) and path.stat().st_mtime_ns > newest
+        newest = max(image.stat().st_ctime_ns for image in self.image_paths)  # copying keeps the other time
+        return (header.shape, header.dtype) == (shape, np.uint8) and path.stat().st_ctime_ns > newest
 
     def read_cls_tokens(self) -> np.ndarray:
         """Return the class tokens of a finished set, (N, D) float32."""
@@ -261,12 +262,10 @@ def _shown_setting(name: str, value: Any) -> str:
 def _read_cls_tokens(path: Path, rows: int | None = None) -> np.ndarray:
     """Return an array (rows, D). Raises InputError with the file's name if it is damaged."""
     try:
-        with open(path, "rb") as file:
-            cls_tokens = read_plain_array(file, path.stat().st_size)
-        if cls_tokens.ndim != 2 or cls_tokens.dtype != np.float32 or (rows is not None and len(cls_tokens) != rows):
-            raise InputError(f"{cls_tokens.dtype} of shape {cls_tokens.shape}")
-        if not np.isfinite(cls_tokens).all():
-            raise InputError("numbers that are not finite")
-    except (OSError, ValueError, EOFError) as error:
+        cls_tokens = decode_npy(path.read_bytes(), ["float32"], "class tokens")
+        is_sound = cls_tokens.ndim == 2 and rows in (None, len(cls_tokens)) and np.isfinite(cls_tokens).all()
+        if not is_sound:
+            raise InputError(f"shape {cls_tokens.shape}, or numbers that are not finite")
+    except (OSError, InputError) as error:
         raise InputError(f"{path}: broken class tokens, not a complete array (N, D); {REMEDY}") from error
     return cls_tokens

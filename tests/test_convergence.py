@@ -143,8 +143,11 @@ def test_judge_learns_and_loads(tmp_path):
     train_judge(tmp_path / "judge.pt", images, labels, 8, [8, 8], steps=30)
     features, logits = load_judge(tmp_path / "judge.pt")(images)
     assert features.shape == (60, 8) and (logits.argmax(1) == labels).all()
-    with pytest.raises(InputError, match=r"none\.pt: no such file"):
-        load_judge(tmp_path / "none.pt")
+    (tmp_path / "text.pt").write_text("<html>")
+    torch.save({"config": {}, "weights": {}}, tmp_path / "other.pt")
+    for name, problem in (("none", "no such file"), ("text", ""), ("other", "not the file of a judge")):
+        with pytest.raises(InputError, match=rf"{name}\.pt: .*{problem}"):
+            load_judge(tmp_path / f"{name}.pt")
 
 
 def train_here(command, log, threads):
@@ -253,6 +256,10 @@ def test_a_comparison_replaces_only_its_own_files(tmp_path):
     (tmp_path / "report/digits-methods.json").write_text("{}")
     (tmp_path / "table/digits-methods.md").write_text("precious")
     for flags, problem in (
+        (
+            ["--out", "notes/new", "--source", "notes"],
+            r"--out .*settings\.json: is in .*notes, which this program reads",
+        ),
         (["--out", "notes"], r"--out .*notes: contains thesis\.txt and no comparison"),
         (["--out", "study"], r"--out .*settings\.json: exists and is not the settings of a comparison"),
         (["--out", "new", "--report", "report"], r"--report .*methods\.json: exists and is not a report"),

@@ -20,7 +20,6 @@ from common.cli import parse
 from common.errors import InputError
 from evaluations import evaluator, features, metrics, reference
 from evaluations.batches import open_images
-from evaluations.comparison import load_reference
 from evaluations.inception.network import Inception, load_inception
 from evaluations.metrics import FeatureSums, InceptionScoreSums, frechet_distance, precision_recall
 from models.encoders import load_encoder
@@ -173,8 +172,8 @@ def test_reference_with_statistics_gives_the_same_as_its_images(
     from_images, from_statistics = (result["metrics"] for result in results)
     for name in ("fid", "sfid", "encoder_fd"):
         assert from_statistics[name] == pytest.approx(from_images[name], rel=1e-9), name
-    assert any("FD: reference statistics from its 9 images" in note for note in results[0]["notes"])
-    assert not any("FD: reference" in note for note in results[1]["notes"])
+    assert any("encoder and input size; computed from its 9 images" in note for note in results[0]["notes"])
+    assert not any("FD: the reference" in note for note in results[1]["notes"])
 
     network, sums = load_encoder(ENCODER, 16, encoder_weights), [FeatureSums(32), FeatureSums(32)]
     for side, path in zip(sums, (images, samples), strict=True):
@@ -233,15 +232,6 @@ def test_reference_of_other_weights_is_refused(tmp_path: Path) -> None:
     path = write_batch(tmp_path / "ref.npz", 4, **arrays, inception=np.array("inception-0123456789abcdef"))
     with pytest.raises(InputError, match=r"ref\.npz: its statistics were made with inception-0123456789abcdef"):
         run(evaluator, "--ref_batch", path, "--sample_batch", write_batch(tmp_path / "s.npz", 4))
-
-
-def test_reference_of_another_shape_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"'mu' is float64 \(7,\), expected .* \(2048,\)"):
-        load_reference(write_batch(tmp_path / "ref.npz", 4, mu=np.zeros(7), sigma=np.eye(7)))
-    with pytest.raises(InputError, match="no array 'sigma'"):
-        load_reference(write_batch(tmp_path / "ref.npz", 4, mu=np.zeros(2048)))
-    with pytest.raises(InputError, match=r"ref\.npz: 'mu' contains numbers that are not finite"):
-        load_reference(write_batch(tmp_path / "ref.npz", 4, mu=np.full(2048, np.nan), sigma=np.eye(2048)))
 
 
 @pytest.mark.parametrize(
@@ -367,45 +357,10 @@ def test_a_reference_replaces_only_references(pair: list[str], dest: str, proble
         run(reference, "--source", "photos", "--dest", "photos/ref.npz")
 
 
-def statistics_file(path: Path, **arrays: object) -> Path:
-    """Write statistics of class tokens of width 2, with some arrays replaced."""
-    good = {"mu_enc": np.zeros(2), "sigma_enc": np.eye(2), "encoder": np.array("name"), "encoder_input": np.array(224)}
-    np.savez(path, **(good | arrays))
-    return path
-
-
-@pytest.mark.parametrize(
-    ("arrays", "problem"),
-    [
-        ({"sigma_enc": np.array([[1.0, 0.5], [0.1, 1.0]])}, "'sigma_enc' is not symmetric"),
-        ({"sigma_enc": -np.eye(2)}, "'sigma_enc' has negative variances"),
-        ({"sigma_enc": np.eye(3)}, r"'sigma_enc' is float64 \(3, 3\)"),
-        ({"sigma_enc": np.full((2, 2), np.nan)}, "'sigma_enc' contains numbers that are not finite"),
-        ({"mu_enc": np.array([0, np.inf])}, "'mu_enc' contains numbers that are not finite"),
-        ({"mu_enc": np.zeros(0), "sigma_enc": np.zeros((0, 0))}, "'mu_enc' is empty"),
-        ({"num_images": np.array(-5)}, "'num_images' is -5; allowed: 1 or more"),
-        ({"encoder_input": np.array(0)}, "'encoder_input' is 0; allowed: 1 or more"),
-        ({"encoder": np.array(b"name")}, "'encoder' is"),
-    ],
-)
-def test_statistics_that_are_none_are_refused(tmp_path: Path, arrays: dict, problem: str) -> None:
-    with pytest.raises(InputError, match=rf"r\.npz: {problem}"):
-        load_reference(statistics_file(tmp_path / "r.npz", **arrays))
-
-
-def test_statistics_of_another_input_size_are_not_used(tmp_path: Path) -> None:
-    found = load_reference(statistics_file(tmp_path / "r.npz"))
-    assert found.of_encoder("name", 224) is not None
-    assert found.of_encoder("name", 112) is None and found.of_encoder("other", 224) is None
-
-
-DEEP = '{"a":' * 51 + "1" + "}" * 51
-
-
-@pytest.mark.parametrize("content", ["[1]", "3", "null", "no json", '{"a": NaN}', DEEP, '{"a": ' + "[" * 100_000])
+@pytest.mark.parametrize("content", ["[1]", "no json", '{"a": NaN}', '{"a":' * 3000 + "1" + "}" * 3000])
 def test_settings_of_samples_that_are_none_are_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "s.json").write_text(content)
-    problem = "expected a JSON object|not valid JSON|holds NaN or infinity|nested in more than 50 levels"
+    problem = "expected a JSON object|not valid JSON|its objects are nested too deeply"
     with pytest.raises(InputError, match=rf"s\.json: ({problem})"):
         evaluator.read_sampling(tmp_path / "s.npz")
 

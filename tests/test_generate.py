@@ -1,4 +1,3 @@
-import argparse
 import hashlib
 import json
 import os
@@ -12,16 +11,13 @@ from PIL import Image
 
 import generate
 from common.classes import ClassSet
-from common.cli import parse
 from common.errors import InputError
 from evaluations import evaluator
 from evaluations.batches import open_images
-from generation.config import DEFAULT_COUNT, LABEL_STREAM, GenerateConfig, image_labels, unused_scale
-from generation.naming import default_name
+from generation.config import DEFAULT_COUNT
 from models.autoencoder import PixelCodec
 from models.checkpoint import load_checkpoint, save_checkpoint
 from models.encoders import load_encoder
-from samplers import derive_seed
 from tests.conftest import NUM_CLASSES, ROOT, run_generate, run_program, run_training
 from tests.test_checkpoint import content
 from tests.test_sit import randomise, small
@@ -37,10 +33,6 @@ def checkpoint(train_flags):
 def flags(checkpoint, tmp_path, name, *more):
     line = ["--ckpt", str(checkpoint), "--sample-dir", str(tmp_path / "samples"), "--name", name, "--device", "cpu"]
     return [*line, "--num-fid-samples", "7", "--num-steps", "3", "--per-proc-batch-size", "2", *more]
-
-
-def settings_of(line):
-    return parse(GenerateConfig, "", line)
 
 
 def hashes(folder):
@@ -117,16 +109,6 @@ def test_chosen_classes(checkpoint, tmp_path, monkeypatch):
 def with_classes(untrained, classes):
     """Give a checkpoint the classes of its training data."""
     save_checkpoint(untrained, {**load_checkpoint(untrained), "classes": classes.to_json()})
-
-
-def test_labels_are_drawn_from_the_classes_of_the_training_data():
-    numbers = ["--ckpt", "x.pt", "--num-fid-samples", "500"]
-    drawn = image_labels(settings_of(numbers), ClassSet((5, 17, 940)).labels)
-    assert set(drawn) == {5, 17, 940}
-    balanced = image_labels(settings_of([*numbers, "--label-sampling", "balanced"]), (5, 17, 940))
-    assert balanced[:4] == [5, 17, 940, 5]
-    everything = image_labels(settings_of(numbers), ClassSet.of_network(3).labels)
-    assert everything == [derive_seed(0, LABEL_STREAM, number) % 3 for number in range(500)]  # as before
 
 
 def test_a_set_records_its_classes_and_is_completed_with_them(untrained, tmp_path, monkeypatch, capsys):
@@ -277,36 +259,6 @@ def test_contradictions_are_named(checkpoint, tmp_path, monkeypatch):
     assert not (tmp_path / "samples").exists()
 
 
-@pytest.mark.parametrize("name", ["--cfg-scale", "--cls-cfg-scale", "--guidance-low", "--guidance-high"])
-@pytest.mark.parametrize("value", ["nan", "inf", "1e999", "much"])
-def test_numbers_that_are_not_finite_are_refused(name, value):
-    with pytest.raises(InputError, match=f"{name}: '{value}' is not a finite number"):
-        settings_of(["--ckpt", "x.pt", name, value])
-
-
-def test_a_scale_of_the_class_token_alone_is_warned_of():
-    for flags in ([], ["--cfg-scale", "2"], ["--cfg-scale", "2", "--cls-cfg-scale", "3"], ["--cls-cfg-scale", "0"]):
-        assert unused_scale(settings_of(["--ckpt", "x.pt", *flags])) == []
-    warning = "--cls-cfg-scale 2.3 has no effect: only --cfg-scale above 1 turns guidance on, and it is 1"
-    assert unused_scale(settings_of(["--ckpt", "x.pt", "--cls-cfg-scale", "2.3"])) == [warning]
-
-
-@pytest.mark.parametrize(
-    ("exp_name", "begins"),
-    [
-        ("reg", "reg-0000012-ema-sde"),
-        ("../../evil", "evil-0000012"),
-        ("/evil", "evil-0"),
-        ("..", "..-0"),
-        (7, "0012-0"),
-    ],
-)
-def test_a_checkpoint_does_not_choose_where_to_write(exp_name, begins):
-    checkpoint = {"args": argparse.Namespace(exp_name=exp_name), "steps": 12}
-    name = default_name(settings_of(["--ckpt", "a/0012.pt"]), checkpoint)
-    assert name.startswith(begins) and "/" not in name
-
-
 @pytest.fixture
 def untrained(tmp_path):
     """The checkpoint of a network of 3 classes on 8 x 8 pixels."""
@@ -395,9 +347,8 @@ def test_a_folder_of_other_settings_is_refused(checkpoint, tmp_path, monkeypatch
 
 
 def test_the_digest_is_that_of_the_loaded_checkpoint(untrained, tmp_path, monkeypatch):
-    """A checkpoint that is replaced while it is loaded is an error; a later one does not count."""
-    path = untrained
-    load = generate.load_checkpoint
+    """A checkpoint that is replaced before all tensors are read is an error."""
+    path, load = untrained, generate.load_with_digest
 
     def load_and_replace(name):
         content = load(name)
@@ -405,7 +356,7 @@ def test_the_digest_is_that_of_the_loaded_checkpoint(untrained, tmp_path, monkey
         path.with_name("new.pt").replace(path)
         return content
 
-    monkeypatch.setattr(generate, "load_checkpoint", load_and_replace)
+    monkeypatch.setattr(generate, "load_with_digest", load_and_replace)
     with pytest.raises(InputError, match="was replaced or changed while it was read"):
         run_generate(flags(path, tmp_path, "set", "--num-fid-samples", "1"), monkeypatch)
     assert not (tmp_path / "samples").exists()

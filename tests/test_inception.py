@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from common.errors import InputError
-from evaluations.inception import graphdef, weights
+from evaluations.inception import graphdef
 from evaluations.inception.graphdef import Graph
 from evaluations.inception.network import Inception, full_precision, load_inception, resize_bilinear_tf1
 from evaluations.inception.weights import fetch_graph, load_weights
@@ -191,7 +191,7 @@ def test_random_damage_gives_no_other_error_than_inputerror(tmp_path: Path) -> N
     weights = np.ones((3, 3, 3, 32), np.float32)
     adm_standin.write_pb(path, adm_standin.Graph().nodes[:20], {"conv/conv2d_params": weights})
     content = path.read_bytes()
-    for start in rng.integers(0, len(content), 500):
+    for start in rng.integers(0, len(content), 100):
         path.write_bytes(content[:start] + rng.bytes(3) + content[start + 3 :])
         try:
             graph = Graph(path)
@@ -200,7 +200,7 @@ def test_random_damage_gives_no_other_error_than_inputerror(tmp_path: Path) -> N
         except InputError as error:
             assert "damaged.pb" in str(error)
             refused += 1
-    assert refused > 30
+    assert refused > 6
 
 
 def test_a_graph_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,9 +213,6 @@ def test_a_graph_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.Monk
     path.write_bytes(b"\x0a\xd2\x0f" + b"\x20\x01" * 1001)
     with pytest.raises(InputError, match="not a TensorFlow graph"):
         Graph(path)
-    monkeypatch.setattr(weights, "LARGEST_GRAPH", 100)
-    with pytest.raises(InputError, match=r"many\.pb: has more than 100 bytes; expected classify_image_graph_def\.pb"):
-        load_weights(path)
 
 
 def test_gamma_is_ignored_where_the_graph_ignores_it(tmp_path: Path) -> None:

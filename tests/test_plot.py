@@ -120,6 +120,14 @@ def test_a_place_that_cannot_be_written_to_is_named_before_anything_is_read(tmp_
         plot.main([str(tmp_path / "nowhere.jsonl"), "--out", f"{__file__}/fid.png"])
 
 
+def test_any_name_is_shown_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture, recwarn) -> None:
+    path, shown = write_rows(tmp_path / "metrics.jsonl", {"step": 1, "fid": 2.0}), []
+    for name in ("", "_run", "$x$", "\u5199\u771f"):
+        plot.main([str(path), "--out", str(tmp_path / "o.svg"), "--names", name])
+        shown.append((tmp_path / "o.svg").read_text())
+    assert "$x$" in shown[2] and not recwarn.list and not capsys.readouterr().err
+
+
 def test_a_plot_replaces_only_plots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_rows(tmp_path / "metrics.jsonl", {"step": 1, "fid": 2.0})
     path.with_name("link.svg").symlink_to(path)

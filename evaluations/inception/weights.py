@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from common.errors import WRITE_ERRORS, InputError
-from common.io import sha256_of
+from common.io import read_file, sha256_of
 from common.temporary import clear_leftovers
 from evaluations.inception.graphdef import Graph
 from evaluations.inception.layers import NUM_CLASSES, NUM_FEATURES, convolutions, inception_layers
@@ -24,7 +24,6 @@ from models.weights_file import read_weights_file
 GRAPH_NAME = "classify_image_graph_def.pb"
 GRAPH_URL = f"https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/{GRAPH_NAME}"
 GRAPH_SHA256 = "009d6814d1bc560d4e7b236e170e9b2d5ca6f4b57bd8037f6db05776204415c6"
-LARGEST_GRAPH = 2**29  # bytes; the published graph has 96 MB
 PUBLISHED_NAME = "inception-2015-12-05"
 PORT_NAME = "pt_inception-2015-12-05"
 PORT_SHA256_START = "6726825d"  # of the PyTorch port: the part of its hash that is in its published file name
@@ -134,9 +133,10 @@ def _read_graph(
     path: Path, names: list[str], shapes: dict[str, tuple[int, ...]]
 ) -> tuple[str, dict[str, torch.Tensor]]:
     """Return the SHA-256 of a TensorFlow graph, and its tensors with names and layout of the PyTorch port."""
-    if path.stat().st_size > LARGEST_GRAPH:
-        raise InputError(f"{path}: has more than {LARGEST_GRAPH} bytes; expected {GRAPH_NAME}")
-    data = path.read_bytes()
+    try:
+        data = read_file(path)
+    except InputError as error:
+        raise InputError(f"{path}: {error}; expected {GRAPH_NAME}") from error
     graph, tensors = Graph(path, data), {}
     for name, scope in zip(names, GRAPH_CONVOLUTIONS, strict=True):
         width, channels, *kernel = shapes[f"{name}.conv.weight"]

@@ -1,0 +1,43 @@
+"""Settings of generate.py: what is refused, and the labels that they give."""
+
+import pytest
+
+from common.classes import ClassSet
+from common.cli import parse
+from common.errors import InputError
+from generation.config import LABEL_STREAM, GenerateConfig, image_labels, unused_scale
+from samplers import derive_seed
+
+
+def settings_of(line):
+    return parse(GenerateConfig, "", line)
+
+
+def test_labels_are_drawn_from_the_classes_of_the_training_data():
+    numbers = ["--ckpt", "x.pt", "--num-fid-samples", "500"]
+    drawn = image_labels(settings_of(numbers), ClassSet((5, 17, 940)).labels)
+    assert set(drawn) == {5, 17, 940}
+    balanced = image_labels(settings_of([*numbers, "--label-sampling", "balanced"]), (5, 17, 940))
+    assert balanced[:4] == [5, 17, 940, 5]
+    everything = image_labels(settings_of(numbers), ClassSet.of_network(3).labels)
+    assert everything == [derive_seed(0, LABEL_STREAM, number) % 3 for number in range(500)]  # as before
+
+
+@pytest.mark.parametrize("name", ["--cfg-scale", "--cls-cfg-scale", "--guidance-low", "--guidance-high"])
+@pytest.mark.parametrize("value", ["nan", "inf", "1e999", "much"])
+def test_numbers_that_are_not_finite_are_refused(name, value):
+    with pytest.raises(InputError, match=f"{name}: '{value}' is not a finite number"):
+        settings_of(["--ckpt", "x.pt", name, value])
+
+
+@pytest.mark.parametrize("name", ["..", "a/../../b", "/tmp/a"])
+def test_a_name_does_not_leave_the_folder_of_all_sets(name):
+    with pytest.raises(InputError, match=rf"--name {name}: allowed: a folder in --sample-dir"):
+        settings_of(["--ckpt", "x.pt", "--name", name])
+
+
+def test_a_scale_of_the_class_token_alone_is_warned_of():
+    for flags in ([], ["--cfg-scale", "2"], ["--cfg-scale", "2", "--cls-cfg-scale", "3"], ["--cls-cfg-scale", "0"]):
+        assert unused_scale(settings_of(["--ckpt", "x.pt", *flags])) == []
+    warning = "--cls-cfg-scale 2.3 has no effect: only --cfg-scale above 1 turns guidance on, and it is 1"
+    assert unused_scale(settings_of(["--ckpt", "x.pt", "--cls-cfg-scale", "2.3"])) == [warning]
