@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from common.errors import InputError
 from common.io import read_json
@@ -251,7 +252,6 @@ def test_a_checkpoint_with_the_name_of_another_step_is_damaged(runs, flags, said
 
 def change(path: Path, edit) -> None:
     content = load_checkpoint(path)
-    content = {**content, "opt": {**content["opt"], "state": dict(content["opt"]["state"])}}
     edit(content)
     save_checkpoint(path, content)
 
@@ -261,16 +261,16 @@ DAMAGED = {
     "learning rate": (lambda file: file["opt"]["param_groups"][0].update(lr=0.5), "--learning-rate decides"),
     "betas": (lambda file: file["opt"]["param_groups"][0].update(betas=(0.5, 0.5)), "its optimizer has betas"),
     "steps": (lambda file: file.update(steps=4.0), r"its steps are 4\.0"),
-    "scaler": (lambda file: file.update(scaler=[1]), "its loss scaler is a list"),
-    "log": (lambda file: file.update(log={"sums": 3}), "its log is a dict"),
+    "scaler": (lambda file: file.update(scaler=[1]), r"its loss scaler is \[1\]"),
+    "log": (lambda file: file.update(log={"sums": 3}), "its log is {"),
     "classes": (lambda file: file.update(classes={"labels": [0, 1]}), r"trained on 2 classes \(0-1\), the data have 3"),
-    "no classes": (lambda file: file.update(classes=[7]), "the checkpoint: "),
     "heads": (lambda file: file["network"].update(num_heads=4), "its network has num_heads 4; by the flags it is 2"),
-    "a tensor in args": (lambda file: setattr(file["args"], "seed", torch.ones(2)), r"--seed is 0, but .* tensor"),
-    "a tensor as rate": (lambda file: setattr(file["args"], "learning_rate", torch.ones(2)), "settings is a tensor"),
-    "a tensor in network": (lambda file: file["network"].update(z_dims=[torch.ones(2)]), "its network has z_dims"),
-    "network": (lambda file: file.update(network=3), "the checkpoint: network: "),
+    "a tensor in args": (lambda file: setattr(file["args"], "seed", torch.ones(2)), "the setting seed of its run is"),
+    "a tensor in network": (lambda file: file["network"].update(z_dims=[torch.ones(2)]), "its z_dims is"),
+    "network": (lambda file: file.update(network=3), "network: "),
     "args": (lambda file: file.update(args=[1]), "args is a list"),
+    "weights": (lambda file: file["model"]["pos_embed"].fill_(float("nan")), "model: pos_embed contains numbers"),
+    "fewer weights": (lambda file: file["ema"].popitem(), "its weights do not fit the network of the flags; missing"),
 }
 
 
@@ -281,7 +281,8 @@ def test_damage_in_each_part_is_named_before_anything_is_written(runs, flags, ca
     before = (runs / "run" / "starts.jsonl").read_bytes()
     with pytest.raises(InputError, match=text) as caught:
         start(flags, "--resume-step", "4")
-    assert "\n" not in str(caught.value) and (runs / "run" / "starts.jsonl").read_bytes() == before
+    assert "0000004.pt" in str(caught.value) and "\n" not in str(caught.value)
+    assert (runs / "run" / "starts.jsonl").read_bytes() == before
 
 
 def test_the_flag_decides_over_a_learning_rate_in_the_file(runs, flags):
@@ -292,11 +293,12 @@ def test_the_flag_decides_over_a_learning_rate_in_the_file(runs, flags):
 
 def test_a_checkpoint_of_before_these_checks_resumes_and_gets_a_digest(runs, flags):
     def older(file):
-        del file["args"].data_digest, file["classes"], file["network"]
+        del file["args"].data_digest, file["args"].encoder_digest, file["classes"], file["network"]
 
     change(checkpoint(runs / "run", 4), older)
     run = start(flags, "--resume", "latest")
-    assert run.step == 4 and len(read_json(run.folder / "args.json")["data_digest"]) == 64
+    assert run.step == 4
+    assert all(len(read_json(run.folder / "args.json")[name]) == 64 for name in ("data_digest", "encoder_digest"))
 
 
 def test_other_data_are_refused(runs, flags, shared_data, tmp_path, said):
@@ -315,8 +317,24 @@ def test_other_data_are_refused(runs, flags, shared_data, tmp_path, said):
         start(flags)
     assert start([*flags, "--allow-changed-data"]).step == 4
     noted = json.loads((runs / "run" / "starts.jsonl").read_text().splitlines()[-1])
-    assert noted["data_changed"] is True
+    assert noted["changed"] == ["data_digest"]
     assert parse_args(["--config", str(runs / "run" / "args.json"), "--exp-name", "x"]).allow_changed_data is False
+
+
+def test_other_encoder_weights_are_refused(runs, flags, encoder_weights, tmp_path):
+    state = load_file(encoder_weights)
+    torch.save({"model": state}, tmp_path / "same.pth")
+    flags = [*flags, "--resume", "latest", "--enc-weights"]
+    assert start([*flags, str(tmp_path / "same.pth")]).step == 4  # the same weights in another file
+    state["norm.bias"][0] += 1
+    torch.save(state, tmp_path / "other.pth")
+    with pytest.raises(
+        InputError, match=r"--enc-weights .*other\.pth: these are not the encoder weights of the run\. "
+    ):
+        start([*flags, str(tmp_path / "other.pth")])
+    start([*flags, str(tmp_path / "other.pth"), "--allow-changed-data"])
+    noted = json.loads((runs / "run" / "starts.jsonl").read_text().splitlines()[-1])
+    assert noted["changed"] == ["encoder_digest"]
 
 
 def test_nothing_of_the_weights_is_lost_by_all_this(runs, flags):

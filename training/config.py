@@ -7,7 +7,7 @@ may change it (`changeable`). What the data and the encoders determine is in `Ru
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,16 @@ MODEL = Check(f"one of {', '.join(SiT_models)}", lambda value: value in SiT_mode
 WEIGHTS = {term.name: term.weight for term in TERMS}
 # In args.json: facts about the run that are not settings, and the names of the settings that follow from others.
 DERIVED = "derived"
-DATA_DIGEST = "data_digest"
-RECORDED = frozenset({"codec", "latent_size", "z_dims", "in_channels", "cls_token_dim", DATA_DIGEST, DERIVED})
+# Digests of what a run reads: the setting that names it, and what a resumed run says if it differs.
+DIGESTS = {
+    "data_digest": (
+        "data_dir",
+        "these are not the data of the run: names, labels, images or latents have changed (moved folders and zips of "
+        "the same files are allowed)",
+    ),
+    "encoder_digest": ("enc_weights", "these are not the encoder weights of the run"),
+}
+RECORDED = frozenset({"codec", "latent_size", "z_dims", "in_channels", "cls_token_dim", *DIGESTS, DERIVED})
 # Another run does not take these from args.json.
 OF_ONE_RUN = ("exp_name", "resume", "resume_step", "allow_changed_data", "dry_run")
 MEANS_ALL = ("max_images",)  # settings of a run for which None is a value, not one that is determined later
@@ -82,7 +90,9 @@ class RunSettings(Config):
         "file: of this run as --resume-step does, of another run only if --exp-name is a new run",
     )
     allow_changed_data: bool = adjustable(
-        False, "resume although the data (names, labels, images or latents) differ from those of the run"
+        False,
+        "resume although the data (names, labels, images or latents) or the weights of the encoders differ from those "
+        "of the run",
     )
     init_from: str | None = adjustable(
         None,
@@ -318,12 +328,12 @@ class RunFacts:
     resolution: int
     latent_format: LatentFormat
     network: SiTConfig
-    data_digest: str | None = None  # what `LatentDataset.digest` returns
+    digests: dict[str, str] = field(default_factory=dict)  # by the names in DIGESTS
 
 
 def find_facts(
     config: TrainConfig, resolution: int, latent_size: int, num_classes: int, latent_format: LatentFormat,
-    encoder_widths: Sequence[int], data_digest: str | None = None,
+    encoder_widths: Sequence[int], digests: dict[str, str] | None = None,
 ) -> RunFacts:  # fmt: skip
     """Return the facts of a run from its data and from the widths of its encoders.
 
@@ -355,4 +365,4 @@ def find_facts(
         )
     except ValueError as error:
         raise InputError(f"--model {config.model} with the given sizes: {error}") from error
-    return RunFacts(resolution, latent_format, network, data_digest)
+    return RunFacts(resolution, latent_format, network, digests or {})

@@ -14,12 +14,13 @@ from typing import Any
 
 from common.errors import InputError
 from common.io import read_json
-from models.checkpoint import CHECKPOINT_NAME, is_legacy, list_checkpoints, resolve_checkpoint, steps_done
+from models.checkpoint import CHECKPOINT_NAME, is_legacy, list_checkpoints, resolve_checkpoint
 from models.hub import local_or_hub
 from training.config import TrainConfig
 from training.messages import logger
 from training.record import check_same_run
-from training.rewind import last_row, pending_order
+from training.rewind import pending_order
+from training.rows import last_row
 from training.state import load_resumable
 
 RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")  # numbers of restarts, by torchrun and by SLURM
@@ -48,7 +49,7 @@ def find_resume_point(config: TrainConfig, environment: Mapping[str, str] = os.e
     folder, asked = config.folder, asked_for(config)
     check_own_checkpoints(folder)
     seen, found = contents(folder), own_checkpoints(folder)
-    if asked and found and is_restart(environment) and (last_row(folder / "starts.jsonl") or {}).get("asked") == asked:
+    if asked and found and is_restart(environment) and last_start(folder).get("asked") == asked:
         logger.info("note: this is a restart after %s, so the run continues from its newest checkpoint", asked)
         path, skipped = newest_complete(found)
         return ResumePoint(path, asked, skipped, seen)
@@ -69,6 +70,11 @@ def asked_for(config: TrainConfig) -> str | None:
     if config.resume_step:
         return f"--resume-step {config.resume_step}"
     return f"--resume {config.resume}" if config.resume not in (None, "latest") else None
+
+
+def last_start(folder: Path) -> dict[str, Any]:
+    """Return the last row of starts.jsonl, {} if there is none."""
+    return last_row(folder / "starts.jsonl") or {}
 
 
 def is_restart(environment: Mapping[str, str]) -> bool:
@@ -119,7 +125,7 @@ def newest_complete(found: list[Path]) -> tuple[Path, bool]:
 
 def load_own(path: Path) -> None:
     """Verify a checkpoint of the run's own folder. Raises InputError if it is damaged or has another step's name."""
-    steps = steps_done(load_resumable(path), path)
+    steps = load_resumable(path)["steps"]
     if CHECKPOINT_NAME.fullmatch(path.name) and int(path.stem) != steps:
         raise InputError(f"{path}: its name says step {int(path.stem)}, its content step {steps}")
 
@@ -151,7 +157,7 @@ def named_checkpoint(config: TrainConfig, found: list[Path]) -> tuple[Path, bool
             if own.is_file() and CHECKPOINT_NAME.fullmatch(own.name) and own not in found:
                 raise InputError(f"--resume {config.resume}: an unfinished --resume-step sets this checkpoint aside")
             return own, True
-    same_start = not found and (last_row(folder / "starts.jsonl") or {}).get("asked") == f"--resume {config.resume}"
+    same_start = not found and last_start(folder).get("asked") == asked_for(config)
     if holds_run(folder) and not same_start:
         raise InputError(
             f"--resume {config.resume}: is not a checkpoint of the run in {folder}, which would be overwritten; resume "
@@ -192,7 +198,7 @@ def check_new_run(config: TrainConfig) -> bool:
     folder, args = config.folder, config.folder / "args.json"
     if config.resume != "latest" and holds_run(folder):
         raise InputError(f"{folder} already holds a run; resume it with --resume latest, or choose another --exp-name")
-    started = last_row(folder / "starts.jsonl") or {"step": 0}
+    started = {"step": 0, **last_start(folder)}
     if str(started.get("asked") or "").startswith("--resume "):
         raise InputError(
             f"{folder}: its run was started with {started['asked']} and has no checkpoint yet, so --resume latest has "
@@ -226,7 +232,6 @@ def load_chosen(config: TrainConfig, point: ResumePoint) -> dict[str, Any] | Non
         return None
     path = point.path if point.path.exists() else resolve_checkpoint(config.resume)  # the hub's cache of this machine
     checkpoint = load_resumable(path, verify=False)
-    steps_done(checkpoint, path)
     if config.legacy is not None and config.legacy != is_legacy(checkpoint):
         raise InputError(f"--legacy {config.legacy}, but {path} has legacy layout {is_legacy(checkpoint)}")
     if config.init_from:

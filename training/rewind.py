@@ -9,27 +9,25 @@ so a process can be killed at any moment.
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from common.errors import InputError, first_line
 from common.io import read_json, write_json
 from common.temporary import atomic_write
 from models.checkpoint import load_checkpoint
 from training.checkpoint_writer import TEMPORARY
+from training.rows import last_row
 
 SET_ASIDE = "set-aside"
 ORDER = "rewind.json"
 COPIED = ("metrics.jsonl", "bad_steps.jsonl", "args.json")
 BEST = ("best.json", "best.pt.sha256", "best.pt")  # in the order of the moves: best.pt says whether it is later
 NUMBERED = re.compile(r"(\d{7,})\.(?:pt|pt\.sha256|png)")
-TAIL_BYTES = 1 << 20  # of a file of rows, read to find its last row
 
 
 @dataclass(frozen=True)
@@ -65,13 +63,26 @@ def go_back(folder: Path, step: int) -> Order | None:
     finish_order(folder)
     if not any(later_files(folder, step)) and (last_row(folder / "metrics.jsonl") or {"step": 0})["step"] <= step:
         return None
-    used = [int(path.name) for path in (folder / SET_ASIDE).glob("*") if path.name.isdecimal()]
-    order = Order(step, 1 + max(used, default=0))
+    order = Order(step, next_number(folder))
     try:
         write_json(folder / ORDER, {"step": order.step, "number": order.number})
     except OSError as error:
         raise _cannot(folder, error) from error
     return finish_order(folder)
+
+
+def next_number(folder: Path) -> int:
+    """Return the number of the next folder in set-aside."""
+    return 1 + max((int(path.name) for path in (folder / SET_ASIDE).glob("*") if path.name.isdecimal()), default=0)
+
+
+def set_best_aside(folder: Path) -> Path:
+    """Move best.pt, its checksum and its scores to the next folder in set-aside, and return the folder."""
+    target = folder / SET_ASIDE / str(next_number(folder))
+    for name in BEST:
+        if (folder / "checkpoints" / name).exists():
+            _move(folder / "checkpoints" / name, target / "checkpoints" / name)
+    return target
 
 
 def finish_order(folder: Path) -> Order | None:
@@ -115,23 +126,6 @@ def best_step(checkpoints: Path) -> float:
     except (InputError, KeyError, TypeError):
         return float("inf")
     return step
-
-
-def last_row(path: Path) -> dict[str, Any] | None:
-    """Return the last row of a file of rows that has an integer `step`, read from its end; None if there is none."""
-    if not path.is_file():
-        return None
-    with open(path, "rb") as file:
-        file.seek(-min(TAIL_BYTES, file.seek(0, os.SEEK_END)), os.SEEK_END)
-        lines = file.read().splitlines()
-    for line in reversed(lines):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(row, dict) and type(row.get("step")) is int:
-            return row
-    return None
 
 
 def _split_temporary(checkpoints: Path, target: Path, step: int) -> None:
