@@ -227,7 +227,7 @@ def test_the_log_is_checked():
     check_log(None)
     check_log(good)
     wrong = [{"sums": {"loss": "1"}}, {"sums": {"loss": NAN}}, {"sums": {1: 1.0}}, {"sums": []}, {"steps": 0.5}]
-    wrong += [{"steps": -1}, {"steps": None}, {"seconds": -1.0}, {"seconds": None}, {"bad_steps": True}]
+    wrong += [{"steps": -1}, {"steps": None}, {"seconds": 1e300}, {"seconds": None}, {"bad_steps": True}]
     for change in wrong:
         with pytest.raises(InputError, match="its log"):
             check_log(good | change)

@@ -138,6 +138,15 @@ def test_checkpoints_that_are_a_link_to_those_of_another_run_are_refused(runs, f
             point(flags, *more)
 
 
+def test_places_that_are_no_folder_for_a_run_are_refused(runs, flags, shared_data):
+    with pytest.raises(InputError, match=r"--exp-name .*: .* is the folder of the data; choose another name"):
+        point(flags, "--output-dir", shared_data.parent, "--exp-name", shared_data.name)
+    shutil.rmtree(runs / "run" / "checkpoints")
+    (runs / "run" / "checkpoints").touch()
+    with pytest.raises(InputError, match=r"checkpoints: is not a folder; remove it, or choose another --exp-name"):
+        point(flags, "--resume", "latest")
+
+
 def test_resume_step_decides_over_latest_as_train_sh_gives_it(runs, flags):
     found = point(flags, "--resume", "latest", "--resume-step", "2")
     assert (found.path, found.goes_back, found.asked) == (checkpoint(runs / "run", 2), True, "--resume-step 2")

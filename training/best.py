@@ -41,8 +41,8 @@ def is_best(folder: Path, scores: dict[str, Any]) -> bool:
         logger.warning("%s: other reference or settings of evaluation, and it cannot be moved: %s", path, error)
         return False
     logger.warning(
-        "the FID of best.pt is of another --eval-ref, --eval-samples or --eval-num-steps and cannot be compared with "
-        "this one; best.pt is now in %s",
+        "the FID of best.pt was measured with another reference (--eval-ref), --eval-samples or --eval-num-steps and "
+        "cannot be compared with this one; best.pt is now in %s",
         place,
     )
     return True

@@ -61,7 +61,8 @@ def check_same_run(current: dict[str, Any], saved: dict[str, Any], source: str |
         saved: what the run recorded.
         source: named in the error.
     """
-    changeable = settings(TrainConfig).keys() - fixed_settings(TrainConfig) | DIGESTS.keys()
+    known_flags = settings(TrainConfig).keys()
+    changeable = known_flags - fixed_settings(TrainConfig) | DIGESTS.keys()
     for name, value in current.items():
         before = saved.get(name)
         if name == "enc_type" and isinstance(value, str) and isinstance(before, str):
@@ -70,7 +71,7 @@ def check_same_run(current: dict[str, Any], saved: dict[str, Any], source: str |
         if name not in changeable and known and not same_value(value, before):
             value, before = ("all" if one is None else f"{one}"[:200] for one in (value, before))
             raise InputError(
-                f"{flag(name)} is {value}, but {source} was started with {before}, and a run keeps this setting. To "
+                f"{flag(name) if name in known_flags else name} is {value}, but {source} was started with {before}, and a run keeps this setting. To "
                 "start another run from its weights: a new --exp-name and --init-from CHECKPOINT"
             )
 

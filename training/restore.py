@@ -31,6 +31,7 @@ REQUIRED = {
 MOMENTS = ("exp_avg", "exp_avg_sq")
 SCALER = ("growth_factor", "backoff_factor", "growth_interval")  # settings of a loss scaler
 LARGEST_SCALE = 2.0**127  # of a loss scaler: the largest power of two in float32
+MOST_SECONDS = 1e10  # of training: 300 years
 State = dict[int, dict[str, Tensor]]
 
 
@@ -238,6 +239,6 @@ def check_log(state: Any) -> None:
         if not isinstance(name, str):
             raise DamagedError(f"its log has a sum named {describe(name)}; expected a text")
         number(value, f"its log's sum of {name[:40]}")
-    number(state.get("seconds"), "its log's seconds", 0)
+    number(state.get("seconds"), "its log's seconds", 0, MOST_SECONDS)
     for name in ("steps", *COUNTS):
         number(state.get(name, 0 if name in COUNTS else None), f"its log's {name}", 0, whole=True)

@@ -96,10 +96,13 @@ def check_unchanged(folder: Path, seen: tuple) -> None:
 
 
 def check_own_checkpoints(folder: Path) -> None:
-    """Raise InputError if `checkpoints` in the folder is a link to the checkpoints of another run."""
-    owner = (folder / "checkpoints").resolve().parent
+    """Raise InputError if `checkpoints` in the folder is no folder, or a link to the checkpoints of another run."""
+    checkpoints = folder / "checkpoints"
+    if os.path.lexists(checkpoints) and not checkpoints.is_dir():
+        raise InputError(f"{checkpoints}: is not a folder; remove it, or choose another --exp-name")
+    owner = checkpoints.resolve().parent
     if (owner / "args.json").exists() and not same_file(owner, folder):
-        raise InputError(f"{folder / 'checkpoints'}: is a link to the checkpoints of the run {owner}; use that run")
+        raise InputError(f"{checkpoints}: is a link to the checkpoints of the run {owner}; use that run")
 
 
 def own_checkpoints(folder: Path) -> list[Path]:
@@ -196,6 +199,8 @@ def check_new_run(config: TrainConfig) -> bool:
     Raises InputError if the folder holds a run that must not be replaced.
     """
     folder, args = config.folder, config.folder / "args.json"
+    if same_file(folder, Path(config.data_dir)):
+        raise InputError(f"--exp-name {config.exp_name}: {folder} is the folder of the data; choose another name")
     if config.resume != "latest" and holds_run(folder):
         raise InputError(f"{folder} already holds a run; resume it with --resume latest, or choose another --exp-name")
     started = {"step": 0, **last_start(folder)}
