@@ -9,7 +9,7 @@ import torch
 
 from common.errors import InputError
 from models.checkpoint import MOST_STEPS, steps_done
-from models.sit import SiT
+from models.sit import SiT, SiT_models
 from training.record import DamagedError
 from training.restore import (
     check_log,
@@ -17,6 +17,7 @@ from training.restore import (
     check_scaler,
     optimizer_group,
     optimizer_state,
+    place_state,
     restoring,
     saved_learning_rate,
 )
@@ -115,9 +116,9 @@ BAD_STATES = {
     "amsgrad": (lambda state: state[1].update(max_exp_avg_sq=state[1]["exp_avg_sq"]), "max_exp_avg_sq"),
     "shape": (change_first("exp_avg", lambda value: value[:-1]), "other shapes"),
     "scalar": (change_first("exp_avg", lambda value: torch.tensor(0.0)), r"a tensor \(\) of float32; expected"),
-    "half": (change_first("exp_avg", torch.Tensor.half), "of float16; expected a tensor of float32"),
+    r"half": (change_first("exp_avg", torch.Tensor.half), "of float16; expected a tensor \(.*\) of float32"),
     "int8": (change_first("exp_avg", lambda value: value.to(torch.int8)), "of int8"),
-    "list": (change_first("exp_avg", torch.Tensor.tolist), "expected a tensor of float32"),
+    r"list": (change_first("exp_avg", torch.Tensor.tolist), "expected a tensor \(.*\) of float32"),
     "nan": (change_first("exp_avg", lambda value: value.index_fill(0, torch.tensor([2]), NAN)), "from nan"),
     "infinite": (change_first("exp_avg_sq", lambda value: value.index_fill(0, torch.tensor([2]), torch.inf)), "to inf"),
     "negative": (change_first("exp_avg_sq", torch.neg), "exp_avg_sq of .*allowed: finite, 0 or greater"),
@@ -239,3 +240,19 @@ def test_the_log_is_checked():
 def test_steps_are_a_whole_number_within_bounds(steps):
     with pytest.raises(InputError, match=r"its steps are .*expected a whole number from 0 to 1,000,000,000"):
         steps_done({"steps": steps})
+
+
+def test_moments_are_placed_by_shape_for_any_order_of_the_parameters():
+    """As in files of the older REPA layout."""
+    model = SiT_models["SiT-S/8"](depth=3, hidden_size=48, num_heads=2, z_dims=[32], encoder_depth=2, projector_dim=64)
+    names = [name for name, _ in model.named_parameters()]
+    old = sorted(names, key=lambda name: (name.startswith("blocks.2"), names.index(name)))  # at the end, say
+    weights = {name: value for name in old for key, value in model.state_dict().items() if key == name}
+    moments = {name: {"exp_avg": torch.full_like(weights[name], number)} for number, name in enumerate(names)}
+    for order in (names, old):
+        opt = {"state": {index: moments[name] for index, name in enumerate(order)}}
+        placed = place_state({"model": {name: weights[name] for name in order}, "opt": opt}, model)
+        assert all(moment["exp_avg"].flatten()[0] == index for index, moment in placed.items())
+    opt["state"][3] = {"exp_avg": torch.zeros(5)}
+    with pytest.raises(ValueError, match="other shapes"):
+        place_state({"model": weights, "opt": opt}, model)

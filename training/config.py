@@ -43,6 +43,9 @@ OF_ONE_RUN = ("exp_name", "resume", "resume_step", "allow_changed_data", "dry_ru
 MEANS_ALL = ("max_images",)  # settings of a run for which None is a value, not one that is determined later
 # Bounds of numbers, so that a slip of the keyboard is an error and not a machine without memory.
 MOST_WORKERS = 1024  # each is a process; more than any machine has cores
+MOST_BLOCKS = 10_000
+MOST_WIDTH = 65_536  # of a network and of its projectors; 57 times that of SiT-XL
+MOST_CLASSES = 1_000_000  # as many labels as data may have
 MOST_GRID_SAMPLES = 10_000  # a grid of 100 x 100 images
 MOST_EVAL_SAMPLES = 10_000_000  # 200 times the usual 50,000
 MOST_EVAL_BATCH = 65_536  # images of 256 px decoded by one process: 50 GB
@@ -145,15 +148,15 @@ class NetworkSettings(Config):
     """network"""
 
     model: str = setting("SiT-XL/2", "preset, SiT-{S,B,L,XL}/{2,4,8}", check=MODEL)
-    depth: int | None = setting(None, "number of blocks; default: the preset's", check=POSITIVE)
-    hidden_size: int | None = setting(None, "width; default: the preset's", check=POSITIVE)
+    depth: int | None = setting(None, "number of blocks; default: the preset's", check=between(1, MOST_BLOCKS))
+    hidden_size: int | None = setting(None, "width; default: the preset's", check=between(1, MOST_WIDTH))
     num_heads: int | None = setting(None, "attention heads; default: the preset's", check=POSITIVE)
-    projector_dim: int = setting(2048, "inner width of the projectors", check=POSITIVE)
+    projector_dim: int = setting(2048, "inner width of the projectors", check=between(1, MOST_WIDTH))
     num_classes: int | None = setting(
         None,
         "number of classes, at least that of the data; default: that of the data. Only a network of 1000 classes fits "
         "the published code",
-        check=POSITIVE,
+        check=between(1, MOST_CLASSES),
     )
     encoder_depth: int | None = setting(
         None,

@@ -69,10 +69,11 @@ def check_same_run(current: dict[str, Any], saved: dict[str, Any], source: str |
             value, before = name_with_tokens(value), name_with_tokens(before, AFTER_NORM)
         known = name in MEANS_ALL or (value is not None and before is not None)
         if name not in changeable and known and not same_value(value, before):
-            value, before = ("all" if one is None else f"{one}"[:200] for one in (value, before))
+            now, then = ("all" if one is None else f"{one}"[:200] for one in (value, before))
             raise InputError(
-                f"{flag(name) if name in known_flags else name} is {value}, but {source} was started with {before}, and a run keeps this setting. To "
-                "start another run from its weights: a new --exp-name and --init-from CHECKPOINT"
+                f"{flag(name) if name in known_flags else name} is {now}, but {source} was started with {then}, and a "
+                "run keeps this setting. To start another run from its weights: a new --exp-name and --init-from "
+                "CHECKPOINT"
             )
 
 

@@ -28,7 +28,7 @@ IMPLEMENTATION = ("fused", "foreach", "capturable", "differentiable")  # how an 
 REQUIRED = {
     "betas": "--adam-beta1, --adam-beta2", "eps": "--adam-epsilon", "weight_decay": "--adam-weight-decay",
 }  # fmt: skip
-MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = {"exp_avg": -math.inf, "exp_avg_sq": 0.0}  # of AdamW, with their least value
 SCALER = ("growth_factor", "backoff_factor", "growth_interval")  # settings of a loss scaler
 LARGEST_SCALE = 2.0**127  # of a loss scaler: the largest power of two in float32
 MOST_SECONDS = 1e10  # of training: 300 years
@@ -70,7 +70,7 @@ def describe(value: Any) -> str:
 def optimizer_state(checkpoint: dict[str, Any], model: nn.Module, is_adamw: bool = True) -> State:
     """Return an optimizer's state by the indices of the parameters of `model`; {} if there is none at step 0.
 
-    Of another optimizer than AdamW it is not known which entries it has, and whether it has any.
+    Of another optimizer than AdamW only the shapes are compared.
     Raises DamagedError, naming the parameter, if a state is missing or is not one that the optimizer can have.
     """
     state = _entry(checkpoint, "state", dict)
@@ -79,25 +79,21 @@ def optimizer_state(checkpoint: dict[str, Any], model: nn.Module, is_adamw: bool
         return {}
     names = list(parameters)
     if unknown := [index for index in state if type(index) is not int or not 0 <= index < len(names)]:
-        raise DamagedError(
-            f"its optimizer has a state for parameter {describe(unknown[0])}; the network has {len(names)}"
-        )
+        raise DamagedError(f"its optimizer has a state for parameter {shown(unknown[0])}; the network has {len(names)}")
     placed = place_state(checkpoint, model)
-    for index, name in enumerate(names):
-        if parameters[name].requires_grad and index not in placed:
-            raise DamagedError(f"its optimizer has no state for {name}")
-        if index in placed and not parameters[name].requires_grad:
-            raise DamagedError(f"its optimizer has a state for {name}, which is not trained")
-    first = next(iter(placed.values()))
-    entries = {"step", *MOMENTS} if is_adamw or not isinstance(first, Mapping) else set(first)
+    if not is_adamw:
+        return placed
+    trained = {index for index, name in enumerate(names) if parameters[name].requires_grad}
+    if wrong := sorted(trained ^ placed.keys()):
+        held = "no state for {}" if wrong[0] in trained else "a state for {}, which is not trained"
+        raise DamagedError(f"its optimizer has {held.format(names[wrong[0]])}")
     checked = {
-        index: _parameter_state(placed[index], names[index], parameters[names[index]].shape, steps, entries)
+        index: _adamw_state(placed[index], names[index], parameters[names[index]].shape, steps)
         for index in sorted(placed)
     }
-    if len(counts := {values["step"].item() for values in checked.values() if "step" in values}) > 1:
-        raise DamagedError(
-            f"its optimizer has done {min(counts):g} to {max(counts):g} steps, not equally many everywhere"
-        )
+    if len(counts := {values["step"].item() for values in checked.values()}) > 1:
+        counted = f"{min(counts):g} to {max(counts):g} steps"
+        raise DamagedError(f"its optimizer has done {counted}, not equally many everywhere")
     return checked
 
 
@@ -125,37 +121,28 @@ def _fits(values: Any, shape: torch.Size) -> bool:
     return all(value.shape == shape for value in tensors if isinstance(value, Tensor) and value.ndim)
 
 
-def _parameter_state(values: Any, name: str, shape: torch.Size, steps: int, entries: set[str]) -> dict[str, Any]:
+def _adamw_state(values: Any, name: str, shape: torch.Size, steps: int) -> dict[str, Tensor]:
     """Return the state of one parameter, with its `step` as a tensor. Raises DamagedError if it has wrong values."""
-    if not isinstance(values, Mapping) or set(values) != entries:
+    if not isinstance(values, Mapping) or set(values) != {"step", *MOMENTS}:
         held = ", ".join(sorted(map(str, values))) if isinstance(values, Mapping) else describe(values)
-        raise DamagedError(f"its optimizer has {held or 'nothing'} for {name}; expected {', '.join(sorted(entries))}")
-    state = {key: value for key, value in values.items() if value is None and key not in ("step", *MOMENTS)}
-    for key in entries - state.keys():
-        value, what = values[key], f"its optimizer's {key} of {name}"
-        if key == "step":
-            state[key] = torch.tensor(float(number(value, what, 0, steps, whole=True)))
-        elif key in MOMENTS or (isinstance(value, Tensor) and value.ndim):
-            state[key] = _moment(value, what, shape, 0 if key == "exp_avg_sq" else -math.inf)
-        else:
-            number(value, what)
-            state[key] = value
-    if "step" in state and state["step"] == 0 and any(state[key].any() for key in MOMENTS if key in state):
+        raise DamagedError(f"its optimizer has {held or 'nothing'} for {name}; expected exp_avg, exp_avg_sq, step")
+    step = number(values["step"], f"its optimizer's step of {name}", 0, steps, whole=True)
+    moments = {
+        key: _moment(values[key], f"its optimizer's {key} of {name}", shape, least) for key, least in MOMENTS.items()
+    }
+    if step == 0 and any(moment.any() for moment in moments.values()):
         raise DamagedError(f"its optimizer's moments of {name} are not 0 after 0 steps")
-    return state
+    return {"step": torch.tensor(float(step)), **moments}
 
 
 def _moment(value: Any, what: str, shape: torch.Size, least: float) -> Tensor:
     """Return a moment of a parameter. Raises DamagedError if it is not float32, of this shape, and finite."""
-    if not isinstance(value, Tensor) or value.dtype != torch.float32:
-        raise DamagedError(f"{what} is {describe(value)}; expected a tensor of float32")
-    if value.shape != shape:
-        raise DamagedError(f"{what} is {describe(value)}; expected {tuple(shape)}")
+    if not isinstance(value, Tensor) or value.dtype != torch.float32 or value.shape != shape:
+        raise DamagedError(f"{what} is {describe(value)}; expected a tensor {tuple(shape)} of float32")
     low, high = (bound.item() for bound in value.aminmax())  # NaN if there is one
     if not (math.isfinite(low) and math.isfinite(high) and low >= least):
-        raise DamagedError(
-            f"{what} has values from {low:g} to {high:g}; allowed: finite{'' if least else ', 0 or greater'}"
-        )
+        allowed = "finite" if least else "finite, 0 or greater"
+        raise DamagedError(f"{what} has values from {low:g} to {high:g}; allowed: {allowed}")
     return value
 
 
@@ -173,7 +160,7 @@ def optimizer_group(checkpoint: dict[str, Any], count: int) -> dict[str, Any]:
     if len(groups) != 1 or not isinstance(groups[0], Mapping):
         raise DamagedError(f"its optimizer has {len(groups)} groups of parameters; expected 1")
     listed = groups[0].get("params")
-    if not isinstance(listed, list) or any(type(index) is not int for index in listed) or listed != list(range(count)):
+    if not same_value(listed, list(range(count))):
         held = f"{len(listed)} parameters" if isinstance(listed, list) else "no list of parameters"
         raise DamagedError(f"its optimizer has {held} in its group; expected 0 .. {count - 1} in order")
     return groups[0]

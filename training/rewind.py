@@ -1,14 +1,13 @@
 """Going back to an earlier step of a run: what is later is set aside by renaming it, and nothing is deleted.
 
 The files go to RUN/set-aside/N/, under the names that they have in the run: checkpoints and their checksums, best.pt if
-it is later, grids, and copies of metrics.jsonl, bad_steps.jsonl and args.json as they were. The order to go back is
+it is later, grids, and copies of the files in COPIED as they were. The order to go back is
 written first, to RUN/rewind.json, and moved to the same folder last. A start that finds the file completes the moves,
 so a process can be killed at any moment.
 """
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import shutil
@@ -25,7 +24,7 @@ from training.rows import last_row
 
 SET_ASIDE = "set-aside"
 ORDER = "rewind.json"
-COPIED = ("metrics.jsonl", "bad_steps.jsonl", "args.json")
+COPIED = ("metrics.jsonl", "bad_steps.jsonl", "args.json", f"checkpoints/{TEMPORARY}")
 BEST = ("best.json", "best.pt.sha256", "best.pt")  # in the order of the moves: best.pt says whether it is later
 NUMBERED = re.compile(r"(\d{7,})\.(?:pt|pt\.sha256|png)")
 
@@ -94,8 +93,9 @@ def finish_order(folder: Path) -> Order | None:
         target.mkdir(parents=True, exist_ok=True)
         for name in COPIED:  # before any of them is changed
             if (folder / name).exists() and not (target / name).exists():
-                _copy(folder / name, target / name)
-        _split_temporary(folder / "checkpoints", target / "checkpoints", order.step)
+                with open(folder / name, "rb") as read, atomic_write(target / name) as written:
+                    shutil.copyfileobj(read, written)
+        _shorten_temporary(folder / "checkpoints" / TEMPORARY, order.step)
         for path in later_files(folder, order.step):
             _move(path, target / path.relative_to(folder))
         os.replace(folder / ORDER, target / ORDER)
@@ -128,39 +128,20 @@ def best_step(checkpoints: Path) -> float:
     return step
 
 
-def _split_temporary(checkpoints: Path, target: Path, step: int) -> None:
-    """Divide the list of temporary checkpoints into those up to `step`, which stay, and those that are moved."""
-    path = checkpoints / TEMPORARY
+def _shorten_temporary(path: Path, step: int) -> None:
+    """Remove the names of later checkpoints from the list of temporary ones: a new checkpoint may get such a name."""
     try:
         names = read_json(path)
     except InputError:  # missing, or damaged: the writer of checkpoints ignores it
         return
-    steps = {name: NUMBERED.fullmatch(name) for name in names if isinstance(name, str)}
-    later = [name for name, match in steps.items() if match and int(match[1]) > step]
-    if not later:
-        return
-    write_json(target / TEMPORARY, later)
-    if kept := [name for name in steps if name not in later]:
-        write_json(path, kept)
-    else:
-        path.unlink()
-
-
-def _copy(source: Path, target: Path) -> None:
-    with open(source, "rb") as read, atomic_write(target) as written:
-        shutil.copyfileobj(read, written)
+    matches = [NUMBERED.fullmatch(name) for name in names if isinstance(name, str)]
+    write_json(path, [match[0] for match in matches if match and int(match[1]) <= step])
 
 
 def _move(source: Path, target: Path) -> None:
     """Rename a file; on another file system, to which a link may lead, copy it before it is removed."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.rename(source, target)
-    except OSError as error:
-        if error.errno != errno.EXDEV:
-            raise
-        _copy(source, target)
-        source.unlink()
+    shutil.move(source, target)
 
 
 def _cannot(folder: Path, error: OSError) -> InputError:
