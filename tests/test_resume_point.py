@@ -134,7 +134,7 @@ def test_checkpoints_that_are_a_link_to_those_of_another_run_are_refused(runs, f
 
 
 def test_places_that_are_no_folder_for_a_run_are_refused(runs, flags, shared_data):
-    with pytest.raises(InputError, match=r"--exp-name .*: .* is the folder of the data; choose another name"):
+    with pytest.raises(InputError, match=r"--exp-name .*: .* is a folder of training data; choose another name"):
         point(flags, "--output-dir", shared_data.parent, "--exp-name", shared_data.name)
     shutil.rmtree(runs / "run" / "checkpoints")
     (runs / "run" / "checkpoints").touch()

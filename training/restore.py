@@ -154,15 +154,11 @@ def _entry(checkpoint: dict[str, Any], name: str, kind: type) -> Any:
     return held
 
 
-def optimizer_group(checkpoint: dict[str, Any], count: int) -> dict[str, Any]:
-    """Return the optimizer's only group of parameters, which has `count` of them. Raises DamagedError if it has not."""
+def optimizer_group(checkpoint: dict[str, Any]) -> Mapping[str, Any]:
+    """Return the optimizer's only group of parameters. Raises DamagedError if it has not exactly one."""
     groups = _entry(checkpoint, "param_groups", list)
     if len(groups) != 1 or not isinstance(groups[0], Mapping):
         raise DamagedError(f"its optimizer has {len(groups)} groups of parameters; expected 1")
-    listed = groups[0].get("params")
-    if not same_value(listed, list(range(count))):
-        held = f"{len(listed)} parameters" if isinstance(listed, list) else "no list of parameters"
-        raise DamagedError(f"its optimizer has {held} in its group; expected 0 .. {count - 1} in order")
     return groups[0]
 
 
@@ -172,6 +168,10 @@ def check_optimizer_settings(group: Mapping[str, Any], own: Mapping[str, Any]) -
     The flags agree with the checkpoint's `args` (`training.record.check_same_run`), so a difference is damage. The
     learning rate may differ, see `saved_learning_rate`. Settings that only newer optimizers have may be missing.
     """
+    if not same_value(listed := group.get("params"), own["params"]):
+        raise DamagedError(
+            f"its optimizer has the parameters {shown(listed)}; expected 0 .. {own['params'][-1]} in order"
+        )
     for name in own.keys() - {*IMPLEMENTATION, "params", "lr"}:
         saved, wanted = (list(one) if isinstance(one, tuple) else one for one in (group.get(name), own[name]))
         if (name in group or name in REQUIRED) and not same_value(saved, wanted):
@@ -185,13 +185,8 @@ def saved_learning_rate(checkpoint: dict[str, Any], settings: Mapping[str, Any],
     `settings` are those that the checkpoint has; `given`: whether --learning-rate decides.
     Raises DamagedError if it is no learning rate, or another one than in the settings.
     """
-    groups = _entry(checkpoint, "param_groups", list)
-    if not groups or not isinstance(groups[0], Mapping):
-        raise DamagedError("its optimizer has no group of parameters")
-    rate = number(groups[0].get("lr"), "the learning rate of its optimizer", 0)
+    rate = number(optimizer_group(checkpoint).get("lr"), "the learning rate of its optimizer", 0)
     recorded = settings.get("learning_rate")
-    if rate == 0 and not given:
-        raise DamagedError("the learning rate of its optimizer is 0")
     if recorded is not None and not given and not same_value(rate, recorded):
         raise DamagedError(
             f"the learning rate of its optimizer is {rate:g}, that of its settings is {describe(recorded)}; "

@@ -14,6 +14,7 @@ from typing import Any
 
 from common.errors import InputError
 from common.io import read_json
+from dataset import IMAGE_FOLDERS, LATENT_FOLDERS
 from models.checkpoint import CHECKPOINT_NAME, is_legacy, list_checkpoints, resolve_checkpoint
 from models.hub import local_or_hub
 from training.config import TrainConfig
@@ -199,8 +200,8 @@ def check_new_run(config: TrainConfig) -> bool:
     Raises InputError if the folder holds a run that must not be replaced.
     """
     folder, args = config.folder, config.folder / "args.json"
-    if same_file(folder, Path(config.data_dir)):
-        raise InputError(f"--exp-name {config.exp_name}: {folder} is the folder of the data; choose another name")
+    if any((folder / name).exists() for name in (*IMAGE_FOLDERS, *LATENT_FOLDERS)):
+        raise InputError(f"--exp-name {config.exp_name}: {folder} is a folder of training data; choose another name")
     if config.resume != "latest" and holds_run(folder):
         raise InputError(f"{folder} already holds a run; resume it with --resume latest, or choose another --exp-name")
     started = {"step": 0, **last_start(folder)}
@@ -219,8 +220,6 @@ def check_new_run(config: TrainConfig) -> bool:
             "--legacy: the published switch, which drops labels twice in a new run (probability 0.19), does not exist "
             "here; the same distribution: --cfg-prob 0.19. Here the flag says which layout a checkpoint to resume has"
         )
-    if started["step"] > 0:
-        logger.warning("%s has no checkpoints, although a start resumed from step %d", folder, started["step"])
     return started["step"] > 0
 
 

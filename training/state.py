@@ -147,8 +147,7 @@ def restore_optimizer(checkpoint: dict[str, Any], optimizer: torch.optim.Optimiz
     Raises DamagedError if they contradict the checkpoint's, or if the state does not fit; see `training.restore`.
     """
     (own,) = optimizer.state_dict()["param_groups"]
-    group = optimizer_group(checkpoint, len(own["params"]))
-    check_optimizer_settings(group, own)
+    check_optimizer_settings(optimizer_group(checkpoint), own)
     state = shard_like(optimizer_state(checkpoint, model, isinstance(optimizer, torch.optim.AdamW)), model)
     optimizer.load_state_dict({"state": state, "param_groups": [own]})
     for values in optimizer.state.values():  # own memory: the file is memory-mapped and may be deleted later
