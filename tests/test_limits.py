@@ -49,7 +49,7 @@ def test_every_number_has_an_upper_bound():
 
 @pytest.mark.parametrize(
     ("flag", "value"),
-    [("--max-train-steps", MOST_STEPS + 1), ("--num-workers", 10**6), ("--depth", 10**5), ("--hidden-size", 10**5),
+    [("--max-train-steps", MOST_STEPS + 1), ("--num-workers", 10**6), ("--depth", 10**4), ("--hidden-size", 10**5),
      ("--eval-samples", 10**8), ("--eval-batch-size", 10**6), ("--num-classes", 10**7), ("--grid-num-steps", 10**7)],
 )  # fmt: skip
 def test_numbers_that_take_memory_or_time_have_bounds_of_their_own(flag, value):

@@ -43,7 +43,7 @@ OF_ONE_RUN = ("exp_name", "resume", "resume_step", "allow_changed_data", "dry_ru
 MEANS_ALL = ("max_images",)  # settings of a run for which None is a value, not one that is determined later
 # Bounds of numbers, so that a slip of the keyboard is an error and not a machine without memory.
 MOST_WORKERS = 1024  # each is a process; more than any machine has cores
-MOST_BLOCKS = 10_000
+MOST_BLOCKS = 1000  # 36 times those of SiT-XL
 MOST_WIDTH = 65_536  # of a network and of its projectors; 57 times that of SiT-XL
 MOST_CLASSES = 1_000_000  # as many labels as data may have
 MOST_GRID_SAMPLES = 10_000  # a grid of 100 x 100 images
