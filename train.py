@@ -46,7 +46,6 @@ def train(run: Run) -> bool:
     last_step = last_step_of(run)
     with log_file(run.folder / "log.txt", accelerator.process_index):
         announce(summary.starting(run, last_step))
-        run.weights.check(run.step)
         if run.step >= last_step:
             flags = "--max-train-steps" + " and --epochs" * (run.config.epochs is not None)
             logger.info("nothing to do: the run is at step %d, and %s ends it at step %d", run.step, flags, last_step)
@@ -252,15 +251,15 @@ def save(run: Run, name: str | None = None, temporary: bool = False) -> None:
 def evaluate(run: Run) -> None:
     """Score EMA samples, write the scores to metrics.jsonl, and keep the checkpoint of the best FID as best.pt."""
     started = time.perf_counter()
-    scores = score_samples(run)
-    run.log.append({"step": run.step, **scores})
-    best = broadcast_from_main(run.accelerator, lambda: is_best(run.folder, run.step, scores["fid"]))
+    scores = {"step": run.step, **score_samples(run)}
+    run.log.append(scores)
+    best = broadcast_from_main(run.accelerator, lambda: is_best(run.folder, scores))
     logger.info(summary.score_line(run.step, scores, time.perf_counter() - started, best))
     if best:
         save(run, "best")
         run.writer.finish()
         if run.accelerator.is_main_process and not run.writer.failure:
-            write_best(run.folder, {"step": run.step, **scores})
+            write_best(run.folder, scores)
 
 
 def finish(run: Run, last_step: int) -> None:

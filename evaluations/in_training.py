@@ -5,6 +5,7 @@ All processes draw the images, and none of them is stored.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,8 @@ class TrainingEvaluation:
         with accelerator.local_main_process_first():  # one process per machine downloads, the others find the file
             self.inception = load_inception(inception, accelerator.device)
         check_reference(statistics, self.inception)
+        numbers = (statistics.pool.mean, statistics.pool.covariance)
+        self.reference = hashlib.sha256(b"".join(part.numpy().tobytes() for part in numbers)).hexdigest()[:16]
         self.expected = {"fid": statistics.pool, "sfid": statistics.spatial}
         self.encoder = encoder
         if encoder is not None:
@@ -66,7 +69,9 @@ class TrainingEvaluation:
 
     @torch.no_grad()
     def __call__(self, draw: Callable[[range], Tensor]) -> dict[str, Any]:
-        """Return `fid`, `sfid` and `encoder_fd` for which the reference has statistics, `num_samples` and `notes`.
+        """Return `fid`, `sfid` and `encoder_fd` for which the reference has statistics, and how they were measured.
+
+        That is: `num_samples`, `notes`, and `reference`, a digest of the reference's statistics.
 
         The result is the same on every process.
 
@@ -90,4 +95,4 @@ class TrainingEvaluation:
         distances = broadcast_from_main(
             accelerator, lambda: {name: frechet_distance(self.expected[name], sums[name].statistics()) for name in sums}
         )
-        return {**distances, "num_samples": self.count, "notes": self.notes}
+        return {**distances, "num_samples": self.count, "reference": self.reference, "notes": self.notes}

@@ -41,7 +41,6 @@ FUZZED_BY = {
     ("models/weights_file.py", "read_safetensors"): "export",
     ("models/weights_file.py", "read_weights_file"): "checkpoint",
     ("preprocessing/destination.py", "_settings_in_zip"): "destination",
-    ("training/rewind.py", "last_row"): "train.py-resume",
 }
 # They read back what they have just written, or write only.
 OWN = {

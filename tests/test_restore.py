@@ -2,19 +2,23 @@
 
 import argparse
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 
 from common.errors import InputError
 from models.checkpoint import MOST_STEPS, steps_done
-from models.sit import SiT
+from models.sit import SiT, SiT_models
+from training.record import DamagedError
 from training.restore import (
     check_log,
     check_optimizer_settings,
     check_scaler,
     optimizer_group,
     optimizer_state,
+    place_state,
+    restoring,
     saved_learning_rate,
 )
 
@@ -100,37 +104,24 @@ def set_all_steps(value):
 
 NAN = float("nan")
 BAD_STATES = {
-    "half missing": (lambda state: [state.pop(index) for index in list(state)[::2]], "no state for"),
-    "one missing": (lambda state: state.pop(1), r"no state for x_embedder\.proj\.weight"),
     "of the positions": (lambda state: state.update({0: state[1]}), "other shapes|not trained"),
-    "unknown index": (lambda state: state.update({999: state[1]}), "parameter 999; the network has"),
-    "negative index": (lambda state: state.update({-1: state[1]}), "parameter -1"),
     "index of text": (lambda state: state.update({"1": state.pop(1)}), "parameter '1'"),
-    "bool index": (lambda state: state.update({True: state.pop(1)}), "parameter True"),
-    "no dict": (lambda state: state.update({1: [1, 2]}), r"has a list for x_embedder\.proj\.weight; expected exp_avg"),
+    "no dict": (
+        lambda state: state.update({1: [1, 2]}),
+        r"has \[1, 2\] for x_embedder\.proj\.weight; expected exp_avg",
+    ),
     "no moment": (lambda state: state[1].pop("exp_avg"), "has exp_avg_sq, step for x_embedder"),
     "amsgrad": (lambda state: state[1].update(max_exp_avg_sq=state[1]["exp_avg_sq"]), "max_exp_avg_sq"),
-    "shape": (change_first("exp_avg", lambda value: value[:-1]), "other shapes"),
     "scalar": (change_first("exp_avg", lambda value: torch.tensor(0.0)), r"a tensor \(\) of float32; expected"),
-    "half": (change_first("exp_avg", torch.Tensor.half), "of float16; expected a tensor of float32"),
-    "double": (change_first("exp_avg_sq", torch.Tensor.double), "of float64; expected a tensor of float32"),
-    "int8": (change_first("exp_avg", lambda value: value.to(torch.int8)), "of int8"),
-    "bool": (change_first("exp_avg", torch.Tensor.bool), "of bool"),
-    "complex": (change_first("exp_avg", lambda value: value + 0j), "of complex64"),
-    "sparse": (change_first("exp_avg", torch.Tensor.to_sparse), "expected a tensor of float32"),
-    "meta": (change_first("exp_avg", lambda value: value.to("meta")), "expected a tensor of float32"),
-    "list": (change_first("exp_avg", torch.Tensor.tolist), "is a list; expected a tensor"),
-    "none": (change_first("exp_avg_sq", lambda value: None), "exp_avg_sq of x_embedder"),
+    r"half": (change_first("exp_avg", torch.Tensor.half), "of float16; expected a tensor \(.*\) of float32"),
+    r"list": (change_first("exp_avg", torch.Tensor.tolist), "expected a tensor \(.*\) of float32"),
     "nan": (change_first("exp_avg", lambda value: value.index_fill(0, torch.tensor([2]), NAN)), "from nan"),
     "infinite": (change_first("exp_avg_sq", lambda value: value.index_fill(0, torch.tensor([2]), torch.inf)), "to inf"),
     "negative": (change_first("exp_avg_sq", torch.neg), "exp_avg_sq of .*allowed: finite, 0 or greater"),
     "one step differs": (change_first("step", lambda value: value - 1), "2 to 3 steps"),
     "more steps": (set_all_steps(STEPS + 1), "step of .* is 4; expected a whole number from 0 to 3"),
     "negative step": (set_all_steps(-1), "is -1; expected a whole number"),
-    "fraction": (set_all_steps(torch.tensor(1.5)), "is 1.5; expected a whole number"),
     "nan step": (set_all_steps(torch.tensor(NAN)), "is nan; expected"),
-    "true step": (set_all_steps(True), "is True; expected"),
-    "text step": (set_all_steps("3"), "is '3'; expected"),
     "steps of each element": (set_all_steps(torch.ones(2)), "other shapes|expected a whole number"),
     "no step yet": (set_all_steps(0), "moments of .* are not 0 after 0 steps"),
 }
@@ -140,12 +131,18 @@ BAD_STATES = {
 def test_a_state_that_adamw_cannot_have_is_refused(network, checkpoint, case):
     damage, text = BAD_STATES[case]
     damage(checkpoint["opt"]["state"])
-    with pytest.raises(InputError, match=text) as caught:
+    with pytest.raises(DamagedError, match=text) as caught:
         optimizer_state(checkpoint, network)
-    assert "the checkpoint cannot be resumed: " in str(caught.value) and "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("opt", [None, [], {}, {"state": []}, {"state": None, "param_groups": {}}, "opt"])
+def test_an_error_names_the_checkpoint_and_what_to_do():
+    text = r"^a/b\.pt: cannot be resumed: its log is bad\. Allowed: .*--init-from CHECKPOINT$"
+    with pytest.raises(InputError, match=text), restoring(Path("a/b.pt")):
+        raise DamagedError("its log is bad")
+
+
+@pytest.mark.parametrize("opt", [None, {}, {"state": [], "param_groups": {}}])
 def test_an_optimizer_of_another_form_is_refused(network, checkpoint, opt):
     bad = {**checkpoint, "opt": opt}
     with pytest.raises(InputError, match=r"its optimizer has no state; expected a dict"):
@@ -155,16 +152,15 @@ def test_an_optimizer_of_another_form_is_refused(network, checkpoint, opt):
 
 
 BAD_GROUPS = {
-    "betas": ({"betas": (0.9, 0.5)}, r"has betas \[0\.9, 0\.5\], but the run has \(0\.9, 0\.999\)"),
+    "betas": (
+        {"betas": (0.9, 0.5)},
+        r"has betas \[0\.9, 0\.5\], but the run has \[0\.9, 0\.999\]; flags: --adam-beta1",
+    ),
     "eps": ({"eps": 0}, "has eps 0, but the run has 1e-08"),
-    "decay": ({"weight_decay": 0.5}, "has weight_decay 0.5"),
-    "nan": ({"weight_decay": NAN}, "has weight_decay nan"),
     "tensor": ({"weight_decay": torch.zeros(3)}, "has weight_decay a tensor"),
     "amsgrad": ({"amsgrad": True}, "has amsgrad True"),
-    "maximize": ({"maximize": True}, "has maximize True"),
     "Adam": ({"decoupled_weight_decay": False}, "has decoupled_weight_decay False"),
     "text": ({"betas": "0.9"}, "has betas '0.9'"),
-    "bool": ({"weight_decay": False}, "has weight_decay False"),
 }
 
 
@@ -178,23 +174,16 @@ def test_settings_that_contradict_the_flags_are_damage(network, checkpoint, case
         check_optimizer_settings(group | change, own)
 
 
-def test_the_group_of_parameters_is_checked(checkpoint):
-    groups, count = checkpoint["opt"]["param_groups"], len(checkpoint["opt"]["param_groups"][0]["params"])
-    assert optimizer_group(checkpoint, count) is groups[0]
-    with pytest.raises(InputError, match=rf"has {count} parameters in its group; expected 0 \.\. {count}"):
-        optimizer_group(checkpoint, count + 1)
-    for params in (
-        list(reversed(range(count))),
-        [0] * count,
-        None,
-        [True, *range(1, count)],
-        list(map(str, range(count))),
-    ):
-        with pytest.raises(InputError, match="in its group; expected 0"):
-            optimizer_group({"opt": {"param_groups": [{**groups[0], "params": params}]}}, count)
+def test_the_group_of_parameters_is_checked(network, checkpoint):
+    own = adamw(network, fused=True).state_dict()["param_groups"][0]
+    groups = checkpoint["opt"]["param_groups"]
+    assert optimizer_group(checkpoint) is groups[0]
+    for params in (own["params"][::-1], own["params"][:-1], None, torch.ones(2)):
+        with pytest.raises(InputError, match=r"has the parameters .*; expected 0 \.\. \d+ in order"):
+            check_optimizer_settings({**groups[0], "params": params}, own)
     for several in ([], groups * 2, ["x"]):
         with pytest.raises(InputError, match="groups of parameters; expected 1"):
-            optimizer_group({"opt": {"param_groups": several}}, count)
+            optimizer_group({"opt": {"param_groups": several}})
 
 
 def test_a_learning_rate_that_contradicts_the_settings_needs_the_flag(checkpoint):
@@ -205,7 +194,7 @@ def test_a_learning_rate_that_contradicts_the_settings_needs_the_flag(checkpoint
     with pytest.raises(InputError, match=r"optimizer is 0\.5, that of its settings is 0\.001; --learning-rate decides"):
         saved_learning_rate(checkpoint, settings, given=False)
     assert saved_learning_rate(checkpoint, settings, given=True) == 0.5
-    for wrong in (None, "1e-3", True, NAN, float("inf"), 10**400, -1.0, [1e-3], torch.ones(2)):
+    for wrong in (None, "1e-3", True, NAN, 10**400, -1.0, torch.ones(2), torch.ones(1) > 0):
         group["lr"] = wrong
         with pytest.raises(InputError, match=r"the learning rate of its optimizer is .*expected a number from 0"):
             saved_learning_rate(checkpoint, settings, given=True)
@@ -233,11 +222,11 @@ def test_the_log_is_checked():
     check_log(None)
     check_log(good)
     wrong = [{"sums": {"loss": "1"}}, {"sums": {"loss": NAN}}, {"sums": {1: 1.0}}, {"sums": []}, {"steps": 0.5}]
-    wrong += [{"steps": -1}, {"steps": None}, {"seconds": -1.0}, {"seconds": None}, {"bad_steps": True}]
+    wrong += [{"steps": -1}, {"steps": None}, {"seconds": 1e300}, {"seconds": None}, {"bad_steps": True}]
     for change in wrong:
         with pytest.raises(InputError, match="its log"):
             check_log(good | change)
-    with pytest.raises(InputError, match="its log is a list"):
+    with pytest.raises(InputError, match="its log is "):
         check_log([])
 
 
@@ -245,3 +234,19 @@ def test_the_log_is_checked():
 def test_steps_are_a_whole_number_within_bounds(steps):
     with pytest.raises(InputError, match=r"its steps are .*expected a whole number from 0 to 1,000,000,000"):
         steps_done({"steps": steps})
+
+
+def test_moments_are_placed_by_shape_for_any_order_of_the_parameters():
+    """As in files of the older REPA layout."""
+    model = SiT_models["SiT-S/8"](depth=3, hidden_size=48, num_heads=2, z_dims=[32], encoder_depth=2, projector_dim=64)
+    names = [name for name, _ in model.named_parameters()]
+    old = sorted(names, key=lambda name: (name.startswith("blocks.2"), names.index(name)))  # at the end, say
+    weights = {name: value for name in old for key, value in model.state_dict().items() if key == name}
+    moments = {name: {"exp_avg": torch.full_like(weights[name], number)} for number, name in enumerate(names)}
+    for order in (names, old):
+        opt = {"state": {index: moments[name] for index, name in enumerate(order)}}
+        placed = place_state({"model": {name: weights[name] for name in order}, "opt": opt}, model)
+        assert all(moment["exp_avg"].flatten()[0] == index for index, moment in placed.items())
+    opt["state"][3] = {"exp_avg": torch.zeros(5)}
+    with pytest.raises(ValueError, match="other shapes"):
+        place_state({"model": weights, "opt": opt}, model)

@@ -105,3 +105,12 @@ def test_rows_are_read_one_at_a_time_and_chosen_by_a_name(tmp_path: Path) -> Non
     (path := tmp_path / "metrics.jsonl").write_bytes(b"\n".join([row(1, loss=1), row(2, fid=3), row(3, sfid=4), b"x"]))
     assert [found["step"] for found in iterate_metrics(path, "fid")] == [2]
     assert next(iterate_metrics(path)) == {"step": 1, "loss": 1}
+
+
+def test_the_last_row_is_read_from_the_end(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    assert rows.last_row(path) is None
+    path.write_bytes(b'{"step": 1}\n{"step": 2}\n{"step": "x"}\n[3]\n{"st')
+    assert rows.last_row(path) == {"step": 2}
+    path.write_bytes(b"\xff\n" * 10)
+    assert rows.last_row(path) is None

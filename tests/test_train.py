@@ -9,12 +9,11 @@ import train
 from common.errors import InputError
 from models.checkpoint import load_checkpoint, load_model
 from models.interpolant import Interpolant
-from models.sit import SiT, SiT_models, SiTConfig
+from models.sit import SiT, SiTConfig
 from samplers import sample_images
 from tests.conftest import NUM_CLASSES, read_rows, reset_accelerate, run_program, run_training
 from training.config import parse_args
 from training.preemption import StopSignal
-from training.restore import place_state
 
 MODES = {
     "reg": [],
@@ -237,13 +236,8 @@ def train_flags_data(flags):
 def test_defaults_are_the_papers_recipe():
     flags = ["--exp-name", "x", "--device", "cpu"]
     args = parse_args(flags)
-    assert (args.model, args.batch_size, args.cls, args.proj_coeff, args.ema_decay) == (
-        "SiT-XL/2",
-        256,
-        0.03,
-        0.5,
-        0.9999,
-    )
+    found = (args.model, args.batch_size, args.cls, args.proj_coeff, args.ema_decay)
+    assert found == ("SiT-XL/2", 256, 0.03, 0.5, 0.9999)
     assert (args.learning_rate, args.max_grad_norm, args.cfg_prob, args.enc_type) == (1e-4, 1.0, 0.1, "dinov2-vit-b")
 
 
@@ -369,22 +363,6 @@ def test_an_image_that_cannot_be_read_ends_the_run_with_its_name(train_flags, da
         run_training(flags)
     assert "img00000007.png: not an image that can be read: its data is damaged" in str(caught.value)
     assert "Traceback" not in str(caught.value)
-
-
-def test_moments_are_placed_by_shape_for_any_order_of_the_parameters():
-    """As in files of the older REPA layout."""
-    model = SiT_models["SiT-S/8"](depth=3, hidden_size=48, num_heads=2, z_dims=[32], encoder_depth=2, projector_dim=64)
-    names = [name for name, _ in model.named_parameters()]
-    old = sorted(names, key=lambda name: (name.startswith("blocks.2"), names.index(name)))  # at the end, say
-    weights = {name: value for name in old for key, value in model.state_dict().items() if key == name}
-    moments = {name: {"exp_avg": torch.full_like(weights[name], number)} for number, name in enumerate(names)}
-    for order in (names, old):
-        opt = {"state": {index: moments[name] for index, name in enumerate(order)}}
-        placed = place_state({"model": {name: weights[name] for name in order}, "opt": opt}, model)
-        assert all(moment["exp_avg"].flatten()[0] == index for index, moment in placed.items())
-    opt["state"][3] = {"exp_avg": torch.zeros(5)}
-    with pytest.raises(ValueError, match="other shapes"):
-        place_state({"model": weights, "opt": opt}, model)
 
 
 def test_encoder_of_another_width_does_not_fit_the_checkpoint(train_flags, tmp_path):

@@ -7,7 +7,7 @@ may change it (`changeable`). What the data and the encoders determine is in `Ru
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,24 @@ MODEL = Check(f"one of {', '.join(SiT_models)}", lambda value: value in SiT_mode
 WEIGHTS = {term.name: term.weight for term in TERMS}
 # In args.json: facts about the run that are not settings, and the names of the settings that follow from others.
 DERIVED = "derived"
-DATA_DIGEST = "data_digest"
-RECORDED = frozenset({"codec", "latent_size", "z_dims", "in_channels", "cls_token_dim", DATA_DIGEST, DERIVED})
+# Digests of what a run reads: the setting that names it, and what a resumed run says if it differs.
+DIGESTS = {
+    "data_digest": (
+        "data_dir",
+        "these are not the data of the run: names, labels, images or latents have changed (moved folders and zips of "
+        "the same files are allowed)",
+    ),
+    "encoder_digest": ("enc_weights", "these are not the encoder weights of the run"),
+}
+RECORDED = frozenset({"codec", "latent_size", "z_dims", "in_channels", "cls_token_dim", *DIGESTS, DERIVED})
 # Another run does not take these from args.json.
 OF_ONE_RUN = ("exp_name", "resume", "resume_step", "allow_changed_data", "dry_run")
 MEANS_ALL = ("max_images",)  # settings of a run for which None is a value, not one that is determined later
 # Bounds of numbers, so that a slip of the keyboard is an error and not a machine without memory.
 MOST_WORKERS = 1024  # each is a process; more than any machine has cores
+MOST_BLOCKS = 1000  # 36 times those of SiT-XL
+MOST_WIDTH = 65_536  # of a network and of its projectors; 57 times that of SiT-XL
+MOST_CLASSES = 1_000_000  # as many labels as data may have
 MOST_GRID_SAMPLES = 10_000  # a grid of 100 x 100 images
 MOST_EVAL_SAMPLES = 10_000_000  # 200 times the usual 50,000
 MOST_EVAL_BATCH = 65_536  # images of 256 px decoded by one process: 50 GB
@@ -82,7 +93,9 @@ class RunSettings(Config):
         "file: of this run as --resume-step does, of another run only if --exp-name is a new run",
     )
     allow_changed_data: bool = adjustable(
-        False, "resume although the data (names, labels, images or latents) differ from those of the run"
+        False,
+        "resume although the data (names, labels, images or latents) or the weights of the encoders differ from those "
+        "of the run",
     )
     init_from: str | None = adjustable(
         None,
@@ -135,15 +148,15 @@ class NetworkSettings(Config):
     """network"""
 
     model: str = setting("SiT-XL/2", "preset, SiT-{S,B,L,XL}/{2,4,8}", check=MODEL)
-    depth: int | None = setting(None, "number of blocks; default: the preset's", check=POSITIVE)
-    hidden_size: int | None = setting(None, "width; default: the preset's", check=POSITIVE)
+    depth: int | None = setting(None, "number of blocks; default: the preset's", check=between(1, MOST_BLOCKS))
+    hidden_size: int | None = setting(None, "width; default: the preset's", check=between(1, MOST_WIDTH))
     num_heads: int | None = setting(None, "attention heads; default: the preset's", check=POSITIVE)
-    projector_dim: int = setting(2048, "inner width of the projectors", check=POSITIVE)
+    projector_dim: int = setting(2048, "inner width of the projectors", check=between(1, MOST_WIDTH))
     num_classes: int | None = setting(
         None,
         "number of classes, at least that of the data; default: that of the data. Only a network of 1000 classes fits "
         "the published code",
-        check=POSITIVE,
+        check=between(1, MOST_CLASSES),
     )
     encoder_depth: int | None = setting(
         None,
@@ -318,12 +331,12 @@ class RunFacts:
     resolution: int
     latent_format: LatentFormat
     network: SiTConfig
-    data_digest: str | None = None  # what `LatentDataset.digest` returns
+    digests: dict[str, str] = field(default_factory=dict)  # by the names in DIGESTS
 
 
 def find_facts(
     config: TrainConfig, resolution: int, latent_size: int, num_classes: int, latent_format: LatentFormat,
-    encoder_widths: Sequence[int], data_digest: str | None = None,
+    encoder_widths: Sequence[int], digests: dict[str, str] | None = None,
 ) -> RunFacts:  # fmt: skip
     """Return the facts of a run from its data and from the widths of its encoders.
 
@@ -355,4 +368,4 @@ def find_facts(
         )
     except ValueError as error:
         raise InputError(f"--model {config.model} with the given sizes: {error}") from error
-    return RunFacts(resolution, latent_format, network, data_digest)
+    return RunFacts(resolution, latent_format, network, digests or {})

@@ -113,7 +113,7 @@ class FiniteWeights:
     optimizer: GuardedOptimizer
     reduce: Callable[[Tensor], Tensor]  # averages a tensor over the processes
     checkpoints: Path  # folder
-    known_at: int | None = None  # step at which they were finite
+    known_at: int  # step at which they were finite
 
     @torch.no_grad()
     def flag(self) -> Tensor:
@@ -136,14 +136,12 @@ class FiniteWeights:
         if finite:
             self.known_at = step
             return
-        what = f"the weights, their averages or the optimizer's moments are not finite at step {step}"
-        if self.known_at is None:
-            raise InputError(f"{what}, where the run starts: choose another checkpoint (--resume-step, --init-from)")
         good = [path for path in list_checkpoints(self.checkpoints) if int(path.stem) <= self.known_at]
         newest = f"{good[-1]}: resume from it by --resume-step {int(good[-1].stem)}" if good else "none: start again"
         raise InputError(
-            f"{what}; at step {self.known_at} they were finite. The run ends without saving them. Newest good "
-            f"checkpoint: {newest}. {ADVICE_WEIGHTS}"
+            f"the weights, their averages or the optimizer's moments are not finite at step {step}; at step "
+            f"{self.known_at} they were finite. The run ends without saving them. Newest good checkpoint: {newest}. "
+            f"{ADVICE_WEIGHTS}"
         )
 
 

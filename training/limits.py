@@ -3,36 +3,23 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import torch
 
 from common.errors import InputError
-from models.sit import TIME_FEATURES, SiTConfig
+from models.sit import SiT, SiTConfig
 
 STATE_BYTES = 16  # of a parameter, float32: weight, average, and the two moments of AdamW
 NUMBER_BYTES = 4  # of a float32
 
 
 def parameter_count(network: SiTConfig) -> int:
-    """Return the number of parameters of a network, positions included, without building it."""
-    width, patch = network.hidden_size, network.patch_size**2 * network.in_channels
-    inner, cls_dim = int(width * network.mlp_ratio), network.cls_token_dim or 0
-    has_slot = bool(cls_dim) or network.learnable_token
-    tokens = (network.input_size // network.patch_size) ** 2 + has_slot
-
-    def linear(inputs: int, outputs: int) -> int:
-        return (inputs + 1) * outputs
-
-    embedders = linear(patch, width) + linear(TIME_FEATURES, width) + linear(width, width)
-    embedders += (network.num_classes + 1) * width + tokens * width
-    block = linear(width, 3 * width) + linear(width, width) + linear(width, inner) + linear(inner, width)
-    block += linear(width, 6 * width) + (4 * (width // network.num_heads) if network.qk_norm else 0)
-    hidden = network.projector_dim
-    projectors = sum(linear(width, hidden) + linear(hidden, hidden) + linear(hidden, z) for z in network.z_dims)
-    final = linear(width, patch) + linear(width, 2 * width)
-    slot = linear(width, cls_dim) + linear(cls_dim, width) + 2 * width if cls_dim else 0
-    slot += width if network.learnable_token else 0
-    return embedders + network.depth * block + projectors + final + slot
+    """Return the number of parameters of a network, positions included, from networks of one and two blocks."""
+    with torch.device("meta"):
+        small = (SiT(replace(network, depth=depth, encoder_depth=1)) for depth in (1, 2))
+        one, two = (sum(parameter.numel() for parameter in model.parameters()) for model in small)
+    return one + (network.depth - 1) * (two - one)
 
 
 def check_memory(network: SiTConfig, batch_size: int, processes: int, sharded: bool, available: int) -> None:

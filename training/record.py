@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from common.classes import ClassSet, label_ranges
 from common.cli import fixed_settings, flag, settings
 from common.errors import InputError
 from models.checkpoint import checkpoint_classes
-from models.encoders import AFTER_NORM, name_with_tokens
+from models.encoders import AFTER_NORM, Encoder, name_with_tokens
 from models.sit import SiTConfig
-from training.config import DATA_DIGEST, DERIVED, MEANS_ALL, RunFacts, TrainConfig
+from training.config import DERIVED, DIGESTS, MEANS_ALL, RunFacts, TrainConfig
+
+
+class DamagedError(InputError):
+    """A part of a checkpoint that cannot be restored. The message has no path; `training.restore.restoring` adds it."""
 
 
 def saved_args(config: TrainConfig, facts: RunFacts) -> dict[str, Any]:
@@ -27,7 +35,7 @@ def saved_args(config: TrainConfig, facts: RunFacts) -> dict[str, Any]:
         "resolution": facts.resolution,
         "codec": facts.latent_format.to_json(),
         "latent_size": network.input_size,
-        DATA_DIGEST: facts.data_digest,
+        **facts.digests,
         "z_dims": list(network.z_dims),
         **{
             name: getattr(network, name)
@@ -53,17 +61,19 @@ def check_same_run(current: dict[str, Any], saved: dict[str, Any], source: str |
         saved: what the run recorded.
         source: named in the error.
     """
-    changeable = settings(TrainConfig).keys() - fixed_settings(TrainConfig) | {DATA_DIGEST}
+    known_flags = settings(TrainConfig).keys()
+    changeable = known_flags - fixed_settings(TrainConfig) | DIGESTS.keys()
     for name, value in current.items():
         before = saved.get(name)
         if name == "enc_type" and isinstance(value, str) and isinstance(before, str):
             value, before = name_with_tokens(value), name_with_tokens(before, AFTER_NORM)
         known = name in MEANS_ALL or (value is not None and before is not None)
         if name not in changeable and known and not same_value(value, before):
-            value, before = ("all" if one is None else f"{one}"[:200] for one in (value, before))
+            now, then = ("all" if one is None else f"{one}"[:200] for one in (value, before))
             raise InputError(
-                f"{flag(name)} is {value}, but {source} was started with {before}, and a run keeps this setting. To "
-                "start another run from its weights: a new --exp-name and --init-from CHECKPOINT"
+                f"{flag(name) if name in known_flags else name} is {now}, but {source} was started with {then}, and a "
+                "run keeps this setting. To start another run from its weights: a new --exp-name and --init-from "
+                "CHECKPOINT"
             )
 
 
@@ -75,23 +85,39 @@ def same_value(value: Any, before: Any) -> bool:
         return False
 
 
-def check_same_data(digest: str | None, saved: dict[str, Any], data_dir: str, allowed: bool) -> bool:
-    """Return whether the data differ from those of the run, by their `LatentDataset.digest`.
+def encoders_digest(encoders: Iterable[Encoder]) -> str:
+    """Return the SHA-256 of the weights of encoders.
 
-    `saved`: settings of the run; older runs recorded no digest. Raises InputError if they differ and may not.
+    Tables of positions are skipped: they are resampled, and their last bits depend on the version of PyTorch.
     """
-    before = saved.get(DATA_DIGEST)
-    if before is None or digest is None or same_value(digest, before):
-        return False
-    if not allowed:
-        raise InputError(
-            f"--data-dir {data_dir}: these are not the data of the run: names, labels, images or latents have changed "
-            "(moved folders and zips of the same files are allowed). To resume with changed data: --allow-changed-data"
-        )
-    return True
+    digest = hashlib.sha256()
+    for encoder in encoders:
+        for name, value in encoder.state_dict().items():
+            if "pos" not in name:
+                digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
-def check_same_network(checkpoint: dict[str, Any], facts: RunFacts, data_classes: ClassSet | None) -> None:
+def check_same_inputs(config: TrainConfig, facts: RunFacts, saved: dict[str, Any]) -> list[str]:
+    """Return which digests of what a run reads, names of `DIGESTS`, are not those that it recorded in `saved`.
+
+    Older runs recorded none. Raises InputError if one differs and --allow-changed-data is not given.
+    """
+    changed = []
+    for name, (field, what) in DIGESTS.items():
+        before, now = saved.get(name), facts.digests.get(name)
+        if before is not None and now is not None and not same_value(now, before):
+            changed.append(name)
+            if not config.allow_changed_data:
+                raise InputError(
+                    f"{flag(field)} {getattr(config, field)}: {what}. To resume in spite of this: --allow-changed-data"
+                )
+    return changed
+
+
+def check_same_network(
+    checkpoint: dict[str, Any], facts: RunFacts, data_classes: ClassSet | None, source: str | Path
+) -> None:
     """Raise InputError if a checkpoint describes another network, or other classes than the data have.
 
     Published and older files have no description; their weights and settings are compared in any case.
@@ -101,15 +127,15 @@ def check_same_network(checkpoint: dict[str, Any], facts: RunFacts, data_classes
         try:
             saved, own = SiTConfig.from_json(entry).to_json(), facts.network.to_json()
         except InputError as error:
-            raise InputError(f"the checkpoint: {error}") from error
+            raise DamagedError(str(error)) from error
         if names := [name for name in own if not same_value(own[name], saved[name])]:
             name, held = names[0], f"{saved[names[0]]!r:.60}"
-            raise InputError(f"the checkpoint: its network has {name} {held}; by the flags it is {own[name]}")
-    classes = checkpoint_classes(checkpoint, facts.network.num_classes, "the checkpoint")
+            raise DamagedError(f"its network has {name} {held}; by the flags it is {own[name]}")
+    classes = checkpoint_classes(checkpoint, facts.network.num_classes, source)
     if checkpoint.get("classes") is not None and data_classes is not None and classes.labels != data_classes.labels:
         held = f"{len(classes.labels)} classes ({label_ranges(classes.labels)[:60]})"
         now = f"{len(data_classes.labels)} ({label_ranges(data_classes.labels)[:60]})"
         raise InputError(
-            f"--data-dir: the checkpoint was trained on {held}, the data have {now}; allowed: the data of the run, or "
+            f"--data-dir: {source} was trained on {held}, the data have {now}; allowed: the data of the run, or "
             "--allow-changed-data"
         )

@@ -8,47 +8,55 @@ REPA layout.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from common.errors import InputError
+from common.errors import InputError, shown
 from models.checkpoint import network_weights
 from training.metrics import COUNTS
-from training.record import same_value
+from training.record import DamagedError, same_value
 
 IMPLEMENTATION = ("fused", "foreach", "capturable", "differentiable")  # how an optimizer computes, not what
 # Settings of every AdamW, besides the learning rate, and their flags.
 REQUIRED = {
     "betas": "--adam-beta1, --adam-beta2", "eps": "--adam-epsilon", "weight_decay": "--adam-weight-decay",
 }  # fmt: skip
-MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = {"exp_avg": -math.inf, "exp_avg_sq": 0.0}  # of AdamW, with their least value
 SCALER = ("growth_factor", "backoff_factor", "growth_interval")  # settings of a loss scaler
 LARGEST_SCALE = 2.0**127  # of a loss scaler: the largest power of two in float32
+MOST_SECONDS = 1e10  # of training: 300 years
 State = dict[int, dict[str, Tensor]]
 
 
-def damaged(what: str) -> InputError:
-    """Return the error for a part of a checkpoint that cannot be restored."""
-    return InputError(
-        f"the checkpoint cannot be resumed: {what}. Allowed: a complete checkpoint of this network; to start another "
-        "run from its weights: a new --exp-name and --init-from CHECKPOINT"
-    )
+@contextlib.contextmanager
+def restoring(path: Path | None) -> Iterator[None]:
+    """Name the checkpoint `path` in the errors about what it restores."""
+    try:
+        yield
+    except DamagedError as error:
+        raise InputError(
+            f"{path}: cannot be resumed: {error}. Allowed: a complete checkpoint of this network; to start another run "
+            "from its weights: a new --exp-name and --init-from CHECKPOINT"
+        ) from error
 
 
 def number(value: Any, what: str, low: float = -math.inf, high: float = math.inf, whole: bool = False) -> float:
-    """Return a number of a checkpoint as Python's. Raises InputError if it is none, not finite or outside the range."""
-    if isinstance(value, Tensor) and value.numel() == 1 and value.device.type == "cpu" and _is_plain(value):
+    """Return a number of a checkpoint as Python's. Raises DamagedError if it is none, or outside the range."""
+    if isinstance(value, Tensor) and value.numel() == 1 and value.dtype != torch.bool:
         value = value.item()
-    fits = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
-    if not fits or not abs(value) <= sys.float_info.max or (whole and value != int(value)):
-        kind, least = ("a whole number" if whole else "a number"), "" if low == -math.inf else f" from {low:g}"
-        most = "" if high == math.inf else f" to {high:g}"
-        raise damaged(f"{what} is {describe(value)}; expected {kind}{least}{most}")
+    fits = type(value) in (int, float) and abs(value) <= sys.float_info.max and low <= value <= high
+    if not fits or (whole and value != int(value)):
+        least, most = (
+            "" if abs(bound) == math.inf else f" {word} {bound:g}" for word, bound in (("from", low), ("to", high))
+        )
+        raise DamagedError(f"{what} is {describe(value)}; expected a {'whole ' * whole}number{least}{most}")
     return value
 
 
@@ -56,15 +64,14 @@ def describe(value: Any) -> str:
     """Return a value of a checkpoint for a message, in one short line."""
     if isinstance(value, Tensor):
         return f"a tensor {tuple(value.shape)} of {str(value.dtype).removeprefix('torch.')}"
-    text = repr(value) if isinstance(value, int | float | str | None) else f"a {type(value).__name__}"
-    return text if len(text) <= 60 else f"{text[:60]}..."
+    return shown(value)
 
 
 def optimizer_state(checkpoint: dict[str, Any], model: nn.Module, is_adamw: bool = True) -> State:
     """Return an optimizer's state by the indices of the parameters of `model`; {} if there is none at step 0.
 
-    Of another optimizer than AdamW it is not known which entries it has, and whether it has any.
-    Raises InputError, naming the parameter, if a state is missing or is not one that the optimizer can have.
+    Of another optimizer than AdamW only the shapes are compared.
+    Raises DamagedError, naming the parameter, if a state is missing or is not one that the optimizer can have.
     """
     state = _entry(checkpoint, "state", dict)
     parameters, steps = dict(model.named_parameters()), checkpoint["steps"]
@@ -72,21 +79,21 @@ def optimizer_state(checkpoint: dict[str, Any], model: nn.Module, is_adamw: bool
         return {}
     names = list(parameters)
     if unknown := [index for index in state if type(index) is not int or not 0 <= index < len(names)]:
-        raise damaged(f"its optimizer has a state for parameter {describe(unknown[0])}; the network has {len(names)}")
+        raise DamagedError(f"its optimizer has a state for parameter {shown(unknown[0])}; the network has {len(names)}")
     placed = place_state(checkpoint, model)
-    for index, name in enumerate(names):
-        if parameters[name].requires_grad and index not in placed:
-            raise damaged(f"its optimizer has no state for {name}")
-        if index in placed and not parameters[name].requires_grad:
-            raise damaged(f"its optimizer has a state for {name}, which is not trained")
-    first = next(iter(placed.values()))
-    entries = {"step", *MOMENTS} if is_adamw or not isinstance(first, Mapping) else set(first)
+    if not is_adamw:
+        return placed
+    trained = {index for index, name in enumerate(names) if parameters[name].requires_grad}
+    if wrong := sorted(trained ^ placed.keys()):
+        held = "no state for {}" if wrong[0] in trained else "a state for {}, which is not trained"
+        raise DamagedError(f"its optimizer has {held.format(names[wrong[0]])}")
     checked = {
-        index: _parameter_state(placed[index], names[index], parameters[names[index]].shape, steps, entries)
+        index: _adamw_state(placed[index], names[index], parameters[names[index]].shape, steps)
         for index in sorted(placed)
     }
-    if len(counts := {values["step"].item() for values in checked.values() if "step" in values}) > 1:
-        raise damaged(f"its optimizer has done {min(counts):g} to {max(counts):g} steps, not equally many everywhere")
+    if len(counts := {values["step"].item() for values in checked.values()}) > 1:
+        counted = f"{min(counts):g} to {max(counts):g} steps"
+        raise DamagedError(f"its optimizer has done {counted}, not equally many everywhere")
     return checked
 
 
@@ -106,7 +113,7 @@ def place_state(checkpoint: dict[str, Any], model: nn.Module) -> dict[int, dict[
         if not wrong and len(placed) == len(state):
             return placed
     index = next(index for index in state if not _fits(state[index], shapes[index]))
-    raise damaged(f"its optimizer's moments have other shapes than the parameters; the first is {names[index]}")
+    raise DamagedError(f"its optimizer's moments have other shapes than the parameters; the first is {names[index]}")
 
 
 def _fits(values: Any, shape: torch.Size) -> bool:
@@ -114,107 +121,74 @@ def _fits(values: Any, shape: torch.Size) -> bool:
     return all(value.shape == shape for value in tensors if isinstance(value, Tensor) and value.ndim)
 
 
-def _parameter_state(values: Any, name: str, shape: torch.Size, steps: int, entries: set[str]) -> dict[str, Any]:
-    """Return the state of one parameter, with its `step` as a tensor. Raises InputError if it has wrong values."""
-    if not isinstance(values, Mapping) or set(values) != entries:
+def _adamw_state(values: Any, name: str, shape: torch.Size, steps: int) -> dict[str, Tensor]:
+    """Return the state of one parameter, with its `step` as a tensor. Raises DamagedError if it has wrong values."""
+    if not isinstance(values, Mapping) or set(values) != {"step", *MOMENTS}:
         held = ", ".join(sorted(map(str, values))) if isinstance(values, Mapping) else describe(values)
-        raise damaged(f"its optimizer has {held or 'nothing'} for {name}; expected {', '.join(sorted(entries))}")
-    state = {key: value for key, value in values.items() if value is None and key not in ("step", *MOMENTS)}
-    for key in entries - state.keys():
-        value, what = values[key], f"its optimizer's {key} of {name}"
-        if key == "step":
-            state[key] = torch.tensor(float(number(value, what, 0, steps, whole=True)))
-        elif key in MOMENTS or (isinstance(value, Tensor) and value.ndim):
-            state[key] = _moment(value, what, shape, 0 if key == "exp_avg_sq" else -math.inf)
-        else:
-            number(value, what)
-            state[key] = value
-    if "step" in state and state["step"] == 0 and any(state[key].any() for key in MOMENTS if key in state):
-        raise damaged(f"its optimizer's moments of {name} are not 0 after 0 steps")
-    return state
+        raise DamagedError(f"its optimizer has {held or 'nothing'} for {name}; expected exp_avg, exp_avg_sq, step")
+    step = number(values["step"], f"its optimizer's step of {name}", 0, steps, whole=True)
+    moments = {
+        key: _moment(values[key], f"its optimizer's {key} of {name}", shape, least) for key, least in MOMENTS.items()
+    }
+    if step == 0 and any(moment.any() for moment in moments.values()):
+        raise DamagedError(f"its optimizer's moments of {name} are not 0 after 0 steps")
+    return {"step": torch.tensor(float(step)), **moments}
 
 
 def _moment(value: Any, what: str, shape: torch.Size, least: float) -> Tensor:
-    """Return a moment of a parameter. Raises InputError if it is not float32, of this shape, and finite."""
-    if not isinstance(value, Tensor) or not _is_plain(value) or value.dtype != torch.float32:
-        raise damaged(f"{what} is {describe(value)}; expected a tensor of float32")
-    if value.shape != shape:
-        raise damaged(f"{what} is {describe(value)}; expected {tuple(shape)}")
+    """Return a moment of a parameter. Raises DamagedError if it is not float32, of this shape, and finite."""
+    if not isinstance(value, Tensor) or value.dtype != torch.float32 or value.shape != shape:
+        raise DamagedError(f"{what} is {describe(value)}; expected a tensor {tuple(shape)} of float32")
     low, high = (bound.item() for bound in value.aminmax())  # NaN if there is one
     if not (math.isfinite(low) and math.isfinite(high) and low >= least):
-        raise damaged(f"{what} has values from {low:g} to {high:g}; allowed: finite{'' if least else ', 0 or greater'}")
+        allowed = "finite" if least else "finite, 0 or greater"
+        raise DamagedError(f"{what} has values from {low:g} to {high:g}; allowed: {allowed}")
     return value
 
 
-def _is_plain(value: Tensor) -> bool:
-    """Return whether a tensor has real numbers in memory: not sparse, quantized, complex, boolean or without data."""
-    return (
-        value.layout == torch.strided
-        and value.device.type == "cpu"
-        and not (value.is_complex() or value.is_quantized or value.dtype == torch.bool)
-    )
-
-
 def _entry(checkpoint: dict[str, Any], name: str, kind: type) -> Any:
-    """Return an entry of the optimizer. Raises InputError if it has none of that type."""
+    """Return an entry of the optimizer. Raises DamagedError if it has none of that type."""
     held = checkpoint["opt"].get(name) if isinstance(checkpoint["opt"], Mapping) else None
     if not isinstance(held, kind):
-        raise damaged(f"its optimizer has no {name}; expected a dict with state and param_groups")
+        raise DamagedError(f"its optimizer has no {name}; expected a dict with state and param_groups")
     return held
 
 
-def optimizer_group(checkpoint: dict[str, Any], count: int) -> dict[str, Any]:
-    """Return the optimizer's only group of parameters, which has `count` of them. Raises InputError if it has not."""
+def optimizer_group(checkpoint: dict[str, Any]) -> Mapping[str, Any]:
+    """Return the optimizer's only group of parameters. Raises DamagedError if it has not exactly one."""
     groups = _entry(checkpoint, "param_groups", list)
     if len(groups) != 1 or not isinstance(groups[0], Mapping):
-        raise damaged(f"its optimizer has {len(groups)} groups of parameters; expected 1")
-    listed = groups[0].get("params")
-    if not isinstance(listed, list) or any(type(index) is not int for index in listed) or listed != list(range(count)):
-        held = f"{len(listed)} parameters" if isinstance(listed, list) else "no list of parameters"
-        raise damaged(f"its optimizer has {held} in its group; expected 0 .. {count - 1} in order")
+        raise DamagedError(f"its optimizer has {len(groups)} groups of parameters; expected 1")
     return groups[0]
 
 
 def check_optimizer_settings(group: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    """Raise InputError if the settings of a checkpoint's optimizer are not `own`, those of the flags.
+    """Raise DamagedError if the settings of a checkpoint's optimizer are not `own`, those of the flags.
 
     The flags agree with the checkpoint's `args` (`training.record.check_same_run`), so a difference is damage. The
     learning rate may differ, see `saved_learning_rate`. Settings that only newer optimizers have may be missing.
     """
+    if not same_value(listed := group.get("params"), own["params"]):
+        raise DamagedError(
+            f"its optimizer has the parameters {shown(listed)}; expected 0 .. {own['params'][-1]} in order"
+        )
     for name in own.keys() - {*IMPLEMENTATION, "params", "lr"}:
-        if name not in group and name not in REQUIRED:
-            continue
-        saved, wanted = group.get(name), own[name]
-        plain = [list(value) if isinstance(value, tuple | list) else value for value in (saved, wanted)]
-        parts = plain[0] if isinstance(plain[0], list) else [plain[0]]
-        is_number = all(isinstance(part, int | float | str | None) for part in parts)
-        if not is_number or plain[0] != plain[1] or isinstance(saved, bool) != isinstance(wanted, bool):
+        saved, wanted = (list(one) if isinstance(one, tuple) else one for one in (group.get(name), own[name]))
+        if (name in group or name in REQUIRED) and not same_value(saved, wanted):
             flags = f"; flags: {REQUIRED[name]}" if name in REQUIRED else ""
-            raise damaged(f"its optimizer has {name} {describe_setting(saved)}, but the run has {wanted}{flags}")
-
-
-def describe_setting(value: Any) -> str:
-    """Return a setting of an optimizer for a message."""
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(describe, value[:3]))}]"
-    return describe(value)
+            raise DamagedError(f"its optimizer has {name} {describe(saved)}, but the run has {wanted}{flags}")
 
 
 def saved_learning_rate(checkpoint: dict[str, Any], settings: Mapping[str, Any], given: bool) -> float:
     """Return the learning rate of a checkpoint's optimizer.
 
     `settings` are those that the checkpoint has; `given`: whether --learning-rate decides.
-    Raises InputError if it is no learning rate, or another one than in the settings.
+    Raises DamagedError if it is no learning rate, or another one than in the settings.
     """
-    groups = _entry(checkpoint, "param_groups", list)
-    if not groups or not isinstance(groups[0], Mapping):
-        raise damaged("its optimizer has no group of parameters")
-    rate = number(groups[0].get("lr"), "the learning rate of its optimizer", 0)
+    rate = number(optimizer_group(checkpoint).get("lr"), "the learning rate of its optimizer", 0)
     recorded = settings.get("learning_rate")
-    if rate == 0 and not given:
-        raise damaged("the learning rate of its optimizer is 0")
     if recorded is not None and not given and not same_value(rate, recorded):
-        raise damaged(
+        raise DamagedError(
             f"the learning rate of its optimizer is {rate:g}, that of its settings is {describe(recorded)}; "
             "--learning-rate decides"
         )
@@ -222,31 +196,31 @@ def saved_learning_rate(checkpoint: dict[str, Any], settings: Mapping[str, Any],
 
 
 def check_scaler(state: Any, own: Mapping[str, Any] | None) -> None:
-    """Raise InputError if the state of a loss scaler cannot be one. `own`: the state of this run's scaler, if any."""
+    """Raise DamagedError if the state of a loss scaler cannot be one. `own`: the state of this run's scaler, if any."""
     if state is None or state == {}:
         return
     names = ("scale", *SCALER, "_growth_tracker")
     if not isinstance(state, Mapping) or set(state) != set(names):
-        raise damaged(f"its loss scaler is {describe(state)}; expected a dict with {', '.join(names)}")
+        raise DamagedError(f"its loss scaler is {describe(state)}; expected a dict with {', '.join(names)}")
     values = {name: number(state[name], f"its loss scaler's {name}", 0, LARGEST_SCALE) for name in names}
     scale, tracker = values["scale"], values["_growth_tracker"]
     if scale <= 0 or tracker != int(tracker):
-        raise damaged(f"its loss scaler has scale {scale:g} and _growth_tracker {tracker:g}")
+        raise DamagedError(f"its loss scaler has scale {scale:g} and _growth_tracker {tracker:g}")
     for name in SCALER if own else ():
         if values[name] != own[name]:
-            raise damaged(f"its loss scaler's {name} is {values[name]:g}; expected {own[name]:g}")
+            raise DamagedError(f"its loss scaler's {name} is {values[name]:g}; expected {own[name]:g}")
 
 
 def check_log(state: Any) -> None:
-    """Raise InputError if the sums of the log, which `RunLog.state` returned, cannot be such."""
+    """Raise DamagedError if the sums of the log, which `RunLog.state` returned, cannot be such."""
     if state is None:
         return
     if not isinstance(state, Mapping) or not isinstance(state.get("sums"), Mapping):
-        raise damaged(f"its log is {describe(state)}; expected a dict with sums, steps and seconds")
+        raise DamagedError(f"its log is {describe(state)}; expected a dict with sums, steps and seconds")
     for name, value in state["sums"].items():
         if not isinstance(name, str):
-            raise damaged(f"its log has a sum named {describe(name)}; expected a text")
+            raise DamagedError(f"its log has a sum named {describe(name)}; expected a text")
         number(value, f"its log's sum of {name[:40]}")
-    number(state.get("seconds"), "its log's seconds", 0)
+    number(state.get("seconds"), "its log's seconds", 0, MOST_SECONDS)
     for name in ("steps", *COUNTS):
         number(state.get(name, 0 if name in COUNTS else None), f"its log's {name}", 0, whole=True)

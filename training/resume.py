@@ -14,12 +14,14 @@ from typing import Any
 
 from common.errors import InputError
 from common.io import read_json
-from models.checkpoint import CHECKPOINT_NAME, is_legacy, list_checkpoints, resolve_checkpoint, steps_done
+from dataset import IMAGE_FOLDERS, LATENT_FOLDERS
+from models.checkpoint import CHECKPOINT_NAME, is_legacy, list_checkpoints, resolve_checkpoint
 from models.hub import local_or_hub
 from training.config import TrainConfig
 from training.messages import logger
 from training.record import check_same_run
-from training.rewind import last_row, pending_order
+from training.rewind import pending_order
+from training.rows import last_row
 from training.state import load_resumable
 
 RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")  # numbers of restarts, by torchrun and by SLURM
@@ -48,7 +50,7 @@ def find_resume_point(config: TrainConfig, environment: Mapping[str, str] = os.e
     folder, asked = config.folder, asked_for(config)
     check_own_checkpoints(folder)
     seen, found = contents(folder), own_checkpoints(folder)
-    if asked and found and is_restart(environment) and (last_row(folder / "starts.jsonl") or {}).get("asked") == asked:
+    if asked and found and is_restart(environment) and last_start(folder).get("asked") == asked:
         logger.info("note: this is a restart after %s, so the run continues from its newest checkpoint", asked)
         path, skipped = newest_complete(found)
         return ResumePoint(path, asked, skipped, seen)
@@ -71,6 +73,11 @@ def asked_for(config: TrainConfig) -> str | None:
     return f"--resume {config.resume}" if config.resume not in (None, "latest") else None
 
 
+def last_start(folder: Path) -> dict[str, Any]:
+    """Return the last row of starts.jsonl, {} if there is none."""
+    return last_row(folder / "starts.jsonl") or {}
+
+
 def is_restart(environment: Mapping[str, str]) -> bool:
     """Return whether torchrun or SLURM has started the same command before."""
     return any(environment.get(name, "0").strip() not in ("", "0") for name in RESTARTS)
@@ -90,10 +97,13 @@ def check_unchanged(folder: Path, seen: tuple) -> None:
 
 
 def check_own_checkpoints(folder: Path) -> None:
-    """Raise InputError if `checkpoints` in the folder is a link to the checkpoints of another run."""
-    owner = (folder / "checkpoints").resolve().parent
+    """Raise InputError if `checkpoints` in the folder is no folder, or a link to the checkpoints of another run."""
+    checkpoints = folder / "checkpoints"
+    if os.path.lexists(checkpoints) and not checkpoints.is_dir():
+        raise InputError(f"{checkpoints}: is not a folder; remove it, or choose another --exp-name")
+    owner = checkpoints.resolve().parent
     if (owner / "args.json").exists() and not same_file(owner, folder):
-        raise InputError(f"{folder / 'checkpoints'}: is a link to the checkpoints of the run {owner}; use that run")
+        raise InputError(f"{checkpoints}: is a link to the checkpoints of the run {owner}; use that run")
 
 
 def own_checkpoints(folder: Path) -> list[Path]:
@@ -119,7 +129,7 @@ def newest_complete(found: list[Path]) -> tuple[Path, bool]:
 
 def load_own(path: Path) -> None:
     """Verify a checkpoint of the run's own folder. Raises InputError if it is damaged or has another step's name."""
-    steps = steps_done(load_resumable(path), path)
+    steps = load_resumable(path)["steps"]
     if CHECKPOINT_NAME.fullmatch(path.name) and int(path.stem) != steps:
         raise InputError(f"{path}: its name says step {int(path.stem)}, its content step {steps}")
 
@@ -151,7 +161,7 @@ def named_checkpoint(config: TrainConfig, found: list[Path]) -> tuple[Path, bool
             if own.is_file() and CHECKPOINT_NAME.fullmatch(own.name) and own not in found:
                 raise InputError(f"--resume {config.resume}: an unfinished --resume-step sets this checkpoint aside")
             return own, True
-    same_start = not found and (last_row(folder / "starts.jsonl") or {}).get("asked") == f"--resume {config.resume}"
+    same_start = not found and last_start(folder).get("asked") == asked_for(config)
     if holds_run(folder) and not same_start:
         raise InputError(
             f"--resume {config.resume}: is not a checkpoint of the run in {folder}, which would be overwritten; resume "
@@ -190,9 +200,11 @@ def check_new_run(config: TrainConfig) -> bool:
     Raises InputError if the folder holds a run that must not be replaced.
     """
     folder, args = config.folder, config.folder / "args.json"
+    if any((folder / name).exists() for name in (*IMAGE_FOLDERS, *LATENT_FOLDERS)):
+        raise InputError(f"--exp-name {config.exp_name}: {folder} is a folder of training data; choose another name")
     if config.resume != "latest" and holds_run(folder):
         raise InputError(f"{folder} already holds a run; resume it with --resume latest, or choose another --exp-name")
-    started = last_row(folder / "starts.jsonl") or {"step": 0}
+    started = {"step": 0, **last_start(folder)}
     if str(started.get("asked") or "").startswith("--resume "):
         raise InputError(
             f"{folder}: its run was started with {started['asked']} and has no checkpoint yet, so --resume latest has "
@@ -208,8 +220,6 @@ def check_new_run(config: TrainConfig) -> bool:
             "--legacy: the published switch, which drops labels twice in a new run (probability 0.19), does not exist "
             "here; the same distribution: --cfg-prob 0.19. Here the flag says which layout a checkpoint to resume has"
         )
-    if started["step"] > 0:
-        logger.warning("%s has no checkpoints, although a start resumed from step %d", folder, started["step"])
     return started["step"] > 0
 
 
@@ -226,7 +236,6 @@ def load_chosen(config: TrainConfig, point: ResumePoint) -> dict[str, Any] | Non
         return None
     path = point.path if point.path.exists() else resolve_checkpoint(config.resume)  # the hub's cache of this machine
     checkpoint = load_resumable(path, verify=False)
-    steps_done(checkpoint, path)
     if config.legacy is not None and config.legacy != is_legacy(checkpoint):
         raise InputError(f"--legacy {config.legacy}, but {path} has legacy layout {is_legacy(checkpoint)}")
     if config.init_from:

@@ -1,35 +1,32 @@
 """Going back to an earlier step of a run: what is later is set aside by renaming it, and nothing is deleted.
 
 The files go to RUN/set-aside/N/, under the names that they have in the run: checkpoints and their checksums, best.pt if
-it is later, grids, and copies of metrics.jsonl, bad_steps.jsonl and args.json as they were. The order to go back is
+it is later, grids, and copies of the files in COPIED as they were. The order to go back is
 written first, to RUN/rewind.json, and moved to the same folder last. A start that finds the file completes the moves,
 so a process can be killed at any moment.
 """
 
 from __future__ import annotations
 
-import errno
-import json
 import os
 import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from common.errors import InputError, first_line
 from common.io import read_json, write_json
 from common.temporary import atomic_write
 from models.checkpoint import load_checkpoint
 from training.checkpoint_writer import TEMPORARY
+from training.rows import last_row
 
 SET_ASIDE = "set-aside"
 ORDER = "rewind.json"
-COPIED = ("metrics.jsonl", "bad_steps.jsonl", "args.json")
+COPIED = ("metrics.jsonl", "bad_steps.jsonl", "args.json", f"checkpoints/{TEMPORARY}")
 BEST = ("best.json", "best.pt.sha256", "best.pt")  # in the order of the moves: best.pt says whether it is later
 NUMBERED = re.compile(r"(\d{7,})\.(?:pt|pt\.sha256|png)")
-TAIL_BYTES = 1 << 20  # of a file of rows, read to find its last row
 
 
 @dataclass(frozen=True)
@@ -65,13 +62,26 @@ def go_back(folder: Path, step: int) -> Order | None:
     finish_order(folder)
     if not any(later_files(folder, step)) and (last_row(folder / "metrics.jsonl") or {"step": 0})["step"] <= step:
         return None
-    used = [int(path.name) for path in (folder / SET_ASIDE).glob("*") if path.name.isdecimal()]
-    order = Order(step, 1 + max(used, default=0))
+    order = Order(step, next_number(folder))
     try:
         write_json(folder / ORDER, {"step": order.step, "number": order.number})
     except OSError as error:
         raise _cannot(folder, error) from error
     return finish_order(folder)
+
+
+def next_number(folder: Path) -> int:
+    """Return the number of the next folder in set-aside."""
+    return 1 + max((int(path.name) for path in (folder / SET_ASIDE).glob("*") if path.name.isdecimal()), default=0)
+
+
+def set_best_aside(folder: Path) -> Path:
+    """Move best.pt, its checksum and its scores to the next folder in set-aside, and return the folder."""
+    target = folder / SET_ASIDE / str(next_number(folder))
+    for name in BEST:
+        if (folder / "checkpoints" / name).exists():
+            _move(folder / "checkpoints" / name, target / "checkpoints" / name)
+    return target
 
 
 def finish_order(folder: Path) -> Order | None:
@@ -83,8 +93,9 @@ def finish_order(folder: Path) -> Order | None:
         target.mkdir(parents=True, exist_ok=True)
         for name in COPIED:  # before any of them is changed
             if (folder / name).exists() and not (target / name).exists():
-                _copy(folder / name, target / name)
-        _split_temporary(folder / "checkpoints", target / "checkpoints", order.step)
+                with open(folder / name, "rb") as read, atomic_write(target / name) as written:
+                    shutil.copyfileobj(read, written)
+        _shorten_temporary(folder / "checkpoints" / TEMPORARY, order.step)
         for path in later_files(folder, order.step):
             _move(path, target / path.relative_to(folder))
         os.replace(folder / ORDER, target / ORDER)
@@ -117,56 +128,20 @@ def best_step(checkpoints: Path) -> float:
     return step
 
 
-def last_row(path: Path) -> dict[str, Any] | None:
-    """Return the last row of a file of rows that has an integer `step`, read from its end; None if there is none."""
-    if not path.is_file():
-        return None
-    with open(path, "rb") as file:
-        file.seek(-min(TAIL_BYTES, file.seek(0, os.SEEK_END)), os.SEEK_END)
-        lines = file.read().splitlines()
-    for line in reversed(lines):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(row, dict) and type(row.get("step")) is int:
-            return row
-    return None
-
-
-def _split_temporary(checkpoints: Path, target: Path, step: int) -> None:
-    """Divide the list of temporary checkpoints into those up to `step`, which stay, and those that are moved."""
-    path = checkpoints / TEMPORARY
+def _shorten_temporary(path: Path, step: int) -> None:
+    """Remove the names of later checkpoints from the list of temporary ones: a new checkpoint may get such a name."""
     try:
         names = read_json(path)
     except InputError:  # missing, or damaged: the writer of checkpoints ignores it
         return
-    steps = {name: NUMBERED.fullmatch(name) for name in names if isinstance(name, str)}
-    later = [name for name, match in steps.items() if match and int(match[1]) > step]
-    if not later:
-        return
-    write_json(target / TEMPORARY, later)
-    if kept := [name for name in steps if name not in later]:
-        write_json(path, kept)
-    else:
-        path.unlink()
-
-
-def _copy(source: Path, target: Path) -> None:
-    with open(source, "rb") as read, atomic_write(target) as written:
-        shutil.copyfileobj(read, written)
+    matches = [NUMBERED.fullmatch(name) for name in names if isinstance(name, str)]
+    write_json(path, [match[0] for match in matches if match and int(match[1]) <= step])
 
 
 def _move(source: Path, target: Path) -> None:
     """Rename a file; on another file system, to which a link may lead, copy it before it is removed."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.rename(source, target)
-    except OSError as error:
-        if error.errno != errno.EXDEV:
-            raise
-        _copy(source, target)
-        source.unlink()
+    shutil.move(source, target)
 
 
 def _cannot(folder: Path, error: OSError) -> InputError:

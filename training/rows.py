@@ -19,19 +19,31 @@ BLOCK = 1 << 22  # bytes read at a time
 def end_of_rows(path: str | Path, step: int) -> int:
     """Return how many bytes of a file to keep so that its rows end with the last one of a step up to `step`.
 
-    The rows are in the order of their steps, so this is a binary search. Damaged lines are skipped; those after the
-    last kept row are not kept.
+    Damaged lines are skipped; those after the last kept row are not kept.
+    """
+    return _search(path, step)[1]
+
+
+def last_row(path: str | Path) -> dict[str, Any] | None:
+    """Return the last row of a file; None if it has none, or if there is no such file."""
+    return _search(path, math.inf)[0] if os.path.isfile(path) else None
+
+
+def _search(path: str | Path, step: float) -> tuple[dict[str, Any] | None, int]:
+    """Return the last row of a step up to `step`, and where it ends; (None, 0) if there is none.
+
+    The rows are in the order of their steps, so this is a binary search.
     """
     with open(path, "rb") as file:
-        kept, end = 0, file.seek(0, os.SEEK_END)  # a kept row ends at `kept`; none starts at `end` or later
+        found, kept, end = None, 0, file.seek(0, os.SEEK_END)  # no row starts at `end` or later
         while kept < end:
             middle = (kept + end) // 2
             row, _ = _next_row(file, middle, end)
             if row is None or row["step"] > step:
                 end = middle
             else:
-                kept = file.tell()
-    return kept
+                found, kept = row, file.tell()
+    return found, kept
 
 
 def rows_to_draw(path: str | Path, score: str) -> list[dict[str, Any]]:

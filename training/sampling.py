@@ -61,7 +61,7 @@ def score_samples(run: Run) -> dict[str, float]:
             sums.update(cls_tokens, encoded, torch.tensor(image_labels(run, numbers), device=device), run.class_centres)
         return images
 
-    scores = run.evaluation(draw)
+    scores = {**run.evaluation(draw), "num_steps": run.config.eval_num_steps}
     if sums is not None:
         sums.load_state_dict(run.accelerator.reduce(sums.state_dict(), "sum"))
         scores |= sums.scores()

@@ -8,6 +8,7 @@ import resource
 import sys
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,8 +39,15 @@ from training.metrics import RunLog, StepReports, warn_if_unwritable
 from training.parallelism import check_sharding, compile_training, count_parameters
 from training.preemption import StopSignal
 from training.randomness import StepRandomness
-from training.record import check_same_data, check_same_network, check_same_run, run_record, saved_args
-from training.restore import check_log, saved_learning_rate
+from training.record import (
+    check_same_inputs,
+    check_same_network,
+    check_same_run,
+    encoders_digest,
+    run_record,
+    saved_args,
+)
+from training.restore import check_log, restoring, saved_learning_rate
 from training.resume import ResumePoint, check_unchanged, find_resume_point, load_chosen
 from training.rewind import finish_order, go_back
 from training.state import Run, prepare_networks
@@ -64,7 +72,8 @@ def set_up(config: TrainConfig, stop_signal: StopSignal | None = None) -> Run:
     # Everything that can be wrong with the input.
     point = broadcast_from_main(accelerator, lambda: find_resume_point(config))
     checkpoint = load_chosen(config, point)
-    config = choose_learning_rate(config, checkpoint)
+    with restoring(point.path):
+        config = choose_learning_rate(config, checkpoint, point.path)
     say_differences(config)
     data = open_data(config, accelerator)
     encoders = make_encoders(config, data, accelerator)
@@ -73,14 +82,16 @@ def set_up(config: TrainConfig, stop_signal: StopSignal | None = None) -> Run:
         config = changed(config, sampling_steps=0)
     evaluation = make_evaluation(config, accelerator, encoders)
     widths = [encoder.width for encoder in encoders]
-    digest = broadcast_from_main(accelerator, data.digest)
-    facts = find_facts(config, data.resolution, data.latent_size, data.num_classes, data.latent_format, widths, digest)
-    data_changed = check_restorable(config, facts, data, checkpoint)
+    digests = broadcast_from_main(accelerator, lambda: find_digests(data, encoders))
+    facts = find_facts(config, data.resolution, data.latent_size, data.num_classes, data.latent_format, widths, digests)
+    with restoring(point.path):
+        inputs_changed = check_restorable(config, facts, data, checkpoint, point.path)
     memory = memory_of(accelerator.device)
     check_memory(facts.network, config.batch_size, accelerator.num_processes, config.fsdp, memory)
 
     # Network, optimizer, loss.
-    model, average, optimizer = prepare_networks(config, facts, accelerator, checkpoint)
+    with restoring(point.path):
+        model, average, optimizer = prepare_networks(config, facts, accelerator, checkpoint, point.path)
     optimizer = GuardedOptimizer(optimizer, logger.info)
     path = Interpolant(config.path_type)
     criterion = REGLoss(path, config.loss_weights)
@@ -93,10 +104,11 @@ def set_up(config: TrainConfig, stop_signal: StopSignal | None = None) -> Run:
     set_aside = claim_folder(config, facts, accelerator, point, step)
     start_tracker(config, facts, accelerator)
     log = make_log(config, facts, accelerator, checkpoint)
-    note_start(config, accelerator, log, model, step, {"asked": point.asked, **set_aside, **data_changed})
+    note_start(config, accelerator, log, model, step, {"asked": point.asked, **set_aside, **inputs_changed})
     writer = make_writer(config, accelerator)
-    weights = FiniteWeights(model, average, optimizer, partial(accelerator.reduce, reduction="mean"), writer.folder)
-    reports = StepReports(lambda values: accelerator.reduce(values, "mean"), accelerator.device, REQUESTS)
+    reduce = partial(accelerator.reduce, reduction="mean")
+    weights = FiniteWeights(model, average, optimizer, reduce, writer.folder, step)
+    reports = StepReports(reduce, accelerator.device, REQUESTS)
     bad_steps = BadSteps(
         log, accelerator.gather, lambda at: sample_names(config, data, at), config.max_bad_steps, config.precision
     )
@@ -124,12 +136,12 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     )
 
 
-def choose_learning_rate(config: TrainConfig, checkpoint: dict[str, Any] | None) -> TrainConfig:
+def choose_learning_rate(config: TrainConfig, checkpoint: dict[str, Any] | None, path: Path | None) -> TrainConfig:
     """Return the settings with the learning rate of the run: the flag's if it is given, else the checkpoint's."""
     if checkpoint is None:
         return config
     given = "learning_rate" in config.given
-    before = saved_learning_rate(checkpoint, saved_settings(checkpoint, "the checkpoint"), given)
+    before = saved_learning_rate(checkpoint, saved_settings(checkpoint, path), given)
     if before == config.learning_rate:
         return config
     if given:
@@ -228,8 +240,13 @@ def make_randomness(
     )
 
 
+def find_digests(data: LatentDataset, encoders: list[Encoder]) -> dict[str, str]:
+    """Return the digests of what the run reads, by the names in `training.config.DIGESTS`."""
+    return {"data_digest": data.digest()} | ({"encoder_digest": encoders_digest(encoders)} if encoders else {})
+
+
 def check_restorable(
-    config: TrainConfig, facts: RunFacts, data: LatentDataset, checkpoint: dict[str, Any] | None
+    config: TrainConfig, facts: RunFacts, data: LatentDataset, checkpoint: dict[str, Any] | None, path: Path | None
 ) -> dict[str, Any]:
     """Check a checkpoint against the settings, the network and the data; return what starts.jsonl records of it.
 
@@ -237,12 +254,12 @@ def check_restorable(
     """
     if checkpoint is None:
         return {}
-    saved, allowed = saved_settings(checkpoint, "the checkpoint"), config.allow_changed_data
-    check_same_run(saved_args(config, facts), saved, "the checkpoint's run")
-    data_changed = check_same_data(facts.data_digest, saved, config.data_dir, allowed)
-    check_same_network(checkpoint, facts, None if allowed else data.classes)
+    saved = saved_settings(checkpoint, path)
+    check_same_run(saved_args(config, facts), saved, path)
+    changed = check_same_inputs(config, facts, saved)
+    check_same_network(checkpoint, facts, None if config.allow_changed_data else data.classes, path)
     check_log(checkpoint.get("log"))
-    return {"data_changed": True} if data_changed else {}
+    return {"changed": changed} if changed else {}
 
 
 def claim_folder(

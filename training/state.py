@@ -18,7 +18,7 @@ from evaluations.in_training import TrainingEvaluation
 from loss import REGLoss
 from models import ema
 from models.autoencoder import Codec
-from models.checkpoint import load_checkpoint, network_weights, resolve_checkpoint
+from models.checkpoint import load_checkpoint, network_weights, resolve_checkpoint, saved_settings, steps_done
 from models.encoders import Encoder
 from models.sit import SiT
 from models.tensor_checks import check_finite
@@ -31,6 +31,7 @@ from training.metrics import RunLog, StepReports
 from training.parallelism import device_mesh, shard, shard_like
 from training.preemption import StopSignal
 from training.randomness import StepRandomness
+from training.record import DamagedError
 from training.restore import check_optimizer_settings, check_scaler, optimizer_group, optimizer_state
 
 
@@ -88,15 +89,19 @@ def make_optimizer(parameters: Iterable[torch.nn.Parameter], config: TrainConfig
 
 
 def prepare_networks(
-    config: TrainConfig, facts: RunFacts, accelerator: Accelerator, checkpoint: dict[str, Any] | None
-) -> tuple[torch.nn.Module, SiT, AcceleratedOptimizer]:
-    """Return network, averaged network and optimizer on the devices of the processes, new or from a checkpoint."""
+    config: TrainConfig, facts: RunFacts, accelerator: Accelerator, checkpoint: dict[str, Any] | None,
+    path: Path | None,
+) -> tuple[torch.nn.Module, SiT, AcceleratedOptimizer]:  # fmt: skip
+    """Return network, averaged network and optimizer on the devices of the processes, new or from a checkpoint.
+
+    `path` of the checkpoint is for errors. Raises InputError if it does not fit.
+    """
     # Weights.
     model = new_network(config, facts)
     average = ema.averaged_copy(model)
     model.activation_checkpointing = config.activation_checkpointing
     if checkpoint is not None:
-        restore_weights(checkpoint, model, average)
+        restore_weights(checkpoint, model, average, path)
     elif config.init_from:
         initial = initialize_from(config.init_from, model, average)
         logger.info(
@@ -126,23 +131,23 @@ def prepare_networks(
     return model, average, optimizer
 
 
-def restore_weights(checkpoint: dict[str, Any], model: SiT, average: SiT) -> None:
-    """Load weights and averaged weights, strictly."""
+def restore_weights(checkpoint: dict[str, Any], model: SiT, average: SiT, path: Path) -> None:
+    """Load weights and averaged weights, strictly. Raises InputError if they do not fit or are not finite."""
     try:
-        model.load_state_dict(network_weights(checkpoint, "model"))
-        average.load_state_dict(network_weights(checkpoint, "ema"))
+        for part, network in (("model", model), ("ema", average)):
+            network.load_state_dict(network_weights(checkpoint, part, path))
+            check_finite(network.state_dict(), f"{path}: {part}")
     except RuntimeError as error:
-        raise InputError(f"the checkpoint does not fit the network of the flags; {mismatch(error)}") from error
+        raise DamagedError(f"its weights do not fit the network of the flags; {mismatch(error)}") from error
 
 
 def restore_optimizer(checkpoint: dict[str, Any], optimizer: torch.optim.Optimizer, model: SiT) -> None:
     """Load the optimizer state, compared with what it must be. Its settings are those of the flags.
 
-    Raises InputError if they contradict the checkpoint's, or if the state does not fit; see `training.restore`.
+    Raises DamagedError if they contradict the checkpoint's, or if the state does not fit; see `training.restore`.
     """
     (own,) = optimizer.state_dict()["param_groups"]
-    group = optimizer_group(checkpoint, len(own["params"]))
-    check_optimizer_settings(group, own)
+    check_optimizer_settings(optimizer_group(checkpoint), own)
     state = shard_like(optimizer_state(checkpoint, model, isinstance(optimizer, torch.optim.AdamW)), model)
     optimizer.load_state_dict({"state": state, "param_groups": [own]})
     for values in optimizer.state.values():  # own memory: the file is memory-mapped and may be deleted later
@@ -176,8 +181,10 @@ def initialize_from(path: str | Path, model: SiT, average: SiT) -> list[str]:
 def load_resumable(path: Path, verify: bool = True) -> dict[str, Any]:
     """Return a checkpoint from which a run can be resumed."""
     checkpoint = load_checkpoint(path, verify)
-    if missing := {"model", "ema", "opt", "args", "steps"} - checkpoint.keys():
+    held = checkpoint.keys() if saved_settings(checkpoint, path) else checkpoint.keys() - {"args"}
+    if missing := {"model", "ema", "opt", "args", "steps"} - held:
         lacks = f"it lacks {', '.join(sorted(missing))}"
         start = "an exported network starts a new run by --init-from"
         raise InputError(f"{path}: cannot be resumed, {lacks}; allowed: a checkpoint of a run, and {start}")
+    steps_done(checkpoint, path)
     return checkpoint

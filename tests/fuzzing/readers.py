@@ -197,7 +197,7 @@ def _model(name: str, folder: Path) -> Any:
 def _resume(folder: Path) -> Any:
     content = load_resumable(folder / "0000001.pt")
     model, average = bases.network(5), bases.network(6)
-    restore_weights(content, model, average)
+    restore_weights(content, model, average, "0000001.pt")
     optimizer = torch.optim.AdamW(model.parameters(), lr=TrainConfig.learning_rate)
     restore_optimizer(content, optimizer, model)
     state = [optimizer.state.get(parameter) for parameter in model.parameters()]
