@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import sys
 from collections.abc import Callable, Mapping
@@ -44,6 +45,9 @@ REFUSED_SETTINGS = {
 }
 PRECISION = "ACCELERATE_MIXED_PRECISION"
 PROCESS_NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT")  # set by a launcher
+# Names of all variables that a launcher sets, or their first parts.
+LAUNCHERS = ("ACCELERATE_", "OMPI_", "PMI_", "MV2_", "MPI_", "FORK_LAUNCHED", "MASTER_ADDR", *PROCESS_NUMBERS)
+UNSET = "a launcher (torchrun, accelerate launch) sets this; without a launcher, unset it"
 OTHER_RANKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK")  # set by MPI's launchers in place of RANK
 Value = TypeVar("Value")
 
@@ -78,12 +82,18 @@ def start_processes(
         print("note: Apple's GPU (MPS) is not used, because it has no float64: this program runs on the CPU")
     if on_gpu and not check_cuda_p2p_ib_support():  # RTX 40: as accelerate's launcher does
         os.environ.update(NCCL_P2P_DISABLE="1", NCCL_IB_DISABLE="1")
-    return Accelerator(
-        cpu=not on_gpu,
-        mixed_precision=mixed_precision,
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=gradient_accumulation_steps),
-        **more,
-    )
+    try:
+        return Accelerator(
+            cpu=not on_gpu,
+            mixed_precision=mixed_precision,
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=gradient_accumulation_steps),
+            **more,
+        )
+    except ValueError as error:
+        found = [f"{name}={value}" for name, value in os.environ.items() if name.startswith(LAUNCHERS)]
+        if not found:
+            raise
+        raise InputError(f"environment variables {' '.join(found)}: do not describe a process; {UNSET}") from error
 
 
 def check_launch_settings(environment: Mapping[str, str], gradient_accumulation_steps: int = 1) -> None:
@@ -105,15 +115,14 @@ def check_process_numbers(environment: Mapping[str, str]) -> None:
     Otherwise the program would wait for processes that do not exist.
     """
     numbers = {name: environment[name] for name in PROCESS_NUMBERS if environment.get(name)}
-    advice = "a launcher (torchrun, accelerate launch) sets it; without a launcher, unset it"
     for name, value in numbers.items():
-        if not value.removeprefix("-").isdecimal():
-            raise InputError(f"environment variable {name}={value}: must be a whole number; {advice}")
+        if not re.fullmatch("-?[0-9]{1,9}", value):
+            raise InputError(f"environment variable {name}={value}: must be a whole number; {UNSET}")
     size = int(numbers.get("WORLD_SIZE", "1"))
     if size > 1 and not any(environment.get(name) for name in ("RANK", *OTHER_RANKS)):
-        raise InputError(f"environment variable WORLD_SIZE={size} without RANK: {advice}")
+        raise InputError(f"environment variable WORLD_SIZE={size} without RANK: {UNSET}")
     if not 0 <= int(numbers.get("RANK", "0")) < max(size, 1):
-        raise InputError(f"environment variable RANK={numbers['RANK']} with WORLD_SIZE={size}: {advice}")
+        raise InputError(f"environment variable RANK={numbers['RANK']} with WORLD_SIZE={size}: {UNSET}")
 
 
 def broadcast_from_main(accelerator: Accelerator, decide: Callable[[], Value]) -> Value:

@@ -188,6 +188,14 @@ def test_variables_of_a_launcher_are_accepted(environment):
     check_process_numbers(environment)
 
 
+@pytest.mark.parametrize("variable", ["LOCAL_RANK=1", "OMPI_COMM_WORLD_SIZE=x", "ACCELERATE_CPU_AFFINITY=maybe"])
+def test_variables_with_which_accelerate_cannot_start_are_named(monkeypatch, variable):
+    reset_accelerate()
+    monkeypatch.setenv(*variable.split("="))
+    with pytest.raises(InputError, match=f"^environment variables .*{variable}.*: do not describe a process; a launch"):
+        start_processes("cpu")
+
+
 @pytest.mark.parametrize(
     ("value", "used", "noted"), [("bf16", "no", True), ("bf16", "bf16", False), ("no", "bf16", False)]
 )
