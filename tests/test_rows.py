@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from pathlib import Path
 
 import pytest
 
+from common.errors import InputError
 from common.io import iterate_metrics, parse_row, read_metrics
 from training import rows
 from training.metrics import RunLog
@@ -105,3 +107,10 @@ def test_rows_are_read_one_at_a_time_and_chosen_by_a_name(tmp_path: Path) -> Non
     (path := tmp_path / "metrics.jsonl").write_bytes(b"\n".join([row(1, loss=1), row(2, fid=3), row(3, sfid=4), b"x"]))
     assert [found["step"] for found in iterate_metrics(path, "fid")] == [2]
     assert next(iterate_metrics(path)) == {"step": 1, "loss": 1}
+
+
+def test_a_log_that_is_not_a_file_is_refused(tmp_path: Path) -> None:
+    """Opening a fifo would wait forever."""
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with pytest.raises(InputError, match=r"metrics\.jsonl: must be a file, not a folder, a fifo or a device"):
+        RunLog(tmp_path, 4, True, lambda row, step: None)

@@ -23,7 +23,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from common.errors import first_line
+from common.errors import InputError, first_line
 from training.curves import loss_curves
 from training.messages import logger
 from training.rows import end_of_rows
@@ -162,6 +162,9 @@ class RunLog:
         self._drawn_at = time.monotonic()
         self._drawing: threading.Thread | None = None
         if main:
+            for name in ("log.txt", "starts.jsonl", "bad_steps.jsonl", "metrics.jsonl"):
+                if (folder / name).exists() and not (folder / name).is_file():
+                    raise InputError(f"{folder / name}: must be a file, not a folder, a fifo or a device")
             for path in (self.metrics, folder / "bad_steps.jsonl"):
                 _remove_rows_after(path, step)
 
