@@ -25,7 +25,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -317,16 +316,13 @@ def make_cases(folder: Path) -> dict[str, Case]:
     return {name: Case(name, commands[name], place[name], several=name.endswith("processes")) for name in names}
 
 
-def try_all(cases: dict[str, Case], kills: dict[str, int], faults: int, seed: int) -> Iterator[tuple[str, Counts]]:
-    """Try all programs, and yield their names and counts."""
-    for name, number in kills.items():
-        if not number:
-            continue
-        case, counts, chance = cases[name], Counts(), random.Random(f"{seed} {name}")
-        undisturbed(case)
-        try_kills(case, number, counts, chance)
-        try_full_disks(case, faults, counts, chance)
-        yield name, counts
+def try_program(case: Case, kills: int, faults: int = 0, seed: int = 0) -> Counts:
+    """Try one program: run it undisturbed, kill it `kills` times, and run it on a full disk `faults` times."""
+    counts, chance = Counts(), random.Random(f"{seed} {case.name}")
+    undisturbed(case)
+    try_kills(case, kills, counts, chance)
+    try_full_disks(case, faults, counts, chance)
+    return counts
 
 
 def main() -> None:
@@ -343,7 +339,11 @@ def main() -> None:
 
     results, started = {}, time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        for name, counts in try_all(make_cases(Path(folder)), kills, faults, seed):
+        cases = make_cases(Path(folder))
+        for name, number in kills.items():
+            if not number:
+                continue
+            counts = try_program(cases[name], number, faults, seed)
             results[name] = vars(counts)
             print(
                 f"{name}: {counts.kills} kills ({counts.before_first_file} before the first file, "

@@ -66,7 +66,9 @@ def test_batches_pass_and_the_handler_of_signals_stays() -> None:
 def test_a_killed_worker_is_one_error() -> None:
     batches = load(Items(lambda i: i == 2 and os.kill(os.getpid(), signal.SIGKILL)), prefetch_factor=1)
     next(batches)
-    with pytest.raises(LostProcess, match=r"^a loader process was killed, probably because the memory of this machine is full$"):
+    with pytest.raises(
+        LostProcess, match=r"^a loader process was killed, probably because the memory of this machine is full$"
+    ):
         next(batches)
 
 

@@ -41,7 +41,11 @@ def test_no_more_workers_than_pieces(monkeypatch):
     ("where", "error", "reason"),
     [
         ("multiprocessing.process.BaseProcess.start", OSError(12, "Cannot allocate"), ".*Cannot allocate"),
-        ("multiprocessing.queues.SimpleQueue.__init__", OSError(28, "No space"), "the shared memory, /dev/shm, is full"),
+        (
+            "multiprocessing.queues.SimpleQueue.__init__",
+            OSError(28, "No space"),
+            "the shared memory, /dev/shm, is full",
+        ),
     ],
 )
 def test_processes_that_cannot_be_started_are_one_error(monkeypatch, where, error, reason):
