@@ -47,9 +47,7 @@ class ErrorsAsItems(Dataset):
         except InputError as error:
             return error
         except (OSError, MemoryError, RuntimeError) as error:
-            if get_worker_info() is None:
-                raise
-            return LostProcess(f"a loader process has failed: {_reason(error)}")
+            return _failure(error)
 
 
 def collate(items: list[Any]) -> Any:
@@ -60,9 +58,14 @@ def collate(items: list[Any]) -> Any:
     try:
         return default_collate(items)
     except (OSError, MemoryError, RuntimeError) as error:  # in a worker: there is no shared memory for the batch
-        if get_worker_info() is None:
-            raise
-        return LostProcess(f"a loader process has failed: {_reason(error)}{_free_shared_memory()}")
+        return _failure(error)
+
+
+def _failure(error: Exception) -> LostProcess:
+    """Return the error of a worker as an item; raise it if this is not a worker."""
+    if get_worker_info() is None:
+        raise error
+    return LostProcess(f"a loader process has failed: {_reason(error)}")
 
 
 def start_worker(worker_id: int) -> None:
@@ -136,7 +139,7 @@ def _reason(error: Exception) -> str:
     """Return why a worker failed; PyTorch's messages about shared memory name files that the user does not know."""
     text = str(error)
     if any(mark in text for mark in ("shared memory", "</torch_", "No space left")):
-        return "the shared memory is full"
+        return f"the shared memory is full{_free_shared_memory()}"
     return memory_message(error) or (isinstance(error, OSError) and error.strerror) or first_line(error)
 
 
@@ -146,7 +149,7 @@ def _why_lost(batches: Any, error: Exception) -> str:
     multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=SECONDS_TO_END)
     codes = {worker.exitcode for worker in workers} - {None, 0}
     if not codes:
-        return f"the batch of a loader process cannot be received: {_reason(error)}{_free_shared_memory()}"
+        return f"the batch of a loader process cannot be received: {_reason(error)}"
     return "a loader process " + next(
         (ending for code, ending in ENDINGS.items() if code in codes), f"has ended with exit status {min(codes)}"
     )

@@ -123,7 +123,7 @@ def test_workers_that_cannot_be_started_are_an_error_with_the_flag(monkeypatch) 
         ((0, -7), "a loader process was killed, because the shared memory is full$"),
         ((None, -9), "memory of this machine is full$"),
         ((3,), "has ended with exit status 3$"),
-        ((None,), r"the batch of a loader process cannot be received: Too many open files \(/dev/shm"),
+        ((None,), "the batch of a loader process cannot be received: Too many open files$"),
     ],
 )
 def test_the_exit_code_of_a_worker_says_the_cause(codes, cause, monkeypatch) -> None:

@@ -94,7 +94,6 @@ def test_of_a_long_file_a_bounded_number_of_rows_and_all_scores_are_drawn(tmp_pa
     assert rows.rows_to_draw(path, "fid") == read_metrics(path)  # short: all
     monkeypatch.setattr(rows, "READ_COMPLETELY", 1000)
     monkeypatch.setattr(rows, "DRAWN_ROWS", 100)
-    monkeypatch.setattr(rows, "BLOCK", 777)  # rows lie across the borders of blocks
     found = rows.rows_to_draw(path, "fid")
     assert [entry["step"] for entry in found if "fid" in entry] == list(range(500, 5001, 500))
     losses = [entry["step"] for entry in found if "loss" in entry]
