@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ LEFT_ALONE = 60  # seconds in which the processes that a killed main process has
 HANGS = -1000  # its exit status
 STARTS_PER_KILL = 4  # a program may end before its kill
 IMAGES = 240
+AT_ONCE = 2  # programs that are tried
 
 
 @dataclass
@@ -71,16 +73,12 @@ class Counts:
 
 def start(command: list[str], file_size: int | None = None) -> subprocess.Popen:
     """Start a program as a user does, in a session of its own; files cannot grow beyond `file_size` bytes."""
-
-    def limit() -> None:
-        if file_size is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
-
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TQDM_DISABLE": "1"}
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "errors": "replace"}
-    return subprocess.Popen(
-        [sys.executable, *command], cwd=ROOT, env=environment, start_new_session=True, preexec_fn=limit, **pipes
-    )
+    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, start_new_session=True, **pipes)
+    if file_size is not None:
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (file_size, file_size))
+    return process
 
 
 def descendants(process: int) -> list[int]:
@@ -283,7 +281,7 @@ def train_command(paths: dict[str, Path], place: Path, processes: int) -> list[s
     flags = f"""train.py --output-dir {place} --exp-name run --data-dir {paths["data"]} --device cpu --resume latest
         --enc-type {ENCODER} --enc-weights {paths["encoder.safetensors"]} --encoder-depth 1 --projector-dim 16
         --model SiT-S/4 --depth 2 --hidden-size 64 --num-heads 2 --batch-size 8 --num-workers 1 --ema-decay 0.9
-        --learning-rate 0.001 --max-train-steps 200 --log-steps 2 --checkpointing-steps 10 --keep-last 3
+        --learning-rate 0.001 --max-train-steps 120 --log-steps 2 --checkpointing-steps 10 --keep-last 3
         --sampling-steps 50 --grid-num-steps 2"""
     return [*launcher, *flags.split()]
 
@@ -340,10 +338,10 @@ def main() -> None:
     results, started = {}, time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         cases = make_cases(Path(folder))
-        for name, number in kills.items():
-            if not number:
-                continue
-            counts = try_program(cases[name], number, faults, seed)
+        wanted = [name for name, number in kills.items() if number]
+        pool = ThreadPoolExecutor(AT_ONCE)
+        tries = pool.map(lambda name: try_program(cases[name], kills[name], faults, seed), wanted)
+        for name, counts in zip(wanted, tries, strict=True):
             results[name] = vars(counts)
             print(
                 f"{name}: {counts.kills} kills ({counts.before_first_file} before the first file, "
