@@ -146,7 +146,10 @@ def _reason(error: Exception) -> str:
 def _why_lost(batches: Any, error: Exception) -> str:
     """Return how a worker has ended; its connection may be closed before it has an exit code."""
     workers = getattr(batches, "_workers", ())
-    multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=SECONDS_TO_END)
+    ended = multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=SECONDS_TO_END)
+    for worker in workers:
+        if worker.sentinel in ended:
+            worker.join(SECONDS_TO_END)
     codes = {worker.exitcode for worker in workers} - {None, 0}
     if not codes:
         return f"the batch of a loader process cannot be received: {_reason(error)}"

@@ -127,7 +127,7 @@ def test_workers_that_cannot_be_started_are_an_error_with_the_flag(monkeypatch) 
     ],
 )
 def test_the_exit_code_of_a_worker_says_the_cause(codes, cause, monkeypatch) -> None:
-    monkeypatch.setattr("multiprocessing.connection.wait", lambda sentinels, timeout: None)
+    monkeypatch.setattr("multiprocessing.connection.wait", lambda sentinels, timeout: [])
     workers = SimpleNamespace(_workers=[SimpleNamespace(exitcode=code, sentinel=0) for code in codes])
     assert re.search(cause, loader._why_lost(workers, OSError(24, "Too many open files")))
 
