@@ -77,8 +77,8 @@ def start_processes(
         if not found:
             raise
         raise InputError(
-            f"environment variables {' '.join(found)}: do not describe a process; a launcher (torchrun, accelerate "
-            "launch) sets them; without a launcher, unset them"
+            f"environment variables {' '.join(found)}: no process can start with these values; a launcher (torchrun, "
+            "accelerate launch) sets them; without a launcher, unset them"
         ) from error
 
 

@@ -288,7 +288,7 @@ def train_command(paths: dict[str, Path], place: Path, processes: int) -> list[s
 
 def make_cases(folder: Path) -> dict[str, Case]:
     """Return a small case for each program."""
-    paths, place = prepare(folder / "inputs"), {}
+    paths = prepare(folder / "inputs")
     names = ("train", "train, 2 processes", "generate", "encode", "convert", "evaluate", "reference")
     place = {name: folder / name.replace(", ", "-").replace(" ", "-") for name in names}
     trained = Case("train", train_command(paths, folder / "trained", 1), folder / "trained")
