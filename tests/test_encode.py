@@ -196,7 +196,7 @@ def test_other_images_under_the_same_names(suffix, tmp_path):
 
 def test_bad_sources(tmp_path, kl_codec):
     images = make_images(tmp_path / "images")
-    with pytest.raises(InputError, match="--batch-size 0: must be 1 or greater, or auto"):
+    with pytest.raises(InputError, match="--batch-size 0: must be from 1 to 100,000, or auto"):
         run(images, tmp_path / "out", "pixel", "--batch-size", 0)
     with pytest.raises(InputError, match=r"images of 15 px; codec .* needs a multiple of 2"):
         run(make_images(tmp_path / "odd", resolution=15), tmp_path / "out", kl_codec)
