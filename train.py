@@ -168,7 +168,8 @@ def read_reports(run: Run, wait_for_all: bool = False) -> None:
         if "stop" in report.requests - run.requests:
             logger.info("a signal asks the run to stop: it saves a checkpoint and ends")
         if "lost" in report.requests - run.requests:
-            logger.warning("%s: the run saves a checkpoint and ends", lost_worker(run))
+            run.lost_worker = run.lost_worker or "a loader process of another process has ended"
+            logger.warning("%s: the run saves a checkpoint and ends", run.lost_worker)
         run.requests |= report.requests
         run.bad_steps.record(report)
         if not report.finite_weights:
@@ -216,11 +217,6 @@ def read_batches(run: Run, steps: range, workers: int) -> Iterator[tuple[Tensor,
         worker_init_fn=shield_worker,
     )
     return to_device(batches_of(loader, "--num-workers"), accelerator.device)
-
-
-def lost_worker(run: Run) -> str:
-    """Return the message for a lost loader process."""
-    return run.lost_worker or "a loader process of another process has ended"
 
 
 def save(run: Run, name: str | None = None, temporary: bool = False) -> None:
@@ -276,7 +272,7 @@ def finish(run: Run, last_step: int) -> None:
     announce(summary.ending(run, last_step))
     accelerator.end_training()
     if "lost" in run.requests and run.step < last_step:
-        raise LostProcess(lost_worker(run))
+        raise LostProcess(run.lost_worker)
 
 
 def announce(lines: list[str]) -> None:

@@ -21,6 +21,7 @@ import difflib
 import importlib.util
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, dataclass, field
@@ -148,7 +149,9 @@ def parse(config_class: type[AnyConfig], description: str, argv: Sequence[str] |
     try:
         return _parse(config_class, description, argv)
     except InputError as error:  # all processes of a launcher have the same command line
-        error.said_by_another = os.environ.get("LOCAL_RANK", "0") not in ("", "0")
+        texts = [os.environ.get(name, "") for name in ("LOCAL_RANK", "WORLD_SIZE")]
+        rank, size = (int(text) if re.fullmatch("[0-9]{1,9}", text) else 0 for text in texts)
+        error.said_by_another = 0 < rank < size
         raise
 
 

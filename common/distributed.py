@@ -43,8 +43,10 @@ REFUSED_SETTINGS = {
     "ACCELERATE_FP8_OPT_LEVEL": "--mixed-precision allows no, fp16 and bf16",
 }
 PRECISION = "ACCELERATE_MIXED_PRECISION"
-PROCESS_NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT")  # set by a launcher
 OTHER_RANKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK")  # set by MPI's launchers in place of RANK
+# Names of all variables that launchers set, or their first parts.
+LAUNCHERS = ("ACCELERATE_", "FORK_LAUNCHED", "OMPI_", "PMI_", "MV2_", "MPI_", "MASTER_")
+LAUNCHERS += ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 Value = TypeVar("Value")
 
 
@@ -65,12 +67,27 @@ def start_processes(
     Raises InputError if there are fewer GPUs than processes, or for a setting of accelerate that is not supported.
     """
     check_launch_settings(os.environ, gradient_accumulation_steps)
-    check_process_numbers(os.environ)
+    try:
+        check_process_numbers(os.environ)
+        return _start_processes(device, mixed_precision, gradient_accumulation_steps, **more)
+    except InputError:
+        raise
+    except ValueError as error:
+        found = [f"{name}={value}" for name, value in os.environ.items() if name.startswith(LAUNCHERS)]
+        if not found:
+            raise
+        raise InputError(
+            f"environment variables {' '.join(found)}: no process can start with these values; a launcher (torchrun, "
+            "accelerate launch) sets them; without a launcher, unset them"
+        ) from error
+
+
+def _start_processes(device: str, mixed_precision: str, gradient_accumulation_steps: int, **more: Any) -> Accelerator:
     wanted = os.environ.get(PRECISION, "").lower()
     if wanted not in ("", "no", mixed_precision) and os.environ.get("LOCAL_RANK", "0") == "0":
         used = "float32" if mixed_precision == "no" else mixed_precision
         print(f"note: environment variable {PRECISION}={wanted} is not used: this program computes in {used}")
-    on_gpu, number = uses_cuda(device), int(os.environ.get("LOCAL_RANK", "0"))
+    on_gpu, number = uses_cuda(device), int(os.environ.get("LOCAL_RANK") or 0)
     if on_gpu and number >= torch.cuda.device_count():
         found = f"PyTorch finds {torch.cuda.device_count()} GPUs (CUDA_VISIBLE_DEVICES may hide some)"
         raise InputError(f"process {number + 1} of this machine has no GPU: {found}; start fewer processes")
@@ -100,20 +117,11 @@ def check_launch_settings(environment: Mapping[str, str], gradient_accumulation_
 
 
 def check_process_numbers(environment: Mapping[str, str]) -> None:
-    """Raise InputError, naming the variable, if a launcher's variables do not describe a process.
-
-    Otherwise the program would wait for processes that do not exist.
-    """
-    numbers = {name: environment[name] for name in PROCESS_NUMBERS if environment.get(name)}
-    advice = "a launcher (torchrun, accelerate launch) sets it; without a launcher, unset it"
-    for name, value in numbers.items():
-        if not value.removeprefix("-").isdecimal():
-            raise InputError(f"environment variable {name}={value}: must be a whole number; {advice}")
-    size = int(numbers.get("WORLD_SIZE", "1"))
-    if size > 1 and not any(environment.get(name) for name in ("RANK", *OTHER_RANKS)):
-        raise InputError(f"environment variable WORLD_SIZE={size} without RANK: {advice}")
-    if not 0 <= int(numbers.get("RANK", "0")) < max(size, 1):
-        raise InputError(f"environment variable RANK={numbers['RANK']} with WORLD_SIZE={size}: {advice}")
+    """Raise ValueError if a launcher's variables describe processes for which a program would wait without end."""
+    rank, size = (int(environment.get(name) or default) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    has_rank = any(environment.get(name) for name in ("RANK", *OTHER_RANKS))
+    if (size > 1 and not has_rank) or not 0 <= rank < max(size, 1):
+        raise ValueError(f"RANK {rank}, WORLD_SIZE {size}")
 
 
 def broadcast_from_main(accelerator: Accelerator, decide: Callable[[], Value]) -> Value:

@@ -19,7 +19,10 @@ WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 NO_MORE = (errno.EAGAIN, errno.EMFILE, errno.ENFILE)  # processes or threads; open files
 # How PyTorch reports that a GPU's memory is full, and that another process is lost: parts of messages, types of errors.
 GPU_MEMORY_MARKS = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
-LOST_PROCESS = ("DistBackendError", "DistNetworkError", "DistStoreError", "gloo/transport", "Connection closed by peer")
+LOST_PROCESS = (
+    "DistBackendError", "DistNetworkError", "DistStoreError",
+    "gloo/transport", "Connection closed by peer", "timeout caused pair closure",
+)  # fmt: skip
 LONGEST_SHOWN = 200  # characters of a path in a message
 
 

@@ -7,6 +7,7 @@ for it forever, or the system kills the worker. Here both end the worker and are
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.connection
 import multiprocessing.queues
 import os
 import signal
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_in
 from common.errors import InputError, LostProcess, first_line, memory_message
 
 SHARED_MEMORY = Path("/dev/shm")
+SECONDS_TO_END = 5  # of a worker that has closed its connection
 CANNOT_SEND = 77  # exit status of a worker that could not pass a batch on
 # How a worker ended, by its exit code (a negative one is a signal).
 ENDINGS = {
@@ -45,9 +47,7 @@ class ErrorsAsItems(Dataset):
         except InputError as error:
             return error
         except (OSError, MemoryError, RuntimeError) as error:
-            if get_worker_info() is None:
-                raise
-            return LostProcess(f"a loader process has failed: {_reason(error)}")
+            return _failure(error)
 
 
 def collate(items: list[Any]) -> Any:
@@ -58,17 +58,24 @@ def collate(items: list[Any]) -> Any:
     try:
         return default_collate(items)
     except (OSError, MemoryError, RuntimeError) as error:  # in a worker: there is no shared memory for the batch
-        if get_worker_info() is None:
-            raise
-        return LostProcess(f"a loader process has failed: {_reason(error)}{_free_shared_memory()}")
+        return _failure(error)
+
+
+def _failure(error: Exception) -> LostProcess:
+    """Return the error of a worker as an item; raise it if this is not a worker."""
+    if get_worker_info() is None:
+        raise error
+    return LostProcess(f"a loader process has failed: {_reason(error)}")
 
 
 def start_worker(worker_id: int) -> None:
     """Let a worker exit if it cannot pass a batch on. Without this, the main process would wait for the batch forever.
 
-    A `worker_init_fn`.
+    A `worker_init_fn`. PyTorch's handlers of these signals would print an error in addition to that of `batches_of`.
     """
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lambda error, batch: os._exit(CANNOT_SEND))
+    for number in (signal.SIGBUS, signal.SIGSEGV, signal.SIGFPE):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def check_shared_memory(flag: str, workers: int, batches: int, batch_bytes: int) -> None:
@@ -132,15 +139,23 @@ def _reason(error: Exception) -> str:
     """Return why a worker failed; PyTorch's messages about shared memory name files that the user does not know."""
     text = str(error)
     if any(mark in text for mark in ("shared memory", "</torch_", "No space left")):
-        return "the shared memory is full"
+        return f"the shared memory is full{_free_shared_memory()}"
     return memory_message(error) or (isinstance(error, OSError) and error.strerror) or first_line(error)
 
 
 def _why_lost(batches: Any, error: Exception) -> str:
-    codes = {worker.exitcode for worker in getattr(batches, "_workers", ())} - {None, 0}
-    known = [ending for code, ending in ENDINGS.items() if code in codes]
-    cause = known[0] if known else f"has ended ({str(error).strip().splitlines()[-1] if str(error) else 'no reason'})"
-    return f"a loader process {cause}{_free_shared_memory()}"
+    """Return how a worker has ended; its connection may be closed before it has an exit code."""
+    workers = getattr(batches, "_workers", ())
+    ended = multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=SECONDS_TO_END)
+    for worker in workers:
+        if worker.sentinel in ended:
+            worker.join(SECONDS_TO_END)
+    codes = {worker.exitcode for worker in workers} - {None, 0}
+    if not codes:
+        return f"the batch of a loader process cannot be received: {_reason(error)}"
+    return "a loader process " + next(
+        (ending for code, ending in ENDINGS.items() if code in codes), f"has ended with exit status {min(codes)}"
+    )
 
 
 def _free_bytes() -> int | None:

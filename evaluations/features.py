@@ -24,7 +24,7 @@ from common.distributed import broadcast_from_main, check_same_files, largest_ba
 from common.errors import InputError
 from common.identity import Unchanged
 from common.progress import progress_bar
-from common.temporary import atomic_write
+from common.temporary import atomic_write, clear_leftovers
 from evaluations.batches import ImageBatch
 from evaluations.comparison import encoder_name, local_weights
 from evaluations.inception.layers import NUM_CLASSES, NUM_FEATURES
@@ -85,6 +85,7 @@ class Extraction:
         arrays["key"] = np.array(key)
         if self.keep:
             arrays["kept"] = self.features().numpy()
+        clear_leftovers(path.parent)  # those of a killed program may have another key
         with atomic_write(path) as file:
             np.savez(file, **arrays)
 

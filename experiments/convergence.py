@@ -30,6 +30,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,7 +42,7 @@ import torch
 from common import cli
 from common.checks import POSITIVE
 from common.cli import Config, parse, setting, uses_cuda
-from common.errors import InputError, run_cli
+from common.errors import InputError, LostProcess, run_cli
 from common.identity import own_json
 from common.io import check_writable, read_json, read_metrics, sha256_of, write_json
 from common.progress import progress_bar
@@ -282,8 +283,12 @@ def run_jobs(jobs: list[Job], parallel: int) -> None:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(parallel, context) as pool:
         missing = [job for job in jobs if missing_steps(job)]
-        for _ in progress_bar(pool.map(run_job, missing), total=len(missing), desc="comparing", unit="run"):
-            pass
+        try:
+            for _ in progress_bar(pool.map(run_job, missing), total=len(missing), desc="comparing", unit="run"):
+                pass
+        except BrokenProcessPool as error:
+            message = "a process of a run was killed, probably because memory was full; the same command continues"
+            raise LostProcess(message) from error
 
 
 def missing_steps(job: Job) -> list[int]:

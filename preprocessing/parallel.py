@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -36,14 +37,16 @@ def in_workers(job: Callable[[Any], Any], pieces: Sequence[Any], workers: int, *
     Raises InputError if the system killed a process.
     """
     others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(min(workers, len(pieces)) or 1, initializer=_start_worker, initargs=(job,))
+    pool = None
     try:
         try:
+            pool = ProcessPoolExecutor(min(workers, len(pieces)) or 1, initializer=_start_worker, initargs=(job,))
             running = {pool.submit(_run_job, piece): piece for piece in pieces}
         except BrokenProcessPool:
             raise
         except (OSError, RuntimeError) as error:  # the system allows no more processes or threads, or has no memory
-            reason = first_line(error)
+            is_shared_memory = isinstance(error, OSError) and error.errno == errno.ENOSPC  # semaphores are files there
+            reason = "the shared memory, /dev/shm, is full" if is_shared_memory else first_line(error)
             raise InputError(
                 f"{workers} worker processes cannot be started ({reason}): use a smaller --workers"
             ) from error
@@ -59,7 +62,8 @@ def in_workers(job: Callable[[Any], Any], pieces: Sequence[Any], workers: int, *
             process.kill()
         raise
     finally:
-        pool.shutdown(cancel_futures=True)
+        if pool is not None:
+            pool.shutdown(cancel_futures=True)
 
 
 def _start_worker(job: Callable[[Any], Any]) -> None:

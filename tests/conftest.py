@@ -149,5 +149,12 @@ def run_program(*command: str, processes: int = 1) -> subprocess.CompletedProces
     return subprocess.run([*launcher, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 
+def contents(path: Path) -> dict[str, bytes]:
+    """Return the bytes of every file of a folder, including hidden ones, by name; for a file, its bytes under ""."""
+    if path.is_file():
+        return {"": path.read_bytes()}
+    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
 def read_rows(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ LEFT_ALONE = 60  # seconds in which the processes that a killed main process has
 HANGS = -1000  # its exit status
 STARTS_PER_KILL = 4  # a program may end before its kill
 IMAGES = 240
+AT_ONCE = 2  # programs that are tried
 
 
 @dataclass
@@ -72,16 +73,12 @@ class Counts:
 
 def start(command: list[str], file_size: int | None = None) -> subprocess.Popen:
     """Start a program as a user does, in a session of its own; files cannot grow beyond `file_size` bytes."""
-
-    def limit() -> None:
-        if file_size is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
-
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TQDM_DISABLE": "1"}
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "errors": "replace"}
-    return subprocess.Popen(
-        [sys.executable, *command], cwd=ROOT, env=environment, start_new_session=True, preexec_fn=limit, **pipes
-    )
+    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, start_new_session=True, **pipes)
+    if file_size is not None:
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (file_size, file_size))
+    return process
 
 
 def descendants(process: int) -> list[int]:
@@ -284,14 +281,14 @@ def train_command(paths: dict[str, Path], place: Path, processes: int) -> list[s
     flags = f"""train.py --output-dir {place} --exp-name run --data-dir {paths["data"]} --device cpu --resume latest
         --enc-type {ENCODER} --enc-weights {paths["encoder.safetensors"]} --encoder-depth 1 --projector-dim 16
         --model SiT-S/4 --depth 2 --hidden-size 64 --num-heads 2 --batch-size 8 --num-workers 1 --ema-decay 0.9
-        --learning-rate 0.001 --max-train-steps 200 --log-steps 2 --checkpointing-steps 10 --keep-last 3
+        --learning-rate 0.001 --max-train-steps 120 --log-steps 2 --checkpointing-steps 10 --keep-last 3
         --sampling-steps 50 --grid-num-steps 2"""
     return [*launcher, *flags.split()]
 
 
 def make_cases(folder: Path) -> dict[str, Case]:
     """Return a small case for each program."""
-    paths, place = prepare(folder / "inputs"), {}
+    paths = prepare(folder / "inputs")
     names = ("train", "train, 2 processes", "generate", "encode", "convert", "evaluate", "reference")
     place = {name: folder / name.replace(", ", "-").replace(" ", "-") for name in names}
     trained = Case("train", train_command(paths, folder / "trained", 1), folder / "trained")
@@ -317,16 +314,13 @@ def make_cases(folder: Path) -> dict[str, Case]:
     return {name: Case(name, commands[name], place[name], several=name.endswith("processes")) for name in names}
 
 
-def try_all(cases: dict[str, Case], kills: dict[str, int], faults: int, seed: int) -> Iterator[tuple[str, Counts]]:
-    """Try all programs, and yield their names and counts."""
-    for name, number in kills.items():
-        if not number:
-            continue
-        case, counts, chance = cases[name], Counts(), random.Random(f"{seed} {name}")
-        undisturbed(case)
-        try_kills(case, number, counts, chance)
-        try_full_disks(case, faults, counts, chance)
-        yield name, counts
+def try_program(case: Case, kills: int, faults: int = 0, seed: int = 0) -> Counts:
+    """Try one program: run it undisturbed, kill it `kills` times, and run it on a full disk `faults` times."""
+    counts, chance = Counts(), random.Random(f"{seed} {case.name}")
+    undisturbed(case)
+    try_kills(case, kills, counts, chance)
+    try_full_disks(case, faults, counts, chance)
+    return counts
 
 
 def main() -> None:
@@ -343,7 +337,11 @@ def main() -> None:
 
     results, started = {}, time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        for name, counts in try_all(make_cases(Path(folder)), kills, faults, seed):
+        cases = make_cases(Path(folder))
+        wanted = [name for name, number in kills.items() if number]
+        pool = ThreadPoolExecutor(AT_ONCE)
+        tries = pool.map(lambda name: try_program(cases[name], kills[name], faults, seed), wanted)
+        for name, counts in zip(wanted, tries, strict=True):
             results[name] = vars(counts)
             print(
                 f"{name}: {counts.kills} kills ({counts.before_first_file} before the first file, "

@@ -91,11 +91,13 @@ def test_a_bad_command_line_is_one_line_with_flag_value_and_what_is_allowed(flag
 
 
 def test_of_several_processes_the_first_prints_a_bad_command_line(monkeypatch):
-    for rank, silent in (("0", False), ("", False), ("1", True)):
+    """If the environment says that there are several."""
+    for rank, size, silent in (("0", "2", 0), ("", "2", 0), ("1", "2", 1), ("1", "", 0), ("2", "2", 0), ("a", "2", 0)):
         monkeypatch.setenv("LOCAL_RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", size)
         with pytest.raises(InputError) as error:
             parse(Example, "An example.", ["--no-such-flag"])
-        assert error.value.said_by_another is silent
+        assert error.value.said_by_another == silent
 
 
 def test_missing_flags_are_named_with_an_example(monkeypatch):

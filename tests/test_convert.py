@@ -18,11 +18,11 @@ from common.errors import InputError
 from common.sources import FileSource
 from preprocessing import convert
 from preprocessing.listing import list_images
-from tests.interrupt import REPOSITORY, contents, survives_kills
+from tests.conftest import ROOT, contents
+from tests.kills import Case, try_program
 from tests.test_crops import animation, encoded, header_only_png, jpeg, plain_adm_crop
 
 ASSETS = os.environ.get("REG_ASSETS")
-KILLS = int(os.environ.get("REG_KILLS", "3"))  # the long form: REG_KILLS=20
 EVERY = int(os.environ.get("REG_EVERY", "20"))  # every n-th sample photograph; the long form: REG_EVERY=1
 
 
@@ -354,7 +354,7 @@ def test_a_full_disk_leaves_only_complete_files(tmp_path):
     for i in range(4):  # of these sizes, the first PNG fits under the limit and the others do not
         Image.new("RGB", (64, 64), (i, i, i)).save(source / f"cat/{i}.png")
     arguments = ["--source", source, "--dest", tmp_path / "out", "--resolution", "64", "--workers", "1"]
-    command = [sys.executable, REPOSITORY / "preprocessing/convert.py", *map(str, arguments)]
+    command = [sys.executable, ROOT / "preprocessing/convert.py", *map(str, arguments)]
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, 5_000))  # noqa: E731
     full = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit)
     assert full.returncode == 2 and "out: cannot be written (File too large)" in full.stderr, full.stderr
@@ -382,6 +382,7 @@ def test_killed_and_restarted(suffix, tmp_path):
         (source / name).mkdir(parents=True)
         for i in range(150):
             (source / name / f"{i}.jpg").write_bytes(jpeg(i, (400, 300)))
-    (tmp_path / "work").mkdir()
-    arguments = ["--source", source, "--resolution", 128, "--workers", 2]
-    assert survives_kills("preprocessing/convert.py", arguments, tmp_path / "work", suffix, KILLS) == 302
+    command = f"preprocessing/convert.py --source {source} --resolution 128 --workers 2"
+    dest = tmp_path / "work" / f"images{suffix}"
+    counts = try_program(Case("convert", [*command.split(), "--dest", str(dest)], tmp_path / "work"), kills=3)
+    assert (counts.kills, counts.failures) == (3, [])

@@ -11,7 +11,7 @@ from PIL import Image
 
 from common.errors import InputError
 from preprocessing import dataset_tools
-from tests.interrupt import contents
+from tests.conftest import contents
 from tests.test_convert import make_source
 from tests.test_convert import run as run_convert
 from tests.test_crops import encoded, noise, oriented_jpeg

@@ -9,7 +9,7 @@ import pytest
 from common.errors import InputError
 from common.temporary import atomic_write
 from preprocessing.destination import Destination
-from tests.interrupt import REPOSITORY, contents
+from tests.conftest import ROOT, contents
 
 HOLDER = """
 import sys
@@ -24,7 +24,7 @@ sys.stdin.read()
 def test_one_run_at_a_time(name, tmp_path):
     destination, pipes = tmp_path / name, {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     command = [sys.executable, "-c", HOLDER, str(destination)]
-    first = subprocess.Popen(command, cwd=REPOSITORY, **pipes)
+    first = subprocess.Popen(command, cwd=ROOT, **pipes)
     assert first.stdout.readline() == "claimed\n"
     half_written = Destination(destination, "convert").folder / ".img00000000.png.123.tmp"
     half_written.write_bytes(b"")

@@ -19,10 +19,10 @@ from dataset import LatentDataset
 from models.autoencoder import load_codec
 from preprocessing import dataset_tools, encode
 from preprocessing.destination import Destination, write_dataset_json
-from tests.interrupt import REPOSITORY, contents, survives_kills
+from tests.conftest import ROOT, contents
+from tests.kills import Case, try_program
 
 ASSETS = os.environ.get("REG_ASSETS")
-KILLS = int(os.environ.get("REG_KILLS", "1"))  # the long form: REG_KILLS=20, and zips too
 
 
 def make_images(folder, count=7, resolution=16, start=0):
@@ -196,7 +196,7 @@ def test_other_images_under_the_same_names(suffix, tmp_path):
 
 def test_bad_sources(tmp_path, kl_codec):
     images = make_images(tmp_path / "images")
-    with pytest.raises(InputError, match="--batch-size 0: must be 1 or greater, or auto"):
+    with pytest.raises(InputError, match="--batch-size 0: must be from 1 to 100,000, or auto"):
         run(images, tmp_path / "out", "pixel", "--batch-size", 0)
     with pytest.raises(InputError, match=r"images of 15 px; codec .* needs a multiple of 2"):
         run(make_images(tmp_path / "odd", resolution=15), tmp_path / "out", kl_codec)
@@ -260,7 +260,7 @@ def test_two_processes_give_the_same_files(tmp_path, kl_codec):
     images = make_images(tmp_path / "images", 20)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     program = [
-        REPOSITORY / "preprocessing/encode.py",
+        ROOT / "preprocessing/encode.py",
         "--source",
         images,
         "--vae",
@@ -276,9 +276,9 @@ def test_two_processes_give_the_same_files(tmp_path, kl_codec):
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 
-@pytest.mark.parametrize("suffix", ["", ".zip"] if KILLS > 1 else [""])
-def test_killed_and_restarted(suffix, tmp_path, kl_codec):
+def test_killed_and_restarted(tmp_path, kl_codec):
     images = make_images(tmp_path / "images", 60, 128)
-    (tmp_path / "work").mkdir()
-    arguments = ["--source", images, "--vae", kl_codec, "--batch-size", 4, "--flip", "--workers", 1]
-    assert survives_kills("preprocessing/encode.py", arguments, tmp_path / "work", suffix, KILLS) == 122
+    command = f"preprocessing/encode.py --source {images} --vae {kl_codec} --batch-size 4 --flip --workers 1"
+    case = Case("encode", [*command.split(), "--dest", str(tmp_path / "work" / "latents")], tmp_path / "work")
+    counts = try_program(case, kills=1)
+    assert (counts.kills, counts.failures, len(case.expected)) == (1, [], 122)

@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 from torch.utils.data import get_worker_info
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from common.errors import LostProcess
 from dataset import LatentDataset
@@ -30,6 +31,7 @@ def test_a_killed_loader_process_saves_the_run_and_ends_it(train_flags, monkeypa
         return read(self, i)
 
     with monkeypatch.context() as patch:
+        patch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.05,))  # seconds; by default 5
         patch.setattr(LatentDataset, "__getitem__", dies)
         with pytest.raises(LostProcess, match=r"^a loader process was killed, probably because the memory"):
             run_training([*flags, "--exp-name", "run", "--num-workers", "1"])

@@ -38,14 +38,22 @@ def test_no_more_workers_than_pieces(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "error", [BlockingIOError(11, "Resource temporarily unavailable"), OSError(12, "Cannot allocate")]
+    ("where", "error", "reason"),
+    [
+        ("multiprocessing.process.BaseProcess.start", OSError(12, "Cannot allocate"), ".*Cannot allocate"),
+        (
+            "multiprocessing.queues.SimpleQueue.__init__",
+            OSError(28, "No space"),
+            "the shared memory, /dev/shm, is full",
+        ),
+    ],
 )
-def test_processes_that_cannot_be_started_are_one_error(monkeypatch, error):
-    def fail(self):
+def test_processes_that_cannot_be_started_are_one_error(monkeypatch, where, error, reason):
+    def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr("multiprocessing.process.BaseProcess.start", fail)
-    with pytest.raises(InputError, match=r"2 worker processes cannot be started \(.*\): use a smaller --workers"):
+    monkeypatch.setattr(where, fail)
+    with pytest.raises(InputError, match=rf"2 worker processes cannot be started \({reason}\): use a smaller --wo"):
         list(parallel.in_workers(abs, [1, 2], workers=2))
 
 

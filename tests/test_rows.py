@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from pathlib import Path
 
 import pytest
 
+from common.errors import InputError
 from common.io import iterate_metrics, parse_row, read_metrics
 from training import rows
 from training.metrics import RunLog
@@ -92,7 +94,6 @@ def test_of_a_long_file_a_bounded_number_of_rows_and_all_scores_are_drawn(tmp_pa
     assert rows.rows_to_draw(path, "fid") == read_metrics(path)  # short: all
     monkeypatch.setattr(rows, "READ_COMPLETELY", 1000)
     monkeypatch.setattr(rows, "DRAWN_ROWS", 100)
-    monkeypatch.setattr(rows, "BLOCK", 777)  # rows lie across the borders of blocks
     found = rows.rows_to_draw(path, "fid")
     assert [entry["step"] for entry in found if "fid" in entry] == list(range(500, 5001, 500))
     losses = [entry["step"] for entry in found if "loss" in entry]
@@ -114,3 +115,10 @@ def test_the_last_row_is_read_from_the_end(tmp_path: Path) -> None:
     assert rows.last_row(path) == {"step": 2}
     path.write_bytes(b"\xff\n" * 10)
     assert rows.last_row(path) is None
+
+
+def test_a_log_that_is_not_a_file_is_refused(tmp_path: Path) -> None:
+    """Opening a fifo would wait forever."""
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with pytest.raises(InputError, match=r"metrics\.jsonl: must be a file, not a folder, a fifo or a device"):
+        RunLog(tmp_path, 4, True, lambda row, step: None)

@@ -23,7 +23,7 @@ from common.errors import InputError, first_line
 from common.io import read_json, write_json
 from common.temporary import clear_leftovers
 from models.checkpoint import checksum_path, list_checkpoints, save_checkpoint
-from training.messages import logger
+from training.messages import logger, warn_if_unwritable
 
 TEMPORARY = "temporary.json"  # in the folder of the checkpoints: the names of those by minutes
 
@@ -119,10 +119,8 @@ class CheckpointWriter:
 
     def _list_temporary(self, names: list[str]) -> None:
         """Write the names of the temporary checkpoints. Without the list, they are kept."""
-        try:
+        with warn_if_unwritable(str(self.folder / TEMPORARY)):
             write_json(self.folder / TEMPORARY, names)
-        except OSError as error:
-            logger.warning("%s cannot be written, training continues: %s", self.folder / TEMPORARY, error)
 
     def _temporary(self) -> list[str]:
         """Return the names of the temporary checkpoints."""

@@ -101,3 +101,12 @@ def log_file(path: Path, process: int = 0) -> Iterator[None]:
     finally:
         logger.removeHandler(file)
         file.close()
+
+
+@contextlib.contextmanager
+def warn_if_unwritable(what: str) -> Iterator[None]:
+    """Turn a failure to write `what`, which training does not need, into a warning."""
+    try:
+        yield
+    except OSError as error:
+        logger.warning("%s cannot be written, training continues: %s", what, error)

@@ -7,14 +7,13 @@ step, and therefore take the same decisions from them.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,9 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from common.errors import first_line
+from common.errors import InputError, first_line
 from training.curves import loss_curves
-from training.messages import logger
+from training.messages import logger, warn_if_unwritable
 from training.rows import end_of_rows
 from training.throughput import StepClock
 
@@ -162,6 +161,9 @@ class RunLog:
         self._drawn_at = time.monotonic()
         self._drawing: threading.Thread | None = None
         if main:
+            for name in ("log.txt", "starts.jsonl", "bad_steps.jsonl", "metrics.jsonl"):
+                if (folder / name).exists() and not (folder / name).is_file():
+                    raise InputError(f"{folder / name}: must be a file, not a folder, a fifo or a device")
             for path in (self.metrics, folder / "bad_steps.jsonl"):
                 _remove_rows_after(path, step)
 
@@ -253,15 +255,6 @@ class RunLog:
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint stores, so that a resumed run writes the rows of a run that was never stopped."""
         return {"sums": dict(self.sums), "steps": self.steps, "seconds": self.seconds, **self.counts}
-
-
-@contextlib.contextmanager
-def warn_if_unwritable(what: str) -> Iterator[None]:
-    """Turn a failure to write `what`, which training does not need, into a warning."""
-    try:
-        yield
-    except OSError as error:
-        logger.warning("%s cannot be written, training continues: %s", what, error)
 
 
 def _append(text: str, path: Path) -> None:

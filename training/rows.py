@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from array import array
 from pathlib import Path
 from typing import IO, Any
 
-from common.io import LONGEST_LINE, parse_row, read_metrics
+from common.io import LONGEST_LINE, iterate_metrics, parse_row, read_metrics
 
 READ_COMPLETELY = 1 << 22  # bytes, about 15,000 rows: of a shorter file all rows are drawn
 DRAWN_ROWS = 4000  # of a longer file; a picture has fewer pixels in a row
-BLOCK = 1 << 22  # bytes read at a time
 
 
 def end_of_rows(path: str | Path, step: int) -> int:
@@ -38,7 +35,7 @@ def _search(path: str | Path, step: float) -> tuple[dict[str, Any] | None, int]:
         found, kept, end = None, 0, file.seek(0, os.SEEK_END)  # no row starts at `end` or later
         while kept < end:
             middle = (kept + end) // 2
-            row, _ = _next_row(file, middle, end)
+            row = _next_row(file, middle, end)
             if row is None or row["step"] > step:
                 end = middle
             else:
@@ -47,58 +44,35 @@ def _search(path: str | Path, step: float) -> tuple[dict[str, Any] | None, int]:
 
 
 def rows_to_draw(path: str | Path, score: str) -> list[dict[str, Any]]:
-    """Return the rows of a metrics.jsonl; of a long file, rows at equal distances and those that have a `score`.
+    """Return the rows of a metrics.jsonl; of a long file, rows at equal distances, then those that have a `score`.
 
     Of either kind there are at most `DRAWN_ROWS`.
     """
     size = os.path.getsize(path)
     if size <= READ_COMPLETELY:
         return read_metrics(path)
-    rows = {}
     with open(path, "rb") as file:
-        for offset in (*range(0, size, math.ceil(size / DRAWN_ROWS)), *_lines_with(file, json.dumps(score).encode())):
-            row, start = _next_row(file, offset, size)
-            if row is not None:
-                rows[start] = row
-    return [rows[start] for start in sorted(rows)]
+        offsets = range(0, size, math.ceil(size / DRAWN_ROWS))
+        rows = [row for offset in offsets if (row := _next_row(file, offset, size)) is not None]
+    scores = list(iterate_metrics(path, score))
+    return [row for row in rows if score not in row] + scores[:: math.ceil(len(scores) / DRAWN_ROWS) or 1]
 
 
-def _next_row(file: IO[bytes], offset: int, end: int) -> tuple[dict[str, Any] | None, int]:
-    """Return the first row whose line starts at `offset` or later and before `end`, and where; leave the file after it.
-
-    (None, `end`) if there is no such row.
-    """
+def _next_row(file: IO[bytes], offset: int, end: int) -> dict[str, Any] | None:
+    """Return the first row whose line starts at `offset` or later and before `end`, and leave the file after it."""
     file.seek(max(offset - 1, 0))
     if offset:
         _skip_line(file)
-    while (start := file.tell()) < end:
+    while file.tell() < end:
         line = file.readline(LONGEST_LINE)
         if not line.endswith(b"\n") and len(line) == LONGEST_LINE:
             _skip_line(file)
         elif (row := parse_row(line)) is not None:
-            return row, start
-    return None, end
+            return row
+    return None
 
 
 def _skip_line(file: IO[bytes]) -> None:
     """Move a file behind the end of the present line."""
-    while (part := file.readline(BLOCK)) and not part.endswith(b"\n"):
+    while (part := file.readline(LONGEST_LINE)) and not part.endswith(b"\n"):
         pass
-
-
-def _lines_with(file: IO[bytes], text: bytes) -> array:
-    """Return where lines that contain `text` start, at most `DRAWN_ROWS` of them, at equal distances in their list."""
-    found, rest = array("q"), b""
-    offset = file.seek(0)  # of `rest`
-    while block := file.read(BLOCK):
-        block = rest + block
-        complete = block.rfind(b"\n") + 1
-        at = block.find(text, 0, complete)
-        while at >= 0:
-            found.append(offset + block.rfind(b"\n", 0, at) + 1)
-            at = block.find(text, block.find(b"\n", at), complete)
-        rest = block[complete:] if len(block) - complete <= LONGEST_LINE else b""
-        offset += len(block) - len(rest)
-    if text in rest:
-        found.append(offset)
-    return found[:: math.ceil(len(found) / DRAWN_ROWS) or 1]

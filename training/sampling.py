@@ -13,8 +13,7 @@ from evaluations.coherence import CoherenceSums, class_mean_sums
 from loss import FROM_ENCODER, entangled_token
 from models.sit import SiT
 from samplers import Guidance, image_seeds, sample_images
-from training.messages import logger
-from training.metrics import warn_if_unwritable
+from training.messages import logger, warn_if_unwritable
 from training.parallelism import gather_full
 from training.state import Run, new_network
 

@@ -34,8 +34,8 @@ from training.checkpoint_writer import CheckpointWriter
 from training.config import RunFacts, TrainConfig, find_facts
 from training.guards import BadSteps, FiniteWeights, GuardedOptimizer
 from training.limits import check_memory, memory_of
-from training.messages import logger, start_messages
-from training.metrics import RunLog, StepReports, warn_if_unwritable
+from training.messages import logger, start_messages, warn_if_unwritable
+from training.metrics import RunLog, StepReports
 from training.parallelism import check_sharding, compile_training, count_parameters
 from training.preemption import StopSignal
 from training.randomness import StepRandomness

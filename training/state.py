@@ -59,7 +59,7 @@ class Run:
     writer: CheckpointWriter
     stop_signal: StopSignal
     requests: set[str] = field(default_factory=set)  # what any process asked all processes for: `setup.REQUESTS`
-    lost_worker: str | None = None  # why a loader process of this process has ended
+    lost_worker: str | None = None  # why a loader process of the run has ended
     retry_save_at: int = 0  # step from which a failed checkpoint is tried again
     resumed_from: Path | None = None  # the checkpoint; None: a new run
     class_centres: Tensor | None = None  # mean token of each class, computed by the first evaluation
