@@ -143,8 +143,9 @@ class FileSource:
             self.is_zip = self.path.is_file()
             if self.is_zip:
                 members, self.empty_folders = zip_members(self.path)
-                keys = sorted(map(encode_name, members))
-                self._members = np.array([members[decode_name(key)] for key in keys], dtype=MEMBER)
+                encoded = {encode_name(name): member for name, member in members.items()}
+                keys = sorted(encoded)
+                self._members = np.array([encoded[key] for key in keys], dtype=MEMBER)
             elif self.path.is_dir():
                 keys = sorted(self._walk(os.fsencode(self.path)))
             elif self.path.is_symlink():
