@@ -7,6 +7,7 @@ latents  00001/img-mean-std-00001234.npy, of the mirrored image 00001/img-mean-s
 from __future__ import annotations
 
 import bisect
+import math
 import os
 import re
 import zipfile
@@ -192,6 +193,10 @@ class FileSource:
         except OSError as error:
             raise InputError(f"{self.describe(name)}: {self._why(name, error)}") from error
 
+    def changed(self, name: str) -> float:
+        """Return when a file or its link, or the zip, was changed last, in seconds; infinity if it does not exist."""
+        return changed_at(self.path if self.is_zip else self.file_path(name))
+
     def describe(self, name: str) -> str:
         """Return a file's path for messages, without control characters; in a zip, archive.zip:member."""
         return printable(f"{self.path}:{name}" if self.is_zip else str(self.path / name))
@@ -293,6 +298,17 @@ class FileSource:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_descriptor": None}
+
+
+def changed_at(path: str | Path | bytes) -> float:
+    """Return when a file was changed last, in seconds; infinity if it does not exist.
+
+    It is the time of the file system's entry (ctime): copying a file with its old modification time changes it as well.
+    """
+    try:
+        return max(os.stat(path).st_ctime, os.lstat(path).st_ctime)
+    except OSError:
+        return math.inf
 
 
 def describe_dead_link(path: str | Path | bytes) -> str:
