@@ -128,14 +128,14 @@ def _why(data: bytes, formats: Sequence[str], error: Exception) -> str:
     return "the file is truncated" if is_truncated else "its data is damaged"
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Return an image in mode RGB, as Pillow converts it. Raises InputError if it cannot, as with damaged palettes."""
+def to_mode(image: Image.Image, mode: str) -> Image.Image:
+    """Return an image in another mode, as Pillow converts it. Raises InputError if it cannot (damaged palettes)."""
     try:
-        return image if image.mode == "RGB" else image.convert("RGB")
+        return image if image.mode == mode else image.convert(mode)
     except MemoryError:
         raise
     except Exception as error:  # Pillow raises many types of errors
-        raise InputError(f"{UNREADABLE}: its mode {image.mode} cannot be converted to RGB") from error
+        raise InputError(f"{UNREADABLE}: its mode {image.mode} cannot be converted to {mode}") from error
 
 
 def decode_rgb(data: bytes, resolution: int | None = None) -> np.ndarray:
