@@ -27,7 +27,7 @@ from torch.utils.data import Dataset, Sampler
 from common.classes import ClassSet, class_names
 from common.errors import InputError, printable
 from common.image_files import convert_command, encode_command, has_images, preparation
-from common.images import open_image, to_rgb
+from common.images import open_image, to_mode
 from common.npy import decode_npy
 from common.packed import explain_packed
 from common.sources import (
@@ -122,7 +122,9 @@ class LatentDataset(Dataset):
         self.moments_shape = self._moments(0).shape
         channels, self.latent_size, form = self.moments_shape[0] // 2, self.moments_shape[-1], self.latent_format
         if channels != form.channels:
-            raise InputError(f"{self.latent_path(0)}: {channels} channels, but codec {form.codec} has {form.channels}")
+            named = "" if self.names_codec else f" ({self.latents.describe('dataset.json')} names no codec)"
+            which = f"codec {form.codec}{named}"
+            raise InputError(f"{self.latent_path(0)}: {channels} channels, but {which} has {form.channels}")
         if self.resolution != self.latent_size * form.factor:
             sizes = f"images of {self.resolution} px and latents of {self.latent_size}"
             raise InputError(f"{self.data_dir}: {sizes}, but codec {form.codec} reduces by {form.factor}")
@@ -290,7 +292,7 @@ def _decode_image(data: bytes, side: int | None) -> Tensor:
     image = open_image(data, max_side=side)
     if image.mode not in MODES:
         raise InputError(f"pixels of mode {image.mode}; allowed: 8-bit RGB, grey or palette")
-    pixels = np.asarray(to_rgb(image))
+    pixels = np.asarray(to_mode(image, "RGB"))
     height, width, _ = pixels.shape
     side = side or height
     if (height, width) != (side, side):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import pairwise, zip_longest
 from typing import Any
 
-from common.errors import InputError, printable
+from common.errors import InputError, printable, shown
 
 # The network has an embedding per class. With its gradient, average and AdamW's two moments, a million of them take
 # 23 GB in SiT-XL. ImageNet-21k has 21,841 classes; a label above a million is a mistake.
@@ -41,18 +41,18 @@ class ClassSet:
     def __post_init__(self) -> None:
         if not self.labels or not all(type(label) is int and 0 <= label < MAX_CLASSES for label in self.labels):
             allowed = f"whole numbers from 0 to {MAX_CLASSES - 1:,}"
-            raise InputError(f"class labels {_shown(self.labels)}; expected {allowed}")
+            raise InputError(f"class labels {shown(self.labels)}; expected {allowed}")
         if list(self.labels) != sorted(set(self.labels)):
-            raise InputError(f"class labels {_shown(self.labels)}; expected ascending numbers")
+            raise InputError(f"class labels {shown(self.labels)}; expected ascending numbers")
         if not all(isinstance(name, str) for name in self.names) or len(self.names) not in (0, len(self.labels)):
-            raise InputError(f"classes {_shown(self.labels)} have names {_shown(self.names)}; expected a text for each")
+            raise InputError(f"classes {shown(self.labels)} have names {shown(self.names)}; expected a text for each")
         _check_names(self.names, "classes")
 
     @classmethod
     def of_network(cls, num_classes: int) -> ClassSet:
         """Return all labels of a network, for checkpoints that do not record their classes."""
         if not 1 <= num_classes <= MAX_CLASSES:
-            raise InputError(f"{_shown(num_classes)} classes; allowed: 1 to {MAX_CLASSES:,}")
+            raise InputError(f"{shown(num_classes)} classes; allowed: 1 to {MAX_CLASSES:,}")
         return cls(tuple(range(num_classes)))
 
     @classmethod
@@ -65,10 +65,10 @@ class ClassSet:
     def from_json(cls, content: Any) -> ClassSet:
         """Return the set that `to_json` described. Raises InputError for other content."""
         if not isinstance(content, dict) or not isinstance(content.get("labels"), list):
-            raise InputError(f'classes are {_shown(content)}; expected {{"labels": [...], "names": [...]}}')
+            raise InputError(f'classes are {shown(content)}; expected {{"labels": [...], "names": [...]}}')
         names = content.get("names") or []
         if not isinstance(names, list):
-            raise InputError(f"classes have names {_shown(names)}; expected a list of texts")
+            raise InputError(f"classes have names {shown(names)}; expected a list of texts")
         return cls(tuple(content["labels"]), tuple(names))
 
     def to_json(self) -> dict[str, Any]:
@@ -111,7 +111,7 @@ class ClassSet:
             elif part in self.names:
                 selected.append(self._named(part))
             else:
-                raise InputError(f"{_shown(part)}: {self._expected(part)}")
+                raise InputError(f"{shown(part)}: {self._expected(part)}")
         return tuple(selected)
 
     def _named(self, name: str) -> int:
@@ -135,9 +135,9 @@ class ClassSet:
         forms = "expected labels (207), ranges (360-365)"
         if not self.names:
             return f"{forms}, comma-separated; the classes have no names here"
-        shown = difflib.get_close_matches(part, self.names, NAMES_SHOWN) or self.names[:NAMES_SHOWN]
-        more = ", ..." if len(shown) < len(self.names) else ""
-        return f"{forms} or names, comma-separated; names are {printable(', '.join(shown))}{more}"
+        similar = difflib.get_close_matches(part, self.names, NAMES_SHOWN) or self.names[:NAMES_SHOWN]
+        more = ", ..." if len(similar) < len(self.names) else ""
+        return f"{forms} or names, comma-separated; names are {printable(', '.join(similar))}{more}"
 
 
 def class_names(contents: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -149,9 +149,7 @@ def class_names(contents: Mapping[str, Mapping[str, Any]]) -> list[str]:
     for path, content in contents.items():
         names = content.get("classes") or []
         if not isinstance(names, list) or not all(type(name) in (str, int) for name in names):
-            raise InputError(
-                f"{path}: classes is {_shown(names)}; expected a list of names, in the order of the labels"
-            )
+            raise InputError(f"{path}: classes is {shown(names)}; expected a list of names, in the order of the labels")
         if len(names) > MAX_CLASSES:
             raise InputError(f"{path}: classes has {len(names):,} names; allowed: {MAX_CLASSES:,}")
         _check_names(map(str, names), f"{path}: classes")
@@ -162,23 +160,15 @@ def class_names(contents: Mapping[str, Mapping[str, Any]]) -> list[str]:
             pairs = enumerate(zip_longest(names, others))
             label, (name, other_name) = next(item for item in pairs if item[1][0] != item[1][1])
             raise InputError(
-                f"{one} and {other} have different names for class {label}: {_shown(name)} and {_shown(other_name)}"
+                f"{one} and {other} have different names for class {label}: {shown(name)} and {shown(other_name)}"
             )
     return next(iter(found.values()), [])
-
-
-def _shown(value: Any) -> str:
-    """Return the start of a value as Python writes it, for messages."""
-    try:
-        return f"{value!r:.80}"
-    except (ValueError, RecursionError):  # a number of too many digits, or lists that are nested too deeply
-        return f"of type {type(value).__name__}, too long to be shown,"
 
 
 def _check_names(names: Iterable[str], where: str) -> None:
     """Raise InputError, starting with `where`, if a name is too long."""
     if long := next((name for name in names if len(name) > MAX_NAME), None):
-        problem = f"the name {_shown(long)}... has {len(long):,} characters; allowed: {MAX_NAME:,}"
+        problem = f"the name {shown(long)}... has {len(long):,} characters; allowed: {MAX_NAME:,}"
         raise InputError(f"{where}: {problem}")
 
 

@@ -7,6 +7,8 @@ latents  00001/img-mean-std-00001234.npy, of the mirrored image 00001/img-mean-s
 from __future__ import annotations
 
 import bisect
+import contextlib
+import math
 import os
 import re
 import zipfile
@@ -143,8 +145,9 @@ class FileSource:
             self.is_zip = self.path.is_file()
             if self.is_zip:
                 members, self.empty_folders = zip_members(self.path)
-                keys = sorted(map(encode_name, members))
-                self._members = np.array([members[decode_name(key)] for key in keys], dtype=MEMBER)
+                encoded = {encode_name(name): member for name, member in members.items()}
+                keys = sorted(encoded)
+                self._members = np.array([encoded[key] for key in keys], dtype=MEMBER)
             elif self.path.is_dir():
                 keys = sorted(self._walk(os.fsencode(self.path)))
             elif self.path.is_symlink():
@@ -184,12 +187,12 @@ class FileSource:
 
     def size(self, name: str) -> int:
         """Return the (uncompressed) size of a file in bytes. Raises InputError if the file does not exist."""
-        try:
+        with self._naming(name):
             return int(self._member(name)["size"]) if self.is_zip else os.stat(self.file_path(name)).st_size
-        except InputError as error:
-            raise InputError(f"{self.describe(name)}: {error}") from error
-        except OSError as error:
-            raise InputError(f"{self.describe(name)}: {self._why(name, error)}") from error
+
+    def changed(self, name: str) -> float:
+        """Return when a file or its link, or the zip, was changed last, in seconds; infinity if it does not exist."""
+        return changed_at(self.path if self.is_zip else self.file_path(name))
 
     def describe(self, name: str) -> str:
         """Return a file's path for messages, without control characters; in a zip, archive.zip:member."""
@@ -197,12 +200,8 @@ class FileSource:
 
     def read(self, name: str) -> bytes:
         """Return the bytes of a file. Raises InputError, naming the file, if it cannot be read or is too large."""
-        try:
+        with self._naming(name):
             return self._read_member(name) if self.is_zip else read_file(self.file_path(name))
-        except OSError as error:
-            raise InputError(f"{self.describe(name)}: {self._why(name, error)}") from error
-        except InputError as error:
-            raise InputError(f"{self.describe(name)}: {error}") from error
 
     def head(self, name: str) -> bytes:
         """Return the first bytes of a file, b"" if it cannot be read. Of a zip, only files up to 64 MiB are read."""
@@ -216,20 +215,22 @@ class FileSource:
 
     def tail(self, name: str, count: int) -> bytes:
         """Return the last `count` bytes of a file in a folder. Raises InputError, naming it, if it cannot be read."""
+        with self._naming(name), open_regular(self.file_path(name)) as file:
+            file.seek(-min(count, file.seek(0, os.SEEK_END)), os.SEEK_END)
+            return file.read(count)
+
+    @contextlib.contextmanager
+    def _naming(self, name: str) -> Iterator[None]:
+        """Raise errors of the block as InputError that names the file."""
         try:
-            with open_regular(self.file_path(name)) as file:
-                file.seek(-min(count, file.seek(0, os.SEEK_END)), os.SEEK_END)
-                return file.read(count)
-        except OSError as error:
-            raise InputError(f"{self.describe(name)}: {self._why(name, error)}") from error
+            yield
         except InputError as error:
             raise InputError(f"{self.describe(name)}: {error}") from error
-
-    def _why(self, name: str, error: OSError) -> str:
-        """Return why a file cannot be read."""
-        if not self.is_zip and os.path.islink(self.file_path(name)) and not os.path.exists(self.file_path(name)):
-            return describe_dead_link(self.file_path(name))
-        return f"cannot be read ({error.strerror})"
+        except OSError as error:
+            path, reason = None if self.is_zip else self.file_path(name), f"cannot be read ({error.strerror})"
+            if path and os.path.islink(path) and not os.path.exists(path):
+                reason = describe_dead_link(path)
+            raise InputError(f"{self.describe(name)}: {reason}") from error
 
     def load(self, name: str, decode: Callable[[bytes], Any]) -> Any:
         """Return `decode(bytes of a file)`. Its ValueErrors are raised as InputError, with the file's path in front."""
@@ -292,6 +293,17 @@ class FileSource:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_descriptor": None}
+
+
+def changed_at(path: str | Path | bytes) -> float:
+    """Return when a file was changed last, in seconds; infinity if it does not exist.
+
+    It is the time of the file system's entry (ctime): copying a file with its old modification time changes it as well.
+    """
+    try:
+        return max(os.stat(path).st_ctime, os.lstat(path).st_ctime)
+    except OSError:
+        return math.inf
 
 
 def describe_dead_link(path: str | Path | bytes) -> str:

@@ -22,9 +22,16 @@ MAX_NAME = 1024  # bytes; names are an array with the length of the longest, so 
 MAX_RATIO = 1032  # of deflate, unpacked to packed bytes (zlib's technical details); a larger claimed size is false
 SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information")
 
+MAX_HIDDEN = 1 << 20  # bytes of the settings that a program records in a zip; they have a few hundred
+BOMB_BYTES, BOMB_RATIO = 1 << 26, 200  # no image or table of labels this large is packed more than 30 times smaller
+
+SHORT_NAME = MAX_NAME // 4  # characters; they cannot have more than MAX_NAME bytes
+# Whatever a plain name of a file that is not hidden cannot contain; most names need no other check.
+UNUSUAL = re.compile(rf"[\\\0:]|//|^/|^$|(?:^|/)(?:\.|{'|'.join(map(re.escape, SYSTEM_FOLDERS))})")
 # Absolute paths, drives of Windows, and paths with the part "..".
 UNSAFE_PATH = re.compile(r"[/\\]|[A-Za-z]:|(?:.*[/\\])?\.\.(?:[/\\]|$)", re.DOTALL)
 HEADER_BYTES = 30  # of a member, without its name and extra field
+END_BYTES = 22  # of the last record, without the comment
 NAME_BYTES = 512  # read in advance for name and extra field; longer ones need a second read
 UNICODE_NAME = b"up"  # identifies an extra field that contains another name (APPNOTE.TXT, 4.6.9)
 MEMBER = np.dtype(
@@ -64,10 +71,11 @@ def zip_members(path: Path) -> tuple[dict[str, tuple[int, ...]], list[str]]:
     infos, end = _directory(path)
     for info in infos:
         name = info.filename
-        if problem := _name_problem(info):
-            raise InputError(f"{path}: member {info.orig_filename!r:.100} {problem}; create the zip again")
-        if any(map(is_hidden, name.split("/"))):
-            continue
+        if UNUSUAL.search(info.orig_filename) or len(name) > SHORT_NAME:
+            if problem := _name_problem(info):
+                raise InputError(f"{path}: member {info.orig_filename!r:.100} {problem}; create the zip again")
+            if any(map(is_hidden, name.split("/"))):
+                continue
         if name.endswith("/"):
             folders.add(name.rstrip("/"))
             continue
@@ -75,15 +83,15 @@ def zip_members(path: Path) -> tuple[dict[str, tuple[int, ...]], list[str]]:
             raise InputError(f"{path}: contains {name!r} more than once; create the zip again")
         members[name] = _fields(info)
     _check_positions(path, members, end)
-    return members, sorted(folders - folders_above([*members, *folders]))
+    return members, sorted(folders - folders_above([*members, *folders])) if folders else []
 
 
 def read_hidden(path: Path, name: str) -> bytes:
-    """Return the bytes of a hidden file in a zip. Raises BadZipFile, OSError, or the errors of `read_member`."""
+    """Return the bytes of a small hidden file in a zip. Raises BadZipFile, OSError, or the errors of `read_member`."""
     infos, end = _directory(path)
     found = {info.filename: _fields(info) for info in infos if info.filename == name}
-    if not found:
-        raise InputError(f"contains no {name}")
+    if not found or found[name][2] > MAX_HIDDEN:
+        raise InputError(f"contains no {name} of at most {MAX_HIDDEN:,} bytes")
     _check_positions(path, found, end)
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
@@ -101,12 +109,20 @@ def _fields(info: zipfile.ZipInfo) -> tuple[int, ...]:
 def _directory(path: Path) -> tuple[list[zipfile.ZipInfo], int]:
     """Return the entries of a zip's directory, and the directory's position. Raises BadZipFile or OSError."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.infolist(), archive.start_dir
+        with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
+            infos = archive.infolist()
+            file.seek(-END_BYTES - len(archive.comment), os.SEEK_END)
+            end = file.read(END_BYTES)
+            start = archive.start_dir
     except (OSError, MemoryError, zipfile.BadZipFile):
         raise
     except Exception as error:  # of damaged directories
         raise zipfile.BadZipFile(str(error)) from error
+    # A damaged length in one entry can hide the entries after it. Zips of more than 65,534 files state 65,535.
+    count = int.from_bytes(end[10:12], "little")
+    if end.startswith(b"PK\5\6") and count not in (0xFFFF, len(infos) % 0x10000):
+        raise zipfile.BadZipFile("another number of members than it states")
+    return infos, start
 
 
 def _name_problem(info: zipfile.ZipInfo) -> str | None:
@@ -116,7 +132,7 @@ def _name_problem(info: zipfile.ZipInfo) -> str | None:
         return "is an absolute or parent path"
     if "\0" in name or "\\" in name:
         return "has a NUL or a backslash in its name; allowed: folders separated by /"
-    if len(encode_name(info.filename)) > MAX_NAME:
+    if len(encode_name(name)) > MAX_NAME:
         return f"has a name of {len(name):,} characters; allowed: {MAX_NAME:,} bytes"
     if not name.endswith("/") and not {"", "."}.isdisjoint(name.split("/")):
         return "has an empty part or the part . in its path"
@@ -125,12 +141,14 @@ def _name_problem(info: zipfile.ZipInfo) -> str | None:
 
 def _check_positions(path: Path, members: dict[str, tuple[int, ...]], end: int) -> None:
     """Raise InputError if a member overlaps another one, or ends behind `end`."""
-    ordered = sorted((offset, offset + HEADER_BYTES + size, name) for name, (offset, size, *_) in members.items())
-    starts = [start for start, _, _ in ordered[1:]] + [end]
-    for (start, stop, name), following in zip(ordered, starts, strict=False):
-        if start < 0 or stop > following:
-            problem = "overlaps another member or the end of the zip, which is damaged or a zip bomb"
-            raise InputError(f"{path}: member {name!r:.100} {problem}; create the zip again")
+    names = sorted(members, key=members.__getitem__)  # by offset
+    problem = "overlaps another member or the end of the zip, which is damaged or a zip bomb; create the zip again"
+    following = end
+    for name in reversed(names):
+        offset, length, *_ = members[name]
+        if offset < 0 or offset + HEADER_BYTES + length > following:
+            raise InputError(f"{path}: member {name!r:.100} {problem}")
+        following = offset
 
 
 def read_member(descriptor: int, member: np.void, name: bytes) -> bytes:
@@ -145,7 +163,7 @@ def read_member(descriptor: int, member: np.void, name: bytes) -> bytes:
     offset, length, size = (int(member[field]) for field in ("offset", "compressed", "size"))
     if max(length, size) > MAX_FILE:
         raise InputError(f"has {max(length, size):,} bytes; allowed: {MAX_FILE:,}")
-    if size > MAX_RATIO * length + MAX_RATIO:
+    if size > MAX_RATIO * length + MAX_RATIO or size > max(BOMB_BYTES, BOMB_RATIO * length):
         raise InputError(f"damaged: {length:,} bytes cannot be unpacked to {size:,}")
     block = os.pread(descriptor, HEADER_BYTES + NAME_BYTES + length, offset)
     name_end = HEADER_BYTES + int.from_bytes(block[26:28], "little")

@@ -20,7 +20,7 @@ from torch import Tensor
 from common.errors import InputError
 from common.identity import FileState, file_state
 from common.image_files import check_one_part, find_images, stop_if_incomplete
-from common.images import open_image, to_rgb
+from common.images import open_image, to_mode
 from common.sources import FileSource, encode_name, map_files
 from evaluations.npz import NpzFile
 
@@ -168,7 +168,7 @@ class FileImages(ImageBatch):
         data = self._source.read(name)
         try:
             image = open_image(data, max_side=MAX_SIDE)
-            pixels = to_rgb(image)
+            pixels = to_mode(image, "RGB")
         except InputError as error:
             raise InputError(f"{place}: {error}") from error
         if image.mode not in ("RGB", "L"):

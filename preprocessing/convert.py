@@ -94,6 +94,8 @@ class Conversion:
         contents, failures, rotated = {}, [], 0
         for index in chunk:
             if self.destination.has(image_name(index)):
+                if self.destination.is_older(image_name(index), self.source.changed(self.names[index])):
+                    self.compare(index)
                 continue
             try:
                 square = self.square(index)
@@ -103,6 +105,16 @@ class Conversion:
                 failures.append((index, str(error)))
         self.destination.write_batch(contents)
         return failures, rotated
+
+    def compare(self, index: int) -> None:
+        """Convert an existing image again. Raises InputError if it differs: its photograph may have changed."""
+        name, is_unchanged = image_name(index), False
+        with contextlib.suppress(InputError):  # of a file that cannot be decoded any more
+            is_unchanged = np.array_equal(decode_rgb(self.destination.read(name)), self.square(index).pixels)
+        if not is_unchanged:
+            difference = f"its {name} differs from the result of {self.source.describe(self.names[index])}"
+            advice = "use another --dest, or remove it to start from scratch"
+            raise InputError(f"{self.destination.path}: {difference}, one of the two has changed; {advice}")
 
     def square(self, index: int) -> Photograph:
         """Return the square image made from a photograph. Raises InputError if the photograph cannot be converted."""
@@ -156,15 +168,8 @@ def run(config: ConvertConfig, source: FileSource, listing: Listing, squaring: S
 def check_unchanged(job: Conversion) -> None:
     """Convert some existing images again. Raises InputError if one differs: the source may have changed."""
     for index in range(0, len(job.names), max(1, len(job.names) // SPOT_CHECKS)):
-        name, is_unchanged = image_name(index), False
-        if not job.destination.has(name):
-            continue
-        with contextlib.suppress(InputError):  # of a file that cannot be decoded any more
-            is_unchanged = np.array_equal(decode_rgb(job.destination.read(name)), job.square(index).pixels)
-        if not is_unchanged:
-            difference = f"its {name} differs from the result of {job.source.describe(job.names[index])}"
-            advice = "use another --dest, or remove it to start from scratch"
-            raise InputError(f"{job.destination.path}: {difference}, one of the two has changed; {advice}")
+        if job.destination.has(image_name(index)):
+            job.compare(index)
 
 
 def convert(job: Conversion, config: ConvertConfig) -> list[Failure]:

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from common.errors import InputError
-from common.images import MAX_PIXELS, UNREADABLE, open_image
+from common.images import MAX_PIXELS, open_image, to_mode
 
 _EXIF_ORIENTATION = 0x0112
 _UPRIGHT = {  # EXIF orientation: what turns the image upright
@@ -48,12 +48,7 @@ def decode(data: bytes, upright: bool = True) -> Photograph:
         orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
     except Exception:  # ImageNet contains valid photographs with broken EXIF data
         orientation = 1
-    try:
-        pixels = _to_rgb(image)
-    except (InputError, MemoryError):
-        raise
-    except Exception as error:  # Pillow cannot convert all modes, nor damaged palettes
-        raise InputError(f"{UNREADABLE}: its mode {image.mode} cannot be converted to RGB") from error
+    pixels = _to_rgb(image)
     if upright and orientation in _UPRIGHT:
         pixels = pixels.transpose(_UPRIGHT[orientation])
     return Photograph(pixels, orientation in _UPRIGHT)
@@ -66,10 +61,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F"):
         raise InputError(f"has 32-bit pixels (mode {image.mode}) of unknown range; convert it to 8 or 16 bits")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        image = image.convert("RGBA")
+        image = to_mode(image, "RGBA")
         if image.getextrema()[3][0] < 255:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return to_mode(image, "RGB")
 
 
 def center_crop_dhariwal(image: Image.Image, resolution: int) -> Image.Image:

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from common.errors import InputError
 from common.io import check_writable, parse_json, read_json, write_json
 from common.locks import LOCK_NAME, lock_folder, unlock_folder
 from common.progress import progress_bar
-from common.sources import FileSource
+from common.sources import FileSource, changed_at
 from common.temporary import atomic_write, is_temporary
 from common.zip_files import read_hidden
 
@@ -71,16 +71,17 @@ class Destination:
         self._settings_name = f".{program}.json"
         self._packed: FileSource | None = None  # the zip, if it is complete
 
-    def claim(self, settings: Mapping[str, Any]) -> bool:
+    def claim(self, settings: Mapping[str, Any], added: Collection[str] = ()) -> bool:
         """Lock the destination for these settings. Return whether it is a complete zip.
 
+        `added` settings are not recorded in destinations of earlier versions.
         Raises InputError if the destination contains other files or was created with other settings, or if another
         process writes to it.
         """
         if self.is_zip and self.folder.is_symlink():
             raise InputError(f"{self.folder}: is a link; remove it, the files of {self.path.name} are collected there")
         if self.is_zip and self.path.exists():
-            self._check(self._settings_in_zip(), settings)
+            self._check(self._settings_in_zip(), settings, added)
             if (self.folder / self._settings_name).exists():
                 shutil.rmtree(self.folder, ignore_errors=True)  # of a run killed after packing
             self._packed = FileSource(self.path)
@@ -92,7 +93,7 @@ class Destination:
         others = _other_files(self.folder) if self.folder.exists() else []
         is_started = made_with.exists() and len(others) > 1  # a run that wrote no file may change its settings
         if is_started:
-            self._check(read_json(made_with), settings)
+            self._check(read_json(made_with), settings, added)
         elif others and others != [made_with.name]:
             allowed = "--dest must be a new or empty folder, or one where the same command was interrupted"
             raise InputError(f"{self.folder}: contains files that this program did not create; {allowed}")
@@ -100,6 +101,10 @@ class Destination:
         if not is_started:
             write_json(made_with, settings)
         return False
+
+    def is_older(self, name: str, changed: float) -> bool:
+        """Return whether an existing file was written before the time `changed`. Those of a zip are not compared."""
+        return self._packed is None and changed_at(self.folder / name) < changed
 
     def has(self, name: str) -> bool:
         """Return whether a file exists; it is then complete."""
@@ -135,12 +140,13 @@ class Destination:
             advice = "remove it, or use another --dest"
             raise InputError(f"{self.path}: exists and was not created by this program; {advice}") from error
 
-    def _check(self, found: Any, wanted: Mapping[str, Any]) -> None:
+    def _check(self, found: Any, wanted: Mapping[str, Any], added: Collection[str]) -> None:
         """Raise InputError if the settings found in the destination are not the wanted ones."""
         if not isinstance(found, dict):
             raise InputError(f"{self.path}: its {self._settings_name} is damaged; use another --dest")
         wanted = json.loads(json.dumps(wanted))  # with the types that JSON has
-        changed = [key for key in sorted({*found, *wanted}) if found.get(key) != wanted.get(key)]
+        known = {*found, *wanted} - (set(added) - found.keys())
+        changed = [key for key in sorted(known) if found.get(key) != wanted.get(key)]
         if changed:
             values = {key: f"{key} was {found.get(key)!r}, is now {wanted.get(key)!r}" for key in changed}
             values |= {"listing": "other images or labels"} if "listing" in changed else {}  # checksums

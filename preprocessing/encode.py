@@ -11,6 +11,7 @@ network may depend on the batch size.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import sys
 from collections import deque
@@ -132,10 +133,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             "resolution": resolution,
             "images": describe_files(source, listing.names),
             "codec": codec.format.to_json(),
+            "codec weights": weights_digest(codec),
             **{name: getattr(config, name) for name in ("dtype", "flip", "tf32")},
         }
         with explain_write_errors(config.dest):
-            return destination.claim(settings)
+            return destination.claim(settings, added=("codec weights",))
 
     if broadcast_from_main(accelerator, claim):
         accelerator.print(f"{config.dest}: already complete")
@@ -146,12 +148,35 @@ def main(argv: Sequence[str] | None = None) -> None:
         batches = plan(listing.names, find_batch_size(config.batch_size, accelerator, codec, resolution), config.flip)
         # Shared before looking for existing files: another process may write some in between.
         share = batches[accelerator.process_index :: accelerator.num_processes]
-        missing = [batch for batch in share if not all(destination.has(name) for name in batch.outputs)]
-        images = ImageBatches(source, missing, resolution)
+        images = ImageBatches(source, find_missing(share, source, destination), resolution)
         encode(config, codec, images, destination, accelerator)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             finish(destination, listing, codec, config.flip)
+
+
+def weights_digest(codec: Codec) -> str:
+    """Return a checksum of a codec's weights: another codec may have the same name."""
+    digest = hashlib.sha256()
+    for name, tensor in codec.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.float().cpu().contiguous().numpy())
+    return digest.hexdigest()[:16]
+
+
+def find_missing(batches: list[Batch], source: FileSource, destination: Destination) -> list[Batch]:
+    """Return the batches of which a file is missing, or was written before its image was changed or replaced."""
+    missing, changed = [], ""
+    for batch in batches:
+        pairs = zip(batch.sources, batch.outputs, strict=True)
+        if not all(map(destination.has, batch.outputs)):
+            missing.append(batch)
+        elif old := [name for name, output in pairs if destination.is_older(output, source.changed(name))]:
+            missing.append(batch)
+            changed = changed or old[0]
+    if changed:
+        print(f"{source.describe(changed)} or others were changed after their latents were written; encoded again")
+    return missing
 
 
 def find_batch_size(wanted: int | str | None, accelerator: Accelerator, codec: Codec, resolution: int) -> int:

@@ -313,7 +313,7 @@ def test_other_settings_on_the_same_destination(name, tmp_path):
 def test_a_run_that_wrote_nothing_can_be_repeated_with_other_settings(name, tmp_path):
     source = make_source(tmp_path / "source")
     with pytest.raises(InputError, match="before its crop"):
-        run(source, tmp_path / name, 100_000)
+        run(source, tmp_path / name, 16_384)
     run(source, tmp_path / name)
     with pytest.raises(InputError, match=r"other settings \(other images or labels\)"):
         run(source, tmp_path / name, 16, "--max-images", 1)
@@ -334,6 +334,20 @@ def test_other_photographs_under_the_same_names(name, tmp_path):
     replaced.write_bytes(jpeg(4))
     run(source, tmp_path / name)
     assert contents(tmp_path / name) == before
+
+
+def test_a_photograph_that_changed_after_it_was_converted(tmp_path):
+    """One that is not among those that are compared at each start."""
+    source = make_source(tmp_path / "source", each=30)
+    run(source, tmp_path / "out")
+    before = contents(tmp_path / "out")
+    os.utime(source / "cat/6.jpg")  # the 26th
+    run(source, tmp_path / "out")
+    (source / "cat/6.jpg").write_bytes(jpeg(13))
+    with pytest.raises(InputError, match=r"its 00000/img00000026\.png differs from the result of .*cat/6\.jpg"):
+        run(source, tmp_path / "out")
+    (tmp_path / "out/.lock").unlink()
+    assert contents(tmp_path / "out") == before
 
 
 def test_temporary_files_of_a_kill_while_packing_are_removed(tmp_path):

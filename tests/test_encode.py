@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -192,6 +193,36 @@ def test_other_images_under_the_same_names(suffix, tmp_path):
     make(32)
     with pytest.raises(InputError, match="resolution was 16, is now 32"):
         run(source, latents, "pixel")
+
+
+def test_a_replaced_image_is_encoded_again(tmp_path, capsys):
+    """Even if size and modification time stay."""
+    images = make_images(tmp_path / "images", 3)
+    run(images, tmp_path / "latents", "pixel")
+    before, image = contents(tmp_path / "latents"), images / "00000/img00000001.png"
+    status, data = image.stat(), image.read_bytes()
+    pixels = np.asarray(Image.open(image))
+    other = io.BytesIO()
+    Image.fromarray(pixels[::-1]).save(other, "PNG")
+    image.write_bytes(other.getvalue()[: len(data)].ljust(len(data), b"\0"))
+    os.utime(image, ns=(status.st_atime_ns, status.st_mtime_ns))
+    run(images, tmp_path / "latents", "pixel")
+    after = contents(tmp_path / "latents")
+    assert {name for name in before if before[name] != after[name]} == {"00000/img-mean-std-00000001.npy"}
+    assert "img00000001.png or others were changed after their latents were written" in capsys.readouterr().out
+
+
+def test_another_codec_of_the_same_name(tmp_path, kl_codec):
+    images = make_images(tmp_path / "images", 2)
+    run(images, tmp_path / "latents", kl_codec)
+    record = tmp_path / "latents/.encode.json"
+    recorded = json.loads(record.read_text())
+    record.write_text(json.dumps(recorded | {"codec weights": "0"}))
+    with pytest.raises(InputError, match="codec weights was '0', is now '"):
+        run(images, tmp_path / "latents", kl_codec)
+    del recorded["codec weights"]  # as by earlier versions
+    record.write_text(json.dumps(recorded))
+    run(images, tmp_path / "latents", kl_codec)
 
 
 def test_bad_sources(tmp_path, kl_codec):

@@ -339,6 +339,6 @@ def test_the_picture_and_the_checksums_replace_only_their_own(data):
     (data / "checksums.sha256").write_text("my notes")
     with pytest.raises(InputError, match=r"--update-checksums .*checksums\.sha256: exists and is not a checksum file"):
         run(data, "--update-checksums")
-    with pytest.raises(InputError, match="not a checksum file"):
+    with pytest.raises(InputError, match="not a complete checksum file"):
         run(data)
     assert (data / "checksums.sha256").read_text() == "my notes"
