@@ -26,7 +26,6 @@ from torch import Tensor
 
 from common.classes import ClassSet
 from common.errors import InputError, shown
-from common.io import sha256_of
 from common.temporary import atomic_write
 from models.autoencoder import LatentFormat
 from models.checksums import (
@@ -34,7 +33,6 @@ from models.checksums import (
     checksum_path,
     digest_of,
     read_open,
-    recorded_checksum,
     verify,
     write_checksum,
 )
@@ -43,7 +41,7 @@ from models.field_checks import LARGEST_SIZE
 from models.hub import hub_file, local_or_hub
 from models.interpolant import PATHS
 from models.layouts import check_layout, from_sit, plain_names
-from models.safetensors_format import is_exported, read_network, weights_file
+from models.safetensors_format import is_exported, read_network
 from models.sit import ENCODER_DEPTHS, PRESETS, SiT, SiTConfig
 from models.tensor_checks import check_finite, check_weights
 from models.weights_file import mismatch, read_weights_file
@@ -85,17 +83,6 @@ def verify_checkpoint(path: str | Path) -> None:
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint file")
     read_open(path, lambda file: _read(file, path, verified=True, with_digest=False))
-
-
-def checkpoint_digest(path: str | Path) -> str:
-    """Return the SHA-256 of the file with a network's weights, which identifies the network in any folder.
-
-    A recorded checksum is returned without reading the checkpoint, so the caller has to verify the checkpoint first.
-    The digest belongs to the file that has the name now; `load_with_digest` returns that of the file it reads.
-    """
-    path = weights_file(resolve_checkpoint(path))
-    recorded = recorded_checksum(path)
-    return recorded[0] if recorded else sha256_of(path)
 
 
 def resolve_checkpoint(name: str | Path) -> Path:
@@ -143,7 +130,7 @@ def load_checkpoint(name: str | Path, verify: bool = True, layout: str = "auto")
 
 
 def load_with_digest(name: str | Path, layout: str = "auto") -> tuple[dict[str, Any], str]:
-    """Return what `load_checkpoint` returns, and the SHA-256 of the file that was read, see `checkpoint_digest`.
+    """Return what `load_checkpoint` returns, and the SHA-256 of the file with the weights that was read.
 
     Both belong to one open file, also if another process gives its name to a new file meanwhile.
     """

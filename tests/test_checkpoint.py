@@ -18,8 +18,6 @@ from models.checkpoint import (
     OLD_BLOCKS,
     build_model,
     checkpoint_classes,
-    checkpoint_digest,
-    checksum_path,
     is_legacy,
     list_checkpoints,
     load_checkpoint,
@@ -136,19 +134,6 @@ def test_errors_name_invalid_content(spoil, text):
     spoil(checkpoint)
     with pytest.raises(InputError, match=rf"odd\.pt: .*{text}"):
         describe(checkpoint, "ema", "odd.pt")  # reads all that export.py, generate.py and the pipeline read
-
-
-def test_a_checkpoint_is_identified_by_its_content(tmp_path):
-    state = {"ema": small().state_dict(), "args": argparse.Namespace(num_heads=2, encoder_depth=2)}
-    save_checkpoint(tmp_path / "a.pt", state)
-    digest = checkpoint_digest(tmp_path / "a.pt")
-    assert digest == sha256_of(tmp_path / "a.pt")
-    checksum_path(tmp_path / "a.pt").write_text(f"{'0' * 64}  a.pt\n")  # is not read again
-    assert checkpoint_digest(tmp_path / "a.pt") == "0" * 64
-    checksum_path(tmp_path / "a.pt").unlink()
-    assert checkpoint_digest(tmp_path / "a.pt") == digest
-    export(tmp_path / "a.pt", tmp_path / "folder")
-    assert checkpoint_digest(tmp_path / "folder") == sha256_of(tmp_path / "folder" / "model.safetensors")
 
 
 def test_content_and_digest_belong_to_one_file(tmp_path, monkeypatch):
@@ -369,7 +354,7 @@ def test_a_run_is_named_by_its_folder(tmp_path):
     newest = tmp_path / "run" / "checkpoints" / "0000200.pt"
     for path in (tmp_path / "run", tmp_path / "run" / "checkpoints", newest):
         assert load_model(path).config.depth == models[1].config.depth
-        assert checkpoint_digest(path) == checkpoint_digest(newest)
+        assert load_with_digest(path)[1] == sha256_of(newest)
         expected = [] if path == newest else [f"{path}: a training run; its newest checkpoint is {newest}"]
         assert newest_of_run(path) == expected
     with pytest.raises(InputError, match=r"contains training runs \(run\); give the folder of one"):
