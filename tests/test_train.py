@@ -270,7 +270,7 @@ BAD = {
     "slot twice": (["--entangle", "class", "--no-cls-token"], "--entangle class contradicts --no-cls-token"),
     "no slot": (["--entangle", "none", "--cls-token"], "--entangle none contradicts --cls-token"),
     "depth": (["--encoder-depth", "3"], r"encoder_depth 3 is outside 1 \.\. 2"),
-    "no blocks": (["--depth", "0"], "--depth 0: must be greater than 0"),
+    "no blocks": (["--depth", "0"], "--depth 0: must be from 1 to 1,000"),
     "seed": (["--seed", str(2**64)], r"--seed \d+: must be from 0 to 2\^63 - 1"),
     "no name": (["--exp-name", "."], r"--exp-name \.: must be the name of a folder"),
     "no weights": (["--init-from", "nothing.pt"], r"nothing\.pt: no such file or folder"),
