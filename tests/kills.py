@@ -54,6 +54,7 @@ class Case:
     command: list[str]
     place: Path
     several: bool = False  # torchrun starts several processes, which outlive it: a kill hits all of them
+    undisturbed_runs: int = 2  # the first one fills the caches of files
     expected: dict[str, Any] = field(default_factory=dict)  # snapshot of the undisturbed run
     seconds: float = 0  # duration of the undisturbed run
     largest: int = 0  # bytes of its largest file
@@ -183,8 +184,8 @@ def difference(found: dict[str, Any], expected: dict[str, Any]) -> str | None:
 
 
 def undisturbed(case: Case) -> None:
-    """Run a program without kills and note its duration and its files. A first run fills the caches of files."""
-    for _ in range(2):
+    """Run a program without kills and note its duration and its files."""
+    for _ in range(case.undisturbed_runs):
         clear(case.place)
         started = time.monotonic()
         status, errors = run(case)

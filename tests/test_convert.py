@@ -397,6 +397,7 @@ def test_killed_and_restarted(suffix, tmp_path):
         for i in range(150):
             (source / name / f"{i}.jpg").write_bytes(jpeg(i, (400, 300)))
     command = f"preprocessing/convert.py --source {source} --resolution 128 --workers 2"
-    dest = tmp_path / "work" / f"images{suffix}"
-    counts = try_program(Case("convert", [*command.split(), "--dest", str(dest)], tmp_path / "work"), kills=3)
+    work = tmp_path / "work"
+    arguments = [*command.split(), "--dest", str(work / f"images{suffix}")]
+    counts = try_program(Case("convert", arguments, work, undisturbed_runs=1), kills=3)
     assert (counts.kills, counts.failures) == (3, [])
