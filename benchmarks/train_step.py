@@ -38,7 +38,7 @@ import train
 from benchmarks import timing
 from benchmarks.training_steps import Form, OurForm, PlainForm, Workload
 from common import distributed
-from common.checks import NON_NEGATIVE, POSITIVE
+from common.checks import NON_NEGATIVE, POSITIVE, between
 from common.cli import parse, setting
 from common.errors import InputError, run_cli
 from common.identity import own_file
@@ -46,6 +46,7 @@ from common.io import check_writable
 from common.progress import progress_bar
 from training.checkpoint_writer import CheckpointWriter
 
+RESOLUTION = between(8, 8192)  # px; the latents have an eighth of it
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FORMS = ("plain", "ours", "compile", "checkpointing")
 LOSSES_COMPARED = 2  # steps from the same weights, before any form is timed
@@ -61,7 +62,7 @@ class TrainStep(timing.Benchmark):
 
     model: tuple[str, ...] = setting(("SiT-B/2",), "presets")
     batch_size: tuple[int, ...] = setting((8,), "images of a step", check=POSITIVE)
-    resolution: tuple[int, ...] = setting((256,), "of the images, px", check=POSITIVE)
+    resolution: tuple[int, ...] = setting((256,), "of the images, px", check=RESOLUTION)
     precision: tuple[str, ...] = setting(("no",), "autocast, the same for all forms", choices=tuple(DTYPES))
     forms: tuple[str, ...] = setting(FORMS[:-1], "forms to measure", choices=FORMS)
     backend: str = setting("inductor", "backend of torch.compile")

@@ -1,6 +1,7 @@
 """Feed damaged files to every reader, and changed command lines to every program; count how they end.
 
-    python tests/fuzz.py --inputs 5000 --commands 1000 --seed 0 --json counts.json
+    python tests/fuzz.py --inputs 5000 --commands 1000 --seed 0 --jobs 2 --json counts.json
+    python tests/fuzz.py --table counts.json                     (the tables of an earlier call)
     python tests/fuzz.py --only npz --input 1234 --seed 0        (one input again, with what it gave)
 
 An input is determined by the seed, the name of the reader or program, and its number. Files of failures are kept in
@@ -19,22 +20,28 @@ os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVI
 
 import random
 import tempfile
-import time
 from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
 
-from common.checks import NON_NEGATIVE
+from common.checks import NON_NEGATIVE, POSITIVE
 from common.cli import Config, parse, setting
 from common.errors import InputError, run_cli
-from common.io import write_json
-from tests.fuzzing import commands
+from common.io import read_json, write_json
+from tests.fuzzing import commands, worker
 from tests.fuzzing.checkpoints import CANARY
 from tests.fuzzing.command_lines import PROGRAMS, Command, command
+from tests.fuzzing.mutations import bomb
 from tests.fuzzing.readers import READERS, digest, prepare
-from tests.fuzzing.worker import CLASSES, FAILURES, Outcome, Watch, run_inputs
+from tests.fuzzing.worker import Outcome, Watch, run_inputs
 from tests.fuzzing.workfolder import load_programs, write_work_folder
 
 KEPT = 3  # inputs of a failure at one place
+CHUNK = {"readers": 500, "programs": 25}  # inputs that one job takes at a time
+Found = list[tuple[str, Outcome]]  # outcomes, each with the name of its reader or program
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,21 +51,23 @@ class FuzzConfig(Config):
     inputs: int = setting(100, "damaged files for each reader; slow readers get a share", check=NON_NEGATIVE)
     commands: int = setting(0, "changed command lines of all programs together", check=NON_NEGATIVE)
     seed: int = setting(0, "seed of all changes", check=NON_NEGATIVE)
+    jobs: int = setting(1, "worker processes", check=POSITIVE)
     only: str | None = setting(None, "names of readers and programs, comma-separated; default: all")
     input: int | None = setting(None, "repeat this input of the one reader or program of --only", check=NON_NEGATIVE)
     keep: Path = setting(Path("fuzz-failures"), "folder for the files of failures")
     json: Path | None = setting(None, "file for the counts and failures")
+    table: Path | None = setting(None, "print the tables of a file of --json, and do nothing else")
 
 
-def fuzz_reader(name: str, numbers: list[int], seed: int, keep: Path | None = None) -> list[Outcome]:
+def fuzz_reader(name: str, numbers: Sequence[int], seed: int, keep: Path) -> Found:
     """Return the outcomes of damaged files of one reader. The first files of each failure are copied to `keep`."""
-    reader = READERS[name]
+    reader, found = READERS[name], []
     seen: Counter[tuple[str, str]] = Counter()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         first, valid = prepare(reader, folder)
         expected = digest(reader.read(first))
-        watch: list[Watch] = []
+        watch: list[Watch] = []  # of the forked process
 
         def job(number: int) -> Outcome:
             if not watch:
@@ -71,96 +80,124 @@ def fuzz_reader(name: str, numbers: list[int], seed: int, keep: Path | None = No
             outcome = watch[0].outcome(number, lambda: digest(reader.read(first)), expected, refuse)
             if (folder / CANARY).exists():
                 (folder / CANARY).unlink()
-                outcome = Outcome(number, "executed", outcome.place, outcome.detail)
+                outcome = outcome._replace(kind="executed")
             return outcome._replace(detail=f"{change.kind}: {outcome.detail}")
 
-        found = []
         for outcome in run_inputs(job, numbers):
-            found.append(outcome)
-            if outcome.kind in FAILURES and keep is not None:
-                seen[outcome[1:3]] += 1
-                if seen[outcome[1:3]] <= KEPT:
-                    file, change = reader.input(random.Random(f"{seed}/{name}/{outcome.number}"), valid)
-                    target = keep / name / f"{outcome.number}-{outcome.kind}" / file
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    target.write_bytes(change.data)
+            found.append((name, outcome))
+            seen[outcome[1:3]] += outcome.kind in worker.FAILURES
+            if outcome.kind in worker.FAILURES and seen[outcome[1:3]] <= KEPT:
+                file, change = reader.input(random.Random(f"{seed}/{name}/{outcome.number}"), valid)
+                target = keep / name / f"{outcome.number}-{outcome.kind}" / file
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(change.data)
     return found
 
 
-def fuzz_commands(names: list[str], numbers: list[int], seed: int, check_valid: bool) -> dict[str, list[Outcome]]:
-    """Return the outcomes of changed command lines, by program. A number determines program and changes.
-
-    With `check_valid`, the valid command lines are run as well; one that is not accepted is a failure.
-    """
-    found: dict[str, list[Outcome]] = {name: [] for name in names}
-    load_programs()
+def fuzz_commands(names: Sequence[str], base: Path, numbers: Sequence[int], seed: int) -> Found:
+    """Return the outcomes of changed command lines of programs. A number determines program and changes."""
+    found = []
     with tempfile.TemporaryDirectory() as temporary:
-        base, folder = Path(temporary) / "base", Path(temporary) / "work"
-        write_work_folder(base)
-        before = commands.contents(base)
         for number in numbers:
-            rng = random.Random(f"{seed}/{number}")
-            made = command(rng, names[0] if len(names) == 1 else None)
-            if made.program in found:
-                found[made.program].append(commands.run(base, before, number, made, folder))
-        for name in check_valid * names:  # otherwise, changed command lines would fail for the wrong reason
-            outcome = commands.run(base, before, -1, Command(name, PROGRAMS[name].line.split(), {}, "{}"), folder)
-            if outcome.kind != "accepted":
-                found[name].append(outcome._replace(kind="message", detail=f"valid command: {outcome.detail}"))
+            made = command(random.Random(f"{seed}/{number}"), names[0] if len(names) == 1 else None)
+            if made.program in names:
+                found.append((made.program, commands.run(base, number, made, Path(temporary) / "work")))
     return found
 
 
-def table(counts: dict[str, Counter[str]], classes: tuple[str, ...]) -> str:
-    """Return a Markdown table of the counts by class."""
-    used = [kind for kind in classes if any(c[kind] for c in counts.values())]
-    lines = [f"| | inputs | {' | '.join(used)} |", "|---|" + "---|" * (len(used) + 1)]
-    for name, found in counts.items():
-        lines.append(f"| {name} | {sum(found.values())} | " + " | ".join(str(found[kind]) for kind in used) + " |")
-    return "\n".join(lines)
+def check_valid_command(name: str, base: Path) -> Found:
+    """Return a failure if the valid command of a program is not accepted: its changes would test nothing."""
+    made = Command(name, PROGRAMS[name].line.split(), {}, "{}")
+    with tempfile.TemporaryDirectory() as temporary:
+        outcome = commands.run(base, -1, made, Path(temporary) / "work")
+    accepted = outcome.kind == "accepted"
+    return [] if accepted else [(name, outcome._replace(kind="message", detail=f"valid command: {outcome.detail}"))]
 
 
-def failures_of(name: str, outcomes: list[Outcome], seed: int) -> list[dict]:
+def tasks_of(config: FuzzConfig, names: Sequence[str], base: Path) -> Iterator[partial[Found]]:
+    """Yield calls that together do what the command line asks for."""
+    one = [] if config.input is None else [config.input]
+    for name in (name for name in names if name in READERS):
+        numbers = one or range(round(config.inputs * READERS[name].share))
+        for start in range(0, len(numbers), CHUNK["readers"]):
+            yield partial(fuzz_reader, name, numbers[start : start + CHUNK["readers"]], config.seed, config.keep)
+    programs = [name for name in names if name in PROGRAMS]
+    numbers = one or range(config.commands)
+    for start in range(0, len(numbers) if programs else 0, CHUNK["programs"]):
+        yield partial(fuzz_commands, programs, base, numbers[start : start + CHUNK["programs"]], config.seed)
+    if len(numbers) > 50:
+        yield from (partial(check_valid_command, name, base) for name in programs)
+
+
+def call(task: partial[Found]) -> Found:
+    """Call a task; a worker process does it."""
+    return task()
+
+
+def run_tasks(config: FuzzConfig, names: Sequence[str]) -> Found:
+    """Return all outcomes, and print the progress."""
+    with tempfile.TemporaryDirectory() as temporary:
+        base = Path(temporary) / "base"
+        tasks = list(tasks_of(config, names, base))
+        bomb()  # made once, before processes are forked
+        if any(task.func is not fuzz_reader for task in tasks):
+            load_programs()
+            write_work_folder(base)
+        found: Found = []
+        with ProcessPoolExecutor(config.jobs, get_context("fork")) as pool:
+            for number, outcomes in enumerate(pool.map(call, tasks), start=1):
+                found += outcomes
+                if number % 20 == 0:
+                    print(f"{number} of {len(tasks)} parts done", flush=True)
+    return found
+
+
+def print_tables(counts: dict[str, dict[str, dict[str, int]]]) -> None:
+    """Print Markdown tables of the counts by class, of readers and of programs."""
+    for group, classes in (("readers", worker.CLASSES), ("programs", commands.CLASSES)):
+        used = [kind for kind in classes if any(kind in found for found in counts[group].values())]
+        if used:
+            print(f"\n| {group} | inputs | {' | '.join(used)} |", "|---|" + "---|" * (len(used) + 1), sep="\n")
+        for name, found in counts[group].items():
+            print(f"| {name} | {sum(found.values())} |", " | ".join(str(found.get(kind, 0)) for kind in used), "|")
+
+
+def failures_of(found: Found, seed: int) -> list[dict]:
     """Print each kind of failure with its first input and the command that repeats it; return them for JSON."""
-    groups: dict[tuple[str, str], list[Outcome]] = {}
-    for outcome in outcomes:
-        if outcome.kind in (*FAILURES, *commands.FAILURES):
-            key = (outcome.kind, outcome.place, outcome.detail.partition(":")[0] if outcome.kind == "silent" else "")
-            groups.setdefault(key, []).append(outcome)
+    groups: dict[tuple[str, str, str, str], list[Outcome]] = {}
+    for name, outcome in found:
+        if outcome.kind in (*worker.FAILURES, *commands.FAILURES):
+            change = outcome.detail.partition(":")[0] if outcome.kind == "silent" else ""
+            groups.setdefault((name, outcome.kind, outcome.place, change), []).append(outcome)
     failures = []
-    for (kind, place, _), found in groups.items():
-        again = f"python tests/fuzz.py --seed {seed} --only {name} --input {found[0].number}"
-        print(f"  {name}: {kind} at {place or '?'}, {len(found)} times; {found[0].detail[:300]}\n    {again}")
-        failures.append({"name": name, "class": kind, "place": place, "count": len(found), "again": again})
-        failures[-1]["detail"] = found[0].detail
+    for (name, kind, place, _), outcomes in groups.items():
+        again = f"python tests/fuzz.py --seed {seed} --only {name} --input {outcomes[0].number}"
+        print(f"  {name}: {kind} at {place or '?'}, {len(outcomes)} times; {outcomes[0].detail[:300]}\n    {again}")
+        failures.append({"name": name, "class": kind, "place": place, "count": len(outcomes), "again": again})
+        failures[-1]["detail"] = outcomes[0].detail
     return failures
 
 
 def main() -> None:
     """Fuzz as the command line says."""
     config = parse(FuzzConfig, __doc__.splitlines()[0])
+    if config.table:
+        print_tables(read_json(config.table))
+        return
     names = config.only.split(",") if config.only else [*READERS, *PROGRAMS]
     if unknown := [name for name in names if name not in READERS and name not in PROGRAMS]:
         raise InputError(f"--only {unknown[0]}: allowed: {', '.join([*READERS, *PROGRAMS])}")
-    found = {}
-    for name in (name for name in names if name in READERS and (config.inputs or config.input is not None)):
-        started, total = time.monotonic(), round(config.inputs * READERS[name].share)
-        numbers = list(range(total)) if config.input is None else [config.input]
-        found[name] = fuzz_reader(name, numbers, config.seed, config.keep)
-        print(f"{name}: {len(numbers)} inputs in {time.monotonic() - started:.0f} s", flush=True)
-    readers = {name: Counter(outcome.kind for outcome in outcomes) for name, outcomes in found.items()}
-    programs = [name for name in names if name in PROGRAMS]
-    if programs and (config.commands or config.input is not None):
-        numbers = list(range(config.commands)) if config.input is None else [config.input]
-        found |= fuzz_commands(programs, numbers, config.seed, config.input is None and len(numbers) > 50)
-    lines = {name: Counter(outcome.kind for outcome in found[name]) for name in programs if name in found}
-    failures = [failure for name, outcomes in found.items() for failure in failures_of(name, outcomes, config.seed)]
+    found = run_tasks(config, names)
+    counts: dict[str, dict[str, Counter[str]]] = {"readers": {}, "programs": {}}
+    for name in names:
+        if kinds := Counter(outcome.kind for of, outcome in found if of == name):
+            counts["readers" if name in READERS else "programs"][name] = kinds
     if config.input is not None:
-        print(*(outcome for outcomes in found.values() for outcome in outcomes), sep="\n")
-    for counts, classes in ((readers, CLASSES), (lines, commands.CLASSES)):
-        if counts:
-            print(table(counts, classes))
+        print(*(outcome for _, outcome in found), sep="\n")
+    failures = failures_of(found, config.seed)
+    print_tables(counts)
     if config.json:
-        write_json(config.json, {"seed": config.seed, "readers": readers, "programs": lines, "failures": failures})
+        write_json(config.json, {"seed": config.seed, **counts, "failures": failures})
     sys.exit(1 if failures else 0)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import shutil
 import tarfile
 import zipfile
 from pathlib import Path
@@ -20,41 +21,44 @@ from models.autoencoder import PixelCodec
 from models.checkpoint import save_checkpoint
 from models.sit import SiT
 from tests.adm_standin import attribute, blob, number
-from tests.conftest import write_data
+from tests.conftest import ENCODER_OPTIONS, RESOLUTION, write_data
 from training.config import TrainConfig
 
 NETWORK = {
-    "input_size": 8, "in_channels": 3, "hidden_size": 32, "depth": 2, "num_heads": 2, "num_classes": 3,
-    "encoder_depth": 1, "z_dims": [24], "projector_dim": 16, "cls_token_dim": 24,
+    "input_size": 8, "in_channels": 3, "hidden_size": 8, "depth": 1, "num_heads": 2, "num_classes": 3,
+    "encoder_depth": 1, "z_dims": [8], "projector_dim": 8, "cls_token_dim": 8,
 }  # fmt: skip
-SECOND = 1  # seed of the second file of a format, for splices
 GRAPH_SHAPES = {"conv/weights": (3, 3, 2, 4), "conv/gamma": (4,)}
 
 
-def picture(seed: int, side: int = 24) -> Image.Image:
-    rng = np.random.default_rng(seed)
-    ramp = np.linspace(0, 200, side)
-    pixels = ramp[:, None, None] + ramp[None, :, None] * [0.2, 0.1, 0] + rng.integers(0, 9, (side, side, 3))
-    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-
-
-def encoded(kind: str, seed: int = 0) -> bytes:
+def encoded(kind: str, seed: int = 0, side: int = 24) -> bytes:
     """Return an image file of a format of Pillow."""
-    image, buffer = picture(seed), io.BytesIO()
-    if kind == "GIF":
-        image = image.quantize(16)
-    image.save(buffer, kind, **{"TIFF": {"compression": "tiff_lzw"}, "WEBP": {"lossless": bool(seed)}}.get(kind, {}))
+    ramp, rng = np.linspace(0, 200, side), np.random.default_rng(seed)
+    pixels = ramp[:, None, None] + ramp[None, :, None] * [0.2, 0.1, 0] + rng.integers(0, 9, (side, side, 3))
+    image, buffer = Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), io.BytesIO()
+    options = {"TIFF": {"compression": "tiff_lzw"}, "WEBP": {"lossless": bool(seed)}}.get(kind, {})
+    (image.quantize(16) if kind == "GIF" else image).save(buffer, kind, **options)
     return buffer.getvalue()
 
 
-def write_zip(path: Path, seed: int = 0) -> None:
-    """Write a zip with stored and deflated members, and a dataset.json."""
-    with zipfile.ZipFile(path, "w") as archive:
+def zip_file(seed: int = 0) -> bytes:
+    """Return a zip with stored and deflated members, and a dataset.json."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
         for i in range(3):
             method = zipfile.ZIP_STORED if i else zipfile.ZIP_DEFLATED
             archive.writestr(zipfile.ZipInfo(f"00000/img{i:08d}.png"), encoded("PNG", seed + i), method)
         labels = [[f"00000/img{i:08d}.png", i] for i in range(3)]
         archive.writestr(zipfile.ZipInfo("dataset.json"), json.dumps({"labels": labels}))
+    return buffer.getvalue()
+
+
+def destination(seed: int = 0) -> bytes:
+    """Return what preprocessing programs read of their earlier output: its settings in a zip."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr(zipfile.ZipInfo(".convert.json"), json.dumps({"resolution": 8, "seed": seed}))
+    return buffer.getvalue()
 
 
 def write_data_zip(folder: Path, _: int = 0) -> None:
@@ -63,14 +67,12 @@ def write_data_zip(folder: Path, _: int = 0) -> None:
     with zipfile.ZipFile(folder / "images.zip", "w") as archive:
         for path in sorted((folder / "images").rglob("*.*")):
             archive.writestr(zipfile.ZipInfo(path.relative_to(folder / "images").as_posix()), path.read_bytes())
-            path.unlink()
-    (folder / "images" / "00000").rmdir()
-    (folder / "images").rmdir()
+    shutil.rmtree(folder / "images")
 
 
-def npy(seed: int = 0) -> bytes:
+def npy(seed: int = 0, shape: tuple[int, ...] = (6, 4, 4)) -> bytes:
     buffer = io.BytesIO()
-    np.save(buffer, np.random.default_rng(seed).normal(size=(6, 4, 4)).astype(np.float32))
+    np.save(buffer, np.random.default_rng(seed).normal(size=shape).astype(np.float32))
     return buffer.getvalue()
 
 
@@ -101,9 +103,11 @@ def checkpoint(seed: int = 0) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def write_checkpoint(path: Path, seed: int = 0, legacy: bool = False) -> None:
-    """Write a checkpoint without the file of its checksum, in the present or the older format of torch.save."""
-    torch.save(checkpoint(seed), path, _use_new_zipfile_serialization=not legacy)
+def checkpoint_file(seed: int = 0, zipped: bool = True) -> bytes:
+    """Return a file of a checkpoint in the present or the older format of torch.save."""
+    buffer = io.BytesIO()
+    torch.save(checkpoint(seed), buffer, _use_new_zipfile_serialization=zipped)
+    return buffer.getvalue()
 
 
 def write_export(path: Path, seed: int = 0) -> None:
@@ -116,16 +120,13 @@ def write_export(path: Path, seed: int = 0) -> None:
         file.unlink()
 
 
-def write_encoder(path: Path, seed: int, options: dict[str, Any], side: int) -> None:
+def write_encoder(path: Path, seed: int) -> None:
     import timm
     from safetensors.torch import save_file
 
     torch.manual_seed(seed)
-    state = timm.create_model("vit_tiny_patch16_224", img_size=side, num_classes=0, **options).state_dict()
-    if path.suffix == ".safetensors":
-        save_file(state, path)
-    else:
-        torch.save(state, path)
+    network = timm.create_model("vit_tiny_patch16_224", img_size=RESOLUTION, num_classes=0, **ENCODER_OPTIONS)
+    (save_file if path.suffix == ".safetensors" else torch.save)(network.state_dict(), path)
 
 
 def write_codec(folder: Path, seed: int = 0) -> None:
@@ -168,6 +169,10 @@ def npz(seed: int = 0, compressed: bool = False) -> bytes:
     return buffer.getvalue()
 
 
+def checksums(seed: int = 0) -> bytes:
+    return "".join(f"{i + seed:064x}  file{i}\n" for i in range(4)).encode()
+
+
 def tar(seed: int = 0) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
@@ -181,3 +186,11 @@ def tar(seed: int = 0) -> bytes:
 def metrics(seed: int = 0) -> bytes:
     rows = [{"step": n, "loss": 1 / n + seed, "fid": 9.0, "seconds": 0.5} for n in range(1, 6)]
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def write_rewind(folder: Path, seed: int = 0) -> None:
+    """Write what going back to an earlier step of a run reads."""
+    (folder / "checkpoints").mkdir()
+    (folder / "rewind.json").write_text(json.dumps({"step": 2, "number": 1 + seed}) + "\n")
+    (folder / "metrics.jsonl").write_bytes(metrics(seed))
+    (folder / "checkpoints" / "temporary.json").write_text(json.dumps(["0000001.pt", "0000003.pt"]) + "\n")

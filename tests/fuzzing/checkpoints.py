@@ -58,27 +58,18 @@ def tensor(rng: random.Random, data: bytes) -> bytes:
     """Give one tensor another dtype or shape, NaN, or another name; or remove it, or make it seem huge."""
     content = _load(data)
     holder, key = rng.choice(tensors_of(content))
-    value = holder[key]
+    value, number = holder[key], rng.choice((float("nan"), float("inf"), -float("inf")))
+    one_changed = value.clone().view(-1).index_fill(0, torch.tensor(rng.randrange(value.numel())), number)
+    shapes = (value[:-1], value[None], value.flatten()[:0], value.reshape(-1, 1, 1), value.sum())
+    others = (None, 1, "a", [], value.to_sparse(), torch.nn.Parameter(value[None]))
     change = rng.randrange(8)
-    if change == 0:
-        holder[key] = value.to(rng.choice(OTHER_DTYPES))
-    elif change == 1:
-        holder[key] = value.clone()
-        holder[key].view(-1)[rng.randrange(value.numel())] = rng.choice((float("nan"), float("inf"), -float("inf")))
-    elif change == 2:
-        holder[key] = rng.choice((value[:-1], value[None], value.flatten()[:0], value.reshape(-1, 1), value.sum()))
-        if holder[key].shape == value.shape:
-            del holder[key]
-    elif change == 3:
+    if change < 2:
         del holder[key]
-    elif change == 4:
-        holder[f"{key}x"] = holder.pop(key)
-    elif change == 5:
-        holder[key] = torch.zeros(1).expand(EXPANDED, *[1] * (value.ndim - 1))
-    elif change == 6:
-        holder[key] = rng.choice((None, 1, "a", [], value.to_sparse(), torch.nn.Parameter(value[None])))
+        holder |= {f"{key}x": value} if change else {}
     else:
-        holder[key] = torch.full_like(value, float("nan"))
+        same_shape = (value.to(rng.choice(OTHER_DTYPES)), torch.full_like(value, number), one_changed.view_as(value))
+        expanded = torch.zeros(1).expand(EXPANDED, *[1] * (value.ndim - 1))
+        holder[key] = (*same_shape, expanded, rng.choice(shapes), rng.choice(others))[change - 2]
     return _save(content, data)
 
 
@@ -104,25 +95,19 @@ def optimizer(rng: random.Random, data: bytes) -> bytes:
     """Change the state of the optimizer: emptied, half missing, other counts, other shapes, other settings."""
     content = _load(data)
     state, groups = content["opt"]["state"], content["opt"]["param_groups"]
-    number = rng.choice(sorted(state))
+    one = state[rng.choice(sorted(state))]
+    removed = {0: list(state), 1: [number for number in state if number % 2], 2: [rng.choice(sorted(state))]}
     change = rng.randrange(8)
-    if change == 0:
-        state.clear()
-    elif change == 1:
-        for one in [one for one in state if one % 2]:
-            del state[one]
-    elif change == 2:
+    for number in removed.get(change, ()):
         del state[number]
-    elif change == 3:
-        del state[number][rng.choice(sorted(state[number]))]
+    if change == 3:
+        del one[rng.choice(sorted(one))]
     elif change == 4:
-        state[number]["step"] = rng.choice(
-            (torch.tensor(-1.0), torch.tensor(float("nan")), torch.tensor(1e30), "a", None)
-        )
+        one["step"] = rng.choice((*map(torch.tensor, (-1.0, float("nan"), 1e30)), "a", None))
     elif change == 5:
-        state[number]["exp_avg_sq"] = -state[number]["exp_avg_sq"].abs() - 1
+        one["exp_avg_sq"] = -one["exp_avg_sq"].abs() - 1
     elif change == 6:
         groups[0]["params"] = rng.choice(([], groups[0]["params"][::-1], groups[0]["params"][:-1], ["a"], None))
-    else:
+    elif change == 7:
         content["opt"] = rng.choice(({}, None, [], {"state": {}, "param_groups": []}, {"state": state}))
     return _save(content, data)

@@ -10,6 +10,7 @@ import binascii
 import io
 import json
 import random
+import re
 import struct
 import zipfile
 import zlib
@@ -23,7 +24,8 @@ Change = Callable[[random.Random, bytes], bytes]
 
 STRUCTURED_SHARE = 0.4  # of the inputs, if a format has structured changes
 INTEGERS = (0, 1, -1, 2, 127, 128, 255, 256, 32767, 65535, 65536, 2**24, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63 - 1)
-BOMB_BYTES = 1 << 28  # unpacked size of a member that is packed about 1000 times
+BOMB_BYTES = 1 << 28  # unpacked size of a bomb, about 1000 times the packed one
+HONEST_BYTES = 1 << 26  # of a member that states its size: a program may unpack it
 LONG_NAME = "n" * 60_000
 # Values in place of those of a JSON file or a checkpoint's settings.
 ODD_VALUES: tuple[Any, ...] = (
@@ -64,17 +66,15 @@ def _block(rng: random.Random, data: bytes) -> tuple[int, int]:
 
 
 def flip_bit(rng: random.Random, data: bytes) -> bytes:
-    changed = bytearray(data)
-    if changed:
-        changed[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-    return bytes(changed)
+    at = rng.randrange(len(data) + 1)
+    return data[:at] + bytes(byte ^ 1 << rng.randrange(8) for byte in data[at : at + 1]) + data[at + 1 :]
 
 
 def set_bytes(rng: random.Random, data: bytes) -> bytes:
-    changed = bytearray(data)
-    for _ in range(rng.choice((1, 1, 2, 8)) if data else 0):
-        changed[rng.randrange(len(data))] = rng.randrange(256)
-    return bytes(changed)
+    for _ in range(rng.choice((1, 1, 2, 8))):
+        at = rng.randrange(len(data) + 1)
+        data = data[:at] + rng.randbytes(1) + data[at + 1 :]
+    return data
 
 
 def truncate(rng: random.Random, data: bytes) -> bytes:
@@ -145,11 +145,8 @@ def change_value(rng: random.Random, content: Any, values: Sequence[Any] = ODD_V
         return rng.choice(values)
     for _ in range(rng.choice((1, 1, 1, 2))):
         holder, key = rng.choice(places)
-        if isinstance(holder, list):
-            if key >= len(holder):
-                continue
-        elif key not in holder:
-            continue
+        if (key >= len(holder)) if isinstance(holder, list) else (key not in holder):
+            continue  # removed by the first change
         action = rng.random()
         if action < 0.65:
             holder[key] = rng.choice(values)
@@ -164,12 +161,11 @@ def change_value(rng: random.Random, content: Any, values: Sequence[Any] = ODD_V
 
 def _places(content: Any) -> Any:
     """Yield (container, key) of every value; of long lists only some."""
+    keys: list[Any] = []
     if isinstance(content, dict):
-        keys: list[Any] = list(content)
+        keys = list(content)
     elif isinstance(content, list):
-        keys = sorted({*range(min(3, len(content))), *range(max(0, len(content) - 2), len(content))})
-    else:
-        return
+        keys = sorted({*range(len(content))[:3], *range(len(content))[-2:]})
     for key in keys:
         yield content, key
         yield from _places(content[key])
@@ -179,31 +175,18 @@ def npy_header(rng: random.Random, data: bytes) -> bytes:
     """Change the header of an .npy file, with a length that fits."""
     version, size = data[6:8], int.from_bytes(data[8:10], "little")
     header, body = data[10 : 10 + size].decode("latin1"), data[10 + size :]
-    shapes = (
-        "()",
-        "(0,)",
-        "(-1,)",
-        f"({2**62},)",
-        "(2, 3)",
-        "(1000000, 1000000)",
-        "None",
-        "(True,)",
-        "('a',)",
-        "9" * 99,
-    )
+    huge = (f"({2**62},)", "(1000000, 1000000)", "9" * 99)
+    shapes = ("()", "(0,)", "(-1,)", "(2, 3)", "None", "(True,)", "('a',)", *huge)
     kinds = ("|O", "<f8", "<f2", ">f4", "<c8", "|b1", "<U9", "|V4", "<M8[s]", "<i8", "|S3", "x", "<f16", "3<f4")
-    change = rng.randrange(5)
-    if change == 0:
-        header = header.replace(header[header.index("(") : header.index(")") + 1], rng.choice(shapes))
-    elif change == 1:
-        start = header.index("'descr': '") + 10
-        header = header[:start] + rng.choice(kinds) + header[header.index("'", start) :]
-    elif change == 2:
-        header = header.replace("False", rng.choice(("True", "None", "2", "'a'")))
-    elif change == 3:
-        header = rng.choice(("{}", "[" * 3000, "1", "{'descr': [('a', '<f4')], 'fortran_order': False, 'shape': (4,)}"))
-    else:
-        version = bytes(rng.choice(((2, 0), (3, 0), (9, 9), (0, 0))))
+    shape, dtype = re.search(r"\(.*?\)", header)[0], re.search("'descr': '(.*?)'", header)[1]
+    fields = "{'descr': [('a', '<f4')], 'fortran_order': False, 'shape': (4,)}"
+    header, version = rng.choice((
+        (header.replace(shape, rng.choice(shapes)), version),
+        (header.replace(dtype, rng.choice(kinds)), version),
+        (header.replace("False", rng.choice(("True", "None", "2", "'a'"))), version),
+        (rng.choice(("{}", "[" * 3000, "1", fields)), version),
+        (header, bytes(rng.choice(((2, 0), (3, 0), (9, 9), (0, 0))))),
+    ))  # fmt: skip
     encoded = header.encode("latin1") + b"\n"
     return data[:6] + version + len(encoded).to_bytes(2, "little") + encoded + body
 
@@ -235,19 +218,18 @@ def png_chunk(rng: random.Random, data: bytes) -> bytes:
 
 
 @cache
-def bomb() -> bytes:
+def bomb(size: int = BOMB_BYTES) -> bytes:
     """Return zeros packed by zlib."""
-    return zlib.compress(bytes(BOMB_BYTES), 9)
+    return zlib.compress(bytes(size), 9)
 
 
 def zip_field(rng: random.Random, data: bytes) -> bytes:
     """Set one field of a zip's directory or of a member's header: method, flags, checksum, sizes, names, offsets."""
-    central = rng.random() < 0.7
-    signature, fields = (
-        (b"PK\1\2", ((8, 2), (10, 2), (16, 4), (20, 4), (24, 4), (28, 2), (30, 2), (32, 2), (42, 4)))
-        if central
-        else (b"PK\3\4", ((6, 2), (8, 2), (14, 4), (18, 4), (22, 4), (26, 2), (28, 2)))
-    )
+    signature = b"PK\1\2" if rng.random() < 0.7 else b"PK\3\4"
+    fields = {  # offset and size
+        b"PK\1\2": ((8, 2), (10, 2), (16, 4), (20, 4), (24, 4), (28, 2), (30, 2), (32, 2), (42, 4)),
+        b"PK\3\4": ((6, 2), (8, 2), (14, 4), (18, 4), (22, 4), (26, 2), (28, 2)),
+    }[signature]
     starts = [at for at in range(len(data) - 30) if data.startswith(signature, at)]
     if not starts:
         return data
@@ -266,17 +248,16 @@ def zip_members(rng: random.Random, data: bytes) -> bytes:
     name, content, method = members[number]
     names = ("../x", "/etc/x", "C:\\x", "a\\..\\x", "", "x" * 60_000, "\0a", "é\n", ".hidden", "a/", "__MACOSX/a", name)
     if change == 0:
-        members[number] = (name, rng.choice(RANDOM)(rng, content), method)
-    elif change == 1:
-        members[number] = (rng.choice(names), content, method)
-    elif change == 2:
-        members.insert(rng.randrange(len(members)), (rng.choice(names), content, method))
-    elif change == 3:
-        members.pop(number)
-    elif change == 4:
-        members[number] = (name, content, rng.choice((zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA, zipfile.ZIP_DEFLATED)))
-    else:
-        return _zip_withbomb(members, number, rng.choice((len(content), BOMB_BYTES)))
+        return _zip_with_bomb(members, number, rng.random() < 0.5)
+    other, method_now = rng.choice(names), rng.choice((zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA, zipfile.ZIP_DEFLATED))
+    damaged = rng.choice(RANDOM)(rng, content)
+    members[number : number + 1] = (
+        [(name, damaged, method)],
+        [(other, content, method)],
+        [(other, content, method), members[number]],
+        [],
+        [(name, content, method_now)],
+    )[change - 1]
     return _zip_of(members)
 
 
@@ -290,21 +271,17 @@ def _zip_of(members: Sequence[tuple[str, bytes, int]]) -> bytes:
     return buffer.getvalue()
 
 
-def _zip_withbomb(members: Sequence[tuple[str, bytes, int]], number: int, claimed: int) -> bytes:
-    """Return a zip whose member inflates to BOMB_BYTES but states `claimed` bytes."""
-    marker = b"BOMB" * 4
-    name, _, _ = members[number]
-    packed = bomb()[2:-4]  # without the header and checksum of zlib
-    rest = [member if at != number else (name, marker, zipfile.ZIP_STORED) for at, member in enumerate(members)]
-    data = _zip_of(rest[:number] + rest[number + 1 :] + [rest[number]])
+def _zip_with_bomb(members: Sequence[tuple[str, bytes, int]], number: int, lies: bool) -> bytes:
+    """Return a zip with zeros as one member. If it `lies`, the stated size is that of the member before."""
+    marker, (name, content, _) = b"BOMB" * 4, members[number]
+    packed = bomb(BOMB_BYTES if lies else HONEST_BYTES)[2:-4]  # without the header and checksum of zlib
+    data = _zip_of([*members[:number], *members[number + 1 :], (name, marker, zipfile.ZIP_STORED)])
     start = data.index(marker)
     header = data.rindex(b"PK\3\4", 0, start)
-    directory = bytearray(data[start + len(marker) :])
-    local = bytearray(data[header:start])
-    entry = directory.rindex(b"PK\1\2")
-    for block, at in ((local, 8), (directory, entry + 10)):
+    local, directory = bytearray(data[header:start]), bytearray(data[start + len(marker) :])
+    for block, at in ((local, 8), (directory, directory.rindex(b"PK\1\2") + 10)):
         block[at : at + 2] = zipfile.ZIP_DEFLATED.to_bytes(2, "little")
-        block[at + 10 : at + 18] = struct.pack("<II", len(packed), claimed)
+        block[at + 10 : at + 18] = struct.pack("<II", len(packed), len(content) if lies else HONEST_BYTES)
     end = directory.rindex(b"PK\5\6")
     directory[end + 16 : end + 20] = struct.pack("<I", start + len(packed))
     return data[:header] + bytes(local) + packed + bytes(directory)

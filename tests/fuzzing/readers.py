@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-import zipfile
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import packed
 from common.cli import parse
 from common.images import decode_rgb, open_image
 from common.io import read_json, read_metrics
+from common.packed import explain_packed
 from common.sources import FileSource
 from dataset import LatentDataset, decode_moments
 from evaluations.batches import open_images
@@ -34,7 +34,7 @@ from evaluations.inception.weights import _read_port
 from evaluations.metrics import FeatureSums
 from evaluations.plot import read_evaluations
 from generation.config import GenerateConfig
-from generation.sample_set import SampleSet, _read_cls_tokens
+from generation.sample_set import DIGEST, SampleSet, _read_cls_tokens
 from models.autoencoder import load_codec
 from models.checkpoint import (
     build_model,
@@ -45,15 +45,15 @@ from models.checkpoint import (
     steps_done,
 )
 from models.encoders import load_encoder
+from models.tensor_checks import check_finite
 from preprocessing.destination import Destination
 from preprocessing.listing import list_converted, list_images
-from preprocessing.verify import compare_checksums
-from tests.conftest import ENCODER, ENCODER_OPTIONS, RESOLUTION, write_data
+from preprocessing.verify import read_checksums
+from tests.conftest import ENCODER, RESOLUTION, write_data
 from tests.fuzzing import bases, checkpoints
 from tests.fuzzing.mutations import (
     Change,
     Mutated,
-    bomb,
     json_line,
     json_value,
     mutate,
@@ -67,6 +67,7 @@ from tests.fuzzing.mutations import (
 from training.checkpoint_writer import CheckpointWriter
 from training.config import TrainConfig, parse_args
 from training.curves import loss_curves
+from training.rewind import go_back, last_row
 from training.state import load_resumable, restore_optimizer, restore_weights
 
 PICTURE_FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
@@ -122,9 +123,7 @@ def _update(found: Any, value: Any) -> None:
     elif is_dataclass(value) and not isinstance(value, type):
         _update(found, {item.name: getattr(value, item.name) for item in fields(value)})
     elif isinstance(value, dict):
-        for key in value:
-            _update(found, key)
-            _update(found, value[key])
+        _update(found, list(value.items()))
     elif isinstance(value, list | tuple):
         found.update(f"{type(value).__name__}{len(value)}".encode())
         for one in value:
@@ -133,23 +132,58 @@ def _update(found: Any, value: Any) -> None:
         found.update(f"{type(value).__name__}:{value!r};".encode("utf-8", "backslashreplace"))
 
 
-def _file(name: str, content: Callable[[int], bytes]) -> Callable[[Path, int], Any]:
-    """Return a function that writes one file."""
-    return lambda folder, seed: (folder / name).write_bytes(content(seed))
+def _file(name: str, content: Callable[[int], bytes], read: Callable[[Path], Any], **changes: Any) -> Reader:
+    """Return a reader of one file: `content` returns its bytes by seed, `read` gets its path."""
+
+    def make(folder: Path, seed: int) -> None:
+        (folder / name).write_bytes(content(seed))
+
+    return Reader(make, lambda folder: read(folder / name), (name,), **changes)
 
 
-def _json(name: str, content: Callable[[int], Any]) -> Callable[[Path, int], Any]:
-    return _file(name, lambda seed: json.dumps(content(seed)).encode())
+def _image(kind: str, read: Callable[[bytes], Any]) -> Reader:
+    is_png = kind == "PNG"
+    content, odd = partial(bases.encoded, kind), (png_chunk,) if is_png else ()
+    return _file("image", content, lambda path: read(path.read_bytes()), odd=odd, checked=is_png)
 
 
-def _pixels(folder: Path) -> Any:
-    image = open_image((folder / "image").read_bytes())
+def _pixels(data: bytes) -> Any:
+    image = open_image(data)
     return image.mode, image.size, image.tobytes()
+
+
+def _json(name: str, content: Callable[[int], Any], read: Callable[[Path], Any]) -> Reader:
+    return _file(name, lambda seed: json.dumps(content(seed)).encode(), read, odd=(json_value,))
+
+
+def _temporary(path: Path) -> Any:
+    (path.parent / "0000001.pt").touch()
+    return CheckpointWriter(path.parent)._temporary()
+
+
+def _run_settings(seed: int) -> dict[str, Any]:
+    return {"exp_name": "a", "seed": seed, "learning_rate": 1e-4, "flip": False, "model": "SiT-B/2"}
+
+
+def _sample_settings(seed: int) -> dict[str, Any]:
+    return {DIGEST: "ab" * 32, "num_fid_samples": 5, "cfg_scale": 1.0, "global_seed": seed}
+
+
+def _sample_set(path: Path) -> Any:
+    samples = SampleSet(path.parent, 5, RESOLUTION)
+    samples._check_settings({"digest": "x", **_sample_settings(0)})
+    return SampleSet.started_with(path.parent)
 
 
 def _source(path: Path) -> Any:
     source = FileSource(path)
     return [(name, source.size(name), source.read(name), source.head(name)) for name in source.names]
+
+
+def _small_data(folder: Path, _: int) -> None:
+    write_data(folder, num=4, resolution=8)
+    labels = [[f"00000/img{i:08d}.png", i % 3] for i in range(4)]
+    (folder / "images" / "dataset.json").write_text(json.dumps({"labels": labels, "classes": ["a", "b", "c"]}))
 
 
 def _data(folder: Path) -> Any:
@@ -159,20 +193,27 @@ def _data(folder: Path) -> Any:
     return items, data.classes, data.latent_format
 
 
-def _listing(read: Callable[[FileSource], Any], folder: Path) -> Any:
-    found = read(FileSource(folder / "images"))
-    return found.names, found.labels, found.classes
+def _of_data(file: str, odd: Change) -> Reader:
+    return Reader(_small_data, _data, (file,), (odd,), checked=odd is png_chunk, share=0.5)
 
 
-def _images(folder: Path) -> Any:
-    images = open_images(folder / "a.npz")
+def _listing(read: Callable[[FileSource], Any]) -> Reader:
+    def names(folder: Path) -> Any:
+        found = read(FileSource(folder / "images"))
+        return found.names, found.labels, found.classes
+
+    return Reader(_small_data, names, ("images/dataset.json",), odd=(json_value,))
+
+
+def _npz(path: Path) -> Any:
+    images = open_images(path)
     found = images.read(0, images.count)
     images.digest()  # compares the checksums of what was read in parts
     return found
 
 
-def _reference(folder: Path) -> Any:
-    found = load_reference(folder / "a.npz")
+def _reference(path: Path) -> Any:
+    found = load_reference(path)
     return found.pool, found.spatial, found.inception, found.encoder_cls, found.encoder
 
 
@@ -187,30 +228,48 @@ def _write_cache(folder: Path, seed: int) -> None:
     extraction.save(folder / "features.npz", "key")
 
 
-def _model(name: str, folder: Path) -> Any:
-    content = load_checkpoint(folder / name)
-    model = build_model(content, source=name)
-    saved, steps = saved_settings(content, name), steps_done(content, name)
-    return model, checkpoint_classes(content, model.num_classes, name), steps, saved.get("path_type")
+def _curves(path: Path) -> Any:
+    loss_curves(path, path.with_name("loss.png"))
+    return read_metrics(path), read_evaluations(path, "fid")
 
 
-def _resume(folder: Path) -> Any:
-    content = load_resumable(folder / "0000001.pt")
+def _go_back(folder: Path) -> Any:
+    """Go back as far as the files allow it, which are different after each input."""
+    shutil.rmtree(folder / "set-aside", ignore_errors=True)
+    for name in ("0000001.pt", "0000003.pt"):
+        (folder / "checkpoints" / name).touch()
+    return go_back(folder, 2) is None, last_row(folder / "metrics.jsonl")
+
+
+def _model(path: Path) -> Any:
+    content = load_checkpoint(path)
+    model = build_model(content, source=path)
+    saved, steps = saved_settings(content, path), steps_done(content, path)
+    return model, checkpoint_classes(content, model.num_classes, path), steps, saved.get("path_type")
+
+
+def _resume(path: Path) -> Any:
+    content = load_resumable(path)
+    steps = steps_done(content)
     model, average = bases.network(5), bases.network(6)
     restore_weights(content, model, average, "0000001.pt")
     optimizer = torch.optim.AdamW(model.parameters(), lr=TrainConfig.learning_rate)
     restore_optimizer(content, optimizer, model)
+    for network in (model, average):  # as a run does at its start
+        check_finite(network.state_dict(), path)
     state = [optimizer.state.get(parameter) for parameter in model.parameters()]
     groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    return model, average, state, groups, content["steps"]
+    return model, average, state, groups, steps
 
 
-def _encoder(name: str, folder: Path) -> Any:
-    return load_encoder(ENCODER, RESOLUTION, folder / name)
+def _export(name: str, file: str, **changes: Any) -> Reader:
+    make, read = lambda folder, seed: bases.write_export(folder / name, seed), lambda folder: _model(folder / name)
+    return Reader(make, read, (file,), **changes)
 
 
-def _write_encoder(name: str, folder: Path, seed: int) -> None:
-    bases.write_encoder(folder / name, seed, ENCODER_OPTIONS, RESOLUTION)
+def _encoder(name: str, **changes: Any) -> Reader:
+    make, read = lambda f, s: bases.write_encoder(f / name, s), lambda f: load_encoder(ENCODER, RESOLUTION, f / name)
+    return Reader(make, read, (name,), share=0.2, **changes)
 
 
 def _codec(folder: Path) -> Any:
@@ -218,183 +277,75 @@ def _codec(folder: Path) -> Any:
     return codec, codec.format.scale, codec.format.shift, codec.format.channels, codec.format.factor
 
 
-def _graph(folder: Path) -> Any:
-    graph = Graph(folder / "graph.pb")
+def _graph(path: Path) -> Any:
+    graph = Graph(path)
     constants = [graph.constant(name, shape) for name, shape in bases.GRAPH_SHAPES.items()]
     return constants, graph.switch("conv/batchnorm", "scale_after_normalization")
 
 
-def _sample_set(folder: Path) -> Any:
-    samples = SampleSet(folder, 5, RESOLUTION)
-    samples._check_settings({"digest": "x", **_settings(0)})
-    return SampleSet.started_with(folder)
-
-
-def _settings(seed: int) -> dict[str, Any]:
-    from generation.sample_set import DIGEST
-
-    return {DIGEST: "ab" * 32, "num_fid_samples": 5, "cfg_scale": 1.0, "global_seed": seed}
-
-
-def _classes(_: int) -> dict[str, Any]:
-    labels = [[f"00000/img{i:08d}.png", i % 3] for i in range(4)]
-    return {"labels": labels, "classes": ["a", "b", "c"]}
-
-
-def _small_data(folder: Path, seed: int) -> None:
-    write_data(folder, num=4, resolution=8)
-    (folder / "images" / "dataset.json").write_text(json.dumps(_classes(seed)))
-
-
-def _config(config: Callable[[list[str]], Any], folder: Path) -> Any:
-    return config(["--config", str(folder / "a.json")])
-
-
-def _run_settings(seed: int) -> dict[str, Any]:
-    return {"exp_name": "a", "seed": seed, "learning_rate": 1e-4, "flip": False, "model": "SiT-B/2"}
-
-
-def _sums(folder: Path) -> Any:
-    return compare_checksums(folder / "checksums.sha256", {f"file{i}": f"{i:064x}" for i in range(4)})
-
-
-def _sums_file(seed: int) -> bytes:
-    return "".join(f"{i + seed:064x}  file{i}\n" for i in range(4)).encode()
-
-
-def _tar(folder: Path) -> Any:
-    return packed.explain_packed(folder / "a.tar"), packed.explain_packed(folder, ["a.tar"])
-
-
-def _curves(folder: Path) -> Any:
-    rows = read_metrics(folder / "metrics.jsonl")
-    loss_curves(folder / "metrics.jsonl", folder / "loss.png")
-    return rows, read_evaluations(folder / "metrics.jsonl", "fid")
-
-
-def _destination_zip(folder: Path, seed: int) -> None:
-    with zipfile.ZipFile(folder / "a.zip", "w") as archive:
-        archive.writestr(zipfile.ZipInfo(".convert.json"), json.dumps({"resolution": 8, "seed": seed}))
-
-
 _ARCHIVE = {"odd": (zip_members,), "invalid": (zip_field,), "checked": True}
 _WEIGHTS = {"odd": (checkpoints.entry,), "invalid": (checkpoints.code, checkpoints.tensor)}
-_DATA_FILES = ("images/dataset.json", "vae-sd/dataset.json")
+_STATE = {"odd": (checkpoints.entry,), "invalid": (checkpoints.optimizer, checkpoints.tensor, checkpoints.code)}
+_EXPORT = {"odd": (safetensors_header,), "invalid": (safetensors_values,)}
+_GENERATE = {"ckpt": "a.pt", "global_seed": 0, "cfg_scale": 1.5, "classes": "0,1"}
 
-READERS: dict[str, Reader] = {
-    kind.lower(): Reader(
-        _file("image", partial(bases.encoded, kind)),
-        _pixels,
-        ("image",),
-        odd=(png_chunk,) if kind == "PNG" else (),
-        checked=kind == "PNG",
-    )
-    for kind in PICTURE_FORMATS
-}
-READERS |= {
-    "rgb": Reader(
-        _file("image", partial(bases.encoded, "PNG")), lambda f: decode_rgb((f / "image").read_bytes()), ("image",),
-        odd=(png_chunk,), checked=True,
-    ),
-    "zip": Reader(lambda f, s: bases.write_zip(f / "a.zip", s), lambda f: _source(f / "a.zip"), ("a.zip",), **_ARCHIVE),
-    "data": Reader(_small_data, _data, _DATA_FILES, odd=(json_value,), share=0.5),
+READERS: dict[str, Reader] = {kind.lower(): _image(kind, _pixels) for kind in PICTURE_FORMATS} | {
+    "rgb": _image("PNG", decode_rgb),
+    "zip": _file("a.zip", bases.zip_file, _source, **_ARCHIVE),
+    "data": _of_data("images/dataset.json", json_value),
+    "data-format": _of_data("vae-sd/dataset.json", json_value),
+    "data-images": _of_data("images/00000/img00000001.png", png_chunk),
+    "data-latents": _of_data("vae-sd/00000/img-mean-std-00000001.npy", npy_header),
     "data-zip": Reader(bases.write_data_zip, _data, ("images.zip",), share=0.5, **_ARCHIVE),
-    "data-images": Reader(
-        _small_data, _data, ("images/00000/img00000001.png",), odd=(png_chunk,), checked=True, share=0.5
-    ),
-    "data-latents": Reader(
-        _small_data, _data, ("vae-sd/00000/img-mean-std-00000001.npy",), odd=(npy_header,), share=0.5
-    ),
-    "listing": Reader(_small_data, partial(_listing, list_images), _DATA_FILES[:1], odd=(json_value,)),
-    "converted": Reader(_small_data, partial(_listing, list_converted), _DATA_FILES[:1], odd=(json_value,)),
-    "npy": Reader(
-        _file("a.npy", bases.npy), lambda f: decode_moments((f / "a.npy").read_bytes()), ("a.npy",), odd=(npy_header,)
-    ),
-    "cls-tokens": Reader(
-        _file("a.npy", lambda s: bases.npy(s)[:128].replace(b"(6, 4, 4)", b"(24, 4)  ") + bases.npy(s)[128:]),
-        lambda f: _read_cls_tokens(f / "a.npy"), ("a.npy",), odd=(npy_header,),
-    ),
-    "npz": Reader(_file("a.npz", bases.npz), _images, ("a.npz",), **_ARCHIVE),
-    "npz-packed": Reader(_file("a.npz", partial(bases.npz, compressed=True)), _images, ("a.npz",), **_ARCHIVE),
-    "reference": Reader(_file("a.npz", bases.npz), _reference, ("a.npz",), **_ARCHIVE),
+    "listing": _listing(list_images),
+    "converted": _listing(list_converted),
+    "npy": _file("a.npy", bases.npy, lambda path: decode_moments(path.read_bytes()), odd=(npy_header,)),
+    "cls-tokens": _file("a.npy", partial(bases.npy, shape=(24, 4)), _read_cls_tokens, odd=(npy_header,)),
+    "npz": _file("a.npz", bases.npz, _npz, **_ARCHIVE),
+    "npz-packed": _file("a.npz", partial(bases.npz, compressed=True), _npz, **_ARCHIVE),
+    "reference": _file("a.npz", bases.npz, _reference, **_ARCHIVE),
     "cache": Reader(_write_cache, _cache, ("features.npz",), **_ARCHIVE),
-    "json": Reader(_json("a.json", _run_settings), lambda f: read_json(f / "a.json"), ("a.json",), odd=(json_value,)),
-    "config-train": Reader(
-        _json("a.json", _run_settings), partial(_config, parse_args), ("a.json",), odd=(json_value,)
+    "json": _json("a.json", _run_settings, read_json),
+    "config-train": _json("a.json", _run_settings, lambda path: parse_args(["--config", str(path)])),
+    "config-generate": _json(
+        "a.json", lambda _: _GENERATE, lambda path: parse(GenerateConfig, "", ["--config", str(path)])
     ),
-    "config-generate": Reader(
-        _json("a.json", lambda s: {"ckpt": "a.pt", "global_seed": s, "cfg_scale": 1.5, "classes": "0,1"}),
-        partial(_config, partial(parse, GenerateConfig, "")), ("a.json",), odd=(json_value,),
-    ),
-    "sampling": Reader(
-        _json("samples.json", _settings), lambda f: read_sampling(f / "samples.npz"), ("samples.json",),
-        odd=(json_value,),
-    ),
-    "sample-set": Reader(_json("samples.json", _settings), _sample_set, ("samples.json",), odd=(json_value,)),
-    "temporary": Reader(
-        _json("temporary.json", lambda s: ["0000001.pt", f"000000{s}.pt"]), lambda f: CheckpointWriter(f)._temporary(),
-        ("temporary.json",), odd=(json_value,),
-    ),
-    "destination": Reader(
-        _destination_zip, lambda f: Destination(f / "a.zip", "convert")._settings_in_zip(), ("a.zip",),
+    "sampling": _json("samples.json", _sample_settings, lambda path: read_sampling(path.with_suffix(".npz"))),
+    "sample-set": _json("samples.json", _sample_settings, _sample_set),
+    "temporary": _json("temporary.json", lambda seed: ["0000001.pt", f"000000{seed}.pt"], _temporary),
+    "destination": _file(
+        "a.zip", bases.destination, lambda path: Destination(path, "convert")._settings_in_zip(),
         odd=(zip_members, zip_field), checked=True,
     ),
-    "metrics": Reader(_file("metrics.jsonl", bases.metrics), _curves, ("metrics.jsonl",), odd=(json_line,), share=0.1),
-    "checksums": Reader(_file("checksums.sha256", _sums_file), _sums, ("checksums.sha256",)),
-    "tar": Reader(_file("a.tar", bases.tar), _tar, ("a.tar",)),
-    "checkpoint": Reader(
-        lambda f, s: bases.write_checkpoint(f / "a.pt", s), partial(_model, "a.pt"), ("a.pt",), checked=True, **_WEIGHTS
+    "metrics": _file("metrics.jsonl", bases.metrics, _curves, odd=(json_line,), share=0.1),
+    "rewind": Reader(
+        bases.write_rewind, _go_back, ("rewind.json", "metrics.jsonl", "checkpoints/temporary.json"), odd=(json_line,)
     ),
-    "checkpoint-old": Reader(
-        lambda f, s: bases.write_checkpoint(f / "a.pt", s, legacy=True), partial(_model, "a.pt"), ("a.pt",), **_WEIGHTS
-    ),
+    "checksums": _file("a.sha256", bases.checksums, read_checksums),
+    "tar": _file("a.tar", bases.tar, lambda path: (explain_packed(path), explain_packed(path.parent, [path.name]))),
+    "checkpoint": _file("a.pt", bases.checkpoint_file, _model, checked=True, **_WEIGHTS),
+    "checkpoint-old": _file("a.pt", partial(bases.checkpoint_file, zipped=False), _model, **_WEIGHTS),
     "checkpoint-sum": Reader(
-        lambda f, s: save_checkpoint(f / "0000001.pt", bases.checkpoint(s)), partial(_model, "0000001.pt"),
-        ("0000001.pt", "0000001.pt.sha256"), checked=True
+        lambda folder, seed: save_checkpoint(folder / "0000001.pt", bases.checkpoint(seed)),
+        lambda folder: _model(folder / "0000001.pt"), ("0000001.pt", "0000001.pt.sha256"), checked=True,
     ),
-    "resume": Reader(
-        lambda f, s: bases.write_checkpoint(f / "0000001.pt", s), _resume, ("0000001.pt",), checked=True,
-        odd=(checkpoints.entry,), invalid=(checkpoints.optimizer, checkpoints.tensor, checkpoints.code),
-    ),
-    "export": Reader(
-        lambda f, s: bases.write_export(f / "a.safetensors", s), partial(_model, "a.safetensors"), ("a.safetensors",),
-        odd=(safetensors_header,), invalid=(safetensors_values,), checked=True,
-    ),
-    "export-folder": Reader(
-        lambda f, s: bases.write_export(f / "a", s), partial(_model, "a"), ("a/model.safetensors",),
-        odd=(safetensors_header,), invalid=(safetensors_values,), checked=True,
-    ),
-    "export-config": Reader(
-        lambda f, s: bases.write_export(f / "a", s), partial(_model, "a"), ("a/config.json",), odd=(json_value,)
-    ),
-    "encoder": Reader(
-        partial(_write_encoder, "a.safetensors"), partial(_encoder, "a.safetensors"), ("a.safetensors",),
-        odd=(safetensors_header,), invalid=(safetensors_values,), share=0.3,
-    ),
-    "encoder-pt": Reader(
-        partial(_write_encoder, "a.pt"), partial(_encoder, "a.pt"), ("a.pt",), checked=True, share=0.3,
-        invalid=(checkpoints.code, checkpoints.tensor),
-    ),
-    "codec": Reader(
-        bases.write_codec, _codec, ("diffusion_pytorch_model.safetensors",), odd=(safetensors_header,),
-        invalid=(safetensors_values,), share=0.3,
-    ),
-    "codec-config": Reader(bases.write_codec, _codec, ("config.json",), odd=(json_value,), share=0.3),
-    "graph": Reader(_file("graph.pb", bases.graph), _graph, ("graph.pb",)),
-    "port": Reader(
-        _file("a.pth", bases.port), lambda f: _read_port(f / "a.pth")[1], ("a.pth",), checked=True,
-        invalid=(checkpoints.code,),
-    ),
+    "resume": _file("0000001.pt", bases.checkpoint_file, _resume, checked=True, **_STATE),
+    "export": _export("a.safetensors", "a.safetensors", checked=True, **_EXPORT),
+    "export-folder": _export("a", "a/model.safetensors", checked=True, **_EXPORT),
+    "export-config": _export("a", "a/config.json", odd=(json_value,)),
+    "encoder": _encoder("a.safetensors", **_EXPORT),
+    "encoder-pt": _encoder("a.pt", checked=True, invalid=(checkpoints.code, checkpoints.tensor)),
+    "codec": Reader(bases.write_codec, _codec, ("diffusion_pytorch_model.safetensors",), share=0.5, **_EXPORT),
+    "codec-config": Reader(bases.write_codec, _codec, ("config.json",), odd=(json_value,), share=0.5),
+    "graph": _file("graph.pb", bases.graph, _graph),
+    "port": _file("a.pth", bases.port, lambda path: _read_port(path)[1], checked=True, invalid=(checkpoints.code,)),
 }  # fmt: skip
 
 
 def prepare(reader: Reader, folder: Path) -> tuple[Path, dict[str, tuple[bytes, bytes]]]:
     """Write two valid sets of files of a reader; return the folder of the first, and both contents of `files`."""
-    if {png_chunk, zip_members} & set(reader.odd):
-        bomb()  # made once, before processes are forked
     places = folder / "first", folder / "second"
     for seed, place in enumerate(places):
         place.mkdir(parents=True)
         reader.make(place, seed)
-    first, second = places
-    return first, {name: ((first / name).read_bytes(), (second / name).read_bytes()) for name in reader.files}
+    return places[0], {name: tuple((place / name).read_bytes() for place in places) for name in reader.files}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import select
 import signal
@@ -22,14 +23,10 @@ ADDRESS_SPACE = 3 << 30  # bytes in addition to what the process has at its star
 PEAK = 400 << 20  # bytes of memory in addition to what the process has before an input
 LONGEST_MESSAGE = 4000  # characters; some messages contain a short program
 FOREIGN = (
-    "object at 0x",
-    "weights_only",
-    "torch.serialization",
-    "Traceback",
-    "<class ",
-    "numpy.core",
-    "unsupported operand",
-)
+    "object at 0x", "weights_only", "torch.serialization", "Traceback", "<class ", "numpy.core", "unsupported operand",
+)  # fmt: skip
+# Messages that libtiff itself writes to stderr. Pillow cannot switch them off.
+LIBTIFF = re.compile(rb"(tempfile\.tif|\w*TIFF\w*|\w+Decode|\w+Setup\w*): .*")
 STARTS_PROGRAMS = {"subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.startfile"}
 FAILURES = ("silent", "traceback", "message", "printed", "hang", "memory", "died", "executed")
 CLASSES = ("same", "changed", "clear", *FAILURES)
@@ -69,23 +66,18 @@ def _in_one_process(job: Callable[[int], Outcome], numbers: Sequence[int], secon
         finally:
             os._exit(0)
     os.close(theirs)
-    done = 0
-    with os.fdopen(ours, "r", encoding="utf-8", errors="backslashreplace") as lines:
-        while done < len(numbers):
+    waiting = iter(numbers)
+    with open(ours, "rb", buffering=0) as lines:  # a buffer could hold lines when `select` waits for more
+        for number in waiting:
             ready, _, _ = select.select([lines], [], [], seconds + GRACE)
-            line = lines.readline() if ready else None
-            if not line:
+            if not (line := lines.readline() if ready else b""):
                 os.kill(process, signal.SIGKILL)
-                break
-            kind, place, detail = line.rstrip("\n").split("\t")
-            yield Outcome(numbers[done], kind, place, detail)
-            done += 1
-    _, status = os.waitpid(process, 0)
-    if done < len(numbers):
-        if line is None:
-            yield Outcome(numbers[done], "hang", "", "it did not answer to SIGALRM")
-        else:
-            yield Outcome(numbers[done], "died", "", f"status {os.waitstatus_to_exitcode(status)}")
+                _, status = os.waitpid(process, 0)
+                died = f"status {os.waitstatus_to_exitcode(status)}"
+                yield Outcome(number, "died", "", died) if ready else Outcome(number, "hang", "", "ignores SIGALRM")
+                return
+            yield Outcome(number, *line.decode("utf-8", "backslashreplace").rstrip("\n").split("\t"))
+    os.waitpid(process, 0)
 
 
 def _work(job: Callable[[int], Outcome], numbers: Sequence[int], seconds: float, pipe: int) -> None:
@@ -95,8 +87,7 @@ def _work(job: Callable[[int], Outcome], numbers: Sequence[int], seconds: float,
         raise Hang
 
     signal.signal(signal.SIGALRM, ring)
-    size = memory("VmSize")
-    resource.setrlimit(resource.RLIMIT_AS, (size + ADDRESS_SPACE, resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_AS, (memory("VmSize") + ADDRESS_SPACE, resource.RLIM_INFINITY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     for number in numbers:
         signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -127,6 +118,7 @@ class Watch:
         """Return how reading ended. `expected`: the result of the valid file; `damaged`: any other one is wrong."""
         self.started.clear()
         os.ftruncate(self.printed.fileno(), 0)
+        os.lseek(self.printed.fileno(), 0, os.SEEK_SET)
         before = _reset_peak()
         try:
             result = read()
@@ -138,14 +130,16 @@ class Watch:
             outcome = _of_error(number, error)
         sys.stdout.flush()
         sys.stderr.flush()
-        size = os.fstat(self.printed.fileno()).st_size
+        peak = memory("VmHWM") - before
+        lines = os.pread(self.printed.fileno(), 500, 0).splitlines()
+        printed = b" | ".join(line for line in lines if not LIBTIFF.fullmatch(line))
         if self.started:
             return Outcome(number, "executed", "", ", ".join(self.started))
         if outcome.kind in ("same", "changed", "clear"):
-            if (peak := memory("VmHWM") - before) > PEAK:
+            if peak > PEAK:
                 return Outcome(number, "memory", outcome.place, f"{peak >> 20} MiB: {outcome.detail}")
-            if size:
-                return Outcome(number, "printed", "", os.pread(self.printed.fileno(), 500, 0).decode(errors="replace"))
+            if printed:
+                return Outcome(number, "printed", "", printed.decode(errors="replace"))
         return outcome
 
 
@@ -165,23 +159,15 @@ def _of_error(number: int, error: BaseException) -> Outcome:
 
 def is_clear(text: str) -> bool:
     """Return whether a message can be shown: not empty, not endless, printable, and without words of Python."""
-    lines = text.split("\n")
-    return (
-        0 < len(text) <= LONGEST_MESSAGE
-        and all(line.isprintable() for line in lines)
-        and not any(word in text for word in FOREIGN)
-    )
+    printable = all(line.isprintable() for line in text.split("\n"))
+    return 0 < len(text) <= LONGEST_MESSAGE and printable and not any(word in text for word in FOREIGN)
 
 
 def place_of(error: BaseException) -> str:
     """Return file and line of the last frame in this repository, outside of the tests."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [Path(frame.filename).relative_to(ROOT) for frame in frames if Path(frame.filename).is_relative_to(ROOT)]
-    lines = [frame.lineno for frame in frames if Path(frame.filename).is_relative_to(ROOT)]
-    product = [
-        f"{path}:{line}" for path, line in zip(own, lines, strict=True) if path.parts[0] not in ("tests", ".venv")
-    ]
-    return product[-1] if product else "?"
+    frames = [(Path(frame.filename), frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    own = [(path.relative_to(ROOT), line) for path, line in frames if path.is_relative_to(ROOT)]
+    return next((f"{path}:{line}" for path, line in own[::-1] if path.parts[0] not in ("tests", ".venv")), "?")
 
 
 def memory(name: str) -> int:

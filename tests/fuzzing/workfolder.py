@@ -8,7 +8,6 @@ import runpy
 import shutil
 import sys
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from tests.conftest import ENCODER_OPTIONS, RESOLUTION, ROOT, write_data
+from tests.conftest import ROOT, write_data, write_encoder
 from tests.fuzzing import bases
 from tests.fuzzing.checkpoints import Code
 from tests.fuzzing.command_lines import FIRST_RUN, FIRST_SAMPLES
 
+EXPORT = "--ckpt exps/old --dest export.safetensors"
 # Ghostscript would run this; Pillow starts it for a file of this format, whatever its name is.
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n(executed) (w) file closefile\nshowpage\n"
 
@@ -34,8 +34,8 @@ def write_work_folder(folder: Path) -> None:
         for i in range(2):
             (folder / "photos" / name / f"{i}.png").write_bytes(bases.encoded("PNG", i))
     (folder / "photos" / "b" / "2.jpg").write_bytes(bases.encoded("JPEG"))
-    bases.write_zip(folder / "images.zip")
-    bases.write_encoder(folder / "encoder.safetensors", 0, ENCODER_OPTIONS, RESOLUTION)
+    (folder / "images.zip").write_bytes(bases.zip_file())
+    write_encoder(folder / "encoder.safetensors")
     rng = np.random.default_rng(0)
     for name in ("set.npz", "ref.npz"):
         np.savez(folder / name, arr_0=rng.integers(0, 256, (4, 16, 16, 3), dtype=np.uint8))
@@ -45,29 +45,16 @@ def write_work_folder(folder: Path) -> None:
     (folder / "eps" / "a" / "evil.jpg").write_bytes(POSTSCRIPT)
     (folder / "empty").mkdir()
     (folder / "text.txt").write_text("text\n")
-    for line, program in ((FIRST_RUN, "train.py"), (FIRST_SAMPLES, "generate.py"), (EXPORT, "export.py")):
-        if forked(_run, program, line.split(), folder) != 0:
-            raise RuntimeError(f"the valid command failed: {program} {line}")
+    for program, line in (("train.py", FIRST_RUN), ("generate.py", FIRST_SAMPLES), ("export.py", EXPORT)):
+        run_valid(program, line.split(), folder)
     rows = [{"step": step, "fid": 300 / step} for step in (1, 2)]
     (folder / "exps" / "old" / "fid.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-EXPORT = "--ckpt exps/old --dest export.safetensors"
-
-
-def _run(program: str, argv: list[str], folder: Path) -> None:
-    os.chdir(folder)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    sys.argv = [str(ROOT / program), *argv]
-    try:
-        runpy.run_path(sys.argv[0], run_name="__main__")
-    except SystemExit as error:
-        if error.code:
-            raise
-
-
-def add_special_files(folder: Path) -> None:
-    """Add what `shutil.copytree` cannot copy: a pipe, devices, links that lead nowhere."""
+def new_copy(base: Path, folder: Path) -> None:
+    """Replace `folder` by a copy of the work folder `base`, with a pipe, devices, and links that lead nowhere."""
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(base, folder, symlinks=True)
     os.mkfifo(folder / "pipe")
     for name, minor in (("null", 3), ("zero", 5)):
         try:  # root must not be given the devices of the system, which a program could replace
@@ -78,18 +65,8 @@ def add_special_files(folder: Path) -> None:
     (folder / "loop").symlink_to("loop")
 
 
-def new_copy(base: Path, folder: Path) -> None:
-    """Replace `folder` by a copy of the work folder `base`."""
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(base, folder, symlinks=True)
-    add_special_files(folder)
-
-
 def load_programs() -> None:
-    """Import what the programs import late, and replace Inception by a network that takes no time.
-
-    The processes that are forked afterwards start in milliseconds. All command lines use the small network.
-    """
+    """Import what the programs import late, so that the processes forked afterwards start in milliseconds."""
     import diffusers
     import matplotlib.backends.backend_agg
     import matplotlib.figure
@@ -97,10 +74,15 @@ def load_programs() -> None:
     import timm
     import torchvision.utils
 
-    from evaluations import features, metrics
+    from evaluations import features
 
-    assert all((diffusers, matplotlib, safetensors, timm, torchvision))  # imported for the programs
+    assert all((diffusers, matplotlib, safetensors, timm, torchvision, features))
     torch.set_num_threads(1)
+
+
+def replace_slow_parts() -> None:
+    """Replace Inception in this process by a network that takes no time; all command lines use it."""
+    from evaluations import features, metrics
 
     def load(path: str | None = None, device: Any = "cpu") -> nn.Module:
         return SmallInception() if path is None else real(path, device)
@@ -123,15 +105,21 @@ class SmallInception(nn.Module):
         return InceptionOutput(*(colour * torch.linspace(-1, 1, size) for size in sizes))
 
 
-def forked(function: Callable[..., None], *arguments: Any) -> int:
-    """Call a function in a forked process, so that this one keeps no state of it; return the exit status."""
+def run_valid(program: str, argv: list[str], folder: Path) -> None:
+    """Run a program in a forked process, so that this one keeps no state of it. Raises RuntimeError if it fails."""
     process = os.fork()
     if not process:
         try:
-            function(*arguments)
+            os.chdir(folder)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            sys.argv = [str(ROOT / program), *argv]
+            runpy.run_path(sys.argv[0], run_name="__main__")
             os._exit(0)
+        except SystemExit as error:
+            os._exit(bool(error.code))
         except BaseException:
             traceback.print_exc()
         finally:
             os._exit(1)
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    if os.waitpid(process, 0)[1]:
+        raise RuntimeError(f"the valid command failed: {program} {' '.join(argv)}")
