@@ -34,7 +34,7 @@ from common.io import read_json, write_json
 from tests.fuzzing import commands, worker
 from tests.fuzzing.checkpoints import CANARY
 from tests.fuzzing.command_lines import PROGRAMS, Command, command
-from tests.fuzzing.mutations import bomb
+from tests.fuzzing.mutations import BOMB_BYTES, HONEST_BYTES, bomb
 from tests.fuzzing.readers import READERS, digest, prepare
 from tests.fuzzing.worker import Outcome, Watch, run_inputs
 from tests.fuzzing.workfolder import load_programs, write_work_folder
@@ -139,7 +139,8 @@ def run_tasks(config: FuzzConfig, names: Sequence[str]) -> Found:
     with tempfile.TemporaryDirectory() as temporary:
         base = Path(temporary) / "base"
         tasks = list(tasks_of(config, names, base))
-        bomb()  # made once, before processes are forked
+        for size in (BOMB_BYTES, HONEST_BYTES):
+            bomb(size)  # made once, before processes are forked
         if any(task.func is not fuzz_reader for task in tasks):
             load_programs()
             write_work_folder(base)
