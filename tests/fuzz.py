@@ -34,11 +34,12 @@ from common.io import read_json, write_json
 from tests.fuzzing import commands, worker
 from tests.fuzzing.checkpoints import CANARY
 from tests.fuzzing.command_lines import PROGRAMS, Command, command
-from tests.fuzzing.mutations import bomb
+from tests.fuzzing.mutations import BOMB_BYTES, HONEST_BYTES, bomb
 from tests.fuzzing.readers import READERS, digest, prepare
 from tests.fuzzing.worker import Outcome, Watch, run_inputs
 from tests.fuzzing.workfolder import load_programs, write_work_folder
 
+FEW = 20  # inputs; so few seldom contain a bomb, which takes a second to make
 KEPT = 3  # inputs of a failure at one place
 CHUNK = {"readers": 500, "programs": 25}  # inputs that one job takes at a time
 Found = list[tuple[str, Outcome]]  # outcomes, each with the name of its reader or program
@@ -139,7 +140,8 @@ def run_tasks(config: FuzzConfig, names: Sequence[str]) -> Found:
     with tempfile.TemporaryDirectory() as temporary:
         base = Path(temporary) / "base"
         tasks = list(tasks_of(config, names, base))
-        bomb()  # made once, before processes are forked
+        for size in (BOMB_BYTES, HONEST_BYTES) if config.inputs > FEW else ():
+            bomb(size)  # made once, before processes are forked
         if any(task.func is not fuzz_reader for task in tasks):
             load_programs()
             write_work_folder(base)

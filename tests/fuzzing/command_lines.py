@@ -159,7 +159,8 @@ class Command(NamedTuple):
 
 def command(rng: random.Random, name: str | None = None) -> Command:
     """Return a changed command line of a program, or of one drawn by share."""
-    name = name or rng.choices(list(PROGRAMS), [program.share for program in PROGRAMS.values()])[0]
+    drawn = rng.choices(list(PROGRAMS), [program.share for program in PROGRAMS.values()])[0]
+    name = name or drawn  # drawn in both cases, so that a command line can be repeated with the name of its program
     program = PROGRAMS[name]
     groups = groups_of(program.line.split())
     environment, text = {}, rng.choice(SOME_CONFIGS)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from common.cli import parse
+from common.errors import InputError
 from common.images import decode_rgb, open_image
 from common.io import read_json, read_metrics
 from common.packed import explain_packed
@@ -219,7 +220,9 @@ def _reference(path: Path) -> Any:
 
 def _cache(folder: Path) -> Any:
     extraction = Extraction({"cls": FeatureSums(6)})
-    return extraction.load(folder / "features.npz", 5, "key"), extraction.parts
+    if not extraction.load(folder / "features.npz", 5, "key"):
+        raise InputError("refused; the evaluator computes the features again")
+    return extraction.parts
 
 
 def _write_cache(folder: Path, seed: int) -> None:
