@@ -18,6 +18,7 @@ HASH_BLOCK = 1 << 24  # bytes
 MAX_FILE = 1 << 30  # bytes; the largest image that is decoded has less, and 20 million labels in a dataset.json
 LONGEST_LINE = 1 << 24  # bytes of a row of metrics.jsonl; the longest ones written, of a bad step, have about 1e5
 LONGEST_NAME = 255  # bytes of a file's or folder's name, the limit of file systems
+DEEPEST = 200  # folders in a path that is created; Python creates them by recursion
 
 
 class OwnFile(NamedTuple):
@@ -60,6 +61,8 @@ def _check_name(path: Path) -> None:
     longest = max((len(os.fsencode(part)) for part in path.parts), default=0)
     if longest > LONGEST_NAME:
         raise InputError(f"a name in it has {longest:,} bytes; allowed: {LONGEST_NAME}")
+    if len(path.parts) > DEEPEST:
+        raise InputError(f"has {len(path.parts):,} parts; allowed: {DEEPEST}")
 
 
 def _check_not_input(path: Path, inputs: Iterable[str | Path | None]) -> None:
