@@ -59,7 +59,7 @@ def test_images_are_read_in_the_order_of_their_labels_and_faults_are_named(tmp_p
     folder = write_samples(tmp_path, pixels, [2, 0, 1]) / "images"
     images, labels = load_images(folder)
     assert torch.equal(images, torch.from_numpy(pixels).permute(0, 3, 1, 2)) and labels.tolist() == [2, 0, 1]
-    with pytest.raises(InputError, match=r"0\.png: 16 x 16 pixels of mode RGB, not RGB 8 x 8"):
+    with pytest.raises(InputError, match=r"0\.png: 16 x 16 pixels; allowed: 1 to 8 per side"):
         load_images(folder, 8)
     write_json(folder / "dataset.json", {})
     with pytest.raises(InputError, match=r"no dataset\.json with labels"):
