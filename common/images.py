@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import logging
 import math
-import os
-import threading
 import warnings
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +25,6 @@ UNREADABLE = "not an image that can be read"
 MIN_TILE = 64  # px; a grid shows smaller images enlarged
 MIN_FONT_SIZE = 11  # of captions
 HEAD = 100  # bytes in which a web page is recognised
-
-_stderr_lock = threading.Lock()  # stderr is the same for all threads
 
 # Pillow warns about unusual but readable files. Files that cannot be read raise errors.
 warnings.filterwarnings("ignore", module=r"PIL\b")
@@ -51,8 +46,7 @@ def open_image(data: bytes, formats: Sequence[str] = IMAGE_FORMATS, max_side: in
         _check_size(image.size, max_side, packed)
         if image.format == "TIFF" and _covered(image) not in (image.size, image.size[::-1]):
             raise InputError(f"{UNREADABLE}: its data is damaged (it does not contain all pixels)")
-        with _without_stderr() if image.format == "TIFF" else contextlib.nullcontext():
-            image.load()
+        image.load()  # libtiff, a C library, prints about damage to stderr; Pillow has no switch for it
         frames = getattr(image, "n_frames", 1)
     except (InputError, MemoryError):
         raise
@@ -61,19 +55,6 @@ def open_image(data: bytes, formats: Sequence[str] = IMAGE_FORMATS, max_side: in
     if frames > 1 and image.format != "MPO":  # a phone's MPO contains the photograph first, then previews of it
         raise InputError(f"is an animation or has several pages ({frames} frames); allowed: one image per file")
     return image
-
-
-@contextlib.contextmanager
-def _without_stderr() -> Iterator[None]:
-    """Discard what is written to stderr. libtiff, a C library, prints about damage, and Pillow has no switch for it."""
-    with _stderr_lock, open(os.devnull, "wb") as nowhere:
-        saved = os.dup(2)
-        os.dup2(nowhere.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(saved, 2)
-            os.close(saved)
 
 
 def _check_png(data: bytes) -> int:
