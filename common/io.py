@@ -16,6 +16,7 @@ from common.temporary import atomic_write
 
 HASH_BLOCK = 1 << 24  # bytes
 MAX_FILE = 1 << 30  # bytes; the largest image that is decoded has less, and 20 million labels in a dataset.json
+LARGEST_STEP = 1 << 53  # of a row of metrics.jsonl; float64 counts up to it
 LONGEST_LINE = 1 << 24  # bytes of a row of metrics.jsonl; the longest ones written, of a bad step, have about 1e5
 LONGEST_NAME = 255  # bytes of a file's or folder's name, the limit of file systems
 DEEPEST = 200  # folders in a path that is created; Python creates them by recursion
@@ -183,12 +184,13 @@ def read_json(path: str | Path) -> Any:
 
 
 def parse_row(line: bytes) -> dict[str, Any] | None:
-    """Return the row in a line of a metrics.jsonl, a JSON object with an integer `step`; None for other lines."""
+    """Return the row in a line of a metrics.jsonl, a JSON object with a `step`, an integer; None for others."""
     try:
         row = json.loads(line.decode("utf-8", "replace"))
     except (ValueError, RecursionError):
         return None
-    return row if isinstance(row, dict) and type(row.get("step")) is int else None
+    is_row = isinstance(row, dict) and type(row.get("step")) is int and 0 <= row["step"] < LARGEST_STEP
+    return row if is_row else None
 
 
 def iterate_metrics(path: str | Path, name: str | None = None) -> Iterator[dict[str, Any]]:

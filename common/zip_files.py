@@ -110,19 +110,26 @@ def _directory(path: Path) -> tuple[list[zipfile.ZipInfo], int]:
     """Return the entries of a zip's directory, and the directory's position. Raises BadZipFile or OSError."""
     try:
         with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
-            infos = archive.infolist()
-            file.seek(-END_BYTES - len(archive.comment), os.SEEK_END)
-            end = file.read(END_BYTES)
-            start = archive.start_dir
+            infos, start = complete_directory(archive), archive.start_dir
     except (OSError, MemoryError, zipfile.BadZipFile):
         raise
     except Exception as error:  # of damaged directories
         raise zipfile.BadZipFile(str(error)) from error
-    # A damaged length in one entry can hide the entries after it. Zips of more than 65,534 files state 65,535.
+    return infos, start
+
+
+def complete_directory(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
+    """Return the entries of an open zip's directory. Raises BadZipFile if they are not as many as the zip states.
+
+    A damaged length in one entry can hide the entries after it. Zips of more than 65,534 files state 65,535.
+    """
+    infos = archive.infolist()
+    archive.fp.seek(-END_BYTES - len(archive.comment), os.SEEK_END)
+    end = archive.fp.read(END_BYTES)
     count = int.from_bytes(end[10:12], "little")
     if end.startswith(b"PK\5\6") and count not in (0xFFFF, len(infos) % 0x10000):
         raise zipfile.BadZipFile("another number of members than it states")
-    return infos, start
+    return infos
 
 
 def _name_problem(info: zipfile.ZipInfo) -> str | None:

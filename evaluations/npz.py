@@ -26,6 +26,7 @@ from common.identity import FileState, file_state
 from common.io import HASH_BLOCK
 from common.npy import NpyHeader, parse_header
 from common.progress import progress_bar
+from common.zip_files import complete_directory
 
 MAX_RATIO = 500  # unpacked / packed size; deflate reaches 1032 on constant bytes, images stay far below
 SMALL = 1 << 28  # bytes; arrays up to this size are allowed to have any ratio
@@ -49,7 +50,7 @@ class NpzFile:
         try:
             self._archive = zipfile.ZipFile(self.path)
             self._descriptor = self._archive.fp.fileno()
-            infos = self._archive.infolist()
+            infos = complete_directory(self._archive)
             for info in infos[:MAX_MEMBERS]:
                 if _can_be_unpacked(info):
                     self._archive.open(info).close()  # compares the name at the array with that in the directory
@@ -133,14 +134,14 @@ class NpzFile:
     def text(self, name: str) -> str:
         """Return a text, which is an array without dimensions."""
         try:
-            text = str(self.array(name, (), "U"))
+            text = printable(str(self.array(name, (), "U")))
         except InputError:
             raise
         except (ValueError, SystemError) as error:
             raise self._error(name, "is not text") from error  # numbers that are no characters
         if len(text) > MAX_TEXT:
             raise self._error(name, f"has {len(text):,} characters; allowed: {MAX_TEXT:,}")
-        return printable(text)
+        return text
 
     def rows(self, name: str) -> Callable[[int, int], np.ndarray]:
         """Return a function (start, stop) that reads the rows start ... stop - 1 of an array.

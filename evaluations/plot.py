@@ -31,6 +31,7 @@ from common.temporary import atomic_write
 from evaluations.comparison import STAND_IN
 
 FROM_INCEPTION = ("fid", "sfid")
+LARGEST_DRAWN = 1e100  # axes of larger numbers overflow
 CROWDED = 8  # ratio of highest to lowest value above which a linear axis' ticks are too dense on a logarithmic one
 OWN_PLOT = own_file("a plot of this program", contains=b"atplotlib")  # the software that PNG, PDF and SVG name
 Curve = list[tuple[int, float]]
@@ -108,7 +109,7 @@ def read_evaluations(path: str | Path, metric: str) -> list[dict[str, Any]]:
 
 def is_number(value: Any) -> bool:
     """Return whether a value from a JSON file can be drawn."""
-    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+    return type(value) in (int, float) and abs(value) < LARGEST_DRAWN
 
 
 def remark(rows: list[dict[str, Any]], metric: str) -> str:

@@ -108,6 +108,16 @@ def test_two_arrays_of_one_name_are_refused(tmp_path: Path) -> None:
         NpzFile(path)
 
 
+def test_a_damaged_length_that_hides_an_array(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", a=np.zeros(1), b=np.zeros(1))
+    data = bytearray((tmp_path / "a.npz").read_bytes())
+    entry = data.index(b"PK\1\2")
+    data[entry + 32] = data.index(b"PK\1\2", entry + 4) - entry  # bytes of a comment: the second entry
+    (tmp_path / "a.npz").write_bytes(data)
+    with pytest.raises(InputError, match=r"a\.npz: not an \.npz file"):
+        NpzFile(tmp_path / "a.npz")
+
+
 def test_texts_are_checked(tmp_path: Path) -> None:
     bad = npy(np.full(4, 255, np.uint8), (), "<U1")
     long = npy(np.array("x" * 2000), descr="<U2000")

@@ -12,6 +12,7 @@ import pytest
 from common.errors import InputError
 from common.io import iterate_metrics, parse_row, read_metrics
 from training import rows
+from training.curves import loss_curves
 from training.metrics import RunLog
 
 DAMAGE = [
@@ -122,3 +123,11 @@ def test_a_log_that_is_not_a_file_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "metrics.jsonl")
     with pytest.raises(InputError, match=r"metrics\.jsonl: must be a file, not a folder, a fifo or a device"):
         RunLog(tmp_path, 4, True, lambda row, step: None)
+
+
+def test_steps_and_values_that_cannot_be_drawn_are_skipped(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": -1, "loss": 1}\n{"step": 1' + "0" * 40 + ', "loss": 1}\n{"step": 1, "loss": 1e308}\n')
+    assert [row["step"] for row in read_metrics(path)] == [1]
+    loss_curves(path, tmp_path / "loss.png")
+    assert not (tmp_path / "loss.png").exists()
