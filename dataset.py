@@ -28,6 +28,7 @@ from common.classes import ClassSet, class_names
 from common.errors import InputError, printable
 from common.image_files import convert_command, encode_command, has_images, preparation
 from common.images import open_image, to_mode
+from common.io import real_path
 from common.npy import decode_npy
 from common.packed import explain_packed
 from common.sources import (
@@ -79,7 +80,7 @@ class LatentDataset(Dataset):
             problem = "no such folder"
             if self.data_dir.exists():
                 is_half = self.data_dir.stem in (*IMAGE_FOLDERS, *LATENT_FOLDERS)
-                advice = f"; use {self.data_dir.resolve().parent}" if is_half else preparation(self.data_dir)
+                advice = f"; use {real_path(self.data_dir).parent}" if is_half else preparation(self.data_dir)
                 problem = f"is a file; allowed: the folder of images and latents{advice}"
             raise InputError(f"{data_dir}: {problem}")
 
@@ -315,7 +316,7 @@ def _find(data_dir: Path, names: tuple[str, ...], what: str) -> FileSource:
 
 def _advice(data_dir: Path) -> str:
     """Return what to do about a data folder without images or without latents, "" if its content gives no hint."""
-    path, own_names = data_dir.resolve(), (*IMAGE_FOLDERS, *LATENT_FOLDERS)
+    path, own_names = real_path(data_dir), (*IMAGE_FOLDERS, *LATENT_FOLDERS)
     if path.name in own_names and ((path / "dataset.json").exists() or (path / "00000").exists()):
         return f"; this is {path.name} itself, use the folder above it: {path.parent}"
     if parts := [folder for folder in sorted(path.iterdir()) if any((folder / name).exists() for name in own_names)]:

@@ -13,6 +13,7 @@ from itertools import takewhile
 from pathlib import Path
 
 from common.errors import InputError, printable
+from common.io import real_path
 from common.packed import TAR, explain_packed, packed_kind, unpack_command
 from common.sources import FileSource, describe_dead_link, map_files
 from common.zip_files import folders_above
@@ -165,7 +166,7 @@ def check_split(source: FileSource, folders: Iterable[str]) -> None:
 
 def suggested_images(source: Path) -> Path:
     """Return a folder for the converted images of a source, next to it: photos-256/images for photos."""
-    path = source if source.name not in ("", "..") else source.resolve()
+    path = source if source.name not in ("", "..") else real_path(source)
     return path.parent / f"{path.name.removesuffix('.zip') or 'data'}-256" / "images"
 
 

@@ -68,7 +68,7 @@ def _check_name(path: Path) -> None:
 
 def _check_not_input(path: Path, inputs: Iterable[str | Path | None]) -> None:
     """Raise InputError if `path` is one of the inputs or is in one of them, by the identities of files and folders."""
-    places = [path, *path.resolve().parents]
+    places = [path, *real_path(path).parents]
     if path.is_symlink():
         places += path.absolute().parents
     for name in inputs:
@@ -79,6 +79,11 @@ def _check_not_input(path: Path, inputs: Iterable[str | Path | None]) -> None:
             if place.exists() and os.path.exists(read) and os.path.samefile(place, read):
                 problem = "is read by this program" if place == path else f"is in {name}, which this program reads"
                 raise InputError(f"{problem}; choose another place for the output")
+
+
+def real_path(path: str | Path) -> Path:
+    """Return the absolute path without links. A loop of links, for which `Path.resolve` raises an error, stays."""
+    return Path(os.path.realpath(path))
 
 
 def sha256_of(path: str | Path) -> str:

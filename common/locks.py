@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO
 
 from common.errors import InputError, printable
+from common.io import real_path
 from common.temporary import clear_leftovers
 
 LOCK_NAME = ".lock"
@@ -35,7 +36,7 @@ def lock_folder(folder: str | Path, doing: str) -> None:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder.resolve() / LOCK_NAME
+    path = real_path(folder) / LOCK_NAME
     held = _locks.get(path)  # opening and closing a locked file would release the lock
     if held and _is_under(path, held):
         return
@@ -63,7 +64,7 @@ def lock_folder(folder: str | Path, doing: str) -> None:
 
 def unlock_folder(folder: str | Path) -> None:
     """Release the lock of `lock_folder`, if this process holds it."""
-    path = Path(folder).resolve() / LOCK_NAME
+    path = real_path(folder) / LOCK_NAME
     if file := _locks.pop(path, None):
         with contextlib.suppress(OSError):
             if _is_under(path, file):  # a user may have removed it, and another process may hold a new one

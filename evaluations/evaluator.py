@@ -28,7 +28,7 @@ from common.cli import Config, parse, setting, settings
 from common.distributed import long_collective_timeout, start_processes
 from common.errors import InputError, run_cli
 from common.identity import own_json
-from common.io import check_writable, read_json, write_json
+from common.io import check_writable, read_json, real_path, write_json
 from evaluations.batches import ImageBatch, NpzImages, open_images
 from evaluations.comparison import Reference, check_reference, count_notes, load_reference, weights_notes
 from evaluations.features import Extraction, ExtractionConfig, Extractor
@@ -186,7 +186,7 @@ def encoder_statistics(
 
 def read_sampling(samples: Path) -> dict[str, Any] | None:
     """Return the sampler's settings from the .json file next to the samples. InputError if it is not an object."""
-    path = samples.resolve().with_suffix(".json")  # a link to samples.npz may have another name
+    path = real_path(samples).with_suffix(".json")  # a link to samples.npz may have another name
     if not path.is_file():
         return None
     sampling = read_json(path)
@@ -275,8 +275,8 @@ def result_path(save_path: str | None, samples: Path) -> Path:
     """Return the result's path: --save_path if it ends in .json, else a file in that folder or next to the samples."""
     if save_path and save_path.endswith(".json"):
         return Path(save_path)
-    folder = Path(save_path) if save_path else samples.resolve().parent
-    return folder / f"{samples.stem or samples.resolve().stem}.metrics.json"
+    folder = Path(save_path) if save_path else real_path(samples).parent
+    return folder / f"{samples.stem or real_path(samples).stem}.metrics.json"
 
 
 def report(result: dict[str, Any], path: Path) -> None:

@@ -44,7 +44,7 @@ from common.checks import POSITIVE
 from common.cli import Config, parse, setting, uses_cuda
 from common.errors import InputError, LostProcess, run_cli
 from common.identity import own_json
-from common.io import check_writable, read_json, read_metrics, sha256_of, write_json
+from common.io import check_writable, read_json, read_metrics, real_path, sha256_of, write_json
 from common.progress import progress_bar
 from common.sources import FileSource
 from experiments import imagenet, report
@@ -196,7 +196,7 @@ class Study:
 
     def job(self, row: str, seed: int) -> Job:
         """Return the run of a row and a seed."""
-        folder, steps = (self.config.out / "runs" / imagenet.run_name(row, seed)).resolve(), self.preset.steps
+        folder, steps = real_path(self.config.out / "runs" / imagenet.run_name(row, seed)), self.preset.steps
         length = {"max_train_steps": steps[-1], "checkpointing_steps": math.gcd(*steps), "epochs": 10**9}
         flags = self.flags(row, folder, seed=seed, log_steps=20, **length)
         return Job(folder, flags, steps, self.files.judges, self.preset.sampling, self.threads)
@@ -208,7 +208,7 @@ class Study:
         found: dict[str, list[float]] = {row: [] for row in self.rows if row not in known}
         for turn in range(TIMING_ROUNDS):
             for row in progress_bar(found, desc=f"timing, round {turn + 1}", unit="row"):
-                folder = (self.config.out / "timing" / f"{row.lower().replace(' ', '-')}-{turn}").resolve()
+                folder = real_path(self.config.out / "timing" / f"{row.lower().replace(' ', '-')}-{turn}")
                 flags = self.flags(row, folder, max_train_steps=steps, log_steps=max(1, steps // 4))
                 run(["train.py", *flags], folder, self.threads)
                 batch_size = read_json(folder / "args.json")["batch_size"]

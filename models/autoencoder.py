@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import InputError, memory_message, shown
-from common.io import read_json
+from common.io import read_json, real_path
 from models.checksums import verify_file
 from models.field_checks import LARGEST_CODEC_SIZE, check_codec_config
 from models.hub import HubName, hub_folder, local_or_hub
@@ -387,7 +387,7 @@ def _latent_format(name: str, spec: CodecSpec, folder: Path, config: dict[str, A
         raise InputError(f"{folder / CONFIG_FILE}: latent_channels or the numbers of the encoder's blocks are missing")
     is_local = spec.source == name and os.path.isdir(os.path.expanduser(name))
     return LatentFormat(
-        codec=str(folder.resolve()) if is_local else name,  # absolute, because data sets store it
+        codec=str(real_path(folder)) if is_local else name,  # absolute, because data sets store it
         channels=config["latent_channels"],
         factor=2 ** (len(stages) - 1),  # each stage after the first halves the resolution
         scale=scale if spec.scale is None else spec.scale,

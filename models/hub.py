@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.errors import InputError, first_line
-from common.io import sha256_of
+from common.io import real_path, sha256_of
 from common.temporary import clear_leftovers
 
 REACH_TIMEOUT = 10  # seconds; a slower server is not usable for gigabytes
@@ -82,7 +82,7 @@ def hub_file(repo: str, filename: str, instead: str) -> Path:
 @functools.lru_cache(maxsize=64)  # programs ask for the same file several times
 def _verify_cached(path: Path, changed: int) -> None:
     """Raise InputError if a file of the hub's cache does not have the content that its name in the cache states."""
-    blob = path.resolve()
+    blob = real_path(path)
     if blob.parent.name != "blobs":  # a cache without links, as on Windows, does not keep the checksum
         return
     if re.fullmatch(r"[0-9a-f]{64}", blob.name):

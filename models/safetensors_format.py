@@ -20,7 +20,7 @@ from typing import IO, Any
 from torch import Tensor
 
 from common.errors import InputError, shown
-from common.io import parse_json, read_json, write_json
+from common.io import parse_json, read_json, real_path, write_json
 from common.temporary import atomic_write
 from models.checksums import (
     FOLDER_CHECKSUMS,
@@ -144,7 +144,7 @@ def _as_checkpoint(state: dict[str, Tensor], config: dict[str, Any], folder: Pat
     content: dict[str, Any] = {"ema": state}
     codec = config.get("codec")
     if isinstance(codec, dict) and codec.get("codec") == CODEC_FOLDER:
-        config = {**config, "codec": {**codec, "codec": str(folder.resolve() / CODEC_FOLDER)}}
+        config = {**config, "codec": {**codec, "codec": str(real_path(folder) / CODEC_FOLDER)}}
     if config:
         content |= {"args": argparse.Namespace(), "steps": config.get("steps", 0)}
         vars(content["args"]).update(config)

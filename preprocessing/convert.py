@@ -26,6 +26,7 @@ from common.cli import parse, setting
 from common.errors import InputError, printable, run_cli
 from common.image_files import stop_if_incomplete
 from common.images import UNREADABLE, decode_rgb
+from common.io import real_path
 from common.sources import FileSource, decode_name, image_name
 from common.temporary import atomic_write
 from preprocessing.crops import TRANSFORMS, Photograph, decode, to_png
@@ -152,7 +153,7 @@ def run(config: ConvertConfig, source: FileSource, listing: Listing, squaring: S
     listing = listing.first(config.max_images)
 
     # Convert, or continue.
-    settings = {"source": decode_name(os.fsencode(config.source.resolve())), "listing": listing.digest()}
+    settings = {"source": decode_name(os.fsencode(real_path(config.source))), "listing": listing.digest()}
     settings |= {"resolution": squaring.side, "transform": squaring.name, "exif": config.exif}
     destination = Destination(config.dest, "convert")
     job = Conversion(source, listing.names, destination, squaring, config.exif == "apply")

@@ -20,7 +20,7 @@ from typing import Any
 
 from common.cli import Config, setting
 from common.errors import InputError
-from common.io import check_writable, parse_json, read_json, write_json
+from common.io import check_writable, parse_json, read_json, real_path, write_json
 from common.locks import LOCK_NAME, lock_folder, unlock_folder
 from common.progress import progress_bar
 from common.sources import FileSource, changed_at
@@ -38,9 +38,9 @@ class InputOutput(Config):
     dest: Path = setting(MISSING, "output folder, or output zip if the name ends in .zip")
 
     def check_combination(self) -> None:
-        source = self.source.resolve()
+        source = real_path(self.source)
         for folder in {self.dest, work_folder(self.dest)}:
-            place = folder.resolve()
+            place = real_path(folder)
             if place.is_relative_to(source):
                 raise InputError(f"--dest {self.dest}: is inside --source {self.source}; allowed: a place outside")
             if source.is_relative_to(place):

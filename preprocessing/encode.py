@@ -35,6 +35,7 @@ from common.distributed import broadcast_from_main, largest_batch, long_collecti
 from common.errors import InputError, run_cli
 from common.image_files import convert_command
 from common.images import decode_rgb
+from common.io import real_path
 from common.loader import ErrorsAsItems, batches_of, check_shared_memory, start_worker
 from common.progress import progress_bar
 from common.sources import FileSource, latents_name, mirrored_name
@@ -128,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def claim() -> bool:
         settings = {
-            "source": str(config.source.resolve()),
+            "source": str(real_path(config.source)),
             "listing": listing.digest(),
             "resolution": resolution,
             "images": describe_files(source, listing.names),

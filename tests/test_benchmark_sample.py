@@ -35,7 +35,7 @@ def test_the_report_is_complete(tmp_path, capsys):
 def test_bad_flags_are_named():
     for flags, text in (
         (["--rounds", 0], "--rounds 0: must be greater than 0"),
-        (["--batch-size", 0], "--batch-size 0: must be 1 or greater, or auto"),
+        (["--batch-size", 0], "--batch-size 0: must be from 1 to 100,000, or auto"),
         (["--resolution", 20], "--resolution 20: must be a multiple of 8"),
     ):
         with pytest.raises(InputError, match=text):

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from common.errors import InputError
-from common.io import OwnFile, check_writable, parse_json, read_file, read_json, read_metrics, write_json
+from common.io import OwnFile, check_writable, parse_json, read_file, read_json, read_metrics, real_path, write_json
+from preprocessing.destination import InputOutput
 
 
 def test_json(tmp_path):
@@ -125,6 +126,13 @@ def test_foreign_files_are_kept(tmp_path):
         check_writable(tmp_path / name, "--out", own=own)
     with pytest.raises(InputError, match=r"--out .*foreign: exists and is not a result; choose another name"):
         check_writable(tmp_path / "foreign", "--out", own=own)
+
+
+def test_a_loop_of_links_has_a_path(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    assert real_path(tmp_path / "loop") == tmp_path / "loop"
+    with pytest.raises(InputError, match="loop"):
+        InputOutput(source=tmp_path, dest=tmp_path / "loop").check_combination()
 
 
 def test_names_that_no_file_can_have_are_refused(tmp_path):

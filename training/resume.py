@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import InputError
-from common.io import read_json
+from common.io import read_json, real_path
 from dataset import IMAGE_FOLDERS, LATENT_FOLDERS
 from models.checkpoint import CHECKPOINT_NAME, is_legacy, list_checkpoints, resolve_checkpoint
 from models.hub import local_or_hub
@@ -101,7 +101,7 @@ def check_own_checkpoints(folder: Path) -> None:
     checkpoints = folder / "checkpoints"
     if os.path.lexists(checkpoints) and not checkpoints.is_dir():
         raise InputError(f"{checkpoints}: is not a folder; remove it, or choose another --exp-name")
-    owner = checkpoints.resolve().parent
+    owner = real_path(checkpoints).parent
     if (owner / "args.json").exists() and not same_file(owner, folder):
         raise InputError(f"{checkpoints}: is a link to the checkpoints of the run {owner}; use that run")
 
@@ -173,7 +173,7 @@ def named_checkpoint(config: TrainConfig, found: list[Path]) -> tuple[Path, bool
 def own_name(path: Path, folder: Path) -> Path | None:
     """Return a checkpoint's path in the folder of the run, None if it is not there. Links are followed."""
     checkpoints = folder / "checkpoints"
-    for one in (path, path.resolve()):
+    for one in (path, real_path(path)):
         if same_file(one.parent, checkpoints):
             return checkpoints / one.name
     return next((own for own in sorted(checkpoints.glob("*.pt")) if same_file(own, path)), None)

@@ -13,6 +13,7 @@ from accelerate.tracking import GeneralTracker
 from PIL.Image import Image
 
 from common.errors import first_line
+from common.io import real_path
 from training.config import RunFacts, TrainConfig
 from training.messages import logger
 from training.record import saved_args
@@ -44,7 +45,7 @@ def start_tracker(config: TrainConfig, facts: RunFacts, accelerator: Accelerator
         for name, value in saved_args(config, facts).items()
     }
     name = re.sub(r"[^\w.-]", "-", config.exp_name)  # wandb allows no slash in an id
-    run_id = f"{name}-{hashlib.sha256(str(config.folder.resolve()).encode()).hexdigest()[:8]}"
+    run_id = f"{name}-{hashlib.sha256(str(real_path(config.folder)).encode()).hexdigest()[:8]}"
     wandb = {"name": config.exp_name, "id": run_id, "resume": "allow", "dir": str(config.folder)}
     try:
         (config.folder / config.logging_dir).mkdir(parents=True, exist_ok=True)
