@@ -43,7 +43,7 @@ def check_writable(
         _check_name(path)
         if path.is_dir():
             raise InputError("is a folder; allowed: the name of a file")
-        nearest = next(parent for parent in path.absolute().parents if parent.exists())
+        nearest = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
         if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
             raise InputError(f"{nearest} is not a writable folder")
         _check_not_input(path, inputs)
