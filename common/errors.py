@@ -149,7 +149,7 @@ def _place(error: BaseException) -> str:
 
 
 def shortened(path: str | Path) -> str:
-    """Return a path for a message, with its middle left out if it is very long."""
+    """Return a path for a message, without its middle if it is very long."""
     text = printable(str(path))
     return text if len(text) <= LONGEST_SHOWN else f"{text[: LONGEST_SHOWN // 2]}...{text[-20:]}"
 
