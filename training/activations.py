@@ -19,9 +19,9 @@ from models.interpolant import Interpolant
 from models.sit import SiT, SiTConfig
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
-# With --compile, inductor keeps fewer tensors and computes the others again. The shares are counts for SiT-S/2, B/2 and
-# XL/2 with the partitioner that inductor uses (backend aot_eager_decomp_partition), the largest one rounded up.
-COMPILED_SHARE = {"no": 0.87, "fp16": 0.77, "bf16": 0.77}
+# With --compile, inductor keeps fewer tensors of a block and computes the others again. The shares are counts with the
+# partitioner that inductor uses (backend aot_eager_decomp_partition), equal for SiT-S/2, B/2 and XL/2 and rounded up.
+COMPILED_SHARE = {"no": 0.86, "fp16": 0.76, "bf16": 0.76}
 COUNTED = (2, 3)  # images: with one image, tensors of all images and of one would not differ
 
 
@@ -58,9 +58,8 @@ class Activations:
 
     def compiled(self, precision: str) -> Activations:
         """Return an upper estimate for the compiled step."""
-        share = COMPILED_SHARE[precision]
-        block, rest = (part._replace(per_image=round(share * part.per_image)) for part in (self.block, self.rest))
-        return replace(self, block=block, rest=rest)
+        block = self.block._replace(per_image=round(COMPILED_SHARE[precision] * self.block.per_image))
+        return replace(self, block=block)
 
 
 def count_activations(

@@ -225,7 +225,7 @@ class OptimizationSettings(Config):
         None,
         "micro-batches into which a process divides its samples; --batch-size stays the total of a step (published: "
         "the total is --batch-size times this number). Default: on a GPU the smallest number with which a step fits "
-        "the free memory, by an estimate; on the CPU 1",
+        "the free memory, by an estimate (a resumed run keeps its number if it fits); on the CPU 1",
         check=POSITIVE,
     )
     learning_rate: float = adjustable(

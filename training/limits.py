@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import os
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from common.errors import InputError
 from models.sit import SiT, SiTConfig
 from training.activations import Activations, count_activations
+from training.messages import logger
 
 STATE_BYTES = 16  # of a parameter, float32: weight, average, and the two moments of AdamW
 NUMBER_BYTES = 4  # of a float32
@@ -106,8 +107,12 @@ class StepMemory:
 
     def fewest_micro_batches(self, available: int) -> int | None:
         """Return the smallest number of equal micro-batches that fits `available` bytes; None if one image does not."""
-        numbers = (number for number in range(1, self.samples + 1) if self.samples % number == 0)
-        return next((number for number in numbers if self.fits(number, available)), None)
+        return next((number for number in self.divisors if self.fits(number, available)), None)
+
+    @property
+    def divisors(self) -> list[int]:
+        """The possible numbers of micro-batches, in ascending order."""
+        return [number for number in range(1, self.samples + 1) if self.samples % number == 0]
 
     def fits(self, micro_batches: int, available: int) -> bool:
         """Return whether a step fits `available` bytes of a GPU."""
@@ -136,21 +141,29 @@ def step_memory(
     return StepMemory(network, activations.compiled(precision) if compiled else activations, **more)
 
 
-def choose_micro_batches(memory: StepMemory, given: int | None, free: int | None) -> tuple[int, str | None]:
-    """Return the number of micro-batches, and a warning if a step may not fit.
+def choose_micro_batches(memory: StepMemory, given: int | None, before: Any, free: int) -> int:
+    """Return the number of micro-batches of a step on a GPU, and warn if a step may not fit.
 
     Args:
         memory: of a step.
-        given: value of --gradient-accumulation-steps, which is taken as it is; None: the smallest number that fits.
-        free: bytes that the process can use; None if they are not known.
+        given: value of --gradient-accumulation-steps, which is taken as it is.
+        before: number of the checkpoint from which the run resumes, kept if it fits, so that the sums are rounded as
+            before; any value that is no such number is not used.
+        free: bytes that the process can use.
+
+    Without `given` and `before` this is the smallest number that fits; if none does, micro-batches have one image.
     """
-    if free is None:
-        return given or 1, None
-    parts = given or memory.fewest_micro_batches(free) or memory.samples
-    if memory.fits(parts, free):
-        return parts, None
-    needed = f"a step in micro-batches of {memory.samples // parts} takes {in_gb(memory.estimate(parts).total)}"
-    return parts, f"{needed} by an estimate, and the GPU has {in_gb(free)}: {memory.advice(parts, free)}"
+    fewest = memory.fewest_micro_batches(free)
+    parts = given or fewest or memory.samples
+    if given is None and type(before) is int and before in memory.divisors and memory.fits(before, free):
+        parts = before
+    if not memory.fits(parts, free):
+        needed = f"a step in micro-batches of {memory.samples // parts} takes {in_gb(memory.estimate(parts).total)}"
+        logger.warning("%s by an estimate, and the GPU has %s: %s", needed, in_gb(free), memory.advice(parts, free))
+    elif given is None and parts > fewest:
+        again = f"--gradient-accumulation-steps {fewest}"
+        logger.info("note: %d micro-batches, as before; %d would fit, by an estimate: %s", parts, fewest, again)
+    return parts
 
 
 def free_memory(device: torch.device) -> int | None:

@@ -89,7 +89,8 @@ def set_up(config: TrainConfig, stop_signal: StopSignal | None = None) -> Run:
         inputs_changed = check_restorable(config, facts, data, checkpoint, point.path)
     memory = memory_of(accelerator.device)
     check_memory(facts.network, config.batch_size, accelerator.num_processes, config.fsdp, memory)
-    facts = divide_batch(config, facts, accelerator, encoders)
+    before = saved_settings(checkpoint, point.path).get("gradient_accumulation_steps") if checkpoint else None
+    facts = divide_batch(config, facts, accelerator, encoders, before)
     check_loader(config, facts, data, accelerator)
 
     # Network, optimizer, loss.
@@ -220,10 +221,13 @@ def make_evaluation(
     )  # fmt: skip
 
 
-def divide_batch(config: TrainConfig, facts: RunFacts, accelerator: Accelerator, encoders: list[Encoder]) -> RunFacts:
-    """Return the facts with the number of micro-batches, the same on all processes: the flag's, else one that fits.
+def divide_batch(
+    config: TrainConfig, facts: RunFacts, accelerator: Accelerator, encoders: list[Encoder], before: Any
+) -> RunFacts:
+    """Return the facts with the number of micro-batches, the same on all processes; see `choose_micro_batches`.
 
-    On a GPU, and in a dry run, they get the estimated memory of a step as well.
+    `before`: that of the checkpoint from which the run resumes. On a GPU, and in a dry run, the facts get the estimated
+    memory of a step as well.
     """
     device, parts = accelerator.device, config.gradient_accumulation_steps or 1
     free = free_memory(device)
@@ -236,10 +240,8 @@ def divide_batch(config: TrainConfig, facts: RunFacts, accelerator: Accelerator,
             samples=config.batch_size // accelerator.num_processes, processes=accelerator.num_processes,
             loaded=max(loads), sharded=config.fsdp, checkpointing=config.activation_checkpointing,
         )  # fmt: skip
-        free = None if free is None else min(frees)
-        parts, warning = choose_micro_batches(memory, config.gradient_accumulation_steps, free)
-        if warning:
-            logger.warning(warning)
+        if free is not None:
+            parts = choose_micro_batches(memory, config.gradient_accumulation_steps, before, min(frees))
         facts = replace(facts, memory=memory.estimate(parts))
     accelerator.gradient_accumulation_steps = parts
     # Without accumulation every step has the same graph; with it, some micro-batches do not reduce gradients.
