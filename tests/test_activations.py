@@ -71,29 +71,24 @@ def test_the_largest_network_keeps_102_gb_in_its_blocks_and_fits_no_card_of_80_g
     assert 256 * 28 * found.compiled("fp16").block.per_image > 76.5e9  # what inductor's partitioner keeps
 
 
-def test_counting_changes_no_setting_of_autocast():
+def test_half_precision_takes_less_both_kinds_take_the_same_and_autocast_is_as_before():
     before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
-    count_activations(SMALL, "bf16")
+    full, half, brain = (count_activations(SMALL, precision) for precision in ("no", "fp16", "bf16"))
+    assert half == brain and half.block.per_image < full.block.per_image and full.block.fixed < 100 < half.block.fixed
     assert (torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")) == before
 
 
-def test_half_precision_takes_less_and_both_kinds_take_the_same():
-    whole, half, brain = (count_activations(SMALL, precision) for precision in ("no", "fp16", "bf16"))
-    assert half == brain and half.block.per_image < whole.block.per_image and whole.block.fixed < 100 < half.block.fixed
-
-
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_a_compiled_block_keeps_no_more_than_its_share(precision):
+def test_a_compiled_block_keeps_no_more_than_its_share():
     """The partitioner is that of inductor; its choice depends on the proportions of the network, so they are SiT's."""
     network, images = SiTConfig(input_size=8, hidden_size=384, num_heads=6, depth=1, encoder_depth=1), 64
     block = SiT(network).blocks[0]
     block.compile(backend="aot_eager_decomp_partition", fullgraph=True, dynamic=False)
     x, c = torch.randn(images, 17, 384), torch.randn(images, 384)
-    with torch.autocast("cpu", torch.bfloat16, enabled=precision != "no"), kept_tensors(block) as kept:
+    with torch.autocast("cpu", torch.bfloat16), kept_tensors(block) as kept:
         block(x.requires_grad_(), c.requires_grad_())
     compiled = sum(storage.nbytes() for storage in kept.values())
-    found = count_activations(network, precision, device_type="cpu")
-    assert compiled <= found.compiled(precision).block.of(images) < found.block.of(images) <= 1.5 * compiled
+    found = count_activations(network, "bf16", device_type="cpu")
+    assert compiled <= found.compiled("bf16").block.of(images) < found.block.of(images) <= 1.5 * compiled
 
 
 @pytest.mark.gpu

@@ -129,7 +129,7 @@ class StepMemory:
         }
         fitting = [option for option, fits in options.items() if fits]
         if fitting:
-            return f"by this estimate it fits with {' or '.join(fitting)}"
+            return f"it fits with {' or '.join(fitting)}"
         return "micro-batches of one image do not fit either; use a smaller --model, or several GPUs with --fsdp"
 
 
@@ -159,7 +159,8 @@ def choose_micro_batches(memory: StepMemory, given: int | None, before: Any, fre
         parts = before
     if not memory.fits(parts, free):
         needed = f"a step in micro-batches of {memory.samples // parts} takes {in_gb(memory.estimate(parts).total)}"
-        logger.warning("%s by an estimate, and the GPU has %s: %s", needed, in_gb(free), memory.advice(parts, free))
+        limit = f"{in_gb(free)} of the GPU are free, and an estimate should not exceed {in_gb(USABLE_SHARE * free)}"
+        logger.warning("%s by an estimate; %s: %s", needed, limit, memory.advice(parts, free))
     elif given is None and parts > fewest:
         again = f"--gradient-accumulation-steps {fewest}"
         logger.info("note: %d micro-batches, as before; %d would fit, by an estimate: %s", parts, fewest, again)
@@ -180,6 +181,6 @@ def memory_of(device: torch.device) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def in_gb(count: int) -> str:
+def in_gb(count: float) -> str:
     """Return a number of bytes as text."""
     return f"{count / 1e9:,.1f} GB"
