@@ -15,7 +15,7 @@ GIB = 2**30
 CARDS = {"24 GB": 23.5, "40 GB": 39.4, "80 GB": 79.1, "141 GB": 139.8}
 CUDA_CONTEXT = GIB // 2
 LOADED = 700_000_000  # bytes of DINOv2-B and of the decoder, float32
-COLUMNS = {"": (False, False), "compiled": (False, True), "checkpointing": (True, False), "both": (True, True)}
+BATCH = 256
 
 
 def network_of(model: str, resolution: int) -> SiTConfig:
@@ -27,25 +27,26 @@ def network_of(model: str, resolution: int) -> SiTConfig:
 
 @functools.cache
 def memory_of_step(model: str, resolution: int, compiled: bool) -> StepMemory:
-    """Return the memory of a step of 256 samples on one GPU in fp16."""
+    """Return the memory of a step of BATCH samples on one GPU in fp16."""
     network = network_of(model, resolution)
-    return step_memory(network, "fp16", compiled, True, "cuda", samples=256, loaded=LOADED)
+    return step_memory(network, "fp16", compiled, True, "cuda", samples=BATCH, loaded=LOADED)
 
 
-def chosen(model: str, resolution: int, card: str, checkpointing: bool = False, compiled: bool = False) -> str:
-    """Return "images x micro-batches" as train.py chooses them, "-" if one image does not fit."""
+def chosen(model: str, resolution: int, card: str, checkpointing: bool = False, compiled: bool = False) -> int:
+    """Return the images of a micro-batch that train.py chooses; 0 if one image does not fit."""
     memory = replace(memory_of_step(model, resolution, compiled), checkpointing=checkpointing)
     parts = memory.fewest_micro_batches(round(CARDS[card] * GIB) - CUDA_CONTEXT)
-    return "-" if parts is None else f"{256 // parts} x {parts}"
+    return 0 if parts is None else BATCH // parts
 
 
 def table() -> str:
-    """Return the table in Markdown."""
-    titles = [f"{card}{f', {column}' if column else ''}" for card in CARDS for column in COLUMNS]
+    """Return the table in Markdown: images of a micro-batch, and after the slash those with --compile."""
+    titles = [f"{card}{how}" for card in CARDS for how in ("", ", checkpointing")]
     lines = ["| network, px | " + " | ".join(titles) + " |", "|---|" + "---|" * len(titles)]
     for resolution in (256, 512):
         for size in ("S", "B", "L", "XL"):
-            cells = [chosen(f"SiT-{size}/2", resolution, card, *how) for card in CARDS for how in COLUMNS.values()]
+            where = [(f"SiT-{size}/2", resolution, card, how) for card in CARDS for how in (False, True)]
+            cells = [f"{chosen(*place)} / {chosen(*place, compiled=True)}" for place in where]
             lines.append(f"| {size}/2, {resolution} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -134,13 +134,13 @@ def test_the_memory_of_the_cpu_is_no_limit():
 
 
 @pytest.mark.parametrize(
-    ("model", "resolution", "card", "how", "division"),
+    ("model", "resolution", "card", "how", "images"),
     [
-        ("SiT-XL/2", 256, "141 GB", {}, "256 x 1"),
-        ("SiT-XL/2", 256, "80 GB", {}, "128 x 2"),
-        ("SiT-XL/2", 256, "80 GB", {"checkpointing": True}, "256 x 1"),
-        ("SiT-L/2", 256, "80 GB", {"compiled": True}, "256 x 1"),
+        ("SiT-XL/2", 256, "141 GB", {}, 256),
+        ("SiT-XL/2", 256, "80 GB", {}, 128),
+        ("SiT-XL/2", 256, "80 GB", {"checkpointing": True}, 256),
+        ("SiT-L/2", 256, "80 GB", {"compiled": True}, 256),
     ],
 )
-def test_the_readmes_table_is_what_the_program_chooses(model, resolution, card, how, division):
-    assert chosen(model, resolution, card, **how) == division
+def test_the_readmes_table_is_what_the_program_chooses(model, resolution, card, how, images):
+    assert chosen(model, resolution, card, **how) == images
