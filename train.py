@@ -31,6 +31,7 @@ from models import ema
 from training import summary
 from training.best import is_best, write_best
 from training.config import parse_args
+from training.limits import in_gb
 from training.messages import ROW, log_file, logger, show_rows
 from training.parallelism import full_norm, gather_full, to_device
 from training.preemption import StopSignal, exit_status, shield_worker
@@ -117,7 +118,7 @@ def after_step(run: Run, last_step: int, bar: tqdm) -> None:
 
 def training_step(run: Run, batches: Iterator[tuple[Tensor, Tensor, Tensor]]) -> None:
     """Do one optimizer step: the complete method. Nothing here waits for the device."""
-    accelerator, parts = run.accelerator, run.config.gradient_accumulation_steps
+    accelerator, parts = run.accelerator, run.facts.micro_batches
     global_draws = run.randomness.draw(run.step)
     for part in range(parts):
         with run.log.clock.waiting_for_data():
@@ -183,7 +184,7 @@ def load_batches(run: Run, steps: range) -> Generator[tuple[Tensor, Tensor, Tens
 
     If a loader process is lost, this process reads the batches itself, so that the step can be completed and saved.
     """
-    parts, yielded = run.config.gradient_accumulation_steps, 0
+    parts, yielded = run.facts.micro_batches, 0
     try:
         for batch in read_batches(run, steps, run.config.num_workers):
             yield batch
@@ -204,7 +205,7 @@ def read_batches(run: Run, steps: range, workers: int) -> Iterator[tuple[Tensor,
         steps,
         accelerator.process_index,
         accelerator.num_processes,
-        config.gradient_accumulation_steps,
+        run.facts.micro_batches,
         config.flip,
     )
     loader = DataLoader(
@@ -308,10 +309,11 @@ def try_steps(run: Run, count: int = 2) -> None:
     run.weights.check(run.step)
     if run.lost_worker:
         raise LostProcess(run.lost_worker)
+    estimate = in_gb(run.facts.memory.total)
     accelerator.print(
         f"dry run: {count} steps of {size} images done; the first took {seconds[0]:.2f} s, start-up included, the last "
-        f"{seconds[-1]:.2f} s ({size / seconds[-1]:.1f} images/s); peak memory {peak_memory(accelerator.device)}; "
-        f"nothing was written to {run.folder}"
+        f"{seconds[-1]:.2f} s ({size / seconds[-1]:.1f} images/s); peak memory {peak_memory(accelerator.device)}, "
+        f"estimated {estimate}; nothing was written to {run.folder}"
     )
     accelerator.end_training()
 

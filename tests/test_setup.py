@@ -1,7 +1,10 @@
 """What a start of training checks, says and takes: the codec, the learning rate, the folder; dry runs and trials."""
 
 import json
+import os
+import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,8 +13,10 @@ from common.errors import InputError
 from common.io import read_json
 from models.checkpoint import load_checkpoint
 from tests.conftest import read_rows, reset_accelerate, run_training
+from tests.processes import Training
 from tests.test_train import terms, with_flags
 from training.config import DERIVED, RECORDED, parse_args
+from training.limits import USABLE_SHARE
 from training.setup import set_up
 
 
@@ -44,8 +49,8 @@ def test_a_codec_that_cannot_be_loaded_ends_the_start_only_if_a_flag_asks_for_it
             start([*plain, *more, "--exp-name", "other"])
 
 
-def learning_rates(run):
-    return [json.loads(line)["learning_rate"] for line in (run / "starts.jsonl").read_text().splitlines()]
+def starts(run):
+    return [json.loads(line) for line in (run / "starts.jsonl").read_text().splitlines()]
 
 
 def test_the_learning_rate_changes_on_resume_only_by_its_flag(train_flags, capsys):
@@ -58,7 +63,9 @@ def test_the_learning_rate_changes_on_resume_only_by_its_flag(train_flags, capsy
     assert (
         "note: the learning rate is 1e-30 from step 4, as --learning-rate says; before 0.001" in capsys.readouterr().out
     )
-    assert learning_rates(run) == [0.001, 0.001, 1e-30] and read_json(run / "args.json")["learning_rate"] == 1e-30
+    assert [line["learning_rate"] for line in starts(run)] == [0.001, 0.001, 1e-30] and read_json(run / "args.json")[
+        "learning_rate"
+    ] == 1e-30
     third, fourth = (load_checkpoint(run / "checkpoints" / f"000000{step}.pt") for step in (3, 4))
     assert all(torch.allclose(value, fourth["model"][key], 0, 1e-25) for key, value in third["model"].items())
     undisturbed = run_training([*flags, "--exp-name", "undisturbed", "--max-train-steps", "3"])
@@ -74,6 +81,8 @@ def test_a_dry_run_leaves_nothing(train_flags, tmp_path, capsys, monkeypatch):
         train.main()
         said = capsys.readouterr().out
         assert "  data     " in said and "dry run: 2 steps of 8 images done; the first took" in said
+        assert re.search(r"  memory +estimated 0\.0 GB on each process: weights, .*activations 0\.0 GB\n", said)
+        assert re.search(r"; peak memory [\d.]+ GB, estimated 0\.0 GB; nothing was written to ", said)
         assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
         assert bool(resumed) == (tmp_path / "exps").exists()
         run_training(with_flags(train_flags, "--resume", "latest"))
@@ -184,3 +193,45 @@ def test_a_file_of_settings_may_name_the_run(train_flags, tmp_path):
 def test_accelerates_precision_counts_if_no_flag_is_given(monkeypatch, value, flags, precision):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", value)
     assert parse_args(["--exp-name", "x", "--device", "cpu", *flags]).precision == precision
+
+
+def test_a_batch_is_divided_to_fit_the_free_memory(train_flags, monkeypatch, capsys):
+    """A resumed run keeps the number if it fits; a given number is taken; another run chooses its own."""
+    plain = run_training(with_flags(train_flags, "--exp-name", "plain"))
+    facts = start(with_flags(train_flags, "--dry-run")).facts
+    assert facts.micro_batches == 1 and starts(plain)[0]["micro_batches"] == 1
+    assert "estimated_memory" not in starts(plain)[0]  # of a run on the CPU
+    monkeypatch.setattr("training.setup.free_memory", lambda device: free)
+
+    free = facts.memory.total / USABLE_SHARE - 1
+    flags = with_flags(train_flags, "--checkpointing-steps", "2")
+    run = run_training([*flags, "--max-train-steps", "2"])
+    said = capsys.readouterr().out
+    assert "1 process x 4 samples x 2 accumulation steps = 8 samples per step, chosen to fit the memory" in said
+    assert "published program would" not in said
+    free = 10**12
+    run_training([*flags, "--resume", "latest"])
+    assert "note: 2 micro-batches, as before; 1 would fit" in capsys.readouterr().out
+    assert [line["micro_batches"] for line in starts(run)] == [2, 2] and starts(run)[0]["estimated_memory"] > 10**5
+    assert np.allclose(terms(run), terms(plain), rtol=1e-4, atol=1e-6)
+
+    content = read_json(run / "args.json")
+    assert content["gradient_accumulation_steps"] == 2 and "gradient_accumulation_steps" in content[DERIVED]
+    free = 1
+    given = start(with_flags(train_flags, "--exp-name", "given", "--gradient-accumulation-steps", "4"))
+    assert given.facts.micro_batches == given.accelerator.gradient_accumulation_steps == 4
+    assert "warning: a step in micro-batches of 2 takes" in capsys.readouterr().err
+
+
+def differing_memory():
+    """Let the second process have less memory than the first."""
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setattr("training.setup.free_memory", lambda device: 1 if os.environ["RANK"] == "1" else 10**12)
+
+
+def test_processes_divide_a_batch_equally(train_flags, tmp_path):
+    flags = with_flags(train_flags)
+    training = Training(flags, tmp_path / "output.txt", processes=2, prepare=differing_memory)
+    assert training.wait() == 0, training.text()
+    assert "2 processes x 1 samples x 4 accumulation steps = 8 samples per step" in training.text()
+    assert starts(tmp_path / "exps" / "run")[0]["micro_batches"] == 4

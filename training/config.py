@@ -19,6 +19,7 @@ from models.autoencoder import LatentFormat
 from models.checkpoint import MOST_STEPS
 from models.interpolant import PATHS
 from models.sit import ENCODER_DEPTHS, PRESETS, SiT_models, SiTConfig
+from training.limits import Estimate
 from training.randomness import TIME_DISTRIBUTIONS
 
 MINUTES_PER_YEAR = 525_600
@@ -220,10 +221,11 @@ class OptimizationSettings(Config):
 
     max_train_steps: int = adjustable(400_000, "number of training steps", check=between(1, MOST_STEPS))
     epochs: int | None = adjustable(None, "stop after N passes over the data, if this is earlier", check=POSITIVE)
-    gradient_accumulation_steps: int = adjustable(
-        1,
+    gradient_accumulation_steps: int | None = adjustable(
+        None,
         "micro-batches into which a process divides its samples; --batch-size stays the total of a step (published: "
-        "the total is --batch-size times this number)",
+        "the total is --batch-size times this number). Default: on a GPU the smallest number with which a step fits "
+        "the free memory, by an estimate (a resumed run keeps its number if it fits); on the CPU 1",
         check=POSITIVE,
     )
     learning_rate: float = adjustable(
@@ -332,6 +334,8 @@ class RunFacts:
     latent_format: LatentFormat
     network: SiTConfig
     digests: dict[str, str] = field(default_factory=dict)  # by the names in DIGESTS
+    micro_batches: int = 1  # of a step on each process
+    memory: Estimate | None = None  # of a step with these micro-batches; None if it is not estimated
 
 
 def find_facts(

@@ -32,6 +32,7 @@ def saved_args(config: TrainConfig, facts: RunFacts) -> dict[str, Any]:
         "entangle": config.slot,
         "cls_token": config.slot != "none",
         "mixed_precision": config.precision,
+        "gradient_accumulation_steps": facts.micro_batches,
         "resolution": facts.resolution,
         "codec": facts.latent_format.to_json(),
         "latent_size": network.input_size,

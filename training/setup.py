@@ -6,6 +6,7 @@ import contextlib
 import math
 import resource
 import sys
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, gather_object
 
 from common.cli import changed
 from common.distributed import broadcast_from_main, start_processes
@@ -33,7 +34,7 @@ from models.sit import SiT
 from training.checkpoint_writer import CheckpointWriter
 from training.config import RunFacts, TrainConfig, find_facts
 from training.guards import BadSteps, FiniteWeights, GuardedOptimizer
-from training.limits import check_memory, memory_of
+from training.limits import check_memory, choose_micro_batches, free_memory, memory_of, step_memory
 from training.messages import logger, start_messages, warn_if_unwritable
 from training.metrics import RunLog, StepReports
 from training.parallelism import check_sharding, compile_training, count_parameters
@@ -88,6 +89,9 @@ def set_up(config: TrainConfig, stop_signal: StopSignal | None = None) -> Run:
         inputs_changed = check_restorable(config, facts, data, checkpoint, point.path)
     memory = memory_of(accelerator.device)
     check_memory(facts.network, config.batch_size, accelerator.num_processes, config.fsdp, memory)
+    before = saved_settings(checkpoint, point.path).get("gradient_accumulation_steps") if checkpoint else None
+    facts = divide_batch(config, facts, accelerator, encoders, before)
+    check_loader(config, facts, data, accelerator)
 
     # Network, optimizer, loss.
     with restoring(point.path):
@@ -104,7 +108,7 @@ def set_up(config: TrainConfig, stop_signal: StopSignal | None = None) -> Run:
     set_aside = claim_folder(config, facts, accelerator, point, step)
     start_tracker(config, facts, accelerator)
     log = make_log(config, facts, accelerator, checkpoint)
-    note_start(config, accelerator, log, model, step, {"asked": point.asked, **set_aside, **inputs_changed})
+    note_start(config, facts, accelerator, log, model, step, {"asked": point.asked, **set_aside, **inputs_changed})
     writer = make_writer(config, accelerator)
     reduce = partial(accelerator.reduce, reduction="mean")
     weights = FiniteWeights(model, average, optimizer, reduce, writer.folder, step)
@@ -123,14 +127,11 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     return start_processes(
         config.device,
         config.precision,
-        config.gradient_accumulation_steps,
+        config.gradient_accumulation_steps or 1,  # `divide_batch` may choose more
         log_with=installed_tracker(config),
         project_dir=str(config.folder / config.logging_dir),
         kwargs_handlers=[
-            # Without accumulation every step has the same graph; with it, some micro-batches do not reduce gradients.
-            DistributedDataParallelKwargs(
-                gradient_as_bucket_view=True, static_graph=config.gradient_accumulation_steps == 1
-            ),
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # `divide_batch` sets more
             InitProcessGroupKwargs(timeout=timedelta(minutes=config.timeout_minutes)),
         ],
     )
@@ -155,7 +156,7 @@ def choose_learning_rate(config: TrainConfig, checkpoint: dict[str, Any] | None,
 def say_differences(config: TrainConfig) -> None:
     """Say where the given flags mean something else than in the published program (docs/published-flags.md)."""
     total, parts = config.batch_size, config.gradient_accumulation_steps
-    if parts > 1:
+    if parts is not None and parts > 1:
         logger.info(
             f"note: a step takes {total} images in total, {parts} micro-batches on each process; the published program "
             f"would take {total} x {parts} = {total * parts} with these flags"
@@ -173,11 +174,8 @@ def open_data(config: TrainConfig, accelerator: Accelerator) -> LatentDataset:
         raise InputError(f"--resolution {config.resolution}: the data in {config.data_dir} have {data.resolution}")
     if config.max_images is not None:
         data.keep(config.max_images)
-    processes, parts = accelerator.num_processes, config.gradient_accumulation_steps
+    processes, parts = accelerator.num_processes, config.gradient_accumulation_steps or 1
     GlobalBatchSampler(len(data), config.batch_size, config.seed, range(0), 0, processes, parts)  # checks divisibility
-    item_bytes = 3 * data.resolution**2 + 4 * math.prod(data.moments_shape)
-    micro_batch = config.batch_size // processes // parts
-    check_shared_memory("--num-workers", config.num_workers, PREFETCHED, micro_batch * item_bytes)
     if config.check_data:
         part, parts = accelerator.process_index, accelerator.num_processes
         with progress_bar(total=len(data) // parts, desc="checking the data", unit="image", main=part == 0) as bar:
@@ -221,6 +219,41 @@ def make_evaluation(
         accelerator, config.eval_ref, config.eval_samples, config.eval_batch_size, config.eval_inception, encoder,
         weights or None,
     )  # fmt: skip
+
+
+def divide_batch(
+    config: TrainConfig, facts: RunFacts, accelerator: Accelerator, encoders: list[Encoder], before: Any
+) -> RunFacts:
+    """Return the facts with the number of micro-batches, the same on all processes; see `choose_micro_batches`.
+
+    `before`: that of the checkpoint from which the run resumes. On a GPU, and in a dry run, the facts get the estimated
+    memory of a step as well.
+    """
+    device, parts = accelerator.device, config.gradient_accumulation_steps or 1
+    free = free_memory(device)
+    if free is not None or config.dry_run:
+        weights = (tensor.nbytes for encoder in encoders for tensor in (*encoder.parameters(), *encoder.buffers()))
+        loaded = torch.cuda.memory_allocated(device) if device.type == "cuda" else sum(weights)
+        frees, loads = zip(*gather_object([(free, loaded)]), strict=True)
+        memory = step_memory(
+            facts.network, config.precision, config.compile, config.fused_attn, device.type,
+            samples=config.batch_size // accelerator.num_processes, processes=accelerator.num_processes,
+            loaded=max(loads), sharded=config.fsdp, checkpointing=config.activation_checkpointing,
+        )  # fmt: skip
+        if free is not None:
+            parts = choose_micro_batches(memory, config.gradient_accumulation_steps, before, min(frees))
+        facts = replace(facts, memory=memory.estimate(parts))
+    accelerator.gradient_accumulation_steps = parts
+    # Without accumulation every step has the same graph; with it, some micro-batches do not reduce gradients.
+    accelerator.ddp_handler.static_graph = parts == 1
+    return replace(facts, micro_batches=parts)
+
+
+def check_loader(config: TrainConfig, facts: RunFacts, data: LatentDataset, accelerator: Accelerator) -> None:
+    """Raise InputError if the shared memory has no room for the batches of the loader processes."""
+    item_bytes = 3 * data.resolution**2 + 4 * math.prod(data.moments_shape)
+    micro_batch = config.batch_size // accelerator.num_processes // facts.micro_batches
+    check_shared_memory("--num-workers", config.num_workers, PREFETCHED, micro_batch * item_bytes)
 
 
 def make_randomness(
@@ -312,11 +345,13 @@ def make_log(
 
 
 def note_start(
-    config: TrainConfig, accelerator: Accelerator, log: RunLog, model: torch.nn.Module, step: int, more: dict[str, Any]
-) -> None:
+    config: TrainConfig, facts: RunFacts, accelerator: Accelerator, log: RunLog, model: torch.nn.Module, step: int,
+    more: dict[str, Any],
+) -> None:  # fmt: skip
     """Append this start to starts.jsonl."""
     start = describe_start(config.seed, step, accelerator.device, accelerator.num_processes)
-    start |= count_parameters(model) | {"learning_rate": config.learning_rate}
+    start |= count_parameters(model) | {"learning_rate": config.learning_rate, "micro_batches": facts.micro_batches}
+    start |= {"estimated_memory": facts.memory.total} if facts.memory else {}
     log.write_line("starts.jsonl", start | {name: value for name, value in more.items() if value is not None})
 
 

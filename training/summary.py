@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from loss import TERMS
+from training.limits import in_gb
 from training.state import Run
 
 SHOWN = ("loss", *(term.name for term in TERMS))  # in the lines and in the progress bar
@@ -25,6 +26,7 @@ def starting(run: Run, last_step: int) -> list[str]:
         "run": f"{run.folder}, {resume_point(run)}; last step {last_step}",
         "device": device(run),
         "batch": batch(run),
+        **memory(run),
         "network": network(run),
         "encoder": encoders(run),
         "data": data(run),
@@ -73,11 +75,23 @@ def device(run: Run) -> str:
 
 def batch(run: Run) -> str:
     """Return how the samples of a step are divided."""
-    processes, parts = run.accelerator.num_processes, run.config.gradient_accumulation_steps
+    processes, parts = run.accelerator.num_processes, run.facts.micro_batches
     size = run.config.batch_size
     noun = "process" if processes == 1 else "processes"
     accumulation = f" x {parts} accumulation steps" if parts > 1 else ""
-    return f"{processes} {noun} x {size // processes // parts} samples{accumulation} = {size} samples per step"
+    chosen = ", chosen to fit the memory" if parts > 1 and run.config.gradient_accumulation_steps is None else ""
+    return f"{processes} {noun} x {size // processes // parts} samples{accumulation} = {size} samples per step{chosen}"
+
+
+def memory(run: Run) -> dict[str, str]:
+    """Return the estimated memory of a process, or nothing if it was not estimated."""
+    found = run.facts.memory
+    if found is None:
+        return {}
+    parts = {"weights, gradients, averages, optimizer": found.state, "encoders, codec": found.loaded}
+    parts["activations"] = found.activations
+    listed = ", ".join(f"{name} {in_gb(count)}" for name, count in parts.items())
+    return {"memory": f"estimated {in_gb(found.total)} on each process: {listed}"}
 
 
 def network(run: Run) -> str:
