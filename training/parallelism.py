@@ -102,6 +102,9 @@ def compile_training(network: SiT, encoders: Sequence[Encoder], criterion: REGLo
             raise InputError(
                 f"environment variable {variable}=1: --compile would do nothing; unset it, or --no-compile"
             )
+    # By default a region is split at DDP's buckets, so that their gradients are reduced during its backward pass. They
+    # are reduced between the regions already.
+    torch._dynamo.config.optimize_ddp = False
     how = {"backend": backend, "fullgraph": True, "dynamic": False}
     for module in (*network.blocks, *network.projectors, network.final_layer, *encoders):
         module.compile(**how)
