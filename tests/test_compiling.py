@@ -84,8 +84,10 @@ def test_each_region_is_one_graph():
     for number, (region, *given) in enumerate(regions, start=1):
         region(*given)
         assert len(graphs) == number, region
-    encoder(torch.zeros(2, 3, 64, 64, dtype=torch.uint8))
-    assert len(graphs) == len(regions) + 1
+    for dtype in (torch.float32, torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16):
+            encoder.convert(dtype)(torch.zeros(2, 3, 64, 64, dtype=torch.uint8))
+    assert len(graphs) == len(regions) + 2
 
 
 def print_graphs() -> None:
