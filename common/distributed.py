@@ -95,6 +95,9 @@ def _start_processes(device: str, mixed_precision: str, gradient_accumulation_st
         print("note: Apple's GPU (MPS) is not used, because it has no float64: this program runs on the CPU")
     if on_gpu and not check_cuda_p2p_ib_support():  # RTX 40: as accelerate's launcher does
         os.environ.update(NCCL_P2P_DISABLE="1", NCCL_IB_DISABLE="1")
+    # If True, cuDNN times its algorithms and takes the fastest, which can be another one after a restart. Results of an
+    # interrupted program (latents, images, scores, weights) would then differ from those of an uninterrupted one.
+    torch.backends.cudnn.benchmark = False
     return Accelerator(
         cpu=not on_gpu,
         mixed_precision=mixed_precision,

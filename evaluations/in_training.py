@@ -22,6 +22,7 @@ from evaluations.inception.layers import NUM_FEATURES
 from evaluations.inception.network import SPATIAL_FEATURES, full_precision, load_inception
 from evaluations.metrics import FeatureSums, frechet_distance
 from models.encoders import Encoder
+from models.tensor_checks import dtype_name
 
 
 class TrainingEvaluation:
@@ -66,6 +67,10 @@ class TrainingEvaluation:
             self.expected["encoder_fd"] = statistics.of_encoder(name, encoder.input_size)
         self.expected = {name: part for name, part in self.expected.items() if part is not None}
         self.notes = weights_notes(self.inception) + count_notes(count)
+        if "encoder_fd" in self.expected and encoder.dtype != torch.float32:
+            self.notes.append(
+                f"encoder_fd: the encoder computes in {dtype_name(encoder.dtype)}; the reference: float32"
+            )
 
     @torch.no_grad()
     def __call__(self, draw: Callable[[range], Tensor]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from models.checksums import read_open, verify
 from models.encoder_table import AFTER_NORM, BEFORE_NORM, ENCODERS, EncoderSpec, parse_options
 from models.hub import hub_file, local_or_hub, url_file
 from models.layouts import plain_names
-from models.tensor_checks import TooLargeError, check_finite, check_weights, parameters_at_most
+from models.tensor_checks import TooLargeError, check_finite, check_weights, dtype_name, parameters_at_most
 from models.weights_file import mismatch, read_safetensors, read_weights_file
 
 Device = str | torch.device
@@ -54,7 +54,8 @@ class Encoder(nn.Module):
 
     The class token is taken after the network's last norm, the patch tokens before or after it, as `tokens` says.
 
-    Attributes: `name`, as given; `width` D; `num_tokens` T; `input_size`, height and width of its input in px.
+    Attributes: `name`, as given; `width` D; `num_tokens` T; `input_size`, height and width of its input in px; `dtype`
+    of the network, float32 at first.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.name = name
         self.input_size = input_size
+        self.dtype = torch.float32
         self.network = network.eval().requires_grad_(False)
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
@@ -95,16 +97,35 @@ class Encoder(nn.Module):
         """Stay in eval mode if a parent module is set to training mode."""
         return super().train(False)
 
+    def convert(self, dtype: torch.dtype) -> Encoder:
+        """Convert the network to `dtype` in place and return this encoder. Its inputs and outputs do not change.
+
+        In another dtype than float32, autocast has no effect on it. Raises InputError if a weight is too large for
+        `dtype`; float16 ends at 65504.
+        """
+        self.dtype = dtype
+        self.network.to(dtype)
+        self.final_norm.to(dtype)
+        check_finite(self.state_dict(), f"encoder {self.name}: weights converted to {dtype_name(dtype)}")
+        return self
+
     @torch.no_grad()
     def forward(self, images: Tensor) -> EncoderOutput:
         """Return class token (N, D) and patch tokens (N, T, D), float32, of images (N, 3, H, W), uint8, 0-255.
 
         Pixels are divided by 255, normalized, and THEN resized to `input_size` (bicubic without antialias), which is
-        the order of the published recipe.
+        the order of the published recipe. This is done in float32, whatever the dtype of the network.
         """
         pixels = (images.float() / 255 - self.mean) / self.std
         if pixels.shape[-2:] != (self.input_size, self.input_size):
             pixels = F.interpolate(pixels, (self.input_size, self.input_size), mode="bicubic", align_corners=False)
+        if self.dtype == torch.float32:
+            return self._encode(pixels)
+        with torch.autocast(pixels.device.type, enabled=False):  # it would cast to its own dtype
+            return self._encode(pixels.to(self.dtype))
+
+    def _encode(self, pixels: Tensor) -> EncoderOutput:
+        """Return the output of `forward` for normalized pixels (N, 3, S, S) in the network's dtype."""
         features = self.network.forward_features(pixels)
         sequence = self._tokens(features)
         tokens = self.final_norm(sequence)

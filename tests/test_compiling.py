@@ -1,13 +1,18 @@
+import os
+from functools import partial
+
 import pytest
 import torch
 
 import train
+import training.setup
 from common.errors import InputError
 from loss import REGLoss
 from models import ema
 from models.encoders import untrained_encoder
 from models.interpolant import Interpolant
 from tests.conftest import run_training
+from tests.processes import Training
 from tests.test_sit import inputs, randomise, small
 from tests.test_train import terms, with_flags
 from training.parallelism import compile_training, to_device
@@ -79,8 +84,34 @@ def test_each_region_is_one_graph():
     for number, (region, *given) in enumerate(regions, start=1):
         region(*given)
         assert len(graphs) == number, region
-    encoder(torch.zeros(2, 3, 64, 64, dtype=torch.uint8))
-    assert len(graphs) == len(regions) + 1
+    for dtype in (torch.float32, torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16):
+            encoder.convert(dtype)(torch.zeros(2, 3, 64, 64, dtype=torch.uint8))
+    assert len(graphs) == len(regions) + 2
+
+
+def print_graphs() -> None:
+    """Have the --compile of this training process print how many operations each graph has, instead of compiling."""
+
+    def backend(graph, given):
+        operations = sum(node.op.startswith("call") for node in graph.graph.nodes)
+        os.write(1, f"graph of {operations} operations\n".encode())
+        return graph
+
+    training.setup.compile_training = partial(compile_training, backend=backend)
+
+
+def test_ddp_does_not_split_the_graphs(train_flags, tmp_path):
+    """A projector has more than 1 MB, after which DDP would split."""
+    graphs = []
+    for processes in (1, 2):
+        output = tmp_path / f"{processes}.txt"
+        flags = with_flags(train_flags, "--compile", "--projector-dim", "768", "--exp-name", f"on-{processes}")
+        process = Training([*flags, "--max-train-steps", "1"], output, processes, print_graphs)
+        assert process.wait() == 0, process.text()
+        lines = [line for line in process.text().splitlines() if line.startswith("graph of")]
+        graphs.append(sorted(lines))
+    assert len(graphs[0]) > 3 and graphs[1] == sorted(2 * graphs[0])
 
 
 def test_compiling_changes_no_name_and_no_average():

@@ -89,6 +89,13 @@ def test_the_flag_decides_the_accumulation(monkeypatch):
     assert accelerator.gradient_accumulation_steps == 4 and accelerator.device.type == "cpu"
 
 
+def test_convolutions_are_not_chosen_by_their_time(monkeypatch):
+    monkeypatch.setattr("torch.backends.cudnn.benchmark", True)
+    reset_accelerate()
+    start_processes("cpu")
+    assert not torch.backends.cudnn.benchmark
+
+
 def test_a_process_without_a_gpu_and_apples_gpu(monkeypatch, capsys):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)

@@ -1,6 +1,7 @@
 """Frozen encoders: layouts of weights, preprocessing, and errors for unusable weights."""
 
 import io
+import json
 import os
 import time
 import zipfile
@@ -19,6 +20,7 @@ from models import encoders
 from models.checksums import write_checksum
 from models.encoder_table import TOKENS
 from models.encoders import ENCODERS, load_encoder, load_encoders
+from tests.conftest import read_rows, run_training
 
 ASSETS = os.environ.get("REG_ASSETS")
 TINY_VIT = "timm/vit_tiny_patch16_224:depth=2"
@@ -202,6 +204,61 @@ def test_tokens_of_a_feature_map_are_row_major_and_the_vector_is_their_mean(tmp_
     output = encoder(images)
     torch.testing.assert_close(output.patch_tokens[:, 4 * 1 + 2], feature_map[:, :, 1, 2])
     torch.testing.assert_close(output.cls_token, feature_map.mean((2, 3)))
+
+
+HALF = {torch.bfloat16: 2e-2, torch.float16: 3e-3}  # relative tolerances; each is about 3 times what was measured
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize(
+    "spec",
+    [
+        f"clip-vit-b:{SMALL}:input=96",  # the last norm lies outside the network
+        f"dinov2reg-vit-b:{SMALL}:input=56",
+        f"timm/vit_base_patch16_siglip_256:{SMALL}:input=64",  # attention pool
+        "timm/beit_base_patch16_224:depth=1:embed_dim=96:num_heads=3",  # final norm after the pooling
+        "timm/resnet18:input=64",
+    ],
+)
+def test_half_precision_changes_only_rounding(spec, dtype):
+    torch.manual_seed(0)
+    encoder = encoders.untrained_encoder(spec, 256)
+    for parameter in encoder.parameters():  # some are so small at first that float16 has few bits for them
+        parameter.add_(0.02 * torch.randn_like(parameter))
+    images, inputs = random_images(), []
+    expected = encoder(images)
+    pixels = (images.float() / 255 - encoder.mean) / encoder.std
+    if encoder.input_size != 64:
+        pixels = F.interpolate(pixels, (encoder.input_size,) * 2, mode="bicubic")
+    assert encoder.convert(dtype) is encoder and encoder.mean.dtype == encoder.std.dtype == torch.float32
+    assert {parameter.dtype for parameter in encoder.parameters()} == {dtype}
+    forward_features = encoder.network.forward_features
+    encoder.network.forward_features = lambda pixels: forward_features(inputs.append(pixels) or pixels)
+    output = encoder(images)
+    assert torch.equal(inputs[0], pixels.to(dtype))  # normalized and resized in float32
+    for ours, full in zip(output, expected, strict=True):
+        assert ours.dtype == torch.float32
+        assert 0 < (ours - full).norm() / full.norm() < HALF[dtype]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(map(torch.equal, encoder(images), output))
+
+
+def test_weights_that_are_too_large_for_half_precision_are_refused():
+    encoder = encoders.untrained_encoder(f"dinov1-vit-b:{SMALL}:input=64", 256)
+    torch.nn.init.constant_(encoder.network.norm.bias, 1e5)
+    with pytest.raises(InputError, match=r"encoder dinov1-vit-b.*: weights converted to float16: network\.norm\.bias"):
+        encoder.convert(torch.float16)
+
+
+def test_a_run_records_the_dtype_of_the_encoders_and_may_change_it(train_flags):
+    flags = [*train_flags, "--exp-name", "run", "--mixed-precision", "bf16"]
+    run = run_training([*flags, "--encoder-dtype", "bf16", "--max-train-steps", "1"])
+    assert json.loads((run / "args.json").read_text())["encoder_dtype"] == "bf16"
+    run_training([*flags, "--resume", "latest", "--max-train-steps", "2"])
+    assert json.loads((run / "args.json").read_text())["encoder_dtype"] == "float32"
+    run_training([*flags, "--exp-name", "other", "--max-train-steps", "1"])
+    half, full = (read_rows(run.parent / name)[0] for name in ("run", "other"))
+    assert half["loss"] != full["loss"] and half["loss"] == pytest.approx(full["loss"], rel=1e-2)
 
 
 def test_encoder_stays_frozen_inside_a_training_module(tmp_path):

@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import torch
 
+import train
 from common.errors import InputError
 from evaluations import reference
 from models.checkpoint import load_checkpoint
 from tests import adm_standin
 from tests.conftest import ENCODER, read_rows, reset_accelerate, run_training
 from tests.test_train import with_flags
+from training.sampling import score_samples
 
 # Beginnings of the evaluator's notes on 6 samples, scored with weights that are not the published ones.
 NOTES = [
@@ -65,3 +67,12 @@ def test_settings_that_cannot_work_are_named(train_flags, reference_file, tmp_pa
     flags = [*evaluation_flags(reference_file), "--eval-ref", str(tmp_path / "bare.npz")]
     with pytest.raises(InputError, match=r"bare\.npz: no statistics"):
         run_training(with_flags(train_flags, *flags))
+
+
+def test_an_encoder_in_half_precision_scores_samples_with_a_note(train_flags, reference_file):
+    reset_accelerate()
+    flags = with_flags(train_flags, *evaluation_flags(reference_file), "--encoder-dtype", "bf16")
+    run = train.set_up(train.parse_args(flags))
+    assert run.evaluation.notes[-1] == "encoder_fd: the encoder computes in bfloat16; the reference: float32"
+    scores = score_samples(run)
+    assert np.isfinite([scores["encoder_fd"], scores["coherence"]]).all()

@@ -1,6 +1,7 @@
 """A sharded run equals the run of one process."""
 
 import json
+import os
 import signal
 
 import numpy as np
@@ -13,6 +14,8 @@ from models.checkpoint import load_checkpoint, load_model
 from tests.conftest import read_rows, run_training
 from tests.processes import Training
 from tests.test_resume import LAST, STEPS, assert_same_run, finish, flags_of, poison, run_folder
+from tests.test_sit import small
+from training import parallelism
 from training.preemption import EXIT_RESUMABLE
 
 pytestmark = pytest.mark.skipif(
@@ -53,6 +56,47 @@ def test_same_losses_and_same_file_as_ddp_and_one_process(train_flags, tmp_path)
     assert starts[1]["parameters_kept"] == pytest.approx(starts[1]["parameters"] / 2, rel=0.02)
     grids = [np.array(Image.open(run / "samples" / f"{STEPS:07d}.png"), dtype=int) for run in (alone, sharded)]
     assert np.abs(grids[0] - grids[1]).max() <= 1
+
+
+def print_gathered() -> None:
+    """Have this training process print the dtypes in which it gathers weights."""
+    original = parallelism.fully_shard
+
+    def fully_shard(module, mp_policy=None, **options):
+        os.write(1, f"gathers {mp_policy and mp_policy.param_dtype}\n".encode())
+        original(module, **options, **({} if mp_policy is None else {"mp_policy": mp_policy}))
+
+    parallelism.fully_shard = fully_shard
+
+
+def test_autocast_gathers_in_its_dtype_and_has_the_bits_of_ddp(train_flags, tmp_path):
+    """Gradients are not clipped, because the order of the sum in their norm differs."""
+    runs = []
+    for name, more in (("ddp", ()), ("sharded", ("--fsdp",))):
+        flags = flags_of(train_flags, name, "--log-steps", "1", "--mixed-precision", "bf16", "--max-grad-norm", "1e6")
+        flags = [*flags, *more, "--max-train-steps", "4", "--checkpointing-steps", "4"]
+        training = Training(flags, tmp_path / f"{name}.txt", 2, print_gathered)
+        assert training.wait() == 0, training.text()
+        runs.append(run_folder(flags))
+    gathered = [line for line in training.text().splitlines() if line.startswith("gathers")]
+    blocks = 2 * 2  # on two processes
+    assert gathered.count("gathers torch.bfloat16") == blocks, gathered
+    assert gathered.count("gathers None") == blocks + 4  # those of the average, and twice what is outside of blocks
+    losses = [[[row[name] for name in LOGGED if name != "grad_norm"] for row in read_rows(run)] for run in runs]
+    assert losses[0] == losses[1]
+    ddp, sharded = (load_checkpoint(run / "checkpoints" / "0000004.pt") for run in runs)
+    pairs = [(ddp[part][name], sharded[part][name]) for part in ("model", "ema") for name in ddp[part]]
+    for index, state in ddp["opt"]["state"].items():
+        pairs += [(value, sharded["opt"]["state"][index][name]) for name, value in state.items()]
+    assert all(one.dtype == other.dtype == torch.float32 and torch.equal(one, other) for one, other in pairs)
+
+
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
+def test_only_weights_that_autocast_casts_are_gathered_in_its_dtype(autocast):
+    policy = parallelism.gathering(small().blocks[0], autocast)
+    assert (policy.param_dtype, policy.reduce_dtype) == (autocast, torch.float32) and not policy.cast_forward_inputs
+    assert parallelism.gathering(small(qk_norm=True).blocks[0], autocast).param_dtype is None
+    assert parallelism.gathering(small().blocks[0], None).param_dtype is None
 
 
 def test_stopped_and_resumed_bit_for_bit(train_flags, tmp_path):

@@ -17,6 +17,7 @@ from common.errors import InputError
 from loss import ENTANGLED, FROM_ENCODER, TERMS
 from models.autoencoder import LatentFormat
 from models.checkpoint import MOST_STEPS
+from models.inference import NETWORK_DTYPES
 from models.interpolant import PATHS
 from models.sit import ENCODER_DEPTHS, PRESETS, SiT_models, SiTConfig
 from training.limits import Estimate
@@ -198,6 +199,12 @@ class PrecisionSettings(Config):
         "autocast; default: fp16 or bf16 if accelerate's configuration says so, else fp16 on CUDA, no on the CPU",
         choices=("no", "fp16", "bf16"),
         environment="ACCELERATE_MIXED_PRECISION",
+    )
+    encoder_dtype: str = adjustable(
+        "float32",
+        "dtype of the frozen encoders; fp16, bf16: half of their memory, and no casts of their weights by autocast in "
+        "each step; only rounding of the targets changes. float32: autocast applies to them",
+        choices=tuple(NETWORK_DTYPES),
     )
 
 

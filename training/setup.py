@@ -29,6 +29,7 @@ from loss import FROM_ENCODER, REGLoss
 from models.autoencoder import Codec, load_decoder
 from models.checkpoint import saved_settings
 from models.encoders import Encoder, load_encoders
+from models.inference import NETWORK_DTYPES
 from models.interpolant import Interpolant
 from models.sit import SiT
 from training.checkpoint_writer import CheckpointWriter
@@ -78,12 +79,13 @@ def set_up(config: TrainConfig, stop_signal: StopSignal | None = None) -> Run:
     say_differences(config)
     data = open_data(config, accelerator)
     encoders = make_encoders(config, data, accelerator)
+    digests = broadcast_from_main(accelerator, lambda: find_digests(data, encoders))  # of the weights as they are given
+    encoders = [encoder.convert(NETWORK_DTYPES[config.encoder_dtype]) for encoder in encoders]
     codec = make_codec(config, data, accelerator)
     if config.sampling_steps and broadcast_from_main(accelerator, lambda: codec is None):
         config = changed(config, sampling_steps=0)
     evaluation = make_evaluation(config, accelerator, encoders)
     widths = [encoder.width for encoder in encoders]
-    digests = broadcast_from_main(accelerator, lambda: find_digests(data, encoders))
     facts = find_facts(config, data.resolution, data.latent_size, data.num_classes, data.latent_format, widths, digests)
     with restoring(point.path):
         inputs_changed = check_restorable(config, facts, data, checkpoint, point.path)

@@ -20,6 +20,7 @@ from models import ema
 from models.autoencoder import Codec
 from models.checkpoint import load_checkpoint, network_weights, resolve_checkpoint, saved_settings, steps_done
 from models.encoders import Encoder
+from models.inference import NETWORK_DTYPES
 from models.sit import SiT
 from models.tensor_checks import check_finite
 from models.weights_file import mismatch
@@ -111,7 +112,7 @@ def prepare_networks(
     # Devices.
     if config.fsdp:
         mesh = device_mesh(accelerator)
-        shard(model, mesh)
+        shard(model, mesh, None if config.precision == "no" else NETWORK_DTYPES[config.precision])
         shard(average, mesh)
     else:
         model, average = model.to(accelerator.device), average.to(accelerator.device)
