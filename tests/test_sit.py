@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from common.errors import InputError
-from models.sit import ENCODER_DEPTHS, PRESETS, SiT, SiT_models, SiTConfig, sincos_2d
+from models.sit import SiT, SiT_models, SiTConfig, sincos_2d
+from models.sit_config import ENCODER_DEPTHS, PRESETS
 
 COUNTS = {"SiT-S/2": 40_107_792, "SiT-B/2": 139_028_496, "SiT-L/2": 467_533_328, "SiT-XL/2": 685_017_360}
 

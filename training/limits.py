@@ -9,17 +9,19 @@ import torch
 
 from common.errors import InputError
 from models.sit import SiT, SiTConfig
+from models.sit_config import OUTER_BLOCKS
 
 STATE_BYTES = 16  # of a parameter, float32: weight, average, and the two moments of AdamW
 NUMBER_BYTES = 4  # of a float32
 
 
 def parameter_count(network: SiTConfig) -> int:
-    """Return the number of parameters of a network, positions included, from networks of one and two blocks."""
+    """Return the number of parameters of a network, positions included, from two networks with few blocks."""
+    least = 2 * OUTER_BLOCKS + 1 if network.sprint else 1
     with torch.device("meta"):
-        small = (SiT(replace(network, depth=depth, encoder_depth=1)) for depth in (1, 2))
+        small = (SiT(replace(network, depth=depth, encoder_depth=1)) for depth in (least, least + 1))
         one, two = (sum(parameter.numel() for parameter in model.parameters()) for model in small)
-    return one + (network.depth - 1) * (two - one)
+    return one + (network.depth - least) * (two - one)
 
 
 def check_memory(network: SiTConfig, batch_size: int, processes: int, sharded: bool, available: int) -> None:
