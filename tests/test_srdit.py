@@ -26,11 +26,12 @@ SWITCHES = {
     "all": ALL,
     "all without class slot": {**ALL, "cls_token_dim": None},
 }
+QUICK = ("patch size 1", "qk_norm layer")  # not compiled
 OF_SR_DIT = {"norm": "rms", "qk_norm": "rms", "rope": True, "value_residual": True, "sprint": True}
 
 
 def network(**options) -> SiT:
-    model = randomise(small(**{"depth": DEPTH, "input_size": 4, **options}))
+    model = randomise(small(**{"depth": DEPTH, "input_size": 4, "hidden_size": 16, **options}))
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -250,7 +251,7 @@ def test_in_training_the_class_token_is_a_token_like_any_other():
     torch.testing.assert_close(routed.cls_velocity, plain.cls_velocity, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("options", SWITCHES.values(), ids=SWITCHES)
+@pytest.mark.parametrize("options", [options for name, options in SWITCHES.items() if name not in QUICK])
 def test_compiled_and_checkpointed_networks_give_the_same_gradients(options):
     torch._dynamo.reset()
     model, graphs = network(**options), torch._dynamo.utils.counters["stats"]
