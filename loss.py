@@ -40,6 +40,8 @@ class Draws(NamedTuple):
     latent_noise: Tensor  # (N, C, h, w), standard normal: samples the latents from their moments
     label_drop: Tensor  # (N,) bool: labels replaced by the null class
     cls_noise: Tensor | None = None  # (N, D), standard normal; None without a class token
+    route: Tensor | None = None  # (N, 1 + T), uniform: which tokens SPRINT keeps; None without SPRINT
+    path_drop: Tensor | None = None  # (N,) bool, equal for all samples of a step: SPRINT's path drop; None without it
 
     def rows(self, first: int, last: int) -> Draws:
         """Return the draws of samples first .. last - 1."""
@@ -117,9 +119,9 @@ class REGLoss:
             draws: times, noise and dropped labels.
         """
         x_t, cls_t = self.mix(x, targets, draws)
-        output = network(
-            x_t, draws.t, y, cls_token=cls_t, label_drop=draws.label_drop, project=bool(targets.encoder_tokens)
-        )
+        sprint = {} if draws.route is None else {"route": draws.route, "path_drop": draws.path_drop}
+        project = bool(targets.encoder_tokens)
+        output = network(x_t, draws.t, y, cls_token=cls_t, label_drop=draws.label_drop, project=project, **sprint)
         return self.compare(*output, x, targets, draws)
 
     def mix(self, x: Tensor, targets: Targets, draws: Draws) -> tuple[Tensor, Tensor | None]:

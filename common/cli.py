@@ -50,6 +50,7 @@ def setting(
     flag: str | None = None,
     parse: Callable[[str], Any] | None = None,
     environment: str | None = None,
+    bare: tuple[str, str] | None = None,
 ) -> Any:
     """Return the dataclass field of one flag.
 
@@ -62,10 +63,11 @@ def setting(
         flag: name on the command line; default: the field's name with dashes. Without dashes in front it is positional.
         parse: text to value; default: from the field's type (int, float, str, Path, bool).
         environment: variable that gives the value if the flag is not given; "no" counts as not set.
+        bare: values for --NAME without a value and for --no-NAME, and for true and false in a --config file.
     """
     metadata = {
         "help": help, "check": check, "choices": tuple(choices), "changeable": changeable, "flag": flag, "parse": parse,
-        "environment": environment,
+        "environment": environment, "bare": bare,
     }  # fmt: skip
     return field(default=default, metadata=metadata)
 
@@ -237,9 +239,10 @@ def _as_arguments(item: dataclasses.Field, kind: Any, value: Any) -> list[str]:
     name = flag_of(item)
     if value is None:
         return []
-    if isinstance(value, bool) != (kind is bool):
+    is_switch = kind is bool or (isinstance(value, bool) and item.metadata["bare"] is not None)
+    if isinstance(value, bool) != is_switch:
         raise InputError(f"{value!r}: must be {'true or false' if kind is bool else 'a value, not true or false'}")
-    if kind is bool:
+    if is_switch:
         return [name if value else "--no-" + name.removeprefix("--")]
     several = value if isinstance(value, list) else [value]
     if not all(isinstance(one, str | int | float) for one in several) or (
@@ -261,6 +264,9 @@ def make_parser(config_class: type[Config], description: str) -> argparse.Argume
         group = parser.add_argument_group(title)
         for item in items:
             group.add_argument(flag_of(item), **_argument(item, hints[item.name]))
+            if bare := item.metadata["bare"]:
+                off = {"dest": item.name, "action": "store_const", "const": bare[1], "help": argparse.SUPPRESS}
+                group.add_argument(flag_of(item).replace("--", "--no-", 1), **off)
     return parser
 
 
@@ -360,6 +366,8 @@ def _argument(item: dataclasses.Field, hint: Any) -> dict[str, Any]:
     if get_origin(kind) is tuple:  # several values after one flag, unless `parse` splits a single one
         kind = get_args(kind)[0]
         how |= {} if rules["parse"] else {"nargs": "+" if "dest" in how else "*"}
+    if rules["bare"]:
+        how |= {"nargs": "?", "const": rules["bare"][0]}
     how["type"] = rules["parse"] or {float: finite_float, int: whole_number}.get(kind, kind)
     if rules["choices"]:  # checked by Config
         how["metavar"] = "{" + ",".join(rules["choices"]) + "}"

@@ -16,7 +16,8 @@ from models.autoencoder import LatentFormat
 from models.checkpoint import is_legacy, saved_settings
 from models.inference import NETWORK_DTYPES
 from models.interpolant import PATHS
-from models.sit import PRESETS, SiTConfig
+from models.sit import SiTConfig
+from models.sit_config import PRESETS, QK_NORMS
 from samplers import MODES, SOLVERS, Guidance, derive_seed
 
 LABEL_STREAM = 2  # first part of the key of a label's seed: no other draw from the global seed uses it
@@ -119,7 +120,9 @@ class CheckpointSettings(Config):
     num_classes: int | None = setting(None, "number of classes")
     encoder_depth: int | None = setting(None, "block whose output the projectors read; without effect on images")
     resolution: int | None = setting(None, "image size in pixels")
-    qk_norm: bool | None = setting(None, "LayerNorm on queries and keys")
+    qk_norm: str | None = setting(
+        None, "norm of queries and keys; without a value: layer", choices=QK_NORMS, bare=("layer", "none")
+    )
     projector_embed_dims: str | None = setting(None, "widths of the aligned encoders, comma-separated")
     cls: int | None = setting(None, "width of the class token; 0: no class token")
     path_type: str | None = setting(None, "path between data and noise", choices=PATHS)

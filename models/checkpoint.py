@@ -42,7 +42,9 @@ from models.hub import hub_file, local_or_hub
 from models.interpolant import PATHS
 from models.layouts import check_layout, from_sit, plain_names
 from models.safetensors_format import is_exported, read_network
-from models.sit import ENCODER_DEPTHS, PRESETS, SiT, SiTConfig
+from models.sit import SiT, SiTConfig
+from models.sit_config import ENCODER_DEPTHS, PRESETS, SPRINT_ENCODER_DEPTH
+from models.switches import contradiction, switches_of_weights
 from models.tensor_checks import check_finite, check_weights
 from models.weights_file import mismatch, read_weights_file
 
@@ -233,7 +235,9 @@ def network_weights(
     """
     state = _stored_weights(checkpoint, weights, source)
     first = _plain_blocks(state)
-    return {OLD_BLOCK.sub(lambda match: f"blocks.{int(match[1]) + first}.", name): state[name] for name in state}
+    state = {OLD_BLOCK.sub(lambda match: f"blocks.{int(match[1]) + first}.", name): state[name] for name in state}
+    # The scalars of the value residual have the shape (1,) here, and may have none in files of SR-DiT.
+    return {name: value.reshape(-1) if name.endswith(".v1_lambda") else value for name, value in state.items()}
 
 
 def is_legacy(checkpoint: dict[str, Any]) -> bool:
@@ -267,6 +271,9 @@ def network_config(checkpoint: dict[str, Any], weights: str = "ema", source: str
             )
     if (heads := settings.get("num_heads")) not in (None, config.num_heads):
         raise InputError(f"{source}: network has num_heads {config.num_heads}, but its run had {shown(heads)}")
+    if found := contradiction(settings, config):
+        name, value, held = found
+        raise InputError(f"{source}: the settings of its run have {name} {shown(value)}, but the weights have {held}")
     return config
 
 
@@ -292,7 +299,7 @@ def build_model(
         why = mismatch(error) or f"sizes that are not possible: {shown(config)}"
         raise InputError(f"{source}: the weights do not fit the network that it describes; {why}") from error
     model.to_empty(device=device).load_state_dict(state, strict=True)
-    check_finite(dict(model.named_parameters()), source)
+    check_finite(model.state_dict(), source)
     return model.eval().requires_grad_(False)
 
 
@@ -332,7 +339,6 @@ def _fields_of_weights(state: dict[str, Tensor], source: str | Path) -> dict[str
         patches = state["pos_embed"].shape[1] - (cls_weight is not None or slot_token is not None)
         count = sum(re.fullmatch(r"projectors\.\d+\.4\.weight", name) is not None for name in state)
         projectors = [state[f"projectors.{k}.4.weight"].shape for k in range(count)]  # [(z_dim, projector_dim)]
-        q_norm = state.get("blocks.0.attn.q_norm.weight")
         fields = {
             "input_size": round(patches**0.5) * patch_size,
             "patch_size": patch_size,
@@ -343,13 +349,14 @@ def _fields_of_weights(state: dict[str, Tensor], source: str | Path) -> dict[str
             "num_classes": state["y_embedder.embedding_table.weight"].shape[0] - 1,
             "z_dims": tuple(shape[0] for shape in projectors),
             "cls_token_dim": None if cls_weight is None else cls_weight.shape[1],
-            "qk_norm": q_norm is not None,
             "learnable_token": slot_token is not None,
+            **switches_of_weights(state),
         }
         if projectors:
             fields["projector_dim"] = projectors[0][1]
-        if q_norm is not None:
-            fields["num_heads"] = hidden_size // len(q_norm)
+        for name in ("feat_rope.freqs_cos", "blocks.0.attn.q_norm.weight"):  # their last dimension is a head's width
+            if name in state:
+                fields.setdefault("num_heads", hidden_size // state[name].shape[-1])
     except (KeyError, ValueError, IndexError, TypeError, ZeroDivisionError) as error:
         raise InputError(f"{source}: not a SiT's weights ({error} is missing or has a wrong shape)") from error
     return fields
@@ -363,7 +370,14 @@ def _complete(fields: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any
         "num_heads": settings.get("num_heads") or (PRESETS[size][2] if size else None),
         "encoder_depth": settings.get("encoder_depth") or ENCODER_DEPTHS.get(size, depth),
         "projector_dim": SiTConfig.projector_dim,
+        **{
+            name: settings[name]
+            for name in ("norm", "sprint_keep", "sprint_path_drop")
+            if settings.get(name) is not None
+        },
     }
+    if fields["sprint"]:
+        others["encoder_depth"] = SPRINT_ENCODER_DEPTH  # of SR-DiT's files, whatever their settings have
     if not (fields := {**others, **fields})["num_heads"]:
         raise InputError(f"depth {depth}, width {hidden_size} fit no preset, and args has no num_heads")
     return fields

@@ -10,6 +10,7 @@ from common.errors import InputError, shown
 
 LARGEST_CODEC_SIZE = 4096  # of a codec's channels, of pixels of one latent pixel, and of a number in its config.json
 LARGEST_SIZE = 2**31 - 1  # of a number; the shapes of the weights limit most fields further
+Share = float  # annotation of a field: a number from 0 to 1
 
 
 def _is_size(value: Any) -> bool:
@@ -20,7 +21,10 @@ def _is_size(value: Any) -> bool:
 FIELD_KINDS = {
     "int": (_is_size, f"a whole number up to {LARGEST_SIZE}"),
     "float": (lambda value: type(value) in (int, float) and 0 < value <= LARGEST_SIZE, "a number above 0"),
+    "Share": (lambda value: type(value) in (int, float) and 0 <= value <= 1, "a number from 0 to 1"),
     "bool": (lambda value: type(value) is bool, "true or false"),
+    "str": (lambda value: type(value) is str, "text"),
+    "str | bool": (lambda value: type(value) in (str, bool), "text, true or false"),
     "int | None": (lambda value: value is None or _is_size(value), "a whole number or null"),
     "tuple[int, ...]": (lambda value: isinstance(value, list | tuple) and all(map(_is_size, value)), "whole numbers"),
 }

@@ -26,12 +26,12 @@ from models.tensor_checks import check_weights
 LAYOUTS = ("auto", "reg", "sit")
 PREFIXES = re.compile(r"^(module\.|_orig_mod\.)+|\b_orig_mod\.")  # of DistributedDataParallel and torch.compile
 WRAPPERS = ("ema", "model", "state_dict", "module")  # entries of a file that hold a state dict
-OWN_PARTS = ("projectors.", "cls_projectors2.", "slot_token", "decoder_blocks.")  # neither SiT nor DiT has them
+# Neither SiT nor DiT has them.
+OWN_PARTS = ("projectors.", "cls_projectors2.", "slot_token", "decoder_blocks.", "fusion_proj.")
 # What a file with a parameter of such a name holds, and the flag that takes it.
 FOREIGN = (
     (r"\blora_(A|B|up|down)\b|\.lora\.(up|down)\.", "LoRA weights, the change of another network", ""),
-    (r"\.v1_lambda$|^fusion_proj\.", "weights of SR-DiT, whose architecture this project does not have", ""),
-    (r"^feat_rope\.|\.mlp\.w12\.", "weights of LightningDiT, whose architecture this project does not have", ""),
+    (r"\.mlp\.w12\.", "weights of LightningDiT, whose architecture this project does not have", ""),
     (r"^transformer_blocks\.\d+\.", "weights of a Transformer2DModel of diffusers, with another architecture", ""),
     (r"^(model\.diffusion_model\.)?(down_blocks|input_blocks|middle_block)\.", "weights of a UNet", ""),
     (r"^(first_stage_model\.)?(encoder|decoder)\.(conv_in|layers\.\d+)\.", "weights of a codec (VAE)", "--vae"),
@@ -41,7 +41,9 @@ FOREIGN = (
         "--enc-weights",
     ),
 )
-ACCEPTED = "checkpoints of this project, of REG and of REPA, exports, and SiT's own weights by export.py --layout sit"
+ACCEPTED = (
+    "checkpoints of this project, of REG, REPA and SR-DiT, exports, and SiT's own weights by export.py --layout sit"
+)
 
 
 def plain_names(state: Mapping[Any, Any]) -> dict[Any, Any]:
@@ -109,7 +111,8 @@ def from_sit(content: Mapping[str, Any], source: str | Path) -> dict[str, Any]:
     Raises InputError if they are not SiT's, or were not trained on the linear path with velocities.
     """
     state = stored_state(content)
-    own = next((name for name in state if isinstance(name, str) and name.startswith(OWN_PARTS)), None)
+    own_parts = (*OWN_PARTS, "feat_rope.", "blocks.1.attn.v1_lambda")
+    own = next((name for name in state if isinstance(name, str) and name.startswith(own_parts)), None)
     if own or content.get("network") is not None:
         what = own or "the entry network"
         raise InputError(f"--layout sit: {source} has {what}, which SiT's own weights do not have; leave --layout out")

@@ -149,8 +149,8 @@ def _as_checkpoint(state: dict[str, Tensor], config: dict[str, Any], folder: Pat
         content |= {"args": argparse.Namespace(), "steps": config.get("steps", 0)}
         vars(content["args"]).update(config)
     names = {field.name for field in dataclasses.fields(SiTConfig)}
-    if config.keys() >= names:  # the oldest exports lack a field
-        content["network"] = {name: config[name] for name in names}
+    if config.keys() >= names - SiTConfig.added_fields().keys():  # the oldest exports lack another field
+        content["network"] = {name: config[name] for name in names & config.keys()}
     if "classes" in config:
         content["classes"] = config["classes"]
     return content

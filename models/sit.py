@@ -2,7 +2,9 @@
 latents of an image. REG (arXiv 2507.01467, section 3) adds one class token to the sequence, which is denoised together
 with the latents. REPA (arXiv 2410.06940, section 3) adds projectors, whose outputs are aligned with a frozen encoder.
 
-`SiTConfig` selects the method: REG has the class slot and projectors, REPA has projectors only, SiT has neither.
+`SiTConfig` selects the method: REG has the class slot and projectors, REPA has projectors only, SiT has neither. The
+switches of SR-DiT (arXiv 2512.12386) are RMSNorm, norms of queries and keys, rotary positions (models/rope.py), value
+residual, and token routing (models/sprint.py).
 
 The names and the order of the parameters are the format of the published checkpoints. Do not change them.
 """
@@ -12,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import zlib
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,73 +23,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from common.errors import InputError
-from models.field_checks import check_fields
+from models.norms import head_norm, token_norm
+from models.rope import RotaryPositions, Rotation, rotate
+from models.sit_config import PATCH_SIZES, PRESETS, SiTConfig, default_encoder_depth
+from models.sprint import Tokens, choose_tokens, fill_in, take_tokens
 
 TIME_FEATURES = 256  # width of the sinusoidal features of t (DiT)
-PlainNorm = partial(nn.LayerNorm, elementwise_affine=False, eps=1e-6)
-# Depth, width and heads (DiT, table 1).
-PRESETS = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
-PATCH_SIZES = (2, 4, 8)
-# The projectors read the output of this block, counted from 1 (REPA, section 4; REG, table 5 for B).
-ENCODER_DEPTHS = {"S": 4, "B": 4, "L": 8, "XL": 8}
-FIRST_ENCODER = -1  # value of `cls_token_dim`: the width of the first encoder
-
-
-@dataclasses.dataclass(frozen=True)
-class SiTConfig:
-    """Description of a network, saved in every checkpoint. Raises ValueError if sizes do not fit together."""
-
-    input_size: int = 32  # height and width of the latents
-    patch_size: int = 2  # height and width of a patch, in latent pixels
-    in_channels: int = 4  # channels of the latents
-    hidden_size: int = 1152  # width of the tokens
-    depth: int = 28  # number of blocks
-    num_heads: int = 16  # attention heads of each block
-    mlp_ratio: float = 4.0  # inner width of each block's MLP, divided by hidden_size
-    num_classes: int = 1000  # without the null class, which has the index num_classes
-    encoder_depth: int = 8  # the projectors read the output of this block, counted from 1
-    z_dims: tuple[int, ...] = (768,)  # width of each encoder to align with; empty for no projectors
-    projector_dim: int = 2048  # inner width of the projectors
-    cls_token_dim: int | None = FIRST_ENCODER  # width of the class token; None for no class slot
-    qk_norm: bool = False  # LayerNorm on queries and keys
-    learnable_token: bool = False  # a learned token in the class slot, not noised and not denoised (REG, an ablation)
-
-    def __post_init__(self) -> None:
-        cls_token_dim = self.cls_token_dim or None
-        if cls_token_dim == FIRST_ENCODER:
-            cls_token_dim = self.z_dims[0] if self.z_dims and not self.learnable_token else None
-        object.__setattr__(self, "cls_token_dim", cls_token_dim)  # the way to set a field of a frozen dataclass
-        object.__setattr__(self, "z_dims", tuple(self.z_dims))
-        if self.learnable_token and cls_token_dim:
-            raise ValueError(f"cls_token_dim {cls_token_dim} and learnable_token: there is one slot for one of them")
-        size, patch = self.input_size, self.patch_size
-        if not 1 <= patch <= size or size % patch:
-            raise ValueError(f"latents of {size} x {size} do not divide into patches of {patch}")
-        if self.num_heads < 1 or self.hidden_size % math.lcm(self.num_heads, 4):  # 4: parts of the position table
-            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads} and of 4")
-        if self.z_dims and not 1 <= self.encoder_depth <= self.depth:
-            raise ValueError(f"encoder_depth {self.encoder_depth} is outside 1 .. {self.depth}, the number of blocks")
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the fields as JSON has them, with a list in place of the tuple."""
-        return {**dataclasses.asdict(self), "z_dims": list(self.z_dims)}
-
-    @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> SiTConfig:
-        """Return the configuration that `to_json` wrote.
-
-        Raises InputError, naming the fields, if some are missing, unknown, of a wrong type, or do not fit together.
-        """
-        kinds = {field.name: field.type for field in dataclasses.fields(cls)}
-        if wrong := set(fields if isinstance(fields, dict) else ()) ^ set(kinds):
-            names = ", ".join(sorted(map(str, wrong)))
-            raise InputError(f"network: missing or unknown fields {names}; expected {', '.join(kinds)}")
-        check_fields(fields, kinds)
-        try:
-            return cls(**fields)
-        except (TypeError, ValueError) as error:
-            raise InputError(f"network: {error}") from error
 
 
 class SiTOutput(NamedTuple):
@@ -144,28 +86,44 @@ class LabelEmbedder(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over all tokens, optionally with LayerNorm on queries and keys."""
+    """Multi-head self-attention over all tokens, optionally with norms and rotary positions of queries and keys.
 
-    def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool, fused_attn: bool):
+    With value residual (arXiv 2410.17897) all blocks but the first one mix the first block's values into theirs.
+    """
+
+    def __init__(self, config: SiTConfig, fused_attn: bool, is_first: bool):
         super().__init__()
-        self.num_heads, self.fused_attn = num_heads, fused_attn
-        head_size = hidden_size // num_heads
+        hidden_size = config.hidden_size
+        self.num_heads, self.fused_attn = config.num_heads, fused_attn
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
-        self.q_norm = nn.LayerNorm(head_size) if qk_norm else nn.Identity()
-        self.k_norm = nn.LayerNorm(head_size) if qk_norm else nn.Identity()
+        self.q_norm, self.k_norm = head_norm(config), head_norm(config)
         self.proj = nn.Linear(hidden_size, hidden_size)
+        mixes = config.value_residual and not is_first
+        # A number of shape (1,), because FSDP does not shard tensors without a dimension.
+        self.v1_lambda = nn.Parameter(torch.full((1,), 0.5)) if mixes else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *more: Any) -> None:
+        if (number := state_dict.get(f"{prefix}v1_lambda")) is not None:
+            state_dict[f"{prefix}v1_lambda"] = number.reshape(-1)  # other code may save it without a dimension
+        super()._load_from_state_dict(state_dict, prefix, *more)
+
+    def forward(self, x: Tensor, rotation: Rotation | None, first_v: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the tokens (N, T, D) and this block's own values (N, heads, T, D / heads)."""
         n, tokens, width = x.shape
         qkv = self.qkv(x).view(n, tokens, 3, self.num_heads, width // self.num_heads)  # (N, T, 3, heads, D / heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (N, heads, T, D / heads)
-        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)  # under autocast LayerNorm returns float32
+        q, k, own_v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (N, heads, T, D / heads)
+        q, k, v = self.q_norm(q), self.k_norm(k), own_v
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
+        if self.v1_lambda is not None:
+            v = self.v1_lambda * first_v + (1 - self.v1_lambda) * v
+        q, k, v = q.to(own_v.dtype), k.to(own_v.dtype), v.to(own_v.dtype)  # norms and rotations may return float32
         if self.fused_attn:
             x = F.scaled_dot_product_attention(q, k, v)  # (N, heads, T, D / heads)
         else:
             weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (N, heads, T, T)
             x = weights.softmax(dim=-1).to(v.dtype) @ v  # (N, heads, T, D / heads)
-        return self.proj(x.transpose(1, 2).reshape(n, tokens, width))  # (N, T, D)
+        return self.proj(x.transpose(1, 2).reshape(n, tokens, width)), own_v
 
 
 class Mlp(nn.Module):
@@ -183,31 +141,41 @@ class Mlp(nn.Module):
 class SiTBlock(nn.Module):
     """Transformer block with adaLN-Zero conditioning (DiT, section 3.2)."""
 
-    def __init__(self, config: SiTConfig, fused_attn: bool):
+    def __init__(self, config: SiTConfig, fused_attn: bool, is_first: bool):
         super().__init__()
         hidden_size = config.hidden_size
-        self.norm1 = PlainNorm(hidden_size)
-        self.attn = Attention(hidden_size, config.num_heads, config.qk_norm, fused_attn)
-        self.norm2 = PlainNorm(hidden_size)
+        self.returns_values = config.value_residual and is_first
+        self.norm1 = token_norm(config)
+        self.attn = Attention(config, fused_attn, is_first)
+        self.norm2 = token_norm(config)
         self.mlp = Mlp(hidden_size, int(hidden_size * config.mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """Return tokens (N, T, D) of tokens x (N, T, D) and conditioning c (N, D)."""
+    def forward(
+        self, x: Tensor, c: Tensor, rotation: Rotation | None = None, first_v: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Return tokens (N, T, D) of tokens x (N, T, D) and conditioning c (N, D).
+
+        `rotation` is given with rotary positions; `first_v`, what the first block returned, with value residual. The
+        first block then returns its values (N, heads, T, D / heads) as well.
+        """
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=-1)
-        x = x + gate_attn.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_attn, scale_attn))  # (N, T, D)
-        return x + gate_mlp.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))  # (N, T, D)
+        attended, values = self.attn(modulate(self.norm1(x), shift_attn, scale_attn), rotation, first_v)
+        x = x + gate_attn.unsqueeze(1) * attended  # (N, T, D)
+        x = x + gate_mlp.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))  # (N, T, D)
+        return (x, values) if self.returns_values else x
 
 
 class FinalLayer(nn.Module):
     """Maps patch tokens to velocities by `linear`, and the class token, the first one, by `linear_cls`."""
 
-    def __init__(self, hidden_size: int, patch_values: int, cls_token_dim: int | None):
+    def __init__(self, config: SiTConfig):
         super().__init__()
-        self.norm_final = PlainNorm(hidden_size)
-        self.linear = nn.Linear(hidden_size, patch_values)
-        if cls_token_dim:
-            self.linear_cls = nn.Linear(hidden_size, cls_token_dim)
+        hidden_size = config.hidden_size
+        self.norm_final = token_norm(config)
+        self.linear = nn.Linear(hidden_size, config.patch_size**2 * config.in_channels)
+        if config.cls_token_dim:
+            self.linear_cls = nn.Linear(hidden_size, config.cls_token_dim)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
     def forward(self, x: Tensor, c: Tensor, has_cls: bool) -> tuple[Tensor, Tensor | None]:
@@ -251,23 +219,25 @@ class SiT(nn.Module):
         self.input_size, self.patch_size, self.in_channels = config.input_size, config.patch_size, config.in_channels
         self.num_classes = self.null_class = config.num_classes  # the null class stands for "no class"
         self.encoder_depth, self.cls_token_dim = config.encoder_depth, config.cls_token_dim
-        self.grid_size = config.input_size // config.patch_size
+        self.grid_size = config.grid_size
         self.activation_checkpointing = False
 
         # The registration order is part of the checkpoint format: the optimizer's state is stored by index.
         width = config.hidden_size
-        rows = self.grid_size**2 + (1 if self.cls_token_dim or config.learnable_token else 0)
-        self.pos_embed = nn.Parameter(torch.zeros(1, rows, width), requires_grad=False)
+        self.pos_embed = nn.Parameter(torch.zeros(1, config.tokens, width), requires_grad=False)
         self.x_embedder = PatchEmbed(self.patch_size, self.in_channels, width)
         self.t_embedder = TimestepEmbedder(width)
         self.y_embedder = LabelEmbedder(self.num_classes, width)
-        self.blocks = nn.ModuleList(SiTBlock(config, fused_attn) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(SiTBlock(config, fused_attn, number == 0) for number in range(config.depth))
         self.projectors = nn.ModuleList(Projector(width, config.projector_dim, z_dim) for z_dim in config.z_dims)
-        self.final_layer = FinalLayer(width, self.patch_size**2 * self.in_channels, self.cls_token_dim)
+        self.final_layer = FinalLayer(config)
         if self.cls_token_dim:
             self.cls_projectors2 = nn.Linear(self.cls_token_dim, width)  # embeds the noisy class token
-            self.wg_norm = nn.LayerNorm(width, eps=1e-6)  # normalizes the embedded class token
+            self.wg_norm = token_norm(config, affine=True)  # normalizes the embedded class token
         self.slot_token = nn.Parameter(torch.zeros(1, 1, width)) if config.learnable_token else None
+        self.feat_rope = RotaryPositions(self.grid_size, config.head_size) if config.rope else None
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width)) if config.sprint else None
+        self.fusion_proj = nn.Linear(2 * width, width) if config.sprint else None
         self.initialize_weights(seed)
 
     # Dtype and device of the parameters; diffusers' pipelines read these attributes.
@@ -329,6 +299,9 @@ class SiT(nn.Module):
         cls_token: Tensor | None = None,
         label_drop: Tensor | None = None,
         project: bool = True,
+        route: Tensor | None = None,
+        path_drop: Tensor | None = None,
+        skip_middle: bool = False,
     ) -> SiTOutput:
         """Return the velocities of noisy latents and of the noisy class token, and the projected tokens.
 
@@ -339,12 +312,18 @@ class SiT(nn.Module):
             cls_token: noisy class token (N, cls_token_dim); required if the network has a class slot, else not allowed.
             label_drop: (N,) bool, the labels to replace by the null class; None keeps all labels.
             project: whether to compute the projected tokens. Only the alignment loss needs them.
+            route: SPRINT: uniform random numbers (N, 1 + T); the tokens with the smallest ones go through the middle
+                blocks. None: all tokens do.
+            path_drop: SPRINT: (N,) bool, where the mask token replaces the output of the middle blocks; None: nowhere.
+            skip_middle: SPRINT: whether the mask token replaces it everywhere; the middle blocks are not computed.
 
-        Raises ValueError if a class token is missing, or given to a network without a class slot.
+        Raises ValueError if a class token is missing, or if a class slot or SPRINT is missing that an argument is for.
         """
         if (cls_token is None) != (self.cls_token_dim is None):
             slot = f"has a class slot of width {self.cls_token_dim}" if self.cls_token_dim else "has no class slot"
             raise ValueError(f"this network {slot}, but cls_token is {'missing' if cls_token is None else 'given'}")
+        if not self.config.sprint and (route is not None or path_drop is not None or skip_middle):
+            raise ValueError("this network has no SPRINT: route, path_drop and skip_middle are not allowed")
         if label_drop is not None:
             y = torch.where(label_drop, self.null_class, y)  # (N,)
 
@@ -357,19 +336,40 @@ class SiT(nn.Module):
         x = x + self.pos_embed  # (N, 1 + T, D), or (N, T, D) without a class slot
         c = (self.t_embedder(t) + self.y_embedder(y)).to(x.dtype)  # (N, D)
 
-        projected = None
+        tokens = Tokens(x, None if self.feat_rope is None else self.feat_rope(x.shape[1]))
+        kept = None if route is None else choose_tokens(route, self.config.kept_tokens)  # (N, K)
+        routed, projected = self.config.routed_blocks, None
         for number, block in enumerate(self.blocks, start=1):
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                # A block draws no random numbers, so the random state need not be kept.
-                x = checkpoint(block, x, c, use_reentrant=False, preserve_rng_state=False)  # (N, 1 + T, D)
-            else:
-                x = block(x, c)  # (N, 1 + T, D)
+            if number == routed.start:  # with SPRINT: the next blocks see the tokens `kept`
+                all_tokens, tokens = tokens, tokens if kept is None else take_tokens(tokens, kept)
+            if number == routed.stop:  # the next blocks see all tokens again
+                middle = None if skip_middle else tokens.x  # (N, K, D)
+                tokens = all_tokens._replace(x=self.fuse(all_tokens.x, middle, kept, path_drop))
+            if not (skip_middle and number in routed):
+                tokens = self.through(block, tokens, c)
             if project and number == self.encoder_depth:
-                projected = [projector(x) for projector in self.projectors]  # [(N, 1 + T, z_dim)]
+                projected = [projector(tokens.x) for projector in self.projectors]  # [(N, 1 + T, z_dim)]
+        x = tokens.x  # (N, 1 + T, D)
         if self.slot_token is not None:
             x = x[:, 1:]  # (N, T, D): the learned token has no velocity
         patches, cls_velocity = self.final_layer(x, c, has_cls=cls_token is not None)  # (N, T, p p C), (N, cls_dim)
         return SiTOutput(self.unpatchify(patches), projected, cls_velocity)
+
+    def through(self, block: SiTBlock, tokens: Tokens, c: Tensor) -> Tokens:
+        """Return the tokens after a block. The first block adds its values if the other blocks need them."""
+        given = (tokens.x, c, tokens.rotation, tokens.first_v)
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            # A block draws no random numbers, so the random state need not be kept.
+            out = checkpoint(block, *given, use_reentrant=False, preserve_rng_state=False)
+        else:
+            out = block(*given)
+        return tokens._replace(x=out[0], first_v=out[1]) if block.returns_values else tokens._replace(x=out)
+
+    def fuse(self, x: Tensor, middle: Tensor | None, kept: Tensor | None, path_drop: Tensor | None) -> Tensor:
+        """Return the input (N, 1 + T, D) of the last blocks, from the output x of the first blocks; see `fill_in`."""
+        mask = self.mask_token.to(x.dtype).expand_as(x)  # (N, 1 + T, D)
+        middle = mask if middle is None else fill_in(middle, mask, kept, path_drop)  # (N, 1 + T, D)
+        return self.fusion_proj(torch.cat([x, middle], dim=-1)).to(x.dtype)
 
 
 def sincos_2d(width: int, grid_size: int) -> Tensor:
@@ -386,11 +386,15 @@ def sincos_2d(width: int, grid_size: int) -> Tensor:
     return torch.cat([columns, rows], dim=1).float()
 
 
+def build_preset(size: str, patch_size: int, fused_attn: bool = True, **fields: Any) -> SiT:
+    """Return the network of a preset; `fields` of `SiTConfig` replace those of the preset."""
+    depth, width, heads = PRESETS[size]
+    preset = {"depth": depth, "hidden_size": width, "num_heads": heads, "patch_size": patch_size}
+    preset["encoder_depth"] = default_encoder_depth(size, fields.get("sprint", False))
+    return SiT(fused_attn=fused_attn, **preset | fields)
+
+
 #: "SiT-XL/2" and so on: functions that build the network; their keyword arguments are those of `SiT`.
-SiT_models: dict[str, partial[SiT]] = {
-    f"SiT-{size}/{patch}": partial(
-        SiT, depth=depth, hidden_size=width, num_heads=heads, patch_size=patch, encoder_depth=ENCODER_DEPTHS[size]
-    )
-    for size, (depth, width, heads) in PRESETS.items()
-    for patch in PATCH_SIZES
+SiT_models: dict[str, Callable[..., SiT]] = {
+    f"SiT-{size}/{patch}": partial(build_preset, size, patch) for size in PRESETS for patch in PATCH_SIZES
 }

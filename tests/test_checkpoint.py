@@ -237,7 +237,7 @@ CONTRADICTIONS = {
     "classes": ({"num_classes": 6}, "network has num_classes 6, but the weights have 5"),
     "encoders": ({"z_dims": [24, 24]}, r"network has z_dims \(24, 24\), but the weights have \(24,\)"),
     "slot": ({"cls_token_dim": None}, "network has cls_token_dim None, but the weights have 24"),
-    "norm": ({"qk_norm": True}, "network has qk_norm True, but the weights have False"),
+    "norm": ({"qk_norm": True}, "network has qk_norm 'layer', but the weights have none"),
     "heads": ({"num_heads": 3}, "network: hidden_size 32 is not a multiple of num_heads 3"),
     "mlp": ({"mlp_ratio": 2.0}, r"blocks\.0\.mlp\.fc1\.weight.*\[128, 32\].*\[64, 32\]"),
     "infinite mlp": ({"mlp_ratio": float("inf")}, "its mlp_ratio is inf; expected a number above 0"),

@@ -164,6 +164,26 @@ class Recorded(Sampler):
         return {name: value for name, value in super().from_record(record).items() if name != "mode"}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Switched(Config):
+    """settings"""
+
+    kind: str | None = setting(None, "kind", choices=("off", "plain", "round"), bare=("plain", "off"))
+
+
+def test_a_flag_that_was_a_switch_takes_values(tmp_path):
+    given = {("--kind",): "plain", ("--no-kind",): "off", ("--kind", "round"): "round", (): None}
+    for flags, expected in given.items():
+        assert parse(Switched, "Does things.", flags).kind == expected
+    for value, expected in ((True, "plain"), (False, "off"), ("round", "round"), (None, None)):
+        file = write(tmp_path / "a.json", {"kind": value})
+        assert parse(Switched, "Does things.", ["--config", file]).kind == expected
+    with pytest.raises(InputError, match="--kind flat: allowed: off, plain, round"):
+        parse(Switched, "Does things.", ["--kind", "flat"])
+    with pytest.raises(InputError, match="round: unknown argument"):
+        parse(Switched, "Does things.", ["--no-kind", "round"])
+
+
 def test_what_a_program_recorded_is_no_setting(tmp_path):
     plain, record = {"num_steps": 7, "mode": "ode"}, {"num_steps": 7, "mode": "ode", "seconds": 1.5}
     for content, mode in ((plain, "ode"), (record, "sde")):

@@ -224,7 +224,7 @@ BAD = {
     "model": (["--model", "SiT-XL/2"], "--model is SiT-XL/2, but .* has SiT-S/4"),
     "classes": (["--num-classes", "1000"], "--num-classes is 1000, but .* has 3"),
     "resolution": (["--resolution", "256"], "--resolution is 256, but .* has 16"),
-    "qk norm": (["--no-qk-norm"], "--qk-norm is False, but .* has True"),
+    "qk norm": (["--no-qk-norm"], "--qk-norm is none, but .* has layer"),
     "projectors": (["--projector-embed-dims", "768"], "--projector-embed-dims is 768, but .* has 32"),
     "cls": (["--cls", "768"], "--cls is 768, but .* has 32"),
     "path": (["--path-type", "cosine"], "--path-type is cosine, but .* has linear"),

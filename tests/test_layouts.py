@@ -134,6 +134,7 @@ def test_a_safetensors_file_without_a_configuration_is_a_bare_state_dict(tmp_pat
 def test_what_is_not_sit_is_not_converted(tmp_path):
     for content, text in (
         (small().state_dict(), "has projectors.0.0.weight, which SiT's own weights do not have"),
+        ({**theirs(1), "feat_rope.freqs_cos": torch.zeros(4, 8)}, "has feat_rope.freqs_cos, which SiT's own weights"),
         ({"ema": theirs(1), "network": {"depth": 1}}, "has the entry network"),
         (
             {"ema": theirs(), "args": argparse.Namespace(path_type="GVP")},
@@ -151,7 +152,6 @@ def test_what_is_not_sit_is_not_converted(tmp_path):
 
 FOREIGN = {
     "LoRA weights": ["unet.up.attn.to_q.lora_A.weight"],
-    "SR-DiT": ["x_embedder.proj.weight", "blocks.1.attn.v1_lambda", "feat_rope.freqs_cos"],
     "LightningDiT": ["x_embedder.proj.weight", "pos_embed", "blocks.0.mlp.w12.weight"],
     "a Transformer2DModel of diffusers": ["pos_embed.proj.weight", "transformer_blocks.0.attn1.to_q.weight"],
     "a UNet": ["conv_in.weight", "down_blocks.0.resnets.0.conv1.weight"],
@@ -174,7 +174,13 @@ def test_the_state_of_an_optimizer_is_named(tmp_path):
 
 
 def test_networks_of_this_project_are_not_taken_for_others(tmp_path):
-    for options in ({}, {"z_dims": []}, {"cls_token_dim": None, "learnable_token": True}, {"qk_norm": True}):
+    for options in (
+        {},
+        {"z_dims": []},
+        {"cls_token_dim": None, "learnable_token": True},
+        {"qk_norm": True},
+        {"rope": True},
+    ):
         model = SiT(small(**options).config)
         torch.save({"ema": model.state_dict(), "network": model.config.to_json()}, tmp_path / "ours.pt")
         assert load_model(tmp_path / "ours.pt").config == model.config

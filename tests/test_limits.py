@@ -28,8 +28,9 @@ SMALL = {
 }  # fmt: skip
 
 
-def test_the_number_of_parameters_is_that_of_the_network():
-    config = SiTConfig(**SMALL)
+@pytest.mark.parametrize("more", [{}, {"sprint": True, "value_residual": True, "depth": 7}])
+def test_the_number_of_parameters_is_that_of_the_network(more):
+    config = SiTConfig(**SMALL | more)
     assert parameter_count(config) == sum(p.numel() for p in SiT(config).parameters())
 
 

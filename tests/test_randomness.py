@@ -17,10 +17,11 @@ def source(**changes) -> StepRandomness:
 
 
 def test_a_step_repeats_and_steps_and_seeds_differ():
-    first, again = source().draw(5), source().draw(5)
+    sprint = {"sprint_tokens": 17, "sprint_path_drop": 0.5}
+    first, again = source(**sprint).draw(5), source(**sprint).draw(5)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    for other in (source().draw(6), source(seed=4).draw(5)):
-        assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+    for other in (source(**sprint).draw(6), source(seed=4, **sprint).draw(5)):
+        assert not any(torch.equal(a, b) for a, b in zip(first[:-1], other[:-1], strict=True))
 
 
 def test_draws_do_not_depend_on_the_global_generator():
@@ -41,6 +42,24 @@ def test_without_a_class_token_all_other_draws_are_the_same():
     with_slot, without = source().draw(1), source(cls_token_dim=None).draw(1)
     assert without.cls_noise is None
     assert all(torch.equal(getattr(with_slot, name), getattr(without, name)) for name in Draws._fields[:4])
+
+
+def test_without_sprint_all_other_draws_are_the_same():
+    with_sprint, without = source(sprint_tokens=65, sprint_path_drop=0.5).draw(1), source().draw(1)
+    assert without.route is without.path_drop is None
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(with_sprint[:5], without[:5], strict=True))
+    route = with_sprint.route
+    assert route.shape == (64, 65) and route.min() >= 0 and route.max() < 1 and len(route.unique()) > 4000
+    assert route.mean().item() == pytest.approx(0.5, abs=0.02)
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.2, 1.0])
+def test_the_path_is_dropped_for_all_samples_of_a_step_with_its_probability(probability):
+    sprint = source(batch_size=4, latent_shape=(1, 1, 1), sprint_tokens=2, sprint_path_drop=probability)
+    dropped = torch.stack([sprint.draw(step).path_drop for step in range(500)])
+    assert dropped.shape == (500, 4) and dropped.dtype == torch.bool
+    assert torch.equal(dropped.all(1), dropped.any(1))
+    assert dropped.float().mean().item() == pytest.approx(probability, abs=0.06)
 
 
 @pytest.mark.parametrize("probability", [0.0, 0.1, 0.7])

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from common.errors import InputError
-from models.sit import ENCODER_DEPTHS, PRESETS, SiT, SiT_models, SiTConfig, sincos_2d
+from models.sit import SiT, SiT_models, SiTConfig, sincos_2d
+from models.sit_config import ENCODER_DEPTHS, PRESETS
 
 COUNTS = {"SiT-S/2": 40_107_792, "SiT-B/2": 139_028_496, "SiT-L/2": 467_533_328, "SiT-XL/2": 685_017_360}
 
@@ -50,8 +51,8 @@ def test_projector_counts():
     assert counts == [7_344_896, 7_869_184, 8_131_328]
 
 
-def test_twelve_presets_build():
-    assert len(SiT_models) == 12
+def test_sixteen_presets_build():
+    assert len(SiT_models) == 16
     for name, build in SiT_models.items():
         size, patch = name.removeprefix("SiT-").split("/")
         with torch.device("meta"):
@@ -61,7 +62,7 @@ def test_twelve_presets_build():
         assert model.encoder_depth == ENCODER_DEPTHS[size]
 
 
-@pytest.mark.parametrize("patch", [2, 4, 8])
+@pytest.mark.parametrize("patch", [1, 2, 8])
 @pytest.mark.parametrize("size", ["S", "B"])
 def test_presets_train_and_sample_on_small_latents(size, patch):
     model = SiT_models[f"SiT-{size}/{patch}"](input_size=8, depth=2, encoder_depth=1, num_classes=4)
@@ -195,8 +196,15 @@ def test_a_network_draws_no_random_numbers_in_forward():
 
 def test_a_configuration_survives_json():
     config = SiTConfig(input_size=8, z_dims=[24, 16], mlp_ratio=2.5, qk_norm=True)
+    assert config.qk_norm == "layer" and config.to_json()["qk_norm"] is True
     assert SiTConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
     assert config.to_json()["z_dims"] == [24, 16] and config.z_dims == (24, 16)
+    switches = {"norm": "rms", "qk_norm": "rms", "rope": True, "value_residual": True, "sprint": True}
+    switched = dataclasses.replace(config, **switches, sprint_path_drop=0.0, encoder_depth=2)
+    assert SiTConfig.from_json(json.loads(json.dumps(switched.to_json()))) == switched
+    assert switched.to_json() == {
+        **config.to_json(), **switches, "sprint_path_drop": 0.0, "encoder_depth": 2,
+    }  # fmt: skip
     without = dataclasses.replace(config, cls_token_dim=None)
     assert SiTConfig.from_json(without.to_json()) == without and without.cls_token_dim is None
 
@@ -234,6 +242,10 @@ def test_a_network_is_built_from_a_configuration_or_from_its_fields():
         (lambda fields: fields.update(width=3), "missing or unknown fields width"),
         (lambda fields: fields.update(num_heads=2.0), "its num_heads is 2.0; expected a whole number"),
         (lambda fields: fields.update(z_dims=3), "network: its z_dims is 3; expected whole numbers"),
+        (lambda fields: fields.update(norm="batch"), "network: norm batch: allowed: layer, rms"),
+        (lambda fields: fields.update(rope="yes"), "network: its rope is 'yes'; expected true or false"),
+        (lambda fields: fields.update(qk_norm=1), "network: its qk_norm is 1; expected text, true or false"),
+        (lambda fields: fields.update(sprint_keep=2), "network: its sprint_keep is 2; expected a number from 0 to 1"),
         (lambda fields: fields.update(input_size=9), "network: latents of 9 x 9 do not divide into patches of 2"),
     ],
 )

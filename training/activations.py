@@ -68,8 +68,9 @@ def count_activations(
     """Return what the backward pass of a network and of the loss needs, exactly, if it is not compiled.
 
     The forward pass is run on fake tensors of a device type, which need not exist: they have shapes, dtypes and
-    storages but no data, and autocast casts them as it does on that device. Networks of one and two blocks and batches
-    of two and three images are counted, and the count is linear in both.
+    storages but no data, and autocast casts them as it does on that device. Networks of two depths and batches of two
+    and three images are counted, and the count is linear in both. With SPRINT, `depth` and `block` are those of the
+    routed blocks, and `rest` includes the others.
 
     Args:
         network: description of the network.
@@ -77,14 +78,15 @@ def count_activations(
         fused_attn: whether the network uses fused attention.
         device_type: cuda or cpu.
     """
+    least = network.least_depth
     shallow, deep = (
         [_count(replace(network, depth=depth, encoder_depth=1), n, precision, fused_attn, device_type) for n in COUNTED]
-        for depth in (1, 2)
+        for depth in (least, least + 1)
     )
     one, two = (_linear([kept for kept, _ in counts]) for counts in (shallow, deep))
     block = Bytes(*(b - a for a, b in zip(one, two, strict=True)))
     rest = Bytes(*(a - b for a, b in zip(one, block, strict=True)))
-    return Activations(network.depth, block, _linear([block_input for _, block_input in deep]), rest)
+    return Activations(network.depth - least + 1, block, _linear([block_input for _, block_input in deep]), rest)
 
 
 def _linear(counts: list[int]) -> Bytes:
@@ -95,13 +97,13 @@ def _linear(counts: list[int]) -> Bytes:
 
 
 def _count(network: SiTConfig, images: int, precision: str, fused_attn: bool, device_type: str) -> tuple[int, int]:
-    """Return the bytes that a forward pass keeps, parameters not counted, and those of the input of the last block."""
+    """Return the bytes that a forward pass keeps, parameters not counted, and those of the input of one block."""
     with torch.device("meta"):
         model = SiT(network, fused_attn)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device_type):
         model = model.to_empty(device=device_type)
         block_input = []
-        model.blocks[-1].register_forward_pre_hook(lambda _, inputs: block_input.append(inputs[0]))
+        model.blocks[len(model.blocks) // 2].register_forward_pre_hook(lambda _, inputs: block_input.append(inputs[0]))
         batch = _batch(network, images)
         with _autocast(device_type, DTYPES.get(precision)), _FusedAttention(), kept_tensors(model) as kept:
             REGLoss(Interpolant("linear"))(model, *batch)["loss"].mean()
@@ -121,6 +123,8 @@ def _batch(network: SiTConfig, images: int) -> tuple[Tensor, Tensor, Targets, Dr
         torch.empty(latents),
         torch.empty(images, dtype=torch.bool),
         cls_token,
+        torch.empty(images, tokens) if network.sprint else None,
+        torch.empty(images, dtype=torch.bool) if network.sprint else None,
     )
     return torch.empty(latents), torch.empty(images, dtype=torch.int64), targets, draws
 

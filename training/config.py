@@ -11,7 +11,7 @@ from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common.checks import BELOW_ONE, GUIDANCE_SCALE, NON_NEGATIVE, POSITIVE, Check, between
+from common.checks import BELOW_ONE, GUIDANCE_SCALE, NON_NEGATIVE, POSITIVE, UNIT_INTERVAL, Check, between
 from common.cli import Config, adjustable, parse, setting, uses_cuda
 from common.errors import InputError
 from loss import ENTANGLED, FROM_ENCODER, TERMS
@@ -19,7 +19,8 @@ from models.autoencoder import LatentFormat
 from models.checkpoint import MOST_STEPS
 from models.inference import NETWORK_DTYPES
 from models.interpolant import PATHS
-from models.sit import ENCODER_DEPTHS, PRESETS, SiT_models, SiTConfig
+from models.sit import SiT_models, SiTConfig
+from models.sit_config import NORMS, PRESETS, QK_NORMS, default_encoder_depth
 from training.limits import Estimate
 from training.randomness import TIME_DISTRIBUTIONS
 
@@ -149,7 +150,7 @@ class EvaluationSettings(Config):
 class NetworkSettings(Config):
     """network"""
 
-    model: str = setting("SiT-XL/2", "preset, SiT-{S,B,L,XL}/{2,4,8}", check=MODEL)
+    model: str = setting("SiT-XL/2", "preset, SiT-{S,B,L,XL}/{1,2,4,8}", check=MODEL)
     depth: int | None = setting(None, "number of blocks; default: the preset's", check=between(1, MOST_BLOCKS))
     hidden_size: int | None = setting(None, "width; default: the preset's", check=between(1, MOST_WIDTH))
     num_heads: int | None = setting(None, "attention heads; default: the preset's", check=POSITIVE)
@@ -162,11 +163,26 @@ class NetworkSettings(Config):
     )
     encoder_depth: int | None = setting(
         None,
-        "align after this block, counted from 1; default: 4 for S and B, 8 for L and XL (published: 8)",
+        "align after this block, from 1; default: 4 for S and B, 8 for L and XL (published: 8), with --sprint 2",
         check=POSITIVE,
     )
     fused_attn: bool = adjustable(True, "attention through scaled_dot_product_attention")
-    qk_norm: bool = setting(False, "LayerNorm on queries and keys")
+    norm: str = setting("layer", "norm of the tokens: LayerNorm or RMSNorm (SR-DiT)", choices=NORMS)
+    qk_norm: str = setting(
+        "none",
+        "norm of queries and keys; without a value: layer (SR-DiT: rms)",
+        choices=QK_NORMS,
+        bare=("layer", "none"),
+    )
+    rope: bool = setting(False, "rotary positions of queries and keys (SR-DiT)")
+    value_residual: bool = setting(False, "each block mixes the values of the first block into its own (SR-DiT)")
+    sprint: bool = setting(
+        False, "in training, the blocks between the first two and the last two see a part of the tokens (SR-DiT)"
+    )
+    sprint_keep: float = setting(0.25, "with --sprint: part of the tokens that these blocks see", check=UNIT_INTERVAL)
+    sprint_path_drop: float = setting(
+        0.05, "with --sprint: probability that the output of these blocks is dropped in a step", check=UNIT_INTERVAL
+    )
     cls_token: bool | None = setting(None, "class slot: REG with it, REPA without (--entangle none)")
     ops_head: int | None = adjustable(None, "accepted and ignored: the published code has it and does not use it")
     ema_decay: float = setting(0.9999, "decay of the averaged weights", check=BELOW_ONE)
@@ -370,11 +386,17 @@ def find_facts(
             depth=config.depth or depth,
             num_heads=config.num_heads or num_heads,
             num_classes=config.num_classes or num_classes,
-            encoder_depth=config.encoder_depth or ENCODER_DEPTHS[size],
+            encoder_depth=config.encoder_depth or default_encoder_depth(size, config.sprint),
             z_dims=tuple(encoder_widths) if config.proj_coeff > 0 else (),
             projector_dim=config.projector_dim,
             cls_token_dim=cls_token_dim,
             qk_norm=config.qk_norm,
+            norm=config.norm,
+            rope=config.rope,
+            value_residual=config.value_residual,
+            sprint=config.sprint,
+            sprint_keep=config.sprint_keep,
+            sprint_path_drop=config.sprint_path_drop,
             learnable_token=config.slot == "learnable",
         )
     except ValueError as error:

@@ -22,7 +22,7 @@ USABLE_SHARE = 0.9
 
 
 def parameter_count(network: SiTConfig) -> int:
-    """Return the number of parameters of a network, positions included, from networks of one and two blocks."""
+    """Return the number of parameters of a network, positions included, from two networks with few blocks."""
     block, rest = parameter_parts(network)
     return rest + network.depth * block
 
@@ -30,10 +30,11 @@ def parameter_count(network: SiTConfig) -> int:
 @functools.cache
 def parameter_parts(network: SiTConfig) -> tuple[int, int]:
     """Return the number of parameters of a block, and of all that is not a block."""
+    least = network.least_depth
     with torch.device("meta"):
-        small = (SiT(replace(network, depth=depth, encoder_depth=1)) for depth in (1, 2))
+        small = (SiT(replace(network, depth=depth, encoder_depth=1)) for depth in (least, least + 1))
         one, two = (sum(parameter.numel() for parameter in model.parameters()) for model in small)
-    return two - one, 2 * one - two
+    return two - one, one - least * (two - one)
 
 
 def check_memory(network: SiTConfig, batch_size: int, processes: int, sharded: bool, available: int) -> None:

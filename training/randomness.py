@@ -51,6 +51,8 @@ class StepRandomness:
         path: the path between data and noise.
         weighting: distribution of times, a key of `TIME_DISTRIBUTIONS`.
         cfg_prob: probability that a label is replaced by the null class.
+        sprint_tokens: tokens of an image, class slot included, for SPRINT's choice of tokens; 0 without SPRINT.
+        sprint_path_drop: probability of SPRINT's path drop in a step.
         device: of the draws.
     """
 
@@ -61,6 +63,8 @@ class StepRandomness:
     path: Interpolant
     weighting: str
     cfg_prob: float
+    sprint_tokens: int = 0
+    sprint_path_drop: float = 0.0
     device: torch.device | str = "cpu"
 
     def draw(self, step: int) -> Draws:
@@ -69,7 +73,7 @@ class StepRandomness:
         generator.manual_seed(derive_seed(self.seed, TRAINING_STREAM, step))
         source = {"generator": generator, "device": generator.device}
         n = self.batch_size
-        return Draws(
+        draws = Draws(
             t=TIME_DISTRIBUTIONS[self.weighting](n, self.path, generator),
             noise=torch.randn(n, *self.latent_shape, **source),
             latent_noise=torch.randn(n, *self.latent_shape, **source),
@@ -77,3 +81,9 @@ class StepRandomness:
             # Drawn last, so that all other draws are the same with and without a class token.
             cls_noise=torch.randn(n, self.cls_token_dim, **source) if self.cls_token_dim else None,
         )
+        if not self.sprint_tokens:
+            return draws
+        # Drawn after all others, so that the others are the same with and without SPRINT.
+        route = torch.rand(n, self.sprint_tokens, **source)
+        path_drop = (torch.rand(1, **source) < self.sprint_path_drop).expand(n)  # one decision for all samples
+        return draws._replace(route=route, path_drop=path_drop)

@@ -15,7 +15,10 @@ from common.cli import fixed_settings, flag, settings
 from common.errors import InputError
 from models.checkpoint import checkpoint_classes
 from models.encoders import AFTER_NORM, Encoder, name_with_tokens
+from models.layouts import plain_names
 from models.sit import SiTConfig
+from models.sit_config import qk_norm_name
+from models.switches import switches_of_weights
 from training.config import DERIVED, DIGESTS, MEANS_ALL, RunFacts, TrainConfig
 
 
@@ -29,6 +32,7 @@ def saved_args(config: TrainConfig, facts: RunFacts) -> dict[str, Any]:
     return {
         **asdict(config),
         "enc_type": name_with_tokens(config.enc_type),
+        "qk_norm": network.to_json()["qk_norm"],
         "entangle": config.slot,
         "cls_token": config.slot != "none",
         "mixed_precision": config.precision,
@@ -68,6 +72,8 @@ def check_same_run(current: dict[str, Any], saved: dict[str, Any], source: str |
         before = saved.get(name)
         if name == "enc_type" and isinstance(value, str) and isinstance(before, str):
             value, before = name_with_tokens(value), name_with_tokens(before, AFTER_NORM)
+        if name == "qk_norm":
+            value, before = qk_norm_name(value), qk_norm_name(before)
         known = name in MEANS_ALL or (value is not None and before is not None)
         if name not in changeable and known and not same_value(value, before):
             now, then = ("all" if one is None else f"{one}"[:200] for one in (value, before))
@@ -121,17 +127,19 @@ def check_same_network(
 ) -> None:
     """Raise InputError if a checkpoint describes another network, or other classes than the data have.
 
-    Published and older files have no description; their weights and settings are compared in any case.
-    `data_classes`: None if the data may have changed.
+    Published and older files have no description; their weights show which switches are on, and their weights and
+    settings are compared in any case. `data_classes`: None if the data may have changed.
     """
     if (entry := checkpoint.get("network")) is not None:
         try:
-            saved, own = SiTConfig.from_json(entry).to_json(), facts.network.to_json()
+            saved = asdict(SiTConfig.from_json(entry))
         except InputError as error:
             raise DamagedError(str(error)) from error
-        if names := [name for name in own if not same_value(own[name], saved[name])]:
-            name, held = names[0], f"{saved[names[0]]!r:.60}"
-            raise DamagedError(f"its network has {name} {held}; by the flags it is {own[name]}")
+    else:
+        saved = switches_of_weights(plain_names(checkpoint["model"]) if isinstance(checkpoint["model"], dict) else {})
+    for name, held in saved.items():
+        if not same_value(own := getattr(facts.network, name), held):
+            raise DamagedError(f"its network has {name} {held!r:.60}; by the flags it is {own}")
     classes = checkpoint_classes(checkpoint, facts.network.num_classes, source)
     if checkpoint.get("classes") is not None and data_classes is not None and classes.labels != data_classes.labels:
         held = f"{len(classes.labels)} classes ({label_ranges(classes.labels)[:60]})"

@@ -137,6 +137,8 @@ def _adamw_state(values: Any, name: str, shape: torch.Size, steps: int) -> dict[
 
 def _moment(value: Any, what: str, shape: torch.Size, least: float) -> Tensor:
     """Return a moment of a parameter. Raises DamagedError if it is not float32, of this shape, and finite."""
+    if isinstance(value, Tensor) and shape == (1,):
+        value = value.reshape(-1)  # a scalar of the value residual may have no dimension in files of SR-DiT
     if not isinstance(value, Tensor) or value.dtype != torch.float32 or value.shape != shape:
         raise DamagedError(f"{what} is {describe(value)}; expected a tensor {tuple(shape)} of float32")
     low, high = (bound.item() for bound in value.aminmax())  # NaN if there is one

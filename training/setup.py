@@ -271,6 +271,8 @@ def make_randomness(
         path=path,
         weighting=config.weighting,
         cfg_prob=config.cfg_prob,
+        sprint_tokens=network.tokens if network.sprint else 0,
+        sprint_path_drop=network.sprint_path_drop,
         device=accelerator.device,
     )
 

@@ -22,6 +22,7 @@ from models.checkpoint import load_checkpoint, network_weights, resolve_checkpoi
 from models.encoders import Encoder
 from models.inference import NETWORK_DTYPES
 from models.sit import SiT
+from models.switches import switches_of_weights
 from models.tensor_checks import check_finite
 from models.weights_file import mismatch
 from training.checkpoint_writer import CheckpointWriter
@@ -160,14 +161,20 @@ def restore_optimizer(checkpoint: dict[str, Any], optimizer: torch.optim.Optimiz
 def initialize_from(path: str | Path, model: SiT, average: SiT) -> list[str]:
     """Give a new run the averaged weights of a checkpoint; return the names of the weights that did not fit.
 
-    Blocks and the embeddings of latents and time must fit. Labels, projectors and class slot may differ, and so may the
-    resolution: its position table is computed.
+    Blocks and the embeddings of latents and time must fit, and so must norms and rotary positions. Labels, projectors,
+    class slot and SPRINT may differ, and so may the resolution: its position tables are computed.
 
     Raises:
         InputError: the weights belong to another network, or cannot be read.
     """
-    given, own = network_weights(load_checkpoint(path), "ema", path), model.state_dict()
-    wanted = [name for name in own if name != "pos_embed"]
+    checkpoint = load_checkpoint(path)
+    given, own = network_weights(checkpoint, "ema", path), model.state_dict()
+    entry = checkpoint.get("network")
+    held = {**(entry if isinstance(entry, dict) else {}), **switches_of_weights(given)}
+    for name in ("norm", "rope"):  # the weights of the blocks do not show these
+        if (value := held.get(name, "layer")) != (wanted := getattr(model.config, name)):
+            raise InputError(f"--init-from {path}: its network has {name} {value}; by the flags it is {wanted}")
+    wanted = [name for name in own if name != "pos_embed" and not name.startswith("feat_rope.")]
     initial = [name for name in wanted if name not in given or given[name].shape != own[name].shape]
     different = [name for name in given if name not in own] + initial
     if required := [name for name in different if name.startswith(("blocks.", "x_embedder.", "t_embedder."))]:
