@@ -14,6 +14,7 @@ from common.errors import InputError
 from common.locks import unlock_folder
 from evaluations import in_training, reference
 from evaluations.inception.layers import NUM_FEATURES
+from evaluations.inception.network import SPATIAL_FEATURES, InceptionOutput
 from models.checkpoint import load_checkpoint
 from models.inference import compile_blocks, fast_network
 from tests import adm_standin
@@ -73,10 +74,10 @@ def scored(run, samples):
     return sampling.score_samples(run)
 
 
-def blocks_as_features(images):
-    """Return what the Inception network returns, made of the pixels only."""
-    pixels = images.flatten(1).float()
-    return InceptionOutput(pixels.repeat(1, 3)[:, :NUM_FEATURES], pixels.repeat(1, 3)[:, :SPATIAL_FEATURES])
+def pixels_as_features(images):
+    """Return what the Inception network returns, made of the pixels of 16 x 16 images, without a network."""
+    pixels = images.flatten(1).float().repeat(1, 3)
+    return InceptionOutput(pixels[:, :NUM_FEATURES], pixels[:, :SPATIAL_FEATURES], pixels)
 
 
 @pytest.fixture
@@ -104,7 +105,7 @@ def test_scores_of_a_compiled_run_are_those_of_a_plain_one_and_only_the_first_on
     for name, more in (("plain", ()), ("compiled", ("--compile",))):
         reset_accelerate()
         run = train.set_up(train.parse_args(with_flags(train_flags, *flags, *more, "--exp-name", name)))
-        run.evaluation.inception = blocks_as_features
+        run.evaluation.inception = pixels_as_features
         batches = train.load_batches(run, range(2))
         train.training_step(run, batches)
         found[name] = [scored(run, 5)]
