@@ -111,11 +111,11 @@ def test_scores_of_a_compiled_run_are_those_of_a_plain_one_and_only_the_first_on
         found[name] = [scored(run, 5)]
         before = graphs["unique_graphs"]
         with torch._dynamo.config.patch(error_on_recompile=True):
-            found[name] += [scored(run, samples) for samples in (6, 7, 8)]
+            found[name] += [scored(run, samples) for samples in (6, 7)]
             train.training_step(run, batches)
         assert graphs["unique_graphs"] == before and (before > 0) == (name == "compiled")
         unlock_folder(run.folder)
-    assert len(networks) == 8 and not any(network() for network in networks)  # their memory is free for training
+    assert len(networks) == 6 and not any(network() for network in networks)  # their memory is free for training
     for plain, compiled in zip(found["plain"], found["compiled"], strict=True):
         assert compiled.keys() == plain.keys() >= {"fid", "sfid", "encoder_fd", "coherence"}
         numbers = [name for name, value in plain.items() if isinstance(value, float)]
