@@ -354,7 +354,7 @@ def sample_images(
     if len(labels) != len(seeds):
         raise ValueError(f"{len(labels)} labels and {len(seeds)} seeds; each image needs one of both")
     count, padding = len(labels), rows - len(labels)  # a negative number adds nothing below
-    labels, seeds = labels + labels[-1:] * padding, seeds + seeds[-1:] * padding
+    labels, seeds = ([*part, *[*part[-1:]] * padding] for part in (labels, seeds))
     device = next(model.parameters()).device
     # Pinned, because a copy from pageable memory waits for the previous batch.
     y = torch.tensor(labels, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
