@@ -63,7 +63,7 @@ from models.checkpoint import (
     saved_settings,
     steps_done,
 )
-from models.inference import NETWORK_DTYPES, CudaGraphs, compile_blocks, convert
+from models.inference import NETWORK_DTYPES, convert, fast_network
 from models.interpolant import Interpolant
 from models.sit import SiT
 from samplers import Guidance, image_seeds, sample_images
@@ -209,7 +209,7 @@ def find_batch_size(config: GenerateConfig, accelerator: Accelerator, model: SiT
     guidance = Guidance(config.cfg_scale)  # at all times
 
     def attempt(count: int) -> None:
-        network = CudaGraphs(model) if config.cuda_graphs else model
+        network = fast_network(model, count, compiled=False, cuda_graphs=config.cuda_graphs).network
         numbers = [0] * count
         with accelerator.autocast():
             latents, _ = sample_images(model, numbers, numbers, Interpolant(), guidance, num_steps=1, network=network)
@@ -224,11 +224,7 @@ def generate(plan: SamplePlan, accelerator: Accelerator, samples: SampleSet, bat
     While a batch is sampled, threads write the images of the previous one.
     """
     config, model = plan.config, plan.model
-    if config.compile:
-        compile_blocks(model)
-    network = CudaGraphs(model) if config.cuda_graphs else model
-    # Compilation and CUDA graphs are specific to a batch size, so a smaller last batch is padded.
-    rows = plan.batch_size if config.compile or config.cuda_graphs else 1
+    fast = fast_network(model, plan.batch_size, config.compile, config.cuda_graphs)
     sampler = (plan.interpolant, config.guidance, config.mode, config.chosen_solver, config.num_steps)
     mine = batches[accelerator.process_index :: accelerator.num_processes]
     # The main process shows the images of all processes, as if they were equally fast.
@@ -240,14 +236,15 @@ def generate(plan: SamplePlan, accelerator: Accelerator, samples: SampleSet, bat
         writing: list[Future[None]] = []
         for numbers in mine:
             steps_bar = partial(advance, bar, len(numbers) * scale)
-            padded = [*numbers, *[numbers[-1]] * (rows - len(numbers))]
-            labels, seeds = [plan.labels[number] for number in padded], image_seeds(config.global_seed, padded)
+            labels, seeds = [plan.labels[number] for number in numbers], image_seeds(config.global_seed, numbers)
             with accelerator.autocast():
-                latents, cls_tokens = sample_images(model, labels, seeds, *sampler, network=network, progress=steps_bar)
-            latents = latents[: len(numbers)].float()
+                latents, cls_tokens = sample_images(
+                    model, labels, seeds, *sampler, network=fast.network, rows=fast.rows, progress=steps_bar
+                )
+            latents = latents.float()
             images = if_finite(latents, to_host(plan.codec.decode(latents)), config.ckpt)
             if config.with_cls_tokens:
-                cls_tokens = cls_tokens[: len(numbers)].float()
+                cls_tokens = cls_tokens.float()
                 cls_tokens = if_finite(cls_tokens, to_host(cls_tokens), config.ckpt)
             for future in writing:  # the previous batch
                 future.result()

@@ -330,6 +330,7 @@ def sample_images(
     solver: str = "euler",
     num_steps: int = 250,
     network: Callable[..., tuple] | None = None,
+    rows: int = 1,
     progress: Callable[[list], Iterable] = iter,
 ) -> State:
     """Return latents (N, C, H, W) and class tokens (N, D) or None, float64, for images given by label and seed.
@@ -340,7 +341,9 @@ def sample_images(
         seeds: one for each image, see `image_seeds`. An image does not depend on the rest of the batch.
         interpolant: the path the model was trained on.
         guidance, mode, solver, num_steps, progress: see `GuidedVelocity` and `sample`.
-        network: called instead of the model, for example `models.inference.CudaGraphs(model)`.
+        network: called instead of the model, see `models.inference.fast_network`.
+        rows: smallest batch that the network is called with. A smaller batch is padded with copies of its last image,
+            which are not returned.
 
     Raises ValueError for a label that the network does not have, for unequal numbers of labels and seeds, and as
     `sample` does.
@@ -350,6 +353,8 @@ def sample_images(
         raise ValueError(f"label {wrong[0]}: the network does not have it; allowed: {allowed}")
     if len(labels) != len(seeds):
         raise ValueError(f"{len(labels)} labels and {len(seeds)} seeds; each image needs one of both")
+    count, padding = len(labels), rows - len(labels)  # a negative number adds nothing below
+    labels, seeds = ([*part, *[*part[-1:]] * padding] for part in (labels, seeds))
     device = next(model.parameters()).device
     # Pinned, because a copy from pageable memory waits for the previous batch.
     y = torch.tensor(labels, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
@@ -357,4 +362,5 @@ def sample_images(
     noise = ImageNoise(seeds, shape, model.cls_token_dim, device)
     velocity = GuidedVelocity(network or model, y, model.null_class, guidance, model.dtype)
     with torch.inference_mode():
-        return sample(velocity, noise, interpolant, mode, solver, num_steps, progress)
+        state = sample(velocity, noise, interpolant, mode, solver, num_steps, progress)
+        return _each(lambda part: part[:count], state)

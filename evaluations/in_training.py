@@ -93,7 +93,8 @@ class TrainingEvaluation:
             features = {"fid": output.pool, "sfid": output.spatial}
             if "encoder_fd" in sums:
                 with full_precision(device):  # as reference.py computed its statistics
-                    features["encoder_fd"] = self.encoder(images).cls_token
+                    # `forward`: a call would compile the training's encoder again for this batch size.
+                    features["encoder_fd"] = self.encoder.forward(images).cls_token
             for name in sums:
                 sums[name].update(features[name])
         sums.load_state_dict(accelerator.reduce(sums.state_dict(), "sum"))

@@ -26,7 +26,7 @@ from PIL import Image
 from common.classes import ClassSet
 from common.cli import fixed_settings, flag, settings
 from common.errors import InputError, printable
-from common.images import decode_rgb, image_grid, save_png
+from common.images import decode_rgb, image_grid, save_png, to_png
 from common.io import check_writable, read_json, write_json
 from common.locks import lock_folder, unlock_folder
 from common.npy import decode_npy
@@ -128,7 +128,7 @@ class SampleSet:
     def write_image(self, number: int, pixels: np.ndarray) -> None:
         """Write image `number`, pixels (R, R, 3) uint8."""
         with atomic_write(self.image_path(number), clear=False) as file:
-            Image.fromarray(pixels).save(file, format="PNG")
+            file.write(to_png(Image.fromarray(pixels)))
 
     def write_cls_tokens(self, numbers: range, cls_tokens: np.ndarray) -> None:
         """Write the class tokens of a batch, (len(numbers), D) float32, to a file of the batch."""

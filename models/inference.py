@@ -5,6 +5,7 @@ Each of them changes images only by rounding; benchmarks/sample.py measures the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -39,6 +40,26 @@ def compile_blocks(model: SiT, backend: str = "inductor") -> None:
     """
     for part in (*model.blocks, model.final_layer):
         part.compile(fullgraph=True, dynamic=False, backend=backend)
+
+
+class FastNetwork(NamedTuple):
+    """How `samplers.sample_images` calls a network: its arguments `network` and `rows`."""
+
+    network: Callable[..., SiTOutput]
+    rows: int
+
+
+def fast_network(model: SiT, batch_size: int, compiled: bool, cuda_graphs: bool) -> FastNetwork:
+    """Return how a network is called for many batches of `batch_size` images, of which the last one may be smaller.
+
+    compiled: compile the blocks of `model`, in place.
+    cuda_graphs: call the network through CUDA graphs, whose memory is in use as long as the result exists.
+
+    Compiled code and CUDA graphs are specific to a batch size, so a smaller batch is padded for them.
+    """
+    if compiled:
+        compile_blocks(model)
+    return FastNetwork(CudaGraphs(model) if cuda_graphs else model, batch_size if compiled or cuda_graphs else 1)
 
 
 class _Captured(NamedTuple):

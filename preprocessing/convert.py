@@ -25,11 +25,11 @@ from common.checks import POSITIVE, WORKERS, Check
 from common.cli import parse, setting
 from common.errors import InputError, printable, run_cli
 from common.image_files import stop_if_incomplete
-from common.images import UNREADABLE, decode_rgb
+from common.images import UNREADABLE, decode_rgb, to_png
 from common.io import real_path
 from common.sources import FileSource, decode_name, image_name
 from common.temporary import atomic_write
-from preprocessing.crops import TRANSFORMS, Photograph, decode, to_png
+from preprocessing.crops import TRANSFORMS, Photograph, decode
 from preprocessing.destination import Destination, InputOutput, explain_write_errors
 from preprocessing.listing import Listing, list_images
 from preprocessing.parallel import available_cores, chunks, in_workers

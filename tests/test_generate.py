@@ -202,9 +202,11 @@ def test_half_precision_changes_images_little_and_is_part_of_the_settings(checkp
 
 def test_the_last_batch_is_filled_up_for_a_compiled_network(checkpoint, tmp_path, monkeypatch):
     sizes = set()
-    monkeypatch.setattr(
-        "generate.compile_blocks", lambda model: model.register_forward_pre_hook(lambda _, x: sizes.add(len(x[0])))
-    )
+
+    def record_sizes(model):
+        model.register_forward_pre_hook(lambda _, given: sizes.add(len(given[0])))
+
+    monkeypatch.setattr("models.inference.compile_blocks", record_sizes)
     run_generate(flags(checkpoint, tmp_path, "plain", "--save-cls"), monkeypatch)
     assert not sizes
     more = ["--compile", "--save-cls", "--cfg-scale", "1.0"]

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image, ImageFile, ImageFont
 
 from common.errors import InputError
-from common.images import MIN_TILE, PNG_SIGNATURE, _shortened, decode_rgb, image_grid, open_image
+from common.images import MIN_TILE, PNG_SIGNATURE, _shortened, decode_rgb, image_grid, open_image, to_png
 from tests.test_crops import animation, encoded, header_only_png, noise
 
 
@@ -177,6 +177,13 @@ def test_captions_stand_above_their_images_and_change_no_pixel_of_the_grid():
 @pytest.mark.parametrize(("text", "shown"), [("tench", "tench"), ("a b\nc", "a b c"), ("", "")])
 def test_captions_that_fit_are_not_shortened(text, shown):
     assert _shortened(text, ImageFont.load_default(11), 64) == shown
+
+
+def test_a_png_has_the_pixels_and_no_metadata():
+    image = Image.fromarray(noise(9, 5))
+    image.info = {"icc_profile": b"profile", "dpi": (72, 72)}
+    read = open_image(to_png(image))
+    assert np.array_equal(np.asarray(read), noise(9, 5)) and not read.info
 
 
 def test_long_captions_are_shortened_with_an_ellipsis():

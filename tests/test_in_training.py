@@ -1,19 +1,27 @@
 """Scores of EMA samples while training, on the stand-in Inception network."""
 
 import json
+import weakref
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 import train
+from common.cli import changed
 from common.errors import InputError
-from evaluations import reference
+from common.locks import unlock_folder
+from evaluations import in_training, reference
+from evaluations.inception.layers import NUM_FEATURES
+from evaluations.inception.network import SPATIAL_FEATURES, InceptionOutput
 from models.checkpoint import load_checkpoint
+from models.inference import compile_blocks, fast_network
 from tests import adm_standin
 from tests.conftest import ENCODER, read_rows, reset_accelerate, run_training
+from tests.test_compiling import compile_with
 from tests.test_train import with_flags
-from training.sampling import score_samples
+from training import sampling
 
 # Beginnings of the evaluator's notes on 6 samples, scored with weights that are not the published ones.
 NOTES = [
@@ -60,6 +68,60 @@ def test_scores_are_logged_the_best_is_kept_and_training_is_not_disturbed(train_
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
+def scored(run, samples):
+    """Return the scores of a number of samples."""
+    run.config, run.evaluation.count = changed(run.config, eval_samples=samples), samples
+    return sampling.score_samples(run)
+
+
+def pixels_as_features(images):
+    """Return what the Inception network returns, made of the pixels of 16 x 16 images, without a network."""
+    pixels = images.flatten(1).float().repeat(1, 3)
+    return InceptionOutput(pixels[:, :NUM_FEATURES], pixels[:, :SPATIAL_FEATURES], pixels)
+
+
+@pytest.fixture
+def eager_compiler(monkeypatch):
+    """Let --compile use a backend that needs no C++ compiler."""
+    torch._dynamo.reset()
+    compile_with(monkeypatch, "eager")
+    monkeypatch.setattr("models.inference.compile_blocks", partial(compile_blocks, backend="eager"))
+    yield
+    torch._dynamo.reset()
+
+
+def test_scores_of_a_compiled_run_are_those_of_a_plain_one_and_only_the_first_ones_compile(
+    train_flags, reference_file, monkeypatch, eager_compiler
+):
+    flags = evaluation_flags(reference_file)
+    graphs, found, networks = torch._dynamo.utils.counters["stats"], {}, []
+
+    def watched(model, *more, **options):
+        networks.append(weakref.ref(model))
+        return fast_network(model, *more, **options)
+
+    monkeypatch.setattr(sampling, "fast_network", watched)
+    monkeypatch.setattr(in_training, "frechet_distance", lambda a, b: float((a.mean - b.mean).norm()))  # takes seconds
+    for name, more in (("plain", ()), ("compiled", ("--compile",))):
+        reset_accelerate()
+        run = train.set_up(train.parse_args(with_flags(train_flags, *flags, *more, "--exp-name", name)))
+        run.evaluation.inception = pixels_as_features
+        batches = train.load_batches(run, range(2))
+        train.training_step(run, batches)
+        found[name] = [scored(run, 5)]
+        before = graphs["unique_graphs"]
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            found[name] += [scored(run, samples) for samples in (6, 7)]
+            train.training_step(run, batches)
+        assert graphs["unique_graphs"] == before and (before > 0) == (name == "compiled")
+        unlock_folder(run.folder)
+    assert len(networks) == 6 and not any(network() for network in networks)  # their memory is free for training
+    for plain, compiled in zip(found["plain"], found["compiled"], strict=True):
+        assert compiled.keys() == plain.keys() >= {"fid", "sfid", "encoder_fd", "coherence"}
+        numbers = [name for name, value in plain.items() if isinstance(value, float)]
+        assert [compiled[name] for name in numbers] == pytest.approx([plain[name] for name in numbers], rel=1e-3)
+
+
 def test_settings_that_cannot_work_are_named(train_flags, reference_file, tmp_path):
     with pytest.raises(InputError, match="--eval-steps 2: needs --eval-ref"):
         run_training(with_flags(train_flags, "--eval-steps", "2"))
@@ -74,5 +136,5 @@ def test_an_encoder_in_half_precision_scores_samples_with_a_note(train_flags, re
     flags = with_flags(train_flags, *evaluation_flags(reference_file), "--encoder-dtype", "bf16")
     run = train.set_up(train.parse_args(flags))
     assert run.evaluation.notes[-1] == "encoder_fd: the encoder computes in bfloat16; the reference: float32"
-    scores = score_samples(run)
+    scores = sampling.score_samples(run)
     assert np.isfinite([scores["encoder_fd"], scores["coherence"]]).all()

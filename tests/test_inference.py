@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from models.inference import CudaGraphs, compile_blocks, convert
+from models.inference import CudaGraphs, compile_blocks, convert, fast_network
 from models.interpolant import Interpolant
 from samplers import Guidance, sample_images
 from tests.test_samplers import trained_looking_network
@@ -118,6 +118,34 @@ def check_graphs(model):
 def test_replayed_calls_depend_only_on_their_arguments(model, graphs_on_cpu):
     check_graphs(model)
     assert len(graphs_on_cpu) == 2  # inside and outside the guidance interval
+
+
+def check_fast_network(model, **tolerance):
+    """Compare a batch, a smaller one, and one after a change of the weights, with direct calls of the network."""
+    fast = fast_network(model, 3, compiled=model.device.type == "cuda", cuda_graphs=True)
+    for change, count in ((0.0, 3), (0.0, 2), (0.5, 2)):
+        with torch.no_grad():
+            for parameter in model.final_layer.parameters():
+                parameter.mul_(1 + change)
+        direct, found = images(model, count), images(model, count, **fast._asdict())
+        assert len(found[0]) == count
+        torch.testing.assert_close(found, direct, **tolerance)
+
+
+def test_a_smaller_batch_is_padded_and_changed_weights_are_used(model, graphs_on_cpu):
+    check_fast_network(model)
+    assert len(graphs_on_cpu) == 2  # inside and outside the guidance interval, for both numbers of images
+
+
+def test_without_compilation_and_graphs_the_network_is_called_as_it_is(model):
+    assert fast_network(model, 3, compiled=False, cuda_graphs=False) == (model, 1)
+    assert all(block._compiled_call_impl is None for block in model.blocks)
+
+
+@pytest.mark.gpu
+def test_the_fast_network_gives_the_same_images_under_autocast(model):
+    with torch.autocast("cuda", torch.float16):
+        check_fast_network(model.cuda(), rtol=0.02, atol=0.02)
 
 
 @pytest.mark.gpu

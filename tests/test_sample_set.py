@@ -58,6 +58,18 @@ def test_what_is_missing(samples):
     assert more.missing_batches(4, with_cls=True) == [range(4, 8), range(8, 9)]
 
 
+def test_a_set_whose_images_are_compressed_more_is_completed(samples):
+    """As versions that compressed images by Pillow's default wrote them."""
+    npz = (samples.folder / "samples.npz").read_bytes()
+    for number in range(4):
+        Image.fromarray(pixels(number)).save(samples.image_path(number))
+    samples.image_path(5).unlink()
+    assert samples.missing_batches(2, with_cls=True) == [range(4, 6)]
+    write(samples, range(4, 6))
+    samples.finish([0] * 7, False, with_cls=True, npz=True)
+    assert (samples.folder / "samples.npz").read_bytes() == npz
+
+
 def test_class_tokens_that_are_known_are_never_dropped(samples):
     joined = samples.folder / "cls_tokens.npy"
     fewer, more = SampleSet(samples.folder, 5, SIZE), SampleSet(samples.folder, 9, SIZE)

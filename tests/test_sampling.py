@@ -9,10 +9,12 @@ from PIL import Image
 
 import train
 from common.classes import ClassSet
+from common.locks import unlock_folder
 from models.checkpoint import load_checkpoint
+from samplers import Guidance
 from tests.conftest import reset_accelerate
 from training import sampling
-from training.sampling import count_broken, grid_captions, grid_columns, image_labels
+from training.sampling import count_broken, draw_latents, grid_captions, grid_columns, image_labels
 
 LABELS = {0: 5, 1: 17, 2: 40}  # in place of 0, 1, 2
 
@@ -45,6 +47,28 @@ def test_only_classes_of_the_data_are_drawn_and_recorded(run, monkeypatch):
     monkeypatch.setattr(sampling, "image_grid", lambda *given, **more: asked.append(more) or Image.new("L", (1, 1)))
     sampling.write_samples(run)
     assert asked == [{"captions": ["name 5", "name 17", "name 40", None, None, None]}]
+
+
+def test_the_network_for_sampling_has_the_tensors_of_the_average(run):
+    network = sampling.averaged_network(run)
+    assert network is not run.ema and not network.training
+    pairs = zip(network.named_parameters(), run.ema.named_parameters(), strict=True)
+    for (name, own), (also, average) in pairs:
+        assert name == also and own.data_ptr() == average.data_ptr() and not own.requires_grad
+    given = (run, range(3), 2, Guidance())
+    found, expected = (draw_latents(given[0], one, *given[1:]) for one in (network, run.ema))
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
+def test_samples_are_drawn_in_the_precision_of_the_run(train_flags):
+    reset_accelerate()
+    run = train.set_up(train.parse_args([*train_flags, "--exp-name", "half", "--mixed-precision", "bf16"]))
+    dtypes = []
+    run.ema.blocks[0].attn.qkv.register_forward_hook(lambda _, given, output: dtypes.append(output.dtype))
+    draw_latents(run, run.ema, range(2), 2, Guidance())
+    assert dtypes == [torch.bfloat16] * 2
+    assert run.ema.dtype == torch.float32
+    unlock_folder(run.folder)
 
 
 @pytest.mark.parametrize(

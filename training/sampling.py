@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 
 import torch
@@ -11,11 +12,12 @@ from common.classes import ClassSet
 from common.images import image_grid, save_png
 from evaluations.coherence import CoherenceSums, class_mean_sums
 from loss import FROM_ENCODER, entangled_token
+from models.inference import FastNetwork, fast_network
 from models.sit import SiT
 from samplers import Guidance, image_seeds, sample_images
 from training.messages import logger, warn_if_unwritable
 from training.parallelism import gather_full
-from training.state import Run, new_network
+from training.state import Run
 
 MAX_COLUMNS = 12  # of a grid with a column for each class
 
@@ -44,7 +46,18 @@ def score_samples(run: Run) -> dict[str, float]:
     With an encoder's token in the class slot these include the coherence of the samples (evaluations/coherence.py).
     If a sample is not finite, all scores are NaN, with a warning.
     """
-    network, device, slot = averaged_network(run), run.accelerator.device, run.config.slot
+    scores = _scores(run)
+    # The training step needs the memory of the CUDA graphs, and with FSDP that of the full network.
+    gc.collect()  # compiled blocks are part of reference cycles
+    torch.cuda.empty_cache()  # does nothing without a GPU
+    return scores
+
+
+def _scores(run: Run) -> dict[str, float]:
+    config, device, slot = run.config, run.accelerator.device, run.config.slot
+    network = averaged_network(run)
+    batch_size = min(config.eval_batch_size, config.eval_samples)
+    fast = fast_network(network, batch_size, config.compile, cuda_graphs=device.type == "cuda")
     sums = CoherenceSums(run.facts.network.cls_token_dim, device) if slot in FROM_ENCODER else None
     if sums is not None and run.class_centres is None:
         run.class_centres = class_centres(run)
@@ -52,15 +65,15 @@ def score_samples(run: Run) -> dict[str, float]:
     broken = torch.zeros((), device=device)
 
     def draw(numbers: range) -> Tensor:
-        latents, cls_tokens = draw_latents(run, network, numbers, run.config.eval_num_steps, Guidance())
+        latents, cls_tokens = draw_latents(run, network, numbers, config.eval_num_steps, Guidance(), fast)
         broken.add_(count_broken(latents, cls_tokens))
         images = run.codec.decode(latents)
         if sums is not None:
-            encoded = entangled_token(slot, run.encoders[0](images), None)
+            encoded = entangled_token(slot, run.encoders[0].forward(images), None)  # not compiled for these shapes
             sums.update(cls_tokens, encoded, torch.tensor(image_labels(run, numbers), device=device), run.class_centres)
         return images
 
-    scores = {**run.evaluation(draw), "num_steps": run.config.eval_num_steps}
+    scores = {**run.evaluation(draw), "num_steps": config.eval_num_steps}
     if sums is not None:
         sums.load_state_dict(run.accelerator.reduce(sums.state_dict(), "sum"))
         scores |= sums.scores()
@@ -77,11 +90,12 @@ def count_broken(*parts: Tensor | None) -> Tensor:
 
 
 def averaged_network(run: Run) -> SiT:
-    """Return the EMA network for sampling; for a sharded run a full copy. All processes must call it."""
-    if not run.config.fsdp:
-        return run.ema
+    """Return the EMA network for sampling, for which it may be compiled: `run.ema` stays as it is.
+
+    It has the tensors of `run.ema`; for a sharded run, full copies. All processes must call it.
+    """
     with torch.device("meta"):
-        network = new_network(run.config, run.facts)
+        network = SiT(run.facts.network, fused_attn=run.config.fused_attn)
     network.load_state_dict(gather_full(run.ema.state_dict()), assign=True)
     return network.to(run.accelerator.device).eval().requires_grad_(False)
 
@@ -119,17 +133,24 @@ def image_labels(run: Run, numbers: range) -> list[int]:
 
 
 def draw_latents(
-    run: Run, network: SiT, numbers: range, num_steps: int, guidance: Guidance
+    run: Run, network: SiT, numbers: range, num_steps: int, guidance: Guidance, fast: FastNetwork | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Return latents (N, C, h, w) and class tokens (N, D) or None, of images given by number."""
-    return sample_images(
-        network,
-        labels=image_labels(run, numbers),
-        seeds=image_seeds(run.config.seed, numbers),
-        interpolant=run.criterion.path,
-        guidance=guidance,
-        num_steps=num_steps,
-    )
+    """Return latents (N, C, h, w) and class tokens (N, D) or None, of images given by number.
+
+    The network computes in the precision of the run. It is under autocast, not converted: a copy in half precision
+    would need memory, and its activations can overflow in float16, where those of training do not.
+    fast: how `network` is called; None: directly.
+    """
+    with run.accelerator.autocast():
+        return sample_images(
+            network,
+            labels=image_labels(run, numbers),
+            seeds=image_seeds(run.config.seed, numbers),
+            interpolant=run.criterion.path,
+            guidance=guidance,
+            num_steps=num_steps,
+            **(fast._asdict() if fast else {}),
+        )
 
 
 def grid_columns(classes: int, samples: int) -> int | None:
