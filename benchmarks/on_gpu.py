@@ -89,7 +89,7 @@ class Outcome:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the jobs of the parts, print a summary, and exit with status 1 if a job failed."""
     config = parse(OnGpu, "Measure training, sampling and evaluation on one GPU.", argv)
-    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT also where a shell ignores it for its background jobs
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a shell may have set SIGINT to be ignored
         signal.signal(number, signal.default_int_handler)
     config.results.mkdir(parents=True, exist_ok=True)
     parts = dict.fromkeys(config.parts)  # each once
@@ -171,13 +171,16 @@ def job_environment(config: OnGpu) -> dict[str, str]:
 
 def end_group(process: subprocess.Popen[bytes]) -> None:
     """End a job, if it is still running, and all processes that it has started."""
-    with contextlib.suppress(ProcessLookupError):
+    try:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGINT)  # pytest still writes its report
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(GRACE)
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+            process.wait(GRACE)
+    except subprocess.TimeoutExpired:
+        pass
+    finally:  # also after a second signal to this process
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def copy_output(source: IO[bytes], path: Path) -> None:

@@ -7,7 +7,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-LONGEST_PART = 580  # seconds of all jobs of a part
 TINY_ENCODER = "timm/vit_tiny_patch16_224:input=64:patch_size=64:depth=1:embed_dim=24:num_heads=2"
 RUN_ENCODER = "timm/vit_tiny_patch16_224:input=32:patch_size=8:depth=1:embed_dim=24:num_heads=2"
 
@@ -38,11 +37,6 @@ class Job:
     flags: str
     tiny: str
     results: str = ".json"
-
-    @property
-    def program(self) -> str:
-        """The program, such as benchmarks/sample.py."""
-        return self.flags.split()[0]
 
     def command(self, work: Path, size: str) -> list[str]:
         """Return the command that writes the results into the folder `work`/results."""
@@ -75,7 +69,7 @@ PARTS = {
             45,
             "benchmarks/evaluate.py --device cuda --batch-size auto --images 512 --evaluate 50000 --seconds 35 "
             "--json {out}.json",
-            "--device cpu --images 2 --batch-size 2 --evaluate 12 --references 12 --seconds 1",
+            "--device cpu --images 2 --batch-size 2 --evaluate 6 --references 6 --seconds 1",
         ),
         Job(
             "attention",
@@ -84,7 +78,7 @@ PARTS = {
             "--dtype bf16 --json {out}.json",
             "--device cpu --batch-size 2 --heads 2 --tokens 9 --dtype float32",
         ),
-        Job("run", 80, RUN, TINY_RUN),
+        Job("run", 90, RUN, TINY_RUN),
     ],
     # REG compared with SiT and REPA on a small data set; the same command resumes a comparison that was stopped.
     "convergence": [

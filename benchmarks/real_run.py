@@ -184,8 +184,8 @@ def check_losses(row: dict[str, Any]) -> None:
     """Raise InputError if the losses of the resumed run are not those of the first, up to rounding."""
     if not (row["first_loss"] <= FIRST_LOSS and row["later_losses"] <= LATER_LOSSES):
         raise InputError(
-            f"the losses of the resumed run differ from those of the first by {row['first_loss']:.1e} in its first step "
-            f"and {row['later_losses']:.1e} later; allowed: {FIRST_LOSS:g} and {LATER_LOSSES:g}"
+            f"the losses of the resumed run differ from those of the first by {row['first_loss']:.1e} in its first "
+            f"step and {row['later_losses']:.1e} later; allowed: {FIRST_LOSS:g} and {LATER_LOSSES:g}"
         )
 
 

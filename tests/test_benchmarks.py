@@ -2,9 +2,6 @@
 
 import importlib.util
 import json
-import os
-import shlex
-import subprocess
 import sys
 
 import pytest
@@ -13,10 +10,8 @@ import torch
 from benchmarks import encode, evaluate, sample, timing, train_step
 from benchmarks.timing import peak_memory, reset_peak_memory, run_measured
 from benchmarks.training_steps import OurForm, PlainForm, Workload, write_random_weights
-from common.cli import parse
 from common.errors import InputError
 from models.encoders import load_encoders, untrained_encoder
-from tests.conftest import ROOT
 
 TINY = ["--model", "SiT-S/8", "--depth", "1", "--batch-size", "2", "--device", "cpu"]
 ENCODER = "timm/vit_tiny_patch16_224:input=64:patch_size=64:depth=1:embed_dim=24:num_heads=2"
@@ -205,49 +200,3 @@ def test_the_cost_of_saving_is_measured(tmp_path, capsys):
     assert not plain["saves"] and 0 < saves["stall"] <= saves["write"] and saves["gb"] > 0
     assert json.loads(path.read_text())["command"].startswith("python")
     assert "| stall of a save, s |" in capsys.readouterr().out and list(tmp_path.iterdir()) == [path]
-
-
-CONFIGS = {
-    "benchmarks/train_step.py": train_step.TrainStep,
-    "benchmarks/sample.py": sample.Sample,
-    "benchmarks/encode.py": encode.Encode,
-    "benchmarks/evaluate.py": evaluate.Evaluate,
-}
-
-
-def run_parts(tmp_path, *parts: str) -> tuple[subprocess.CompletedProcess, list[list[str]]]:
-    """Run on_gpu.sh with a `python` that writes its arguments down and fails for the evaluator; return them too."""
-    commands, stand_in = tmp_path / "commands", tmp_path / "python"
-    commands.write_text("")
-    stand_in.write_text(
-        f'#!/bin/sh\nprintf "%s " "$@" >> {commands}\necho >> {commands}\n[ "$1" != benchmarks/evaluate.py ]\n'
-    )
-    stand_in.chmod(0o755)
-    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "OUT": str(tmp_path / "gpu")}
-    script = ["bash", str(ROOT / "benchmarks" / "on_gpu.sh"), *parts]
-    done = subprocess.run(script, env=environment, capture_output=True, text=True)
-    return done, [shlex.split(line) for line in commands.read_text().splitlines()]
-
-
-def test_every_command_of_the_gpu_script_is_one_that_its_program_takes(monkeypatch, tmp_path):
-    usage = run_parts(tmp_path)[0].stdout
-    parts = [line.split()[1] for line in usage.splitlines() if line.startswith("#   ") and line[4] != " "]
-    done, commands = run_parts(tmp_path, *parts)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    programs = []
-    for program, *flags in commands:
-        if program == "-m":
-            assert all((ROOT / path).exists() for path in flags[1:])
-            continue
-        programs.append(program)
-        parse(CONFIGS[program], "", flags)
-    assert set(CONFIGS) == set(programs)
-    # One that fails keeps no other from running, and is named.
-    assert programs[-1] != "benchmarks/evaluate.py" and done.returncode == 1
-    assert done.stderr.strip().splitlines()[-1] == "on_gpu.sh: failed: evaluate"
-
-
-def test_an_unknown_part_of_the_gpu_script_is_refused_before_anything_runs(tmp_path):
-    done, commands = run_parts(tmp_path, "slot", "xl")
-    assert done.returncode == 2 and not commands and not (tmp_path / "gpu").exists()
-    assert "no part xl; allowed: xl2 slot" in done.stderr
