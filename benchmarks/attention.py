@@ -32,7 +32,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import timing
-from common.checks import POSITIVE
+from common.checks import MAX_BATCH, POSITIVE, between
 from common.cli import parse, setting
 from common.errors import InputError, run_cli
 from models.inference import NETWORK_DTYPES
@@ -43,6 +43,7 @@ BACKENDS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
+WIDTH = between(1, 1024)
 CHOSEN = "PyTorch's choice"
 COMPARED_IMAGES = 4  # the deviation is that of these images
 WARM_UP = 3  # calls that are not measured
@@ -60,11 +61,11 @@ COLUMNS = {
 class AttentionBenchmark(timing.Benchmark):
     """Settings of the benchmark."""
 
-    batch_size: int = setting(256, "images", check=POSITIVE)
-    heads: int = setting(16, "heads", check=POSITIVE)
-    tokens: int = setting(257, "tokens", check=POSITIVE)
-    head_size: int = setting(72, "values of each head", check=POSITIVE)
-    padded: tuple[int, ...] = setting((80, 96, 128), "head sizes to pad to", check=POSITIVE)
+    batch_size: int = setting(256, "images", check=between(1, MAX_BATCH))
+    heads: int = setting(16, "heads", check=WIDTH)
+    tokens: int = setting(257, "tokens", check=between(1, 1_000_000))
+    head_size: int = setting(72, "values of each head", check=WIDTH)
+    padded: tuple[int, ...] = setting((80, 96, 128), "head sizes to pad to", check=WIDTH)
     dtype: str = setting("bf16", "precision", choices=tuple(NETWORK_DTYPES))
     repeats: int = setting(20, "timings of each form", check=POSITIVE)
 

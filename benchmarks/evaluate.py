@@ -7,8 +7,8 @@ The straightforward network has the same layers and weights. Each convolution is
 PyTorch's default memory layout. Both are in memory at the same time.
 
 With --seconds, the evaluator runs on as many samples as are expected to fit into this time. Its time for all samples is
-then extrapolated: all that follows its start grows in proportion to the images. The real time is shorter, because
-some of it does not depend on the number of images.
+then extrapolated, with a lower and an upper bound: only the time of the network grows with the number of images, or all
+that follows the imports does.
 """
 
 from __future__ import annotations
@@ -157,7 +157,11 @@ def run_evaluator(
     working = read_json(out)["seconds"]  # without the imports
     if count < config.evaluate:
         factor = (config.evaluate + config.references) / (count + config.references)
-        found |= {"wanted_samples": config.evaluate, "extrapolated_seconds": seconds + (factor - 1) * working}
+        found |= {
+            "extrapolated_to_samples": config.evaluate,
+            "at_least_seconds": seconds + (config.evaluate - count) / rate,
+            "at_most_seconds": seconds + (factor - 1) * working,
+        }
     return {**found, "seconds_without_imports": working}
 
 
