@@ -67,7 +67,7 @@ class TimedBenchmark(Benchmark):
 
     seconds: float | None = setting(
         None,
-        "start no round that would end later than this after the start; replaces the number of rounds",
+        "start no round that would end later than this after the imports; replaces the number of rounds",
         check=POSITIVE,
     )
 

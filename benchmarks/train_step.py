@@ -10,6 +10,10 @@ network (forward and backward) and the encoders (forward), without the recomputa
 utilisation is relative to a large matrix product in the same precision in the same run. Memory on a CPU is that of the
 complete process: measure one form and size at a time to learn what it takes.
 
+With --profile, kernels are divided into kinds by their names: matrix products, attention, normalisation and other
+elementwise work, copies, optimizer, communication, and idle time. The table is also in the results, so that it is known
+without the trace, which is a large file.
+
 With --losses the forms are not timed. Their losses from the same start, with the same batches and noise, are compared
 with those of the plain step in float32. One more run distinguishes rounding from errors: the plain step in float32 with
 initial weights changed by one unit in the last place (ulp). Any change in the order of a sum may cause a deviation as
@@ -153,9 +157,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse(TrainStep, "Measure the forms of a training step.", argv)
     device = config.torch_device
     if config.losses:
-        losses = train_all(config)
-        timing.write_result(config.json, {"losses": losses}, device)
-        print(loss_table(losses))
+        print(loss_table(train_all(config)))
         return
     torch.backends.cuda.matmul.allow_tf32 = True  # train.py's default
     result = Result(config)
@@ -185,7 +187,8 @@ def measure(case: Case, result: Result, until: float | None) -> None:
     turns: dict[int, list[tuple[float, float]]] = {id(row): [] for _, row in pairs}
     fitting: list[tuple[Form, Row]] = []
     for form, row in progress_bar(pairs, desc=f"{name}, first steps"):
-        if fits(form, warm_up, row) and fits(form, turn, row, 1, first := []):
+        first: list[tuple[float, float]] = []
+        if fits(form, warm_up, row) and fits(form, turn, row, 1, first):
             fitting.append((form, row))
             summarise(row, first, fitting[0][1])
             print(f"{name}, {form.name}: {row.seconds:.4f} s/step, {row.memory_gb:.1f} GB", flush=True)
@@ -196,6 +199,8 @@ def measure(case: Case, result: Result, until: float | None) -> None:
                 summarise(row, turns[id(row)], fitting[0][1])
             else:
                 fitting.remove((form, row))
+                row.seconds = row.images_per_second = row.ratio = row.utilisation = row.memory_gb = None
+                row.seconds_quartiles = []
             result.write()
 
     for form, row in fitting:
@@ -342,7 +347,10 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 def train_all(config: TrainStep) -> dict[str, list[float]]:
-    """Return the losses of --losses steps of each form, by the form's name. The first is the reference."""
+    """Return the losses of --losses steps of each form, by the form's name. The first is the reference.
+
+    The result is written after each form.
+    """
     losses: dict[str, list[float]] = {}
     for precision in dict.fromkeys(("no", *config.precision)):
         release_workloads()
@@ -361,6 +369,7 @@ def train_all(config: TrainStep) -> dict[str, list[float]]:
             for _ in progress_bar(range(config.losses), desc=name):
                 form.step()
             losses[name] = form.finish()
+            timing.write_result(config.json, {"losses": losses}, config.torch_device)
     return losses
 
 

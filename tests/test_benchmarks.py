@@ -49,20 +49,26 @@ def test_forms_of_a_training_step_have_the_same_losses(tmp_path, capsys):
         assert len(first) == 2 and first[0] != first[1]
         assert all(row["losses"] == pytest.approx(first, rel=tolerance) for row in rows[precision])
     assert all(row["seconds"] > 0 and row["images_per_second"] > 0 for row in written["rows"])
+    assert all(low <= row["seconds"] <= high for row in written["rows"] for low, high in [row["seconds_quartiles"]])
     flops = written["rows"][0]["flops_per_image"]
     assert flops["network"] > flops["encoders"] > 0 and written["matrix_flops"]["bf16"] > 0
     table = capsys.readouterr().out
     assert table.count("| SiT-S/8 | 2 | 64 |") == len(written["rows"])
 
 
-def test_the_price_of_the_class_slot_is_measured(tmp_path):
+def test_the_price_of_the_class_slot_and_a_profile_are_measured(tmp_path):
     path = tmp_path / "slot.json"
     flags = "--resolution 64 --rounds 1 --steps 1 --matrix-seconds 0 --forms ours --slot-price"
+    flags += f" --profile {tmp_path / 'trace.json.gz'}"
     train_step.main([*TINY, *flags.split(), "--encoder", ENCODER, "--json", str(path)])
-    slot, none = json.loads(path.read_text())["rows"]
+    result = json.loads(path.read_text())
+    slot, none = result["rows"]
     assert slot["class_slot"] and not none["class_slot"]
     assert slot["flops_per_image"]["network"] > none["flops_per_image"]["network"]
     assert slot["gradient_bytes"] > none["gradient_bytes"]
+    kinds = {row["kind"]: row["share"] for row in result["profile"]["kinds"]}
+    assert kinds[profiling.MATRIX_PRODUCTS] > 0 and sum(kinds.values()) == pytest.approx(1)
+    assert result["profile"]["form"] == "train.py" and (tmp_path / "trace.json.gz").stat().st_size > 0
 
 
 def test_losses_of_all_forms_stay_together(tmp_path, capsys):
@@ -246,6 +252,22 @@ def test_forms_that_were_measured_are_not_lost(monkeypatch, tmp_path):
     plain, ours = json.loads(path.read_text())["rows"]
     assert plain["seconds"] > 0 and len(plain["seconds_quartiles"]) == 2 and plain["utilisation"] > 0
     assert ours["seconds"] is None
+
+
+def test_a_form_that_stops_fitting_has_no_results(monkeypatch, tmp_path):
+    path, turn = tmp_path / "steps.json", train_step.turn
+
+    def full(form, row, steps, turns):
+        if form.name == "train.py" and steps == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        turn(form, row, steps, turns)
+
+    monkeypatch.setattr(train_step, "turn", full)
+    flags = f"--resolution 64 --rounds 1 --steps 2 --matrix-seconds 0 --forms plain ours --json {path}"
+    train_step.main([*TINY, *flags.split(), "--encoder", ENCODER])
+    plain, ours = json.loads(path.read_text())["rows"]
+    assert plain["seconds"] > 0 and plain["ratio"] == 1
+    assert ours["seconds"] is ours["images_per_second"] is ours["utilisation"] is None and not ours["seconds_quartiles"]
 
 
 def test_the_largest_batch_fits_all_forms_without_compiling_for_each_attempt(monkeypatch):
