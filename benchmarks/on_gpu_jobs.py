@@ -59,14 +59,14 @@ PARTS = {
         Job(
             "train_step",
             200,
-            f"{STEP} --model SiT-XL/2 --forms plain ours compile --batch-size 32 --largest-batch --seconds 165 "
+            f"{STEP} --model SiT-XL/2 --forms plain ours compile --batch-size 32 --largest-batch --seconds 155 "
             "--profile {out}.trace.json.gz",
             TINY_STEP_ONE_BATCH,
         ),
-        Job("sample", 110, f"{SAMPLE} --dtype bf16 --pairs 0 --seconds 95", TINY_SAMPLE),
+        Job("sample", 110, f"{SAMPLE} --dtype bf16 --pairs 0 --seconds 90", TINY_SAMPLE),
         Job(
             "evaluate",
-            45,
+            50,
             "benchmarks/evaluate.py --device cuda --batch-size auto --images 512 --evaluate 50000 --seconds 35 "
             "--json {out}.json",
             "--device cpu --images 2 --batch-size 2 --evaluate 6 --references 6 --seconds 1",

@@ -164,15 +164,15 @@ def compare(first: Path, resumed: Path, middle: str, last: str) -> dict[str, Any
     # Steps that are skipped because a gradient overflows have no loss; they must be the same in both runs.
     same_steps = losses and losses.keys() == {step for step in expected_losses if step >= min(losses)}
     apart = [abs(losses[step] / expected_losses[step] - 1) for step in losses] if same_steps else [math.inf]
-    start, expected, found = (
-        load_checkpoint(path / "checkpoints" / name) for path, name in ((first, middle), (first, last), (resumed, last))
-    )
+    files = (first / middle, first / last, resumed / last)
+    start, expected, found = (load_checkpoint(path.parent / "checkpoints" / path.name, verify=False) for path in files)
+    moved = distance(expected["model"], start["model"])
     weights = distance(found["model"], expected["model"])
     averages = distance(found["ema"], expected["ema"])
     return {
         "first_loss": apart[0],
         "later_losses": max(apart[1:], default=0.0),
-        "weights": weights / distance(expected["model"], start["model"]),
+        "weights": weights / moved if moved else math.inf,
         "equal": max(apart) == weights == averages == 0,
     }
 

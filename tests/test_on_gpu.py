@@ -14,12 +14,14 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from pytest import approx
 
 from benchmarks import attention, encode, evaluate, on_gpu, on_gpu_summary, real_run, sample, train_step
 from benchmarks.on_gpu_jobs import PARTS, Job
 from common.cli import parse
 from common.errors import InputError
 from experiments import convergence
+from models.checkpoint import save_checkpoint
 from tests.conftest import ROOT
 
 CONFIGS = {
@@ -94,7 +96,7 @@ def test_jobs_that_fail_are_named_and_the_others_run(monkeypatch, tmp_path, capf
     child += "subprocess.Popen(['sleep', '60'], pass_fds=[file.fileno()]); "
     hang = f"{child} {WRITE}; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
     jobs = [
-        Job("hangs", 3, script(hang), ""),
+        Job("hangs", 2, script(hang), ""),
         Job("fails", 30, script("print('reason'); sys.exit(3)"), ""),
         Job("nothing", 30, script("pass"), ""),
         Job("large", 30, script(f"{WRITE}; out.with_suffix('.trace').write_bytes(os.urandom(5_000_000))"), ""),
@@ -107,7 +109,7 @@ def test_jobs_that_fail_are_named_and_the_others_run(monkeypatch, tmp_path, capf
     assert {f"results/{name}" for name in ("fails.log", "hangs.json", "large.json", "versions.json")} <= names
     assert "results/large.trace" not in names and "results/nothing.json" not in names
     out, err = capfd.readouterr()
-    named = "hangs (reached its limit of 3 s), fails (status 3), nothing (wrote no nothing.json)"
+    named = "hangs (reached its limit of 2 s), fails (status 3), nothing (wrote no nothing.json)"
     assert err.strip() == f"on_gpu: failed: {named}"
     assert "fails.log:\nreason\n" in out and out.strip().endswith("results.tar.gz: all results, without large.trace")
     with open(held) as file:
@@ -159,6 +161,28 @@ def test_the_summary_names_failed_tests_and_ignores_damaged_results(tmp_path):
     assert on_gpu_summary.tables(tmp_path, "broken") == []
     (line,) = on_gpu_summary.tables(tmp_path, "tests")
     assert line == "tests 2, failures 1, errors 0, skipped 0; failed: test_a[2]"
+
+
+def write_run(folder: Path, weights: dict[str, float], losses: dict[int, float | None]) -> Path:
+    for name, value in weights.items():
+        state = {"blocks.0.weight": torch.full((4,), value)}
+        save_checkpoint(folder / "checkpoints" / name, {"model": state, "ema": {"blocks.0.weight": torch.zeros(4)}})
+    rows = [{"step": step, **({} if loss is None else {"loss": loss})} for step, loss in losses.items()]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_runs_are_compared_from_the_checkpoint_on(tmp_path):
+    first = write_run(tmp_path / "a", {"2.pt": 1, "4.pt": 3}, {1: 5.0, 2: 4.0, 3: None, 4: 2.0, 5: 1.0})
+    close = write_run(tmp_path / "b", {"4.pt": 2.5}, {3: None, 4: 2.002, 5: 1.01})
+    found = real_run.compare(first, close, "2.pt", "4.pt")
+    assert found == {"first_loss": approx(1e-3), "later_losses": approx(1e-2), "weights": approx(0.25), "equal": False}
+    again = write_run(tmp_path / "c", {"4.pt": 3}, {3: None, 4: 2.0, 5: 1.0})
+    found = real_run.compare(first, again, "2.pt", "4.pt")
+    assert found == {"first_loss": 0, "later_losses": 0, "weights": 0, "equal": True}
+    # A step that only one of the runs has skipped.
+    other = write_run(tmp_path / "d", {"4.pt": 3}, {3: 3.0, 4: 2.0, 5: 1.0})
+    assert real_run.compare(first, other, "2.pt", "4.pt")["first_loss"] == float("inf")
 
 
 @pytest.mark.parametrize(
