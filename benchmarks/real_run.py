@@ -160,12 +160,13 @@ def compare(first: Path, resumed: Path, middle: str, last: str) -> dict[str, Any
     two last networks, relative to how far training moved the network since the checkpoint. equal: losses, last weights
     and last averaged weights are equal to the last bit.
     """
-    expected_losses, losses = read_losses(first), read_losses(resumed)
+    losses = read_losses(resumed)
+    expected_losses = {step: loss for step, loss in read_losses(first).items() if step > int(Path(middle).stem)}
     # Steps that are skipped because a gradient overflows have no loss; they must be the same in both runs.
-    same_steps = losses and losses.keys() == {step for step in expected_losses if step >= min(losses)}
+    same_steps = losses and losses.keys() == expected_losses.keys()
     apart = [abs(losses[step] / expected_losses[step] - 1) for step in losses] if same_steps else [math.inf]
-    files = (first / middle, first / last, resumed / last)
-    start, expected, found = (load_checkpoint(path.parent / "checkpoints" / path.name, verify=False) for path in files)
+    files = [run / "checkpoints" / name for run, name in ((first, middle), (first, last), (resumed, last))]
+    start, expected, found = (load_checkpoint(file, verify=False) for file in files)
     moved = distance(expected["model"], start["model"])
     weights = distance(found["model"], expected["model"])
     averages = distance(found["ema"], expected["ema"])

@@ -181,8 +181,9 @@ def test_runs_are_compared_from_the_checkpoint_on(tmp_path):
     found = real_run.compare(first, again, "2.pt", "4.pt")
     assert found == {"first_loss": 0, "later_losses": 0, "weights": 0, "equal": True}
     # A step that only one of the runs has skipped.
-    other = write_run(tmp_path / "d", {"4.pt": 3}, {3: 3.0, 4: 2.0, 5: 1.0})
-    assert real_run.compare(first, other, "2.pt", "4.pt")["first_loss"] == float("inf")
+    for number, losses in enumerate(({3: 3.0, 4: 2.0, 5: 1.0}, {3: None, 4: None, 5: 1.0}, {3: None})):
+        other = write_run(tmp_path / f"d{number}", {"4.pt": 3}, losses)
+        assert real_run.compare(first, other, "2.pt", "4.pt")["first_loss"] == float("inf")
 
 
 @pytest.mark.parametrize(
