@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.timing import synchronise
+from benchmarks.timing import markdown_table, synchronise
 
 # Kinds of kernels. The first pattern that occurs in a kernel's name decides. Inductor names a fused elementwise kernel
 # after the operations around it, so its own prefixes come before the names of operations.
@@ -29,14 +29,13 @@ KINDS = [
 ]
 IDLE = "idle"
 LONGEST = 25  # kernels that are listed one by one
-NAME_LENGTH = 120  # characters of their names
+NAME_LENGTH = 100  # characters of their names
 ON_DEVICE = {"kernel", "gpu_memcpy", "gpu_memset"}  # categories of a trace's events
-COLUMNS = {"kind": "{kind}", "ms a step": "{ms:.2f}", "share": "{share:.1%}", "kernels": "{kernels:.0f}"}
 Event = tuple[str, float, float]  # name, start and duration in microseconds
 
 
 def profile(step: Callable[[], object], steps: int, device: torch.device, path: Path) -> dict[str, Any]:
-    """Take some steps, write their trace to `path`, print the longest operations, and return what `shares` returns.
+    """Take some steps, write their trace to `path`, and return what `shares` returns.
 
     On a CPU the operators take the place of the kernels, without the time of operators that they call.
     """
@@ -45,14 +44,18 @@ def profile(step: Callable[[], object], steps: int, device: torch.device, path: 
             step()
         synchronise(device)
     profiler.export_chrome_trace(str(path))
-    on_gpu = device.type == "cuda"
-    averages = profiler.key_averages()
-    longest = f"self_{'device' if on_gpu else 'cpu'}_time_total"
-    print(f"\n{averages.table(sort_by=longest, row_limit=25, max_name_column_width=60)}")
-    if on_gpu:
+    if device.type == "cuda":
         return shares(read_kernels(path), steps)
-    operators = {average.key: (average.self_cpu_time_total, average.count) for average in averages}
+    operators = {average.key: (average.self_cpu_time_total, average.count) for average in profiler.key_averages()}
     return tables(operators, sum(duration for duration, _ in operators.values()), steps)
+
+
+def show(found: dict[str, Any]) -> None:
+    """Print the tables of `shares`."""
+    for key in ("kind", "name"):
+        columns = {key: f"{{{key}}}", "ms a step": "{ms:.2f}", "share": "{share:.1%}", "kernels": "{kernels:.0f}"}
+        rows = found["kinds" if key == "kind" else "longest"]
+        print(markdown_table(columns, [{**row, key: row[key].replace("|", "/")} for row in rows]), end="\n\n")
 
 
 def read_kernels(path: Path) -> list[Event]:

@@ -37,9 +37,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks import timing
-from benchmarks.profiling import COLUMNS as KIND_COLUMNS
-from benchmarks.profiling import profile
+from benchmarks import profiling, timing
 from benchmarks.training_steps import Form, OurForm, PlainForm, Workload, measure_saves
 from common import distributed
 from common.checks import NON_NEGATIVE, POSITIVE, between
@@ -210,10 +208,11 @@ def measure(case: Case, result: Result, until: float | None) -> None:
         result.write()
     if config.profile and fitting:
         form = fitting[-1][0]
-        result.profile = {"form": form.name, **profile(form.step, PROFILED_STEPS, form.work.device, config.profile)}
-        print(f"\n{form.name}, where the time of a step goes:\n")
-        print(timing.markdown_table(KIND_COLUMNS, result.profile["kinds"]))
+        found = profiling.profile(form.step, PROFILED_STEPS, form.work.device, config.profile)
+        result.profile = {"form": form.name, **found}
         result.write()
+        print(f"\n{form.name}, where the time of a step goes:\n")
+        profiling.show(found)
 
 
 def summarise(row: Row, turns: list[tuple[float, float]], first: Row) -> None:

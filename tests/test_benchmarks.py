@@ -97,6 +97,25 @@ def test_all_forms_report_the_loss_of_a_bad_step():
         assert first != first
 
 
+def test_memory_of_a_form_does_not_include_the_other_optimizers_state(monkeypatch):
+    work = Workload([*TINY, "--encoder-depth", "1"], ENCODER, 64)
+    forms = [PlainForm(work), OurForm(work)]
+    losses = [[form.step() for _ in range(2)] and form.finish() for form in forms]
+    weights = sum(parameter.nbytes for parameter in work.network.parameters() if parameter.requires_grad)
+    monkeypatch.setattr(timing, "peak_memory", lambda device: 10.0)
+    for form in forms:
+        row = train_step.Row("SiT-S/8", 2, 64, "no", class_slot=True, form=form.name)
+        train_step.turn(form, row, 1, [])
+        assert row.memory_gb == pytest.approx(10 - 2 * weights / 1e9, abs=1e-5)  # two averages of each gradient
+    # The states stay in memory, and the first steps after a reset are those from a new start.
+    work.reset()
+    assert work.optimizer_bytes(False) >= 2 * weights and work.optimizer_bytes(True) >= 2 * weights
+    forms[0].run.step = 0
+    for _ in range(2):
+        forms[0].step()
+    assert forms[0].finish() == losses[0]
+
+
 def test_random_weights_of_encoders_are_those_that_are_loaded(tmp_path):
     specs = f"{ENCODER},timm/mobilenetv1_100:channel_multiplier=0.5:input=64"
     torch.manual_seed(0)
@@ -326,7 +345,7 @@ def test_kernels_are_assigned_to_kinds(name):
 
 
 @pytest.mark.parametrize("name", ["trace.json", "trace.json.gz"])
-def test_the_profile_says_where_the_time_goes(tmp_path, name):
+def test_the_profile_says_where_the_time_goes(tmp_path, capsys, name):
     kernels = [  # start and duration in microseconds; the copy is hidden up to 10 of its 40
         ("kernel", "gemm", 100, 60), ("gpu_memcpy", "Memcpy HtoD", 130, 40),
         ("kernel", "triton_poi_fused_add", 180, 20), ("kernel", "gemm", 200, 100),
@@ -345,6 +364,8 @@ def test_the_profile_says_where_the_time_goes(tmp_path, name):
         profiling.ELEMENTWISE: pytest.approx((0.01, 0.1, 0.5)),
     }
     assert [row["name"] for row in found["longest"]] == ["gemm", "triton_poi_fused_add", "Memcpy HtoD"]
+    profiling.show(found)
+    assert "| gemm | 0.08 | 80.0% | 1 |" in capsys.readouterr().out
     assert profiling.shares([], steps=2)["kinds"] == [{"kind": profiling.IDLE, "ms": 0, "share": 0, "kernels": 0}]
 
 
