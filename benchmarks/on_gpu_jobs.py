@@ -69,7 +69,7 @@ PARTS = {
             50,
             "benchmarks/evaluate.py --device cuda --batch-size auto --images 512 --evaluate 50000 --seconds 35 "
             "--json {out}.json",
-            "--device cpu --images 2 --batch-size 2 --evaluate 6 --references 6 --seconds 1",
+            "--device cpu --images 1 --batch-size 1 --evaluate 4 --references 4 --seconds 1",
         ),
         Job(
             "attention",

@@ -36,6 +36,7 @@ FUZZED_BY = {
 # They read back what they have just written, or write only.
 OWN = {
     "benchmarks/encode.py",
+    "benchmarks/on_gpu.py",
     "benchmarks/profiling.py",
     "preprocessing/destination.py",
     "models/safetensors_format.py",
