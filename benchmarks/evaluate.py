@@ -5,13 +5,18 @@
 
 The straightforward network has the same layers and weights. Each convolution is followed by its own batch norm, in
 PyTorch's default memory layout. Both are in memory at the same time.
+
+With --seconds, the evaluator runs on as many samples as are expected to fit into this time. Its time for all samples is
+then extrapolated, with a lower and an upper bound: only the time of the network grows with the number of images, or all
+that follows the imports does.
 """
 
 from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,6 +35,7 @@ from common.checks import AUTO, BATCH_SIZE, NON_NEGATIVE, POSITIVE
 from common.cli import batch_size, parse, setting
 from common.distributed import largest_batch
 from common.errors import run_cli
+from common.io import read_json
 from evaluations.features import CPU_BATCH
 from evaluations.inception.layers import NUM_CLASSES, NUM_FEATURES, SPATIAL_LAYER, inception_layers
 from evaluations.inception.network import SPATIAL_CHANNELS, Inception, InceptionOutput, full_precision, load_inception
@@ -38,14 +44,18 @@ from evaluations.inception.weights import load_weights
 from evaluations.npz import write_npz
 
 RESOLUTION = 256
+FEWEST_SAMPLES = 1000  # of the evaluator, however short --seconds is
+ASSUMED_START = 15  # seconds of an evaluator without images: imports, weights, metrics
+NOISE_IMAGES = 256  # images of noise that are drawn; the others are made from them
 COLUMNS = {
-    "network": "{setting}", "s an image": "{seconds_per_image:.4f}", "ratio": "{ratio:.2f}",
+    "network": "{setting}", "s an image": "{seconds_per_image:.5f}", "images/s": "{images_per_s:.1f}",
+    "quartiles, s": "{seconds_quartiles[0]:.3f}, {seconds_quartiles[1]:.3f}", "ratio": "{ratio:.2f}",
     "utilisation": "{utilisation:.0%}", "memory, GB": "{memory_gb:.2f}", "features, rms": "{rms_deviation:.1e}",
 }  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate(timing.Benchmark):
+class Evaluate(timing.TimedBenchmark):
     """Settings of the benchmark."""
 
     device: str = setting("cpu", "where to measure; auto: CUDA if available", choices=("auto", "cpu", "cuda"))
@@ -81,22 +91,25 @@ class PlainInception(torch.nn.Module):
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print a table."""
+    start = time.perf_counter()
     config = parse(Evaluate, "Measure time and memory of the evaluation.", argv)
     torch.set_num_threads(config.threads)
-    device, result = config.torch_device, {}
+    device = config.torch_device
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(config.inception) if config.inception else write_random_weights(Path(folder) / "random.pth")
-        rows = measure(weights, config)
+        # A third of the time is for the networks, if the evaluator also runs.
+        rows = measure(weights, config, config.until(start, 1 / 3 if config.evaluate else 1))
         print(f"{timing.hardware(device)}, torch {torch.__version__}, images of {RESOLUTION} px\n")
-        print(timing.markdown_table(COLUMNS, rows))
+        print(timing.markdown_table(COLUMNS, rows), flush=True)
+        timing.write_result(config.json, {"rows": rows}, device)
         if config.evaluate:
-            result = {"evaluation": run_evaluator(Path(folder), weights, config)}
-            print("evaluator: " + ", ".join(f"{name} {value:g}" for name, value in result["evaluation"].items()))
-    timing.write_result(config.json, {"rows": rows, **result}, device)
+            found = run_evaluator(Path(folder), weights, config, rows[-1]["images_per_s"], config.until(start))
+            print("evaluator: " + ", ".join(f"{name} {value:g}" for name, value in found.items()))
+            timing.write_result(config.json, {"rows": rows, "evaluation": found}, device)
 
 
-def measure(weights: Path, config: Evaluate) -> list[dict[str, Any]]:
-    """Return the rows of both networks; deviations are those of the pool features."""
+def measure(weights: Path, config: Evaluate, until: float | None) -> list[dict[str, Any]]:
+    """Return the rows of both networks; deviations are those of the pool features. `until`: see `rounds_until`."""
     device, size = config.torch_device, config.batch_size
     networks = {"plain": PlainInception(weights, device), "ours": load_inception(weights, device)}
     generator = torch.Generator().manual_seed(0)
@@ -106,11 +119,12 @@ def measure(weights: Path, config: Evaluate) -> list[dict[str, Any]]:
         attempt = partial(pool_features, networks["plain"], images, device)
         size = largest_batch(attempt, len(images)) if device.type == "cuda" else CPU_BATCH
     runs = {name: partial(pool_features, network, images, device, size) for name, network in networks.items()}
-    rows = timing.compare(runs, device, config.repeats)
+    rows = timing.compare(runs, device, config.repeats, until)
     with full_precision(device):
         ceiling = timing.matrix_rate(device, 1)
     for row in rows:
         row |= {"batch": size, "seconds_per_image": row["seconds"] / config.images}
+        row["images_per_s"] = 1 / row["seconds_per_image"]
         row["utilisation"] = flops[row["setting"]] / row["seconds_per_image"] / ceiling
     return rows
 
@@ -121,22 +135,47 @@ def pool_features(network: Inception | PlainInception, images: Tensor, device: t
     return torch.cat([network(batch.to(device)).pool for batch in images.split(size)]).cpu()
 
 
-def run_evaluator(folder: Path, weights: Path, config: Evaluate) -> dict[str, Any]:
-    """Run evaluator.py on noise images in its own process; return its seconds and peak memory."""
-    batches = {"--ref_batch": config.references, "--sample_batch": config.evaluate}
-    flags = ["--inception", weights, "--batch-size", config.batch_size, "--save_path", folder / "out.json"]
-    for number, (flag, count) in enumerate(batches.items()):
-        flags += [flag, write_noise(folder / f"batch{number}.npz", count)]
+def run_evaluator(
+    folder: Path, weights: Path, config: Evaluate, rate: float, until: float | None
+) -> dict[str, float | int]:
+    """Run evaluator.py on noise images in its own process; return its seconds and peak memory.
+
+    rate: images per second of the Inception network. `until`: time of `perf_counter` at which the run should end.
+    """
+    began = time.perf_counter()
+    reference = write_noise(folder / "reference.npz", config.references)
+    count = config.evaluate
+    if until is not None:
+        writing = (time.perf_counter() - began) / config.references  # seconds of an image
+        left = until - time.perf_counter() - ASSUMED_START - config.references / rate
+        count = min(count, max(FEWEST_SAMPLES, int(left / (writing + 1 / rate))))
+    samples, out = write_noise(folder / "samples.npz", count), folder / "out.json"
+    flags = [reference, samples, "--inception", weights, "--batch-size", config.batch_size, "--save_path", out]
     flags += ["--cpu"] if config.torch_device.type == "cpu" else []
     seconds, memory = timing.run_measured([sys.executable, ROOT / "evaluations" / "evaluator.py", *flags])
-    return {"samples": config.evaluate, "references": config.references, "seconds": seconds, "host_memory_gb": memory}
+    found = {"samples": count, "references": config.references, "seconds": seconds, "host_memory_gb": memory}
+    working = read_json(out)["seconds"]  # without the imports
+    if count < config.evaluate:
+        factor = (config.evaluate + config.references) / (count + config.references)
+        found |= {
+            "extrapolated_to_samples": config.evaluate,
+            "at_least_seconds": seconds + (config.evaluate - count) / rate,
+            "at_most_seconds": seconds + (factor - 1) * working,
+        }
+    return {**found, "seconds_without_imports": working}
 
 
 def write_noise(path: Path, count: int) -> Path:
-    """Write an .npz of `count` noise images, one by one, and return its path."""
-    rng, shape = np.random.default_rng(count), (RESOLUTION, RESOLUTION, 3)
+    """Write an .npz of `count` different noise images, one by one, and return its path."""
+    rng = np.random.default_rng(count)
+    drawn = rng.integers(256, size=(NOISE_IMAGES, RESOLUTION, RESOLUTION, 3), dtype=np.uint8)
+
+    def images() -> Iterator[np.ndarray]:  # drawing all of them would take longer than the network
+        for number in range(count):
+            yield drawn[number % NOISE_IMAGES] ^ np.uint8(number // NOISE_IMAGES % 256)
+
     with open(path, "wb") as file:
-        write_npz(file, (rng.integers(256, size=shape, dtype=np.uint8) for _ in range(count)), (count, *shape))
+        write_npz(file, images(), (count, RESOLUTION, RESOLUTION, 3))
     return path
 
 

@@ -12,8 +12,8 @@ all of them. The last table is the price of REG's class slot: the same network w
 from __future__ import annotations
 
 import copy
-import statistics
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -39,11 +39,12 @@ from samplers import Guidance, image_seeds, sample_images, sde_times
 CLASS_WIDTH = 768  # of DINOv2-B's class token
 LATENT_FACTOR = 8  # pixels of the image for one of the latents, Stable Diffusion's codec
 LARGEST_BATCH = 256
+KINDS = ("step_plain", "step_guided")  # steps outside and inside the guidance interval
 MULTIPLE = Check(f"a multiple of {LATENT_FACTOR}", lambda value: value > 0 and value % LATENT_FACTOR == 0)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sample(timing.Benchmark):
+class Sample(timing.TimedBenchmark):
     """Settings of the benchmark."""
 
     model: str = setting("SiT-XL/2", "preset", choices=tuple(SiT_models))
@@ -59,7 +60,7 @@ class Sample(timing.Benchmark):
     rounds: int = setting(5, "timings of each form", check=POSITIVE)
     deviation_steps: int = setting(10, "steps before latents are compared", check=POSITIVE)
     pairs: int = setting(20, "pairs of runs for the price of the class slot; 0: do not measure it", check=NON_NEGATIVE)
-    seconds: float = setting(3, "minimum time of other measurements", check=NON_NEGATIVE)
+    matrix_seconds: float = setting(3, "time of the matrix product", check=NON_NEGATIVE)
 
     @property
     def guidance(self) -> Guidance:
@@ -78,6 +79,7 @@ class Form(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print the tables."""
+    start = time.perf_counter()
     config = parse(Sample, "Measure how fast sampling is.", argv)
     device = config.torch_device
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
@@ -98,12 +100,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     result = {
         "settings": {name: value for name, value in asdict(config).items() if name != "json"},
         "gflop": flops / 1e9,
-        "rows": measure(config, build_forms(plain, config), flops),
-        "class_slot": class_slot_price(config) if config.pairs else None,
-        "peak_memory_gb": timing.peak_memory(device),
     }
+
+    def report(rows: list[dict[str, Any]], class_slot: dict[str, Any] | None = None) -> None:
+        result.update(rows=rows, class_slot=class_slot, peak_memory_gb=timing.peak_memory(device))
+        timing.write_result(config.json, result, device)
+
+    rows = measure(config, build_forms(plain, config), flops, config.until(start), report)
+    report(rows, class_slot_price(config) if config.pairs else None)
     show(result)
-    timing.write_result(config.json, result, device)
 
 
 def sample(config: Sample, form: Form, guidance: Guidance, num_steps: int) -> torch.Tensor:
@@ -167,45 +172,74 @@ def network_flops(model: SiT) -> int:
     return timing.count_flops(lambda: model(x, t, y, cls_token=cls_token, project=False))
 
 
-def measure(config: Sample, forms: list[Form], flops: int) -> list[dict[str, Any]]:
-    """Return one row for each form: seconds of a step outside and inside the guidance interval, memory, deviation, and
-    for the complete run images per second, their ratio to the first row, and the utilisation.
+def measure(
+    config: Sample, forms: list[Form], flops: int, until: float | None, report: Callable[[list[dict[str, Any]]], None]
+) -> list[dict[str, Any]]:
+    """Return the rows of all forms, see `make_rows`. `report` gets the rows so far after each form and each round.
 
-    flops: floating-point operations of a call of the network for one image.
+    flops: floating-point operations of a call of the network for one image. `until`: see `timing.rounds_until`.
     """
     device = config.torch_device
-    kinds = {"step_plain": Guidance(), "step_guided": Guidance(max(config.cfg_scale, 1.1))}
-    memory, latents, runs = {}, {}, {}
-    for form in progress_bar(forms, desc="first runs", unit="form"):  # includes compilation and capture; not timed
-        before = None
+    scales = {KINDS[0]: Guidance(), KINDS[1]: Guidance(max(config.cfg_scale, 1.1))}
+    dtypes = {form.dtype for form in forms}
+    ceilings = {dtype: timing.matrix_rate(device, config.matrix_seconds, NETWORK_DTYPES[dtype]) for dtype in dtypes}
+    runs, first, about, latents = {}, {}, {}, {}
+
+    def rows(times: dict[tuple[str, str], list[float]]) -> list[dict[str, Any]]:
+        return make_rows(config, [form for form in forms if form.name in about], times, about, flops, ceilings)
+
+    for form in progress_bar(forms, desc="first runs", unit="form"):  # includes compilation and capture
+        before = 0.0
         if device.type == "cuda":
             timing.reset_peak_memory(device)
             before = torch.cuda.memory_allocated() / 1e9
         latents[form.name] = sample(config, form, config.guidance, config.deviation_steps)
-        for kind, guidance in kinds.items():
-            runs[form.name, kind] = partial(sample, config, form, guidance, config.timed_steps)
-            runs[form.name, kind]()
+        for kind, guidance in scales.items():
+            run = runs[form.name, kind] = partial(sample, config, form, guidance, config.timed_steps)
+            run()
+            first[form.name, kind] = [timing.timed(run, device)]
         weights = sum(tensor.nbytes for tensor in form.model.state_dict().values()) / 1e9
-        memory[form.name] = timing.peak_memory(device) - before + weights if before is not None else None
-    turns = timing.in_turns(runs, device, config.rounds)
+        memory = timing.peak_memory(device) - before + weights if device.type == "cuda" else None
+        change = timing.deviation(latents[form.name], latents[forms[0].name])
+        about[form.name] = {"memory_gb": memory, **change}
+        report(found := rows(first))
+        print(f"{form.name}: {found[-1]['images_per_s']:.4g} images/s", flush=True)
+    return rows(timing.in_turns(runs, device, config.rounds, until, lambda times: report(rows(times))))
 
-    # Rates of the complete run
-    times = sde_times(config.steps)[:-1].tolist()
-    inside = sum(config.guidance.active(t) for t in times)
-    dtypes = {form.dtype for form in forms}
-    ceilings = {dtype: timing.matrix_rate(device, config.seconds, NETWORK_DTYPES[dtype]) for dtype in dtypes}
+
+def make_rows(
+    config: Sample,
+    forms: list[Form],
+    times: dict[tuple[str, str], list[float]],
+    about: dict[str, dict[str, Any]],
+    flops: int,
+    ceilings: dict[str, float],
+) -> list[dict[str, Any]]:
+    """Return one row for each form: seconds of a step outside and inside the guidance interval, and for the complete
+    run images per second, their ratio to the first row, and the utilisation.
+
+    Args:
+        times: seconds of --timed-steps steps, by form and kind of step.
+        about: further entries of the row of each form.
+        flops: as for `measure`.
+        ceilings: floating-point operations per second of a matrix product, by dtype.
+    """
+    calls = sde_times(config.steps)[:-1].tolist()
+    inside = sum(config.guidance.active(t) for t in calls)
     rows: list[dict[str, Any]] = []
     for form in forms:
-        step = {kind: statistics.median(turns[form.name, kind]) / config.timed_steps for kind in kinds}
-        network = (inside * step["step_guided"] + (len(times) - inside) * step["step_plain"]) / config.batch_size
+        spread = {kind: timing.quartiles(times[form.name, kind]) for kind in KINDS}
+        spread = {kind: [value / config.timed_steps for value in values] for kind, values in spread.items()}
+        step = {kind: median for kind, (_, median, _) in spread.items()}
+        network = (inside * step["step_guided"] + (len(calls) - inside) * step["step_plain"]) / config.batch_size
         rows.append({
             "setting": form.name,
             **step,
+            **{f"{kind}_quartiles": [low, high] for kind, (low, _, high) in spread.items()},
             "images_per_s": 1 / network,
             "ratio": 1 / network / rows[0]["images_per_s"] if rows else 1.0,
-            "utilisation": flops * (len(times) + inside) / network / ceilings[form.dtype],
-            "memory_gb": memory[form.name],
-            **timing.deviation(latents[form.name], latents[forms[0].name]),
+            "utilisation": flops * (len(calls) + inside) / network / ceilings[form.dtype],
+            **about[form.name],
         })  # fmt: skip
     return rows
 
@@ -225,8 +259,8 @@ def class_slot_price(config: Sample) -> dict[str, Any]:
         runs[cls_token_dim]()  # compiles and captures
     times = timing.in_turns(runs, device, config.pairs)
     ratios = [slot / none - 1 for none, slot in zip(*times.values(), strict=True)]
-    quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-    return {"flops": flops[1] / flops[0] - 1, "latency": quartiles[1], "latency_quartiles": quartiles[::2]}
+    low, median, high = timing.quartiles(ratios)
+    return {"flops": flops[1] / flops[0] - 1, "latency": median, "latency_quartiles": [low, high]}
 
 
 def show(result: dict[str, Any]) -> None:
@@ -236,6 +270,7 @@ def show(result: dict[str, Any]) -> None:
     print("deviation (largest, root mean square): of the latents after --deviation-steps steps\n")
     columns = {
         "setting": "{setting}", "s a step": "{step_plain:.4f}", "guided": "{step_guided:.4f}",
+        "quartiles": "{step_guided_quartiles[0]:.4f}, {step_guided_quartiles[1]:.4f}",
         "images/s": "{images_per_s:.4g}", "ratio": "{ratio:.2f}", "utilisation": "{utilisation:.0%}",
         "memory, GB": "{memory_gb:.2f}", "deviation": "{max_deviation:.1e}", "rms": "{rms_deviation:.1e}",
     }  # fmt: skip

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+import math
 import os
 import re
 import resource
@@ -10,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from common.checks import POSITIVE
 from common.cli import Config, setting, uses_cuda
 from common.errors import InputError
 from common.identity import own_json
@@ -44,7 +48,7 @@ class Benchmark(Config):
     """Device and results."""
 
     device: str = setting("auto", "where to measure; auto: CUDA if available", choices=("auto", "cpu", "cuda"))
-    json: Path | None = setting(None, "also write the results to this file")
+    json: Path | None = setting(None, "also write the results to this file, after each form, so that none are lost")
 
     @property
     def torch_device(self) -> torch.device:
@@ -55,6 +59,21 @@ class Benchmark(Config):
         uses_cuda(self.device)
         if self.json:
             check_writable(self.json, "--json", own=own_json("a result of a benchmark", "command", "threads"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimedBenchmark(Benchmark):
+    """Device, results and time."""
+
+    seconds: float | None = setting(
+        None,
+        "start no round that would end later than this after the imports; replaces the number of rounds",
+        check=POSITIVE,
+    )
+
+    def until(self, start: float, share: float = 1.0) -> float | None:
+        """Return when a share of --seconds will have passed since `start`, a time of `perf_counter`."""
+        return None if self.seconds is None else start + share * self.seconds
 
 
 def timed(run: Callable[[], object], device: torch.device) -> float:
@@ -75,27 +94,73 @@ def seconds(run: Callable[[], object], device: torch.device, at_least: float) ->
     return sum(times) / len(times)
 
 
-def in_turns(runs: dict[Name, Callable[[], object]], device: torch.device, rounds: int) -> dict[Name, list[float]]:
-    """Return the times of each run, one per round. The runs alternate, so that other load affects all of them."""
+def repeated(run: Callable[[], object], device: torch.device, repeats: int) -> list[float]:
+    """Return the seconds of each of `repeats` calls. A GPU measures them by events, without waiting between calls."""
+    if device.type == "cpu":
+        return [timed(run, device) for _ in range(repeats)]
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    events[0].record()
+    for event in events[1:]:
+        run()
+        event.record()
+    synchronise(device)
+    return [start.elapsed_time(end) / 1000 for start, end in itertools.pairwise(events)]
+
+
+def rounds_until(rounds: int, until: float | None = None, desc: str = "timing") -> Iterator[int]:
+    """Yield the numbers of the rounds: `rounds`, or with `until` as many as end before this time of `perf_counter`.
+
+    With `until` there is at least one round, and each is expected to take as long as the one before.
+    """
+    for number in progress_bar(range(rounds) if until is None else itertools.count(), desc=desc, unit="round"):
+        start = time.perf_counter()
+        yield number
+        now = time.perf_counter()
+        if until is not None and now + (now - start) > until:
+            return
+
+
+def in_turns(
+    runs: dict[Name, Callable[[], object]],
+    device: torch.device,
+    rounds: int,
+    until: float | None = None,
+    report: Callable[[dict[Name, list[float]]], object] | None = None,
+) -> dict[Name, list[float]]:
+    """Return the times of each run, one per round. The runs alternate, so that other load affects all of them.
+
+    `until` replaces `rounds`, see `rounds_until`. `report` is called with the times so far after each round.
+    """
     times: dict[Name, list[float]] = {name: [] for name in runs}
-    for number in progress_bar(range(rounds), desc="timing", unit="round"):
+    for number in rounds_until(rounds, until):
         for name in list(runs)[:: 1 if number % 2 else -1]:
             times[name].append(timed(runs[name], device))
+        if report:
+            report(times)
     return times
 
 
-def compare(runs: dict[str, Callable[[], Tensor]], device: torch.device, rounds: int) -> list[dict[str, Any]]:
-    """Return a row for each run: setting, seconds (median), ratio and deviation relative to the first, memory_gb."""
+def quartiles(values: Sequence[float]) -> list[float]:
+    """Return lower quartile, median and upper quartile, between the smallest and the largest value."""
+    return statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [*values] * 3
+
+
+def compare(
+    runs: dict[str, Callable[[], Tensor]], device: torch.device, rounds: int, until: float | None = None
+) -> list[dict[str, Any]]:
+    """Return a row for each run: setting, seconds (median) and their quartiles, ratio and deviation relative to the
+    first, memory_gb. `until` replaces `rounds`, see `rounds_until`.
+    """
     results, memory = {}, {}
     for name, run in progress_bar(runs.items(), desc="first runs", unit="form"):
         reset_peak_memory(device)
         results[name] = run().float()
         memory[name] = peak_memory(device)
-    medians = {name: statistics.median(times) for name, times in in_turns(runs, device, rounds).items()}
+    spread = {name: quartiles(times) for name, times in in_turns(runs, device, rounds, until).items()}
     first, rows = next(iter(runs)), []
-    for name, median in medians.items():
-        row = {"setting": name, "seconds": median, "ratio": medians[first] / median, "memory_gb": memory[name]}
-        rows.append({**row, **deviation(results[name], results[first])})
+    for name, (low, median, high) in spread.items():
+        row = {"setting": name, "seconds": median, "seconds_quartiles": [low, high], "memory_gb": memory[name]}
+        rows.append({**row, "ratio": spread[first][1] / median, **deviation(results[name], results[first])})
     return rows
 
 
@@ -182,7 +247,23 @@ def markdown_table(columns: dict[str, str], rows: Iterable[dict[str, Any]]) -> s
 
 
 def write_result(path: Path | None, result: dict[str, Any], device: torch.device) -> None:
-    """Write `result` as JSON, with command, code version, package versions and device. None: write nothing."""
+    """Write `result` as JSON, with command, code version, package versions and device. None: write nothing.
+
+    Numbers that are not finite, which JSON does not have, are written as null.
+    """
     command = shlex.join(["python", *sys.argv])
     if path:
-        write_json(path, {"command": command, **describe_code(device), "threads": torch.get_num_threads(), **result})
+        about = {"command": command, **_code(device), "threads": torch.get_num_threads()}
+        write_json(path, _finite({**about, **result}))
+
+
+_code = functools.cache(describe_code)  # runs git, and results are written often
+
+
+def _finite(value: Any) -> Any:
+    """Return `value` with None in place of numbers that are not finite."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -10,6 +10,10 @@ network (forward and backward) and the encoders (forward), without the recomputa
 utilisation is relative to a large matrix product in the same precision in the same run. Memory on a CPU is that of the
 complete process: measure one form and size at a time to learn what it takes.
 
+With --profile, kernels are divided into kinds by their names: matrix products, attention, normalisation and other
+elementwise work, copies, optimizer, communication, and idle time. The table is also in the results, so that it is known
+without the trace, which is a large file.
+
 With --losses the forms are not timed. Their losses from the same start, with the same batches and noise, are compared
 with those of the plain step in float32. One more run distinguishes rounding from errors: the plain step in float32 with
 initial weights changed by one unit in the last place (ulp). Any change in the order of a sum may cause a deviation as
@@ -22,7 +26,6 @@ import gc
 import itertools
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -34,9 +37,8 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import train
-from benchmarks import timing
-from benchmarks.training_steps import Form, OurForm, PlainForm, Workload
+from benchmarks import profiling, timing
+from benchmarks.training_steps import Form, OurForm, PlainForm, Workload, measure_saves
 from common import distributed
 from common.checks import NON_NEGATIVE, POSITIVE, between
 from common.cli import parse, setting
@@ -44,20 +46,19 @@ from common.errors import InputError, run_cli
 from common.identity import own_file
 from common.io import check_writable
 from common.progress import progress_bar
-from training.checkpoint_writer import CheckpointWriter
 
 RESOLUTION = between(8, 8192)  # px; the latents have an eighth of it
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FORMS = ("plain", "ours", "compile", "checkpointing")
 LOSSES_COMPARED = 2  # steps from the same weights, before any form is timed
 LARGEST_FACTOR = 8  # --largest-batch tries up to this multiple of --batch-size
-SAVES = 3  # checkpoints that are timed
+PROFILED_STEPS = 3
 ONE_ULP = 1 + 2**-23  # changes a float32 to a neighbouring one
 SEPARATED = 1e-3  # relative difference from which on two losses count as separated
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainStep(timing.Benchmark):
+class TrainStep(timing.TimedBenchmark):
     """Settings of the benchmark."""
 
     model: tuple[str, ...] = setting(("SiT-B/2",), "presets")
@@ -77,10 +78,12 @@ class TrainStep(timing.Benchmark):
     steps: int = setting(2, "training steps of a turn", check=POSITIVE)
     matrix_seconds: float = setting(3, "time of the matrix product", check=NON_NEGATIVE)
     largest_batch: bool = setting(
-        False, f"use the largest batch that fits into memory: {LARGEST_FACTOR} times --batch-size, a half of it, ..."
+        False, f"use the largest batch that all forms can have: {LARGEST_FACTOR} times --batch-size, a half of it, ..."
     )
     saves: Path | None = setting(None, "also measure how train.py's forms save checkpoints, on the disk of this folder")
-    profile: Path | None = setting(None, "write a trace of the last form's steps to this file; print its operations")
+    profile: Path | None = setting(
+        None, "write a trace of the last form's steps to this file; print where their time goes"
+    )
     losses: int = setting(0, "compare the losses of this many steps instead of times", check=NON_NEGATIVE)
 
     def check_combination(self) -> None:
@@ -114,6 +117,7 @@ class Row(Case):
     class_slot: bool
     form: str
     seconds: float | None = None  # of one step, median
+    seconds_quartiles: list[float] = field(default_factory=list)  # the lower and the upper one
     images_per_second: float | None = None
     ratio: float | None = None  # speed relative to the first form
     utilisation: float | None = None
@@ -123,63 +127,101 @@ class Row(Case):
     losses: list[float] = field(default_factory=list)
     flops_per_image: dict[str, int] = field(default_factory=dict)
     gradient_bytes: int = 0
-    saves: dict[str, float] = field(default_factory=dict)
+    saves: dict[str, float | None] = field(default_factory=dict)
+
+
+@dataclass
+class Result:
+    """All that was measured so far."""
+
+    config: TrainStep
+    matrix_flops: dict[str, float] = field(default_factory=dict)  # operations per second, by precision
+    rows: list[Row] = field(default_factory=list)
+    profile: dict[str, Any] = field(default_factory=dict)
+
+    def write(self) -> None:
+        """Write all to --json."""
+        for row in self.rows:
+            if row.images_per_second:
+                flops = sum(row.flops_per_image.values()) * row.images_per_second
+                row.utilisation = flops / self.matrix_flops[row.precision]
+        found = {"matrix_flops": self.matrix_flops, "rows": [asdict(row) for row in self.rows]}
+        timing.write_result(self.config.json, {**found, "profile": self.profile}, self.config.torch_device)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure the forms of a training step and print a table."""
+    start = time.perf_counter()
     config = parse(TrainStep, "Measure the forms of a training step.", argv)
     device = config.torch_device
     if config.losses:
-        losses = train_all(config)
-        timing.write_result(config.json, {"losses": losses}, device)
-        print(loss_table(losses))
+        print(loss_table(train_all(config)))
         return
     torch.backends.cuda.matmul.allow_tf32 = True  # train.py's default
-    rates: dict[str, float] = {}
-    rows: list[Row] = []
-    for settings in itertools.product(config.model, config.batch_size, config.resolution, config.precision):
+    result = Result(config)
+    rates = result.matrix_flops
+    cases = list(itertools.product(config.model, config.batch_size, config.resolution, config.precision))
+    for number, settings in enumerate(cases, start=1):
         case = Case(*settings)
         found = timing.matrix_rate(device, config.matrix_seconds, DTYPES[case.precision])
         rates[case.precision] = max(found, rates.get(case.precision, 0))  # measured for each case; the best is used
-        rows += measure(config, case)
-    for row in rows:
-        if row.images_per_second:
-            row.utilisation = sum(row.flops_per_image.values()) * row.images_per_second / rates[row.precision]
+        measure(case, result, config.until(start, number / len(cases)))
     products = ", ".join(f"{name} {rate / 1e12:.2f} TFLOP/s" for name, rate in rates.items())
     print(f"\n{timing.hardware(device)}, torch {torch.__version__}, encoder {config.encoder}")
     print(f"matrix products: {products}\n")
-    show([asdict(row) for row in rows])
-    timing.write_result(config.json, {"matrix_flops": rates, "rows": [asdict(row) for row in rows]}, device)
+    show([asdict(row) for row in result.rows])
 
 
-def measure(config: TrainStep, case: Case) -> list[Row]:
-    """Return the rows of one case, without their utilisation."""
+def measure(case: Case, result: Result, until: float | None) -> None:
+    """Add the rows of one case to `result`, which is written after each form. `until`: see `timing.rounds_until`."""
+    config = result.config
     slots = [True, False] if config.slot_price else [config.cls_token]
-    if config.largest_batch:
-        case = largest_batch(config, case, slots[0])
     release_workloads()
-    pairs = [pair for slot in slots for pair in build_rows(config, case, slot)]
+    pairs = largest_forms(config, case, slots) if config.largest_batch else build_all(config, case, slots)
+    result.rows += [row for _, row in pairs]
 
-    # First steps of each form, then turns of those that fit into memory
-    name = f"{case.model}, batch {case.batch_size}"
-    fitting = [
-        (form, row) for form, row in progress_bar(pairs, desc=f"{name}, first steps") if fits(form, warm_up, row)
-    ]
-    turns: dict[int, list[tuple[float, float]]] = {id(row): [] for _, row in fitting}
-    for _ in progress_bar(range(config.rounds), desc=name, unit="round"):
-        fitting = [(form, row) for form, row in fitting if fits(form, turn, row, config.steps, turns[id(row)])]
+    # First steps of each form and a first turn, then turns of those that fit into memory
+    name = f"{case.model}, batch {pairs[0][1].batch_size}"
+    turns: dict[int, list[tuple[float, float]]] = {id(row): [] for _, row in pairs}
+    fitting: list[tuple[Form, Row]] = []
+    for form, row in progress_bar(pairs, desc=f"{name}, first steps"):
+        first: list[tuple[float, float]] = []
+        if fits(form, warm_up, row) and fits(form, turn, row, 1, first):
+            fitting.append((form, row))
+            summarise(row, first, fitting[0][1])
+            print(f"{name}, {form.name}: {row.seconds:.4f} s/step, {row.memory_gb:.1f} GB", flush=True)
+        result.write()
+    for _ in timing.rounds_until(config.rounds, until, name):
+        for form, row in fitting.copy():
+            if fits(form, turn, row, config.steps, turns[id(row)]):
+                summarise(row, turns[id(row)], fitting[0][1])
+            else:
+                fitting.remove((form, row))
+                row.seconds = row.images_per_second = row.ratio = row.utilisation = row.memory_gb = None
+                row.seconds_quartiles = []
+            result.write()
 
     for form, row in fitting:
-        row.seconds, row.data_wait = map(statistics.median, zip(*turns[id(row)], strict=True))
-        row.images_per_second = case.batch_size / row.seconds
-        row.ratio = fitting[0][1].seconds / row.seconds
         row.memory_gb = row.memory_gb if len(slots) == 1 else None
         if config.saves and isinstance(form, OurForm):
             row.saves = measure_saves(form, config.saves)
+        result.write()
     if config.profile and fitting:
-        profile(fitting[-1][0], config.profile)
-    return [row for _, row in pairs]
+        form = fitting[-1][0]
+        found = profiling.profile(form.step, PROFILED_STEPS, form.work.device, config.profile)
+        result.profile = {"form": form.name, **found}
+        result.write()
+        print(f"\n{form.name}, where the time of a step goes:\n")
+        profiling.show(found)
+
+
+def summarise(row: Row, turns: list[tuple[float, float]], first: Row) -> None:
+    """Set the results of a row from its turns. `first` is the row with which it is compared."""
+    times, waits = zip(*turns, strict=True)
+    low, row.seconds, high = timing.quartiles(times)
+    row.seconds_quartiles, row.data_wait = [low, high], statistics.median(waits)
+    row.images_per_second = row.batch_size / row.seconds
+    row.ratio = first.seconds / row.seconds
 
 
 def build_workload(config: TrainStep, case: Case, class_slot: bool, *more: str) -> Workload:
@@ -188,6 +230,11 @@ def build_workload(config: TrainStep, case: Case, class_slot: bool, *more: str) 
     flags += ["--device", config.device, "--learning-rate", str(config.learning_rate), *more]
     flags += [] if class_slot else ["--no-cls-token"]
     return Workload(flags, config.encoder, case.resolution, config.batches, config.enc_weights, config.depth)
+
+
+def build_all(config: TrainStep, case: Case, slots: list[bool]) -> list[tuple[Form, Row]]:
+    """Return the requested forms and their rows, with and without the class slot as `slots` says."""
+    return [pair for slot in slots for pair in build_rows(config, case, slot)]
 
 
 def build_rows(config: TrainStep, case: Case, class_slot: bool) -> list[tuple[Form, Row]]:
@@ -247,35 +294,22 @@ def turn(form: Form, row: Row, steps: int, turns: list[tuple[float, float]]) -> 
     turns.append((elapsed / steps, clock.end_lap().waited / elapsed))
 
 
-def measure_saves(form: OurForm, folder: Path) -> dict[str, float]:
-    """Return medians in seconds: of the stall of a save, of writing in the background, and of a step meanwhile."""
-    device, stalls, writes, during = form.work.device, [], [], []
-    with tempfile.TemporaryDirectory(dir=folder) as place:
-        writer = CheckpointWriter(Path(place), keep_last=1)
-        form.run = replace(form.run, writer=writer)
-        train.save(form.run)  # allocates memory, not timed
-        for _ in range(SAVES):
-            writer.finish()
-            form.step()
-            start = time.perf_counter()
-            stalls.append(timing.timed(partial(train.save, form.run), device))
-            while writer.busy:
-                during.append(timing.timed(form.step, device))
-            writes.append(time.perf_counter() - start)
-        writer.finish()
-        gigabytes = next(Path(place).glob("*.pt")).stat().st_size / 1e9
-    step = statistics.median(during) if during else float("nan")
-    return {"stall": statistics.median(stalls), "write": statistics.median(writes), "step": step, "gb": gigabytes}
+def largest_forms(config: TrainStep, case: Case, slots: list[bool]) -> list[tuple[Form, Row]]:
+    """Return the requested forms and their rows, all with the largest batch with which each of them can take steps.
 
-
-def largest_batch(config: TrainStep, case: Case, class_slot: bool) -> Case:
-    """Return the case with the largest batch with which the last form can take steps."""
+    Forms that are compiled are not tried if there are others: they need less memory, and compilation takes long.
+    """
+    pairs: list[tuple[Form, Row]] = []
 
     def attempt(batch_size: int) -> None:
+        pairs.clear()
         release_workloads()
-        warm_up(*build_rows(config, replace(case, batch_size=batch_size), class_slot)[-1])
+        pairs.extend(build_all(config, replace(case, batch_size=batch_size), slots))
+        for form, row in [pair for pair in pairs if not pair[0].compiled] or pairs:
+            warm_up(form, row)
 
-    return replace(case, batch_size=distributed.largest_batch(attempt, LARGEST_FACTOR * case.batch_size))
+    distributed.largest_batch(attempt, LARGEST_FACTOR * case.batch_size)
+    return pairs
 
 
 def free_memory() -> None:
@@ -290,22 +324,12 @@ def release_workloads() -> None:
     free_memory()
 
 
-def profile(form: Form, path: Path) -> None:
-    """Write a trace of three steps of a form and print the operations that take longest."""
-    with torch.profiler.profile() as profiler:  # of the CPU and of a GPU
-        for _ in range(3):
-            form.step()
-        timing.synchronise(form.work.device)
-    profiler.export_chrome_trace(str(path))
-    longest = f"self_{'device' if form.work.device.type == 'cuda' else 'cpu'}_time_total"
-    print(f"\n{form.name}:\n{profiler.key_averages().table(sort_by=longest, row_limit=25, max_name_column_width=60)}")
-
-
 def show(rows: list[dict[str, Any]]) -> None:
     """Print the table of times, and that of saves if they were measured."""
     columns = {
         "model": "{model}", "batch": "{batch_size}", "px": "{resolution}", "precision": "{precision}",
         "class slot": "{class_slot}", "form": "{form}", "s/step": "{seconds:.3f}",
+        "quartiles": "{seconds_quartiles[0]:.3f}, {seconds_quartiles[1]:.3f}",
         "images/s": "{images_per_second:.2f}", "ratio": "{ratio:.2f}", "utilisation": "{utilisation:.1%}",
         "memory, GB": "{memory_gb:.1f}", "waiting for data": "{data_wait:.1%}", "loss, step 2": "{losses[1]:.5f}",
     }  # fmt: skip
@@ -322,7 +346,10 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 def train_all(config: TrainStep) -> dict[str, list[float]]:
-    """Return the losses of --losses steps of each form, by the form's name. The first is the reference."""
+    """Return the losses of --losses steps of each form, by the form's name. The first is the reference.
+
+    The result is written after each form.
+    """
     losses: dict[str, list[float]] = {}
     for precision in dict.fromkeys(("no", *config.precision)):
         release_workloads()
@@ -341,6 +368,7 @@ def train_all(config: TrainStep) -> dict[str, list[float]]:
             for _ in progress_bar(range(config.losses), desc=name):
                 form.step()
             losses[name] = form.finish()
+            timing.write_result(config.json, {"losses": losses}, config.torch_device)
     return losses
 
 

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import copy
 import itertools
+import statistics
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +24,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import train
-from benchmarks.timing import count_flops
+from benchmarks.timing import count_flops, timed
 from common.images import save_png
 from common.io import write_json
 from common.locks import unlock_folder
@@ -29,6 +32,7 @@ from common.sources import image_name, latents_name
 from loss import Draws, REGLoss, Targets, alignment
 from models.autoencoder import SD_FORMAT
 from models.encoders import untrained_encoder
+from training.checkpoint_writer import CheckpointWriter
 from training.config import parse_args
 from training.messages import logger
 from training.parallelism import compile_training, to_device
@@ -37,6 +41,7 @@ from training.state import Run, new_network
 from training.throughput import training_flops
 
 NUM_CLASSES = 1000
+SAVES = 3  # checkpoints that are timed
 Batch = tuple[Tensor, Tensor, Tensor]
 
 
@@ -99,8 +104,10 @@ class Workload:
                 for parameter, start in zip(network.parameters(), self.start, strict=True):
                     parameter.copy_(start)
                     parameter.grad = None
-        for optimizer in self.optimizers.values():
-            optimizer.state.clear()
+        for optimizer in self.optimizers.values():  # zeroed, not freed: the memory stays that of all forms together
+            for state in optimizer.state.values():
+                for value in state.values():
+                    value.zero_()
         if self.scaler:
             self.scaler.load_state_dict(self.scaler_start)
 
@@ -124,10 +131,12 @@ class Form:
 
     Attributes:
         fused: which of the workload's optimizers the form uses.
+        compiled: whether the first steps compile the network.
         run: the run with the form's own step number.
     """
 
     fused: bool
+    compiled = False
 
     def __init__(self, name: str, work: Workload, run: Run):
         self.name, self.work, self.run = name, work, run
@@ -154,6 +163,7 @@ class OurForm(Form):
         run = replace(work.run, model=model, encoders=encoders, criterion=criterion, reports=reports)
         name = "train.py" + " --compile" * compiled + " --activation-checkpointing" * checkpointing
         super().__init__(name, work, run)
+        self.compiled = compiled
         pin = work.device.type == "cuda"
         pool = [tuple(tensor.pin_memory() for tensor in batch) for batch in work.pool] if pin else work.pool
         self.batches: Iterator[Batch] = to_device(itertools.cycle(pool), work.device)
@@ -218,6 +228,30 @@ class PlainForm(Form):
         self.losses.append(values[0])
         run.log.clock.end_step()
         run.step += 1
+
+
+def measure_saves(form: OurForm, folder: Path) -> dict[str, float | None]:
+    """Return medians in seconds: of the stall of a save, of writing in the background, and of a step meanwhile.
+
+    The last one is None if writing takes less time than a step.
+    """
+    device, stalls, writes, during = form.work.device, [], [], []
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        writer = CheckpointWriter(Path(place), keep_last=1)
+        form.run = replace(form.run, writer=writer)
+        train.save(form.run)  # allocates memory, not timed
+        for _ in range(SAVES):
+            writer.finish()
+            form.step()
+            start = time.perf_counter()
+            stalls.append(timed(partial(train.save, form.run), device))
+            while writer.busy:
+                during.append(timed(form.step, device))
+            writes.append(time.perf_counter() - start)
+        writer.finish()
+        gigabytes = next(Path(place).glob("*.pt")).stat().st_size / 1e9
+    step = statistics.median(during) if during else None
+    return {"stall": statistics.median(stalls), "write": statistics.median(writes), "step": step, "gb": gigabytes}
 
 
 def looped_loss(

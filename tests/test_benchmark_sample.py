@@ -9,7 +9,7 @@ from common.errors import InputError
 from tests.test_autoencoder import save_kl
 
 TINY = "--device cpu --model SiT-S/8 --resolution 64 --batch-size 2 --steps 20 --timed-steps 1 --rounds 1"
-TINY += " --deviation-steps 3 --pairs 2 --seconds 0.01 --no-compile"
+TINY += " --deviation-steps 3 --pairs 2 --matrix-seconds 0 --seconds 0.01 --no-compile"
 
 
 def run(*flags):
@@ -25,11 +25,23 @@ def test_the_report_is_complete(tmp_path, capsys):
     ]  # fmt: skip
     for row in rows:
         assert all(row[name] > 0 for name in ("step_plain", "step_guided", "images_per_s", "ratio", "utilisation"))
+        assert all(len(row[f"{kind}_quartiles"]) == 2 for kind in sample.KINDS)
     assert rows[0]["ratio"] == 1 and rows[0]["max_deviation"] == 0
     assert 0 <= rows[2]["rms_deviation"] < 1e-5 < rows[3]["rms_deviation"] < 0.05
     assert result["class_slot"]["flops"] > 0 and len(result["class_slot"]["latency_quartiles"]) == 2
     assert result["settings"]["batch_size"] == 2 and result["gflop"] > 0 and result["peak_memory_gb"] > 0
     assert capsys.readouterr().out.count("| + ") == 3
+
+
+def test_a_form_that_was_measured_is_not_lost(tmp_path, monkeypatch):
+    def stop(*given):
+        raise KeyboardInterrupt
+
+    path = tmp_path / "sample.json"
+    monkeypatch.setattr(sample, "measure", lambda *given: given[-1]([{"setting": "first"}]) or stop())
+    with pytest.raises(KeyboardInterrupt):
+        run("--json", path)
+    assert json.loads(path.read_text())["rows"] == [{"setting": "first"}]
 
 
 def test_bad_flags_are_named():

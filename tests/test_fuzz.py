@@ -34,7 +34,13 @@ FUZZED_BY = {
     "models/weights_file.py": "checkpoint", "training/rewind.py": "rewind",
 }  # fmt: skip
 # They read back what they have just written, or write only.
-OWN = {"benchmarks/encode.py", "preprocessing/destination.py", "models/safetensors_format.py"}
+OWN = {
+    "benchmarks/encode.py",
+    "benchmarks/on_gpu.py",
+    "benchmarks/profiling.py",
+    "preprocessing/destination.py",
+    "models/safetensors_format.py",
+}
 
 
 def memory() -> None:

@@ -127,10 +127,14 @@ PROGRAMS = {
     ),
     "digits.py": Program("experiments/digits.py", "experiments.digits:Digits", "encoder-spec", 1, ("--dest",)),
     "demo.py": Program("experiments/demo.py", "experiments.demo:Demo", "encoder-spec", 1, ("--dest",)),
+    "benchmarks/attention.py": Program(
+        "benchmarks/attention.py", "benchmarks.attention:AttentionBenchmark",
+        "--device cpu --batch-size 1 --heads 1 --tokens 4 --head-size 8 --padded 16 --repeats 1", 1, ("--json",),
+    ),
     "benchmarks/sample.py": Program(
         "benchmarks/sample.py", "benchmarks.sample:Sample",
-        "--ckpt exps/old --resolution 16 --batch-size 1 --steps 2 --timed-steps 1 --rounds 1 --pairs 0 --seconds 0 "
-        "--no-compile --dtype float32 --device cpu --deviation-steps 1", 1, ("--json",),
+        "--ckpt exps/old --resolution 16 --batch-size 1 --steps 2 --timed-steps 1 --rounds 1 --pairs 0 "
+        "--matrix-seconds 0 --no-compile --dtype float32 --device cpu --deviation-steps 1", 1, ("--json",),
     ),
     "benchmarks/encode.py": Program(
         "benchmarks/encode.py", "benchmarks.encode:Encode",
