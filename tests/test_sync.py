@@ -61,14 +61,15 @@ class Waits:
             mode.__exit__(*error)
 
 
-def start(flags: list[str]):
-    """Return a run and its batches, on the device already."""
+def start(flags: list[str], steps: int = 1):
+    """Return a run after its first `steps`, and its batches, on the device already."""
     reset_accelerate()
     run = train.set_up(train.parse_args([*flags, "--exp-name", "run", "--no-check-data"]))
     run.model.train()
     batches = itertools.cycle(list(itertools.islice(train.load_batches(run, range(2)), 2)))
-    train.training_step(run, batches)  # the first one makes the optimiser's state
-    run.step += 1
+    for _ in range(steps):
+        train.training_step(run, batches)  # the first one makes the optimiser's state
+        run.step += 1
     return run, batches
 
 
