@@ -15,10 +15,10 @@ from tests.processes import Training
 from tests.test_resume import LAST, STEPS, assert_same_run, finish, flags_of, poison, run_folder
 from training.preemption import EXIT_RESUMABLE
 
-pytestmark = pytest.mark.skipif(
-    not (torch.cuda.is_available() or hasattr(torch.cpu.Stream, "record_event")),
-    reason="this torch shards on GPUs only",
-)
+pytestmark = [
+    pytest.mark.cpu,  # two processes
+    pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="this torch shards on GPUs only"),
+]
 LOGGED = ("step", "loss", "denoise", "proj", "cls", "grad_norm")
 
 
