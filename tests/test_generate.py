@@ -154,6 +154,19 @@ def test_the_number_of_images_is_small_unless_given_or_started_with(untrained, t
         run_generate([*line, "--num-fid-samples", "10000000001"], monkeypatch)
 
 
+def test_the_gpu_of_an_old_launcher(untrained, monkeypatch):
+    chosen = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.set_device", chosen.append)
+    monkeypatch.setattr(generate, "start_processes", lambda *given, **more: None)
+    for device, rank in (("auto", 1), ("cpu", 7)):  # the CPU has no numbers
+        generate.start_accelerator(generate.GenerateConfig(ckpt=str(untrained), device=device, local_rank=rank))
+    assert chosen == [1]
+    with pytest.raises(InputError, match=r"^--local-rank 2: PyTorch finds 2 GPUs; allowed: 0 \.\. 1$"):
+        generate.start_accelerator(generate.GenerateConfig(ckpt=str(untrained), local_rank=2))
+
+
 def test_the_published_script_finds_the_npz(untrained, tmp_path, monkeypatch, capsys):
     line = ["--ckpt", str(untrained), "--sample-dir", str(tmp_path / "samples"), "--device", DEVICE]
     line += ["--num-fid-samples", "2", "--cfg-scale", "2.3", "--guidance-high", "0.85"]
