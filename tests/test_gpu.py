@@ -1,8 +1,8 @@
 """What a GPU must compute as a CPU does, and what only a GPU does: skipped steps in fp16, pinned copies, full memory.
 
-Each check is a function of a device, so that all of them that can also run on a CPU: there they compare the CPU with
-itself, which shows that the check works. No host waits are tested in test_sync.py, CUDA graphs in test_inference.py,
-Inception in test_inception.py.
+Most checks are functions of a device and run on the CPU as well, which shows that they work; some of them then compare
+the CPU with itself. Other files have further tests that need a GPU: test_sync.py (the host does not wait for the GPU),
+test_inference.py (CUDA graphs), test_inception.py, test_distributed.py.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from common.distributed import largest_batch
 from common.errors import InputError, first_line, run_cli
 from evaluations.metrics import FeatureSums, InceptionScoreSums, precision_recall
 from loss import Draws
-from models.autoencoder import LatentFormat, load_codec
-from models.checkpoint import load_checkpoint
+from models.autoencoder import LatentFormat, PixelCodec, load_codec
+from models.checkpoint import load_checkpoint, save_checkpoint
 from models.encoders import Encoder, load_encoder, untrained_encoder
 from models.inference import NETWORK_DTYPES, convert
 from models.interpolant import Interpolant
@@ -34,6 +34,7 @@ from models.sit import Attention
 from samplers import Guidance, image_seeds, sample_images
 from tests.conftest import DEVICES, ENCODER, RESOLUTION, run_generate, run_training
 from tests.test_autoencoder import random_images, save_kl
+from tests.test_checkpoint import content
 from tests.test_samplers import trained_looking_network
 from tests.test_sit import inputs, randomise, small
 from tests.test_sync import start
@@ -42,6 +43,8 @@ from training.checkpoint_writer import TensorCopies
 on_each_device = pytest.mark.parametrize("device", DEVICES)
 needs_gpu = pytest.mark.gpu
 FP16_SCALE, TOO_LARGE_SCALE = 2.0**10, 2.0**100  # of the loss; fp16 ends at 65504, float32 at 2^128
+
+CONVOLUTION_ERROR = 3e-4  # relative, of some layers in float32: cuDNN may choose Winograd's algorithm
 
 
 def on_gpu(*values: Any) -> Any:
@@ -177,9 +180,15 @@ def step_means(flags: list[str], device: str, steps: int = 4) -> list[dict[str, 
     return [report.means for report in run.reports.receive(wait_for_all=True)]
 
 
-@on_each_device
 @pytest.mark.parametrize(
-    "more", ["", "--entangle patch-mean --qk-norm", "--entangle learnable --no-fused-attn", "--path-type cosine"]
+    ("device", "more"),
+    [
+        ("cpu", "--qk-norm"),
+        on_gpu(""),
+        on_gpu("--entangle patch-mean --qk-norm"),
+        on_gpu("--entangle learnable --no-fused-attn"),
+        on_gpu("--no-cls-token --path-type cosine --gradient-accumulation-steps 2"),
+    ],
 )
 def test_losses_of_a_gpu_are_those_of_a_cpu(train_flags, device, more):
     """In the first step they differ by the order of float32 sums only, some 1e-7 per operation.
@@ -190,7 +199,7 @@ def test_losses_of_a_gpu_are_those_of_a_cpu(train_flags, device, more):
     expected, found = (step_means([*train_flags, *more.split()], where) for where in ("cpu", device))
     assert len(found) == 4 and len({means["loss"] for means in found}) == 4
     for number, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
-        relative, absolute = (1e-5, 1e-6) if number == 0 else (1e-3, 1e-4)  # a mean cosine can be near 0
+        relative, absolute = (1e-4, 1e-6) if number == 0 else (1e-3, 1e-4)  # a mean cosine can be near 0
         assert ours == pytest.approx(theirs, rel=relative, abs=absolute), number
 
 
@@ -262,8 +271,10 @@ def test_velocities_of_a_gpu_are_those_of_a_cpu(float32, device, fused_attn):
 
 
 @on_each_device
-@pytest.mark.parametrize("sampler", [("sde", "euler"), ("ode", "heun"), ("ode", "dopri5")])
-@pytest.mark.parametrize("cls_token_dim", [6, None])
+@pytest.mark.parametrize(
+    ("sampler", "cls_token_dim"),
+    [(("sde", "euler"), 6), (("sde", "euler"), None), (("ode", "heun"), None), (("ode", "dopri5"), 6)],
+)
 def test_samples_of_a_gpu_are_those_of_a_cpu(float32, device, sampler, cls_token_dim):
     """The noise is drawn on the CPU, so both start from the same numbers. Half precision has errors of its own size."""
 
@@ -296,12 +307,11 @@ def test_samples_of_a_gpu_are_those_of_a_cpu(float32, device, sampler, cls_token
         on_gpu("--mixed-precision bf16"),
     ],
 )
-def test_images_of_a_gpu_are_those_of_a_cpu(train_flags, tmp_path, monkeypatch, device, more):
+def test_images_of_a_gpu_are_those_of_a_cpu(tmp_path, monkeypatch, device, more):
     """In float32 a value may be rounded to the next level; half precision changes one of 256 levels on average."""
-    flags = [*train_flags, "--device", "cpu", "--max-train-steps", "4", "--exp-name", "run"]
-    flags += ["--learning-rate", "0.03", "--ema-decay", "0.1"]  # at first the network returns 0
-    run = run_training(flags)
-    flags = ["--ckpt", str(run / "checkpoints" / "0000004.pt"), "--sample-dir", str(tmp_path), "--num-fid-samples", "5"]
+    network = randomise(small(in_channels=3, num_classes=3))
+    save_checkpoint(tmp_path / "0000012.pt", content(network, codec=PixelCodec().format.to_json()))
+    flags = ["--ckpt", str(tmp_path / "0000012.pt"), "--sample-dir", str(tmp_path), "--num-fid-samples", "5"]
     flags += ["--num-steps", "4", "--cfg-scale", "2", "--guidance-high", "0.6", "--per-proc-batch-size", "3"]
     flags += ["--no-tf32", "--save-cls"]
     for name, *others in (("expected", "--device", "cpu"), ("found", "--device", device, *more.split())):
@@ -339,14 +349,14 @@ def test_attention_of_head_size_72_equals_the_plain_form(float32, device, backen
 
     def results(fused: bool, dtype: torch.dtype) -> list[Tensor]:
         torch.manual_seed(0)
-        attention = Attention(SHAPE[2], 4, qk_norm=True, fused_attn=fused)
+        attention = Attention(SHAPE[2], 4, qk_norm=False, fused_attn=fused)
         with torch.no_grad():
-            attention.qkv.weight.mul_(4)  # attention that is not uniform
+            attention.qkv.weight.mul_(2)  # so that the weights of the attention are not uniform
         attention = attention.to(device, dtype)
         x = torch.randn(SHAPE).to(device, dtype).requires_grad_()
         out = attention(x)
         out.float().square().sum().backward()
-        return [out, x.grad, *(p.grad for name, p in attention.named_parameters() if has_gradient(name))]
+        return [out, x.grad, *(parameter.grad for parameter in attention.parameters())]
 
     exact, plain = results(False, torch.float32), results(False, dtype)
     try:
@@ -376,7 +386,7 @@ def test_encoder_outputs_of_a_gpu_are_those_of_a_cpu(float32, device, name, enco
     expected, found = (encoder_of(name, weights, where)(images.to(where)) for where in ("cpu", device))
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.device.type == device and ours.dtype == torch.float32
-        assert relative_error(ours, theirs) < 1e-4
+        assert relative_error(ours, theirs) < CONVOLUTION_ERROR
 
 
 @on_each_device
@@ -385,7 +395,7 @@ def test_latents_and_decoded_images_of_a_gpu_are_those_of_a_cpu(float32, device,
     folder, images = str(save_kl(tmp_path / "codec")), random_images()
     expected, found = (load_codec(folder, where) for where in ("cpu", device))
     moments = expected.encode(images)
-    assert relative_error(found.encode(images.to(device)), moments) < 1e-4
+    assert relative_error(found.encode(images.to(device)), moments) < CONVOLUTION_ERROR
     latents = moments[:, :4]
     decoded = [codec.decode(latents.to(codec.device)).cpu().int() for codec in (expected, found)]
     assert (decoded[0] - decoded[1]).abs().max() <= 1 and decoded[0].float().std() > 1
