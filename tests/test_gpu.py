@@ -392,6 +392,7 @@ def test_encoder_outputs_of_a_gpu_are_those_of_a_cpu(float32, device, name, enco
 @on_each_device
 def test_latents_and_decoded_images_of_a_gpu_are_those_of_a_cpu(float32, device, tmp_path):
     """On a GPU the weights of a codec have another memory format."""
+    pytest.importorskip("diffusers")
     folder, images = str(save_kl(tmp_path / "codec")), random_images()
     expected, found = (load_codec(folder, where) for where in ("cpu", device))
     moments = expected.encode(images)
