@@ -49,6 +49,15 @@ def default_precision() -> Iterator[None]:
     torch.backends.cudnn.allow_tf32 = True
 
 
+@pytest.fixture(autouse=True)
+def fresh_compiler(request: pytest.FixtureRequest) -> None:
+    """Forget compiled code before a test with --compile among its parameters: PyTorch compiles a
+    function at most 8 times, and each network is one time.
+    """
+    if "--compile" in request.node.name:
+        torch._dynamo.reset()
+
+
 @pytest.fixture
 def assets() -> Path:
     return Path(os.environ["REG_ASSETS"])

@@ -166,8 +166,6 @@ ON_GPU = ["fp16", "no", "bf16 --compile", "bf16 --activation-checkpointing", *(f
 )
 def test_a_step_on_a_gpu_never_synchronises(train_flags, device, more):
     """Nor do reading its batch and its row of metrics.jsonl, except that the row waits for the step's numbers."""
-    if "--compile" in more:
-        torch._dynamo.reset()
     precision, *switches = more.split()
     run, _ = start([*train_flags, "--device", device, "--mixed-precision", precision, *switches])
     train.read_reports(run, wait_for_all=True)
