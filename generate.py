@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from common.checks import AUTO
 from common.classes import ClassSet, label_ranges
-from common.cli import changed, parse
+from common.cli import changed, parse, uses_cuda
 from common.distributed import (
     broadcast_from_main,
     check_same_files,
@@ -141,7 +141,9 @@ def main() -> None:
 
 def start_accelerator(config: GenerateConfig) -> Accelerator:
     """Return the accelerator, after setting this process's GPU and TF32."""
-    if config.local_rank is not None and torch.cuda.is_available():
+    if config.local_rank is not None and uses_cuda(config.device):
+        if config.local_rank >= (count := torch.cuda.device_count()):
+            raise InputError(f"--local-rank {config.local_rank}: PyTorch finds {count} GPUs; allowed: 0 .. {count - 1}")
         torch.cuda.set_device(config.local_rank)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
     return start_processes(config.device, config.mixed_precision, kwargs_handlers=[long_collective_timeout()])

@@ -4,6 +4,8 @@
 #     bash test.sh tests/test_sit.py -k counts
 #
 # Tests that need real photographs read them from the folder REG_ASSETS; they are skipped if it is not set.
+# Tests that need a GPU are skipped without one; `bash test.sh -m gpu` runs only them. With REG_TEST_DEVICE=cuda most
+# other tests run the programs on the GPU as well.
 set -euo pipefail
 cd "$(dirname "$0")"
 source launch/environment.sh

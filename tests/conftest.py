@@ -1,4 +1,9 @@
-"""What the tests share: a small data set, a small encoder with random weights, and training runs inside the process."""
+"""What the tests share: a small data set, a small encoder with random weights, and training runs inside the process.
+
+REG_TEST_DEVICE=cuda runs the programs in most tests on a GPU; without it they run on the CPU. Tests that compare with
+numbers of the CPU, or start several processes, run on the CPU in any case. Tests with the marker `gpu` use the GPU
+without this variable.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +23,9 @@ from PIL import Image
 from training.messages import logger
 
 ROOT = Path(__file__).resolve().parents[1]
+DEVICE = os.environ.get("REG_TEST_DEVICE", "cpu")  # of the programs that the tests run; also a value of --device
+#: Parameters of a test with an argument `device`: the CPU, and a GPU where there is one.
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 NUM_CLASSES = 3
 RESOLUTION = 16
 ENCODER_OPTIONS = {"patch_size": 4, "embed_dim": 32, "depth": 1, "num_heads": 2}
@@ -31,6 +39,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
         if item.get_closest_marker("assets") and not os.environ.get("REG_ASSETS"):
             item.add_marker(pytest.mark.skip(reason="REG_ASSETS names no folder"))
+
+
+@pytest.fixture(autouse=True)
+def default_precision() -> Iterator[None]:
+    """Restore PyTorch's settings of TF32, which programs set for their process and never change."""
+    yield
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = True
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler(request: pytest.FixtureRequest) -> None:
+    """Forget compiled code before a test with --compile among its parameters: PyTorch compiles a
+    function at most 8 times, and each network is one time.
+    """
+    if "--compile" in request.node.name:
+        torch._dynamo.reset()
 
 
 @pytest.fixture
@@ -90,9 +115,11 @@ def encoder_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def train_flags(shared_data: Path, encoder_weights: Path, tmp_path: Path) -> list[str]:
-    """Flags of a run that takes seconds: a network of two narrow blocks."""
-    flags = f"""--output-dir {tmp_path / "exps"} --data-dir {shared_data} --device cpu
+def train_flags(shared_data: Path, encoder_weights: Path, tmp_path: Path, request: pytest.FixtureRequest) -> list[str]:
+    """Flags of a run that takes seconds: a network of two narrow blocks. On a GPU it computes in float32 as well."""
+    device = "cpu" if request.node.get_closest_marker("cpu") else DEVICE
+    precision = "--mixed-precision no --no-allow-tf32" if device == "cuda" else ""
+    flags = f"""--output-dir {tmp_path / "exps"} --data-dir {shared_data} --device {device} {precision}
         --enc-type {ENCODER} --enc-weights {encoder_weights}
         --model SiT-S/4 --depth 2 --hidden-size 32 --num-heads 2 --encoder-depth 1 --projector-dim 16
         --batch-size 8 --num-workers 0 --log-steps 1 --sampling-steps 0 --ema-decay 0.9 --learning-rate 0.001"""

@@ -18,7 +18,7 @@ from generation.config import DEFAULT_COUNT
 from models.autoencoder import PixelCodec
 from models.checkpoint import load_checkpoint, save_checkpoint
 from models.encoders import load_encoder
-from tests.conftest import NUM_CLASSES, ROOT, run_generate, run_program, run_training
+from tests.conftest import DEVICE, NUM_CLASSES, ROOT, run_generate, run_program, run_training
 from tests.test_checkpoint import content
 from tests.test_sit import randomise, small
 from tests.test_train import MODES, with_flags
@@ -31,7 +31,7 @@ def checkpoint(train_flags):
 
 
 def flags(checkpoint, tmp_path, name, *more):
-    line = ["--ckpt", str(checkpoint), "--sample-dir", str(tmp_path / "samples"), "--name", name, "--device", "cpu"]
+    line = ["--ckpt", str(checkpoint), "--sample-dir", str(tmp_path / "samples"), "--name", name, "--device", DEVICE]
     return [*line, "--num-fid-samples", "7", "--num-steps", "3", "--per-proc-batch-size", "2", *more]
 
 
@@ -67,8 +67,9 @@ def test_what_a_set_holds(checkpoint, tmp_path, monkeypatch):
     ]  # fmt: skip
 
 
+@pytest.mark.cpu
 def test_files_do_not_depend_on_processes_and_an_interrupted_set_is_completed(checkpoint, tmp_path, monkeypatch):
-    run_generate(flags(checkpoint, tmp_path, "one", "--save-cls"), monkeypatch)
+    run_generate(flags(checkpoint, tmp_path, "one", "--save-cls", "--device", "cpu"), monkeypatch)
     one = tmp_path / "samples" / "one"
     automatic = flags(checkpoint, tmp_path, "two", "--save-cls", "--device", "auto")  # the last one counts
     with monkeypatch.context() as environment:
@@ -85,7 +86,7 @@ def test_files_do_not_depend_on_processes_and_an_interrupted_set_is_completed(ch
     before, stamp = hashes(one), kept.stat().st_mtime_ns
     for number in (2, 3, 6):
         (one / "images" / f"{number:06d}.png").unlink()
-    run_generate(flags(checkpoint, tmp_path, "one", "--save-cls"), monkeypatch)
+    run_generate(flags(checkpoint, tmp_path, "one", "--save-cls", "--device", "cpu"), monkeypatch)
     assert hashes(one) == before and kept.stat().st_mtime_ns == stamp
 
 
@@ -140,7 +141,7 @@ def test_a_contradiction_without_effect_is_a_warning(untrained, tmp_path, monkey
 
 
 def test_the_number_of_images_is_small_unless_given_or_started_with(untrained, tmp_path, monkeypatch, capsys):
-    line = ["--ckpt", str(untrained), "--sample-dir", str(tmp_path), "--device", "cpu", "--num-steps", "1"]
+    line = ["--ckpt", str(untrained), "--sample-dir", str(tmp_path), "--device", DEVICE, "--num-steps", "1"]
     run_generate([*line, "--name", "new"], monkeypatch)
     assert len(hashes(tmp_path / "new")) == DEFAULT_COUNT == 64
     assert "64 images; for FID: --num-fid-samples 50000" in capsys.readouterr().err
@@ -153,8 +154,21 @@ def test_the_number_of_images_is_small_unless_given_or_started_with(untrained, t
         run_generate([*line, "--num-fid-samples", "10000000001"], monkeypatch)
 
 
+def test_the_gpu_of_an_old_launcher(untrained, monkeypatch):
+    chosen = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.set_device", chosen.append)
+    monkeypatch.setattr(generate, "start_processes", lambda *given, **more: None)
+    for device, rank in (("auto", 1), ("cpu", 7)):  # the CPU has no numbers
+        generate.start_accelerator(generate.GenerateConfig(ckpt=str(untrained), device=device, local_rank=rank))
+    assert chosen == [1]
+    with pytest.raises(InputError, match=r"^--local-rank 2: PyTorch finds 2 GPUs; allowed: 0 \.\. 1$"):
+        generate.start_accelerator(generate.GenerateConfig(ckpt=str(untrained), local_rank=2))
+
+
 def test_the_published_script_finds_the_npz(untrained, tmp_path, monkeypatch, capsys):
-    line = ["--ckpt", str(untrained), "--sample-dir", str(tmp_path / "samples"), "--device", "cpu"]
+    line = ["--ckpt", str(untrained), "--sample-dir", str(tmp_path / "samples"), "--device", DEVICE]
     line += ["--num-fid-samples", "2", "--cfg-scale", "2.3", "--guidance-high", "0.85"]
     run_generate([*line, "--num-steps", "1"], monkeypatch)
     said = capsys.readouterr().out.splitlines()

@@ -1,5 +1,6 @@
 """The Inception network against features that TensorFlow computed on the stand-in weights, and its weight files."""
 
+import functools
 import hashlib
 import os
 import time
@@ -15,6 +16,7 @@ from evaluations.inception.graphdef import Graph
 from evaluations.inception.network import Inception, full_precision, load_inception, resize_bilinear_tf1
 from evaluations.inception.weights import fetch_graph, load_weights
 from tests import adm_images, adm_standin
+from tests.conftest import DEVICES
 
 FIRST_TWO = {  # sha256 of the first two images of a set, to which the recorded features belong
     "ref256_300": "6604511ded10f9f73826dd0759e258e314687543ff57a337ec96404f94ce1e88",
@@ -22,9 +24,19 @@ FIRST_TWO = {  # sha256 of the first two images of a set, to which the recorded 
 }
 
 
-@pytest.fixture(scope="module")
+# Largest relative error of the features. On a GPU cuDNN may compute a convolution by Winograd's algorithm, whose
+# rounding errors in float32 are some ten times larger.
+LARGEST_ERROR = {"cpu": 3e-5, "cuda": 3e-4}
+
+
+@functools.cache
+def network_on(device: str) -> Inception:
+    return load_inception(adm_standin.graph_file(), device)
+
+
+@pytest.fixture
 def network() -> Inception:
-    return load_inception(adm_standin.graph_file())
+    return network_on("cpu")
 
 
 def first_two(name: str) -> torch.Tensor:
@@ -41,14 +53,16 @@ def random_images(count: int, size: int) -> torch.Tensor:
 
 def relative_error(found: torch.Tensor, expected: np.ndarray | torch.Tensor) -> float:
     expected = torch.as_tensor(expected)
-    return float((found - expected).norm() / expected.norm())
+    return float((found.cpu() - expected).norm() / expected.norm())
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", FIRST_TWO)
-def test_features_equal_tensorflow(network: Inception, name: str) -> None:
-    output, recorded = network(first_two(name)), np.load(adm_standin.DATA)
-    assert relative_error(output.pool, recorded[f"{name}_pool3"]) < 3e-5
-    assert relative_error(output.spatial, recorded[f"{name}_spatial"]) < 3e-5
+def test_features_equal_tensorflow(name: str, device: str) -> None:
+    output, recorded = network_on(device)(first_two(name).to(device)), np.load(adm_standin.DATA)
+    assert output.pool.device.type == device
+    assert relative_error(output.pool, recorded[f"{name}_pool3"]) < LARGEST_ERROR[device]
+    assert relative_error(output.spatial, recorded[f"{name}_spatial"]) < LARGEST_ERROR[device]
 
 
 def test_output_is_float32_without_gradients_and_does_not_depend_on_the_batch(network: Inception) -> None:
@@ -67,15 +81,16 @@ def test_logits_are_without_bias(network: Inception) -> None:
     torch.testing.assert_close(output.logits.double(), expected, rtol=0, atol=1e-4)
 
 
-def test_training_precision_does_not_reach_the_features(network: Inception) -> None:
-    images = random_images(1, 40)
+@pytest.mark.parametrize("device", DEVICES)
+def test_training_precision_does_not_reach_the_features(device: str) -> None:
+    network, images = network_on(device), random_images(1, 40).to(device)
     before = network(images).pool
     torch.set_float32_matmul_precision("medium")
     torch.backends.cudnn.allow_tf32 = True
     try:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16):
             assert torch.equal(network(images).pool, before)
-        with full_precision(torch.device("cpu")):
+        with full_precision(torch.device(device)):
             assert not torch.backends.cudnn.allow_tf32 and torch.get_float32_matmul_precision() == "highest"
         assert torch.backends.cudnn.allow_tf32 and torch.get_float32_matmul_precision() == "medium"
     finally:

@@ -312,6 +312,7 @@ def test_torchrun_ignores_sighup_under_nohup(place):
         assert status == 0 and f"signals {signals}\n" in text
 
 
+@pytest.mark.cpu
 def test_a_run_that_is_stopped_while_saving_and_loses_a_process(train_flags, tmp_path):
     """train.sh with two processes on the CPU, under a fake SLURM: the result is that of a run without interruptions."""
     flags = flags_of(train_flags, "quiet", "--log-steps", "1")

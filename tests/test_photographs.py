@@ -11,7 +11,7 @@ from PIL import Image
 
 from dataset import LatentDataset
 from preprocessing import convert, encode
-from tests.conftest import read_rows, reset_accelerate, run_generate, run_training
+from tests.conftest import DEVICE, read_rows, reset_accelerate, run_generate, run_training
 
 ENCODER = "timm/mobilenetv1_100:channel_multiplier=0.75:pad_type=same:bn_eps=0.001:mean=0.5:std=0.5"
 
@@ -39,7 +39,8 @@ def test_from_photographs_to_images(assets, photographs, tmp_path, monkeypatch, 
 
     weights = assets / "encoder" / "mobilenetv1_075.timm.safetensors"
     flags = (
-        f"--output-dir {tmp_path}/exps --exp-name photographs --data-dir {data} --model SiT-S/2 --depth 4 --device cpu"
+        f"--output-dir {tmp_path}/exps --exp-name photographs --data-dir {data} --model SiT-S/2 --depth 4"
+        f" --device {DEVICE}"
     )
     flags += f" --enc-type {ENCODER}:input={encoder_input} --enc-weights {weights} --batch-size 2 --max-train-steps 2"
     flags += " --log-steps 1 --sampling-steps 2 --grid-samples 2 --grid-num-steps 2 --num-workers 0"

@@ -24,6 +24,7 @@ from tests.processes import SECONDS, Training
 from tests.test_checkpoint import Malicious
 from training.preemption import EXIT_RESUMABLE
 
+pytestmark = pytest.mark.cpu  # several processes, which are forked
 KILLS = int(os.environ.get("REG_KILLS", "4"))
 STEPS = 12
 STEP_SECONDS = 0.1  # no less than one takes, with its checkpoint, on a quiet machine

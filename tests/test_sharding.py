@@ -18,10 +18,10 @@ from tests.test_sit import small
 from training import parallelism
 from training.preemption import EXIT_RESUMABLE
 
-pytestmark = pytest.mark.skipif(
-    not (torch.cuda.is_available() or hasattr(torch.cpu.Stream, "record_event")),
-    reason="this torch shards on GPUs only",
-)
+pytestmark = [
+    pytest.mark.cpu,  # two processes
+    pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="this torch shards on GPUs only"),
+]
 LOGGED = ("step", "loss", "denoise", "proj", "cls", "grad_norm")
 
 

@@ -193,6 +193,7 @@ def test_accumulation_and_bf16_change_rounding_only(train_flags, more):
     np.testing.assert_allclose(terms(plain), terms(other), rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.cpu
 def test_two_processes_give_the_losses_of_one(train_flags):
     one = run_training(with_flags(train_flags, "--exp-name", "one"))
     more = ["--exp-name", "two", "--checkpointing-minutes", "1e-9"]  # all processes save at the same steps
@@ -210,6 +211,7 @@ def test_two_processes_give_the_losses_of_one(train_flags):
     assert [path.name for path in (one.parent / "two" / "checkpoints").glob("*.pt")] == ["0000004.pt"]
 
 
+@pytest.mark.cpu
 def test_an_indivisible_batch_is_refused_by_all_processes(train_flags):
     result = run_program("train.py", *with_flags(train_flags, "--batch-size", "9"), processes=2)
     assert result.returncode != 0

@@ -197,8 +197,8 @@ class RunLog:
         }
         if self.peak_images_per_second:
             row["mfu"] = speed / self.peak_images_per_second
-        if torch.cuda.is_available():
-            row["gpu_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        if allocated := torch.cuda.max_memory_allocated():  # 0 for a run on the CPU
+            row["gpu_memory_gb"] = allocated / 1e9
         self.sums, self.steps, self.counts = {}, 0, dict.fromkeys(COUNTS, 0)
         self.append(row)
         return row
