@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import AutoLocator, LogLocator, MaxNLocator
 
 from common.cli import Config, parse, setting
-from common.errors import InputError, run_cli
+from common.errors import InputError, printable, run_cli
 from common.identity import own_file
 from common.io import check_writable, iterate_metrics
 from common.temporary import atomic_write
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         curves[name + remark(rows, config.metric)] = [(row["step"], float(row[config.metric])) for row in rows]
     published = PUBLISHED.get(config.published, {})
     plot(curves, {f"{name} {config.published}, published": curve for name, curve in published.items()}, config)
-    print(f"written to {config.out}")
+    print(f"written to {printable(config.out)}")
 
 
 def read_evaluations(path: str | Path, metric: str) -> list[dict[str, Any]]:
@@ -127,11 +127,12 @@ def plot(curves: dict[str, Curve], published: dict[str, Curve], config: PlotConf
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     for name, curve in curves.items():
-        shown = name if name and name[0] != "_" else f" {name}"  # the legend skips names that start with _
-        axes.plot(*zip(*curve, strict=True), marker="o", label=shown)
+        shown = printable(name)
+        label = f" {shown}" if shown.startswith("_") else shown or " "  # the legend skips names that start with _
+        axes.plot(*zip(*curve, strict=True), marker="o", label=label)
     for (name, curve), grey in zip(published.items(), ("0.2", "0.5", "0.7"), strict=False):
         axes.plot(*zip(*curve, strict=True), marker="s", linestyle="--", color=grey, label=name)
-    axes.set(xlabel="training steps", ylabel=config.metric.upper() if config.metric == "fid" else config.metric)
+    axes.set(xlabel="training steps", ylabel="FID" if config.metric == "fid" else printable(config.metric))
     set_scales(axes, [point for curve in curves.values() for point in curve])
     axes.grid(which="both", alpha=0.3)
     for text in axes.legend().get_texts():

@@ -57,7 +57,8 @@ def local_or_hub(name: str | Path, allowed: str, flag: str = "") -> Path | HubNa
     plain = [re.sub(r"(?<=.)@[\w.-]+$", "", part) if place == 1 else part for place, part in enumerate(parts)]
     is_path = not all(HUB_PART.fullmatch(part) for part in plain) or os.path.lexists(parts[0])
     if is_path or len(parts) == 1 or (len(parts) == 2 and text.endswith(FILE_ENDINGS)):
-        raise InputError(f"{f'{flag} '.lstrip()}{text}: no such file or folder; allowed: {allowed}")
+        named = f"{flag} {text or repr(text)}".lstrip()
+        raise InputError(f"{named}: no such file or folder; allowed: {allowed}")
     return HubName("/".join(parts[:2]), "/".join(parts[2:]))
 
 

@@ -64,7 +64,7 @@ def test_names_of_local_paths_are_never_looked_up_on_the_hub(name, tmp_path, mon
     (tmp_path / "link").symlink_to("gone")
     with pytest.raises(InputError) as error:
         local_or_hub(name, "this and that", "--flag")
-    assert str(error.value) == f"--flag {name}: no such file or folder; allowed: this and that"
+    assert str(error.value) == f"--flag {name or repr(name)}: no such file or folder; allowed: this and that"
 
 
 def test_the_home_folder_is_expanded(tmp_path, monkeypatch):

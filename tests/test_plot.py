@@ -125,7 +125,10 @@ def test_any_name_is_shown_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixtur
     for name in ("", "_run", "$x$", "\u5199\u771f"):
         plot.main([str(path), "--out", str(tmp_path / "o.svg"), "--names", name])
         shown.append((tmp_path / "o.svg").read_text())
-    assert "$x$" in shown[2] and not recwarn.list and not capsys.readouterr().err
+    plot.main([str(path), "--out", str(tmp_path / "caf\udce9.png"), "--names", "caf\udce9"])  # bytes that are not UTF-8
+    assert (
+        (tmp_path / "caf\udce9.png").exists() and "$x$" in shown[2] and not recwarn.list and not capsys.readouterr().err
+    )
 
 
 def test_a_plot_replaces_only_plots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
