@@ -203,7 +203,7 @@ def test_a_switch_against_a_plain_implementation(name, training):
             assert gradient is None and state[name].grad is None
             continue
         assert gradient.any(), name
-        torch.testing.assert_close(gradient, state[name].grad, rtol=1e-4, atol=1e-5 * max(1, gradient.abs().max()))
+        torch.testing.assert_close(gradient, state[name].grad, rtol=1e-5, atol=1e-5 * max(1, gradient.abs().max()))
 
 
 def test_every_switch_changes_the_velocity():
