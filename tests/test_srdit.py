@@ -26,7 +26,7 @@ SWITCHES = {
     "all": ALL,
     "all without class slot": {**ALL, "cls_token_dim": None},
 }
-QUICK = ("patch size 1", "qk_norm layer")  # not compiled
+COMPILED = ({"norm": "rms", "qk_norm": "rms"}, {"rope": True}, {"value_residual": True}, SPRINT, ALL)
 OF_SR_DIT = {"norm": "rms", "qk_norm": "rms", "rope": True, "value_residual": True, "sprint": True}
 
 
@@ -179,9 +179,12 @@ def gradients(model: SiT, **more) -> dict[str, torch.Tensor]:
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-@pytest.mark.parametrize("options", SWITCHES.values(), ids=SWITCHES)
-def test_a_switch_against_a_plain_implementation(options, training):
+@pytest.mark.parametrize(
+    ("name", "training"), [*((name, True) for name in SWITCHES), ("sprint", False), ("all", False)]
+)
+def test_a_switch_against_a_plain_implementation(name, training):
+    """Without the random numbers of a step all tokens go through the middle blocks, as in evaluation."""
+    options = SWITCHES[name]
     model = network(**options)
     more = draws(model) if training else {}
     x, t, y, cls = inputs(model)
@@ -200,7 +203,7 @@ def test_a_switch_against_a_plain_implementation(options, training):
             assert gradient is None and state[name].grad is None
             continue
         assert gradient.any(), name
-        torch.testing.assert_close(gradient, state[name].grad, rtol=1e-4, atol=1e-5 * max(1, gradient.abs().max()))
+        torch.testing.assert_close(gradient, state[name].grad, rtol=1e-5, atol=1e-5 * max(1, gradient.abs().max()))
 
 
 def test_every_switch_changes_the_velocity():
@@ -251,7 +254,7 @@ def test_in_training_the_class_token_is_a_token_like_any_other():
     torch.testing.assert_close(routed.cls_velocity, plain.cls_velocity, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("options", [options for name, options in SWITCHES.items() if name not in QUICK])
+@pytest.mark.parametrize("options", COMPILED, ids=lambda options: ", ".join(options))
 def test_compiled_and_checkpointed_networks_give_the_same_gradients(options):
     torch._dynamo.reset()
     model, graphs = network(**options), torch._dynamo.utils.counters["stats"]
@@ -268,9 +271,8 @@ def test_compiled_and_checkpointed_networks_give_the_same_gradients(options):
     compiled = gradients(model, **draws(model))
     for name, gradient in expected.items():
         torch.testing.assert_close(compiled[name], gradient, rtol=1e-5, atol=1e-5)
-    # The blocks share graphs: one for the first block with value residual, one for each number of tokens. Without class
-    # slot the tokens of the first blocks have another layout in memory than those after the fusion.
-    blocks = 1 + bool(options.get("value_residual")) + bool(options.get("sprint")) + ("cls_token_dim" in options)
+    # The blocks share graphs: one for the first block with value residual, one for each number of tokens.
+    blocks = 1 + bool(options.get("value_residual")) + bool(options.get("sprint"))
     assert graphs["unique_graphs"] - before == blocks + 2  # projector, final layer
     torch._dynamo.reset()
 
@@ -316,18 +318,18 @@ def test_a_network_draws_no_numbers_and_its_shared_weights_are_those_without_swi
 
 
 def test_the_middle_counts_for_the_tokens_that_go_through_it():
-    """12 blocks of a B/1 network: 4 with 257 tokens and 8 with 64; the fusion and the projector with 257."""
+    """Six blocks of the width of B/1: four with 257 tokens and two with 64; the fusion and the projector with 257."""
 
     def flops(**switches):
         with torch.device("meta"):
-            return training_flops(SiT_models["SiT-B/1"](input_size=16, in_channels=32, **switches))
+            return training_flops(SiT_models["SiT-B/1"](input_size=16, in_channels=32, depth=6, **switches))
 
     def block(tokens):
         return 3 * 2 * (tokens * 12 * 768**2 + 2 * tokens**2 * 768)
 
     fusion = 3 * 2 * 257 * 2 * 768 * 768
     without, with_sprint = flops(), flops(sprint=True)
-    assert without - with_sprint == pytest.approx(8 * (block(257) - block(64)) - fusion, rel=0.01)
+    assert without - with_sprint == pytest.approx(2 * (block(257) - block(64)) - fusion, rel=0.01)
 
 
 def test_sprint_needs_an_argument_for_each_part():

@@ -256,7 +256,7 @@ def test_every_flag_of_the_published_script_is_taken():
 
 
 BAD = {
-    "unknown model": (["--model", "SiT-H/2"], "--model SiT-H/2: must be one of SiT-S/2"),
+    "unknown model": (["--model", "SiT-H/2"], "--model SiT-H/2: must be one of SiT-S/1"),
     "classes": (["--num-classes", "2"], "--num-classes 2: the data in .* have 3"),
     "resolution": (["--resolution", "32"], "--resolution 32: the data in .* have 16"),
     "grid scale": (["--grid-cfg-scale", "0"], r"--grid-cfg-scale 0\.0: must be 1 \(no guidance\) or greater"),
