@@ -25,7 +25,7 @@ from common.progress import progress_bar
 from dataset import GlobalBatchSampler, LatentDataset
 from evaluations.in_training import TrainingEvaluation
 from loss import FROM_ENCODER, REGLoss
-from models.autoencoder import Codec, load_decoder
+from models.autoencoder import Codec, codec_format, load_decoder
 from models.checkpoint import saved_settings
 from models.encoders import Encoder, load_encoders
 from models.interpolant import Interpolant
@@ -166,7 +166,8 @@ def say_differences(config: TrainConfig) -> None:
 
 def open_data(config: TrainConfig, accelerator: Accelerator) -> LatentDataset:
     """Return the training data, checked against the flags and, with the work shared by the processes, file by file."""
-    data = LatentDataset(config.data_dir, config.flip)
+    assumed = codec_format(config.latents_codec) if config.latents_codec else None
+    data = LatentDataset(config.data_dir, config.flip, config.latents_folder, assumed)
     if config.num_classes is not None and config.num_classes < data.num_classes:
         raise InputError(f"--num-classes {config.num_classes}: the data in {config.data_dir} have {data.num_classes}")
     if config.resolution is not None and config.resolution != data.resolution:
@@ -175,7 +176,7 @@ def open_data(config: TrainConfig, accelerator: Accelerator) -> LatentDataset:
         data.keep(config.max_images)
     processes, parts = accelerator.num_processes, config.gradient_accumulation_steps
     GlobalBatchSampler(len(data), config.batch_size, config.seed, range(0), 0, processes, parts)  # checks divisibility
-    item_bytes = 3 * data.resolution**2 + 4 * math.prod(data.moments_shape)
+    item_bytes = 3 * data.resolution**2 + 4 * math.prod(data.stored_shape)
     micro_batch = config.batch_size // processes // parts
     check_shared_memory("--num-workers", config.num_workers, PREFETCHED, micro_batch * item_bytes)
     if config.check_data:

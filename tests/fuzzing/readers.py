@@ -25,7 +25,7 @@ from common.images import decode_rgb, open_image
 from common.io import read_json, read_metrics
 from common.packed import explain_packed
 from common.sources import FileSource
-from dataset import LatentDataset, decode_moments
+from dataset import LatentDataset, decode_latents
 from evaluations.batches import open_images
 from evaluations.comparison import load_reference
 from evaluations.evaluator import read_sampling
@@ -302,7 +302,7 @@ READERS: dict[str, Reader] = {kind.lower(): _image(kind, _pixels) for kind in PI
     "data-zip": Reader(bases.write_data_zip, _data, ("images.zip",), share=0.5, **_ARCHIVE),
     "listing": _listing(list_images),
     "converted": _listing(list_converted),
-    "npy": _file("a.npy", bases.npy, lambda path: decode_moments(path.read_bytes()), odd=(npy_header,)),
+    "npy": _file("a.npy", bases.npy, lambda path: decode_latents(path.read_bytes()), odd=(npy_header,)),
     "cls-tokens": _file("a.npy", partial(bases.npy, shape=(24, 4)), _read_cls_tokens, odd=(npy_header,)),
     "npz": _file("a.npz", bases.npz, _npz, **_ARCHIVE),
     "npz-packed": _file("a.npz", partial(bases.npz, compressed=True), _npz, **_ARCHIVE),
