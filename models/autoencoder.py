@@ -231,6 +231,25 @@ def load_codec(name: str, device: str | torch.device = "cpu") -> Codec:
     return KLCodec(_load_autoencoder(folder, class_name(config)), latent_format).to(device)
 
 
+def network_format(
+    recorded: dict[str, Any] | None, channels: int, name: str | None, source: str | Path
+) -> LatentFormat:
+    """Return the format of the latents that a network of some channels makes.
+
+    It is the `codec` of its run's settings. Published checkpoints record none: they have Stable Diffusion's latents if
+    their network has 4 channels, else those of the codec `name`. `source` is the checkpoint, for the error.
+    Raises InputError if then no name is given, or that codec has other channels.
+    """
+    if recorded is not None or channels == SD_FORMAT.channels:
+        return LatentFormat.from_json(recorded)
+    if name is None:
+        raise InputError(f"{source}: names no codec for its network of {channels} channels; name it with --vae")
+    found = codec_format(PUBLISHED_NAMES.get(name, name))
+    if found.channels != channels:
+        raise InputError(f"--vae {name} has channels {found.channels}, but the network of {source} has {channels}")
+    return found
+
+
 def codec_format(name: str) -> LatentFormat:
     """Return the format of the latents of codec `name`, see `load_codec`, from its config.json alone."""
     return PixelCodec().format if name == "pixel" else _described(name)[2]

@@ -1,6 +1,7 @@
 """Measured statistics of latents equal a plain computation, for any division of the work and after interruptions."""
 
 import json
+import zipfile
 
 import numpy as np
 import pytest
@@ -100,6 +101,9 @@ def test_batches_and_an_interruption_change_nothing(tmp_path, monkeypatch, store
     assert not (tmp_path / "again/dataset.json").exists()
     run(images, tmp_path / "again", "pixel", *flags)
     assert contents(tmp_path / "one") == contents(tmp_path / "three") == contents(tmp_path / "again")
+    run(images, tmp_path / "packed.zip", "pixel", *flags)
+    with zipfile.ZipFile(tmp_path / "packed.zip") as archive:
+        assert {name: archive.read(name) for name in archive.namelist()} == contents(tmp_path / "one")
 
 
 def test_what_is_refused(tmp_path, codec_folder):

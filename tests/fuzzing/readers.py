@@ -187,6 +187,15 @@ def _small_data(folder: Path, _: int) -> None:
     (folder / "images" / "dataset.json").write_text(json.dumps({"labels": labels, "classes": ["a", "b", "c"]}))
 
 
+def _small_draws(folder: Path, _: int) -> None:
+    """Write a small data set whose latents are one draw per image."""
+    _small_data(folder, 0)
+    path = folder / "vae-sd" / "dataset.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "latents": "draw"}))
+    for file in path.parent.rglob("*.npy"):
+        np.save(file, np.load(file)[:3])
+
+
 def _data(folder: Path) -> Any:
     data = LatentDataset(folder)
     data.check()
@@ -299,6 +308,7 @@ READERS: dict[str, Reader] = {kind.lower(): _image(kind, _pixels) for kind in PI
     "data-format": _of_data("vae-sd/dataset.json", json_value),
     "data-images": _of_data("images/00000/img00000001.png", png_chunk),
     "data-latents": _of_data("vae-sd/00000/img-mean-std-00000001.npy", npy_header),
+    "data-draws": Reader(_small_draws, _data, ("vae-sd/dataset.json",), (json_value,), share=0.5),
     "data-zip": Reader(bases.write_data_zip, _data, ("images.zip",), share=0.5, **_ARCHIVE),
     "listing": _listing(list_images),
     "converted": _listing(list_converted),
