@@ -1,18 +1,18 @@
-"""Training data: images, latents (as moments) and labels, paired by the index in their file names.
+"""Training data: images, latents (as moments or as one draw) and labels, paired by the index in their file names.
 
     DATA/images/   (or imagenet_256_vae, imagenet_512_vae)   00000/img00000000.png            uint8 RGB, R x R
-    DATA/vae-sd/   (or latents)                              00000/img-mean-std-00000000.npy  (2 C, h, w), mean then std
+    DATA/vae-sd/   (or latents, or as given)                 00000/img-mean-std-00000000.npy  (2 C, h, w), mean then std
 
 Both are a folder or a zip with a dataset.json {"labels": [[name, label], ...]}. The dataset.json of the latents may
-describe their codec; the default is Stable Diffusion's. The folder may also contain the latents of the mirrored images,
-00000/img-mean-std-flip-00000000.npy.
+describe their codec; the default is Stable Diffusion's. With "latents": "draw" in it, the files contain one draw of the
+latents of each image, (C, h, w), not yet shifted and scaled. The folder may also contain the latents of the mirrored
+images, 00000/img-mean-std-flip-00000000.npy.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -25,12 +25,13 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from common.classes import ClassSet, class_names
-from common.errors import InputError, printable
-from common.image_files import convert_command, encode_command, has_images, preparation
+from common.errors import InputError
+from common.image_files import encode_command, has_images, preparation
 from common.images import open_image, to_mode
 from common.io import real_path
 from common.npy import decode_npy
 from common.packed import explain_packed
+from common.pairing import files_by_index, labels_by_index
 from common.sources import (
     IMAGE_NAME,
     LATENT_NAME,
@@ -38,16 +39,16 @@ from common.sources import (
     decode_name,
     encode_names,
     image_name,
-    label_entries,
     latents_name,
     map_files,
     mirrored_name,
     read_dataset_json,
 )
-from models.autoencoder import LatentFormat
+from models.latent_format import LatentFormat
 
 IMAGE_FOLDERS = ("images", "imagenet_256_vae", "imagenet_512_vae")
 LATENT_FOLDERS = ("vae-sd", "latents")
+STORED = ("moments", "draw")  # what the files of latents contain
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # of Pillow; others lose values as 8-bit RGB
 PNG_END = b"IEND\xaeB`\x82"  # the last eight bytes of every complete PNG (PNG specification, section 11.2.5)
 ERRORS_SHOWN = 5
@@ -55,11 +56,14 @@ DIGEST_SAMPLE = 64  # images whose bytes are part of the digest: enough to notic
 
 
 class LatentDataset(Dataset):
-    """Images, moments and labels of a data folder.
+    """Images, latents and labels of a data folder.
 
-    Item i is (image (3, R, R) uint8, moments (2 C, h, w) float32, label int64 scalar), item len + i its mirror image.
+    Item i is (image (3, R, R) uint8, stored latents float32, label int64 scalar), item len + i its mirror image. Stored
+    are moments (2 C, h, w) or a draw (C, h, w); `LatentFormat.sample` takes both.
 
     `data_dir` contains images and latents. With `flip`, the latents of the mirrored images are required.
+    `latents_folder` is the name of the latents' folder or zip, by default one of `LATENT_FOLDERS`. `assumed` is the
+    format of latents whose dataset.json names no codec, by default Stable Diffusion's.
 
     Attributes:
         class_names: the "classes" of a dataset.json, [] if there are none.
@@ -68,13 +72,21 @@ class LatentDataset(Dataset):
         resolution: R.
         latent_size: h.
         latent_format: channels, scale and codec of the latents.
-        names_codec: whether a dataset.json states them; otherwise they are Stable Diffusion's.
+        names_codec: whether dataset.json or `assumed` states them; otherwise they are Stable Diffusion's.
+        stored: what the files of latents contain, "moments" or "draw".
+        stored_shape: of one of these files, (2 C, h, h) or (C, h, h).
         has_mirrored: whether the latents of the mirrored images exist.
 
     Raises InputError, naming them, if files or labels are missing or inconsistent.
     """
 
-    def __init__(self, data_dir: str | Path, flip: bool = False):
+    def __init__(
+        self,
+        data_dir: str | Path,
+        flip: bool = False,
+        latents_folder: str | None = None,
+        assumed: LatentFormat | None = None,
+    ):
         self.data_dir = Path(data_dir)
         if not self.data_dir.is_dir():
             problem = "no such folder"
@@ -86,9 +98,9 @@ class LatentDataset(Dataset):
 
         # Pair the files by their index. The names are arrays: worker processes would copy lists of strings.
         self.images = _find(self.data_dir, IMAGE_FOLDERS, "images")
-        self.latents = _find(self.data_dir, LATENT_FOLDERS, "latents")
-        image_names = _by_index(self.images, IMAGE_NAME, image_name(0))
-        latent_names = _by_index(self.latents, LATENT_NAME, latents_name(0))
+        self.latents = _find(self.data_dir, (latents_folder,) if latents_folder else LATENT_FOLDERS, "latents")
+        image_names = files_by_index(self.images, IMAGE_NAME, image_name(0))
+        latent_names = files_by_index(self.latents, LATENT_NAME, latents_name(0))
         if unpaired := sorted(image_names.keys() ^ latent_names.keys()):
             source, names = (self.images, image_names) if unpaired[0] in image_names else (self.latents, latent_names)
             first = source.describe(names[unpaired[0]])
@@ -100,17 +112,17 @@ class LatentDataset(Dataset):
         # Read labels and codec.
         described = {source: read_dataset_json(source) for source in (self.images, self.latents)}
         self._check_place_of_json()
-        self.labels = _labels(described, indices)
+        self.labels = labels_by_index(described, indices)
         self.class_names = class_names(
             {source.describe("dataset.json"): content for source, content in described.items()}
         )
         self.classes = ClassSet.of_data(np.unique(self.labels), self.class_names)
         self.num_classes = max(int(self.labels.max()) + 1, len(self.class_names))  # the last class may have no image
-        self.names_codec = described[self.latents].get("codec") is not None
         try:
-            self.latent_format = LatentFormat.from_json(described[self.latents].get("codec"))
+            self.latent_format, self.names_codec = _recorded_format(described[self.latents], assumed)
         except InputError as error:
             raise InputError(f"{self.latents.describe('dataset.json')}: {error}") from error
+        self.latent_format.check_statistics()
         self.has_mirrored = bool(described[self.latents].get("flip"))
         self.flip = flip
         if flip and not self.has_mirrored:
@@ -118,17 +130,33 @@ class LatentDataset(Dataset):
             raise InputError(f"--flip: {self.latents.path} has no mirrored latents; {advice}")
 
         # The first image and its latents define the shapes.
-        self.resolution = self.moments_shape = None
+        self.resolution = self.stored_shape = None
         self.resolution = self.image(0).shape[-1]
-        self.moments_shape = self._moments(0).shape
-        channels, self.latent_size, form = self.moments_shape[0] // 2, self.moments_shape[-1], self.latent_format
-        if channels != form.channels:
-            named = "" if self.names_codec else f" ({self.latents.describe('dataset.json')} names no codec)"
-            which = f"codec {form.codec}{named}"
-            raise InputError(f"{self.latent_path(0)}: {channels} channels, but {which} has {form.channels}")
+        self.stored_shape = self._latents(0).shape
+        self.latent_size, form = self.stored_shape[-1], self.latent_format
+        self.stored = self._stored_kind(described[self.latents].get("latents"))
         if self.resolution != self.latent_size * form.factor:
             sizes = f"images of {self.resolution} px and latents of {self.latent_size}"
             raise InputError(f"{self.data_dir}: {sizes}, but codec {form.codec} reduces by {form.factor}")
+
+    def _stored_kind(self, recorded: Any) -> str:
+        """Return what the files of latents contain: what is recorded, or what their number of channels means.
+
+        Raises InputError if the channels fit neither, or contradict the record; and for one draw without a record of
+        the codec, because as many channels can also be the moments of another codec.
+        """
+        form, where = self.latent_format, self.latents.describe("dataset.json")
+        if recorded is not None and recorded not in STORED:
+            raise InputError(f"{where}: latents is {recorded!r:.50}; allowed: {', '.join(STORED)}")
+        channels = dict(zip(STORED, (2 * form.channels, form.channels), strict=True))
+        known = [recorded] if recorded else STORED if self.names_codec else ["moments"]
+        if found := [kind for kind in known if channels[kind] == self.stored_shape[0]]:
+            return found[0]
+        allowed = " or ".join(f"({channels[kind]}, h, h), {kind}" for kind in known)
+        problem = f"{self.latent_path(0)}: shape {self.stored_shape}; allowed for codec {form.codec}: {allowed}"
+        if not self.names_codec:
+            problem += f"; {where} names no codec: add it there, or name it by --latents-codec"
+        raise InputError(problem)
 
     def _check_place_of_json(self) -> None:
         """Raise InputError if a dataset.json is next to images and latents and one of them has none."""
@@ -142,8 +170,8 @@ class LatentDataset(Dataset):
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
         mirrored, i = divmod(i, len(self))
-        image, moments = self.image(i), self._moments(i, bool(mirrored))
-        return image.flip(2) if mirrored else image, torch.from_numpy(moments), torch.tensor(self.labels[i])
+        image, latents = self.image(i), self._latents(i, bool(mirrored))
+        return image.flip(2) if mirrored else image, torch.from_numpy(latents), torch.tensor(self.labels[i])
 
     def keep(self, count: int) -> None:
         """Reduce the data set to `count` images, or to all if it has fewer: the first ones of each class in turn.
@@ -205,9 +233,9 @@ class LatentDataset(Dataset):
         mirrored, i = divmod(i, len(self))
         return self.latents.describe(self.latents_file(i, bool(mirrored)))
 
-    def _moments(self, i: int, mirrored: bool = False) -> np.ndarray:
-        """Return the moments of image i, or of its mirror image, (2 C, h, w) float32."""
-        decode = partial(decode_moments, shape=self.moments_shape)
+    def _latents(self, i: int, mirrored: bool = False) -> np.ndarray:
+        """Return the stored latents of image i, or of its mirror image, (2 C, h, w) or (C, h, w) float32."""
+        decode = partial(decode_latents, shape=self.stored_shape)
         return self.latents.load(self.latents_file(i, mirrored), decode).astype(np.float32, copy=False)
 
     def _file_error(self, i: int, latents_bytes: int) -> str | None:
@@ -274,18 +302,33 @@ class GlobalBatchSampler(Sampler):
         return int(self._epoch[1][offset])
 
 
-def decode_moments(data: bytes, shape: tuple[int, ...] | None = None) -> np.ndarray:
-    """Return the moments in the bytes of an .npy file, (2 C, h, h) float32 or float16.
+def _recorded_format(content: dict[str, Any], assumed: LatentFormat | None) -> tuple[LatentFormat, bool]:
+    """Return the format of latents from the content of their dataset.json, and whether it or `assumed` names a codec.
+
+    Raises InputError if both name one and they differ.
+    """
+    recorded = content.get("codec")
+    found = LatentFormat.from_json(recorded)
+    if assumed is None or recorded is None:
+        return assumed or found, assumed is not None or recorded is not None
+    if found.codec != assumed.codec:
+        raise InputError(f"the latents are of codec {found.codec}, but --latents-codec is {assumed.codec}")
+    return found, True
+
+
+def decode_latents(data: bytes, shape: tuple[int, ...] | None = None) -> np.ndarray:
+    """Return the stored latents in the bytes of an .npy file, (2 C, h, h) or (C, h, h), float32 or float16.
 
     Raises InputError for other bytes, another dtype, or a shape other than `shape` (None: any of this form).
     """
-    moments = decode_npy(data, ("float32", "float16"), "latents")
-    channels, *sides = moments.shape if moments.ndim == 3 else (0, 0, 0)
-    if channels == 0 or channels % 2 or sides[0] != sides[1] or sides[0] == 0:
-        raise InputError(f"shape {moments.shape}; allowed: (2 C, h, h), mean, then standard deviation")
-    if shape not in (None, moments.shape):
-        raise InputError(f"shape {moments.shape}; expected {shape}, the shape of the first")
-    return moments
+    latents = decode_npy(data, ("float32", "float16"), "latents")
+    channels, *sides = latents.shape if latents.ndim == 3 else (0, 0, 0)
+    if channels == 0 or sides[0] != sides[1] or sides[0] == 0:
+        allowed = "(2 C, h, h), mean, then standard deviation, or (C, h, h), one draw"
+        raise InputError(f"shape {latents.shape}; allowed: {allowed}")
+    if shape not in (None, latents.shape):
+        raise InputError(f"shape {latents.shape}; expected {shape}, the shape of the first")
+    return latents
 
 
 def _decode_image(data: bytes, side: int | None) -> Tensor:
@@ -307,11 +350,19 @@ def _find(data_dir: Path, names: tuple[str, ...], what: str) -> FileSource:
     found = [path for path in places if os.path.lexists(path)]
     if len(found) != 1:
         state = " and ".join(path.name for path in found) or "none"
-        advice = "" if found else _advice(data_dir)
+        other_latents = _other_latents(data_dir) if what == "latents" else ""
+        advice = "" if found else other_latents or _advice(data_dir)
         raise InputError(
             f"{data_dir}: {what} expected in one folder or .zip of {', '.join(names)}; found {state}{advice}"
         )
     return FileSource(found[0])
+
+
+def _other_latents(data_dir: Path) -> str:
+    """Return by which flag latents in folders of other names are read, "" if there are none."""
+    folders = (path for path in sorted(data_dir.iterdir()) if path.stem not in IMAGE_FOLDERS)
+    found = [path.name for path in folders if (path / "dataset.json").exists()]
+    return f"; folders of other names: {', '.join(found)}; choose one by --latents-folder" if found else ""
 
 
 def _advice(data_dir: Path) -> str:
@@ -328,44 +379,3 @@ def _advice(data_dir: Path) -> str:
         return preparation(path)
     packed = explain_packed(path, names)
     return f"; it {packed}" if packed else ""
-
-
-def _by_index(source: FileSource, pattern: re.Pattern[str], example: str) -> dict[int, str]:
-    """Return the names that match `pattern` by their index. Raises InputError if there are none or an index repeats."""
-    names: dict[int, str] = {}
-    for name in source.names:
-        if match := pattern.fullmatch(name):
-            index = int(match.group(1))
-            if (other := names.setdefault(index, name)) != name:
-                both = printable(f"{other} and {name}")
-                raise InputError(f"{source.path}: {both} have the same index {index}")
-    if not names:
-        advice = explain_packed(source.path, source.names)
-        if pattern is IMAGE_NAME and has_images(source.names):
-            advice = f"its images are not converted:\n{convert_command(source.path)}"
-        raise InputError(f"{source.path}: no file named like {example}{f'; {advice}' if advice else ''}")
-    return names
-
-
-def _labels(described: dict[FileSource, dict[str, Any]], indices: list[int]) -> np.ndarray:
-    """Return the label of each index, (N,) int64, from the dataset.json contents of images and latents.
-
-    All labels are 0 if the data has none ("labels": null). Raises InputError if an index has no label or two different
-    ones.
-    """
-    given = [content["labels"] for content in described.values() if "labels" in content]
-    if given and all(labels is None for labels in given):
-        return np.zeros(len(indices), dtype=np.int64)
-    found: dict[int, tuple[int, str]] = {}
-    for source, content in described.items():
-        where = source.describe("dataset.json")
-        for name, label in label_entries(content, where):
-            if match := re.search(r"(\d+)\.\w+$", name):
-                index = int(match[1])
-                other, place = found.setdefault(index, (label, where))
-                if other != label:
-                    raise InputError(f"index {index} has label {other} in {place} and {label} in {where}")
-    if missing := [index for index in indices if index not in found]:
-        places = " or ".join(source.describe("dataset.json") for source in described)
-        raise InputError(f"{len(missing)} of {len(indices)} files have no label in {places}; first: index {missing[0]}")
-    return np.array([found[index][0] for index in indices], dtype=np.int64)

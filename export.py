@@ -102,7 +102,8 @@ def export(ckpt: str | Path, dest: str | Path, weights: str = "ema", layout: str
     checkpoint = load_checkpoint(path, layout=layout)
     build_model(checkpoint, weights, source=ckpt)  # a network that cannot be rebuilt is not exported
     config = describe(checkpoint, weights, ckpt)
-    config["codec"] = export_codec(LatentFormat.from_json(config["codec"]), dest)
+    if "codec" in config:
+        config["codec"] = export_codec(LatentFormat.from_json(config["codec"]), dest)
     write_network(dest, network_weights(checkpoint, weights, ckpt), config)
     opened.check()  # tensors are read from the file when they are written
     if dest.suffix != ".safetensors":
@@ -119,7 +120,8 @@ def export(ckpt: str | Path, dest: str | Path, weights: str = "ema", layout: str
 def describe(checkpoint: dict[str, Any], weights: str, source: str | Path) -> dict[str, Any]:
     """Return the configuration of an export, see `export_config`. Raises InputError if the checkpoint is not valid."""
     network, saved = network_config(checkpoint, weights, source), saved_settings(checkpoint, source)
-    codec = saved.get("codec") or SD_FORMAT.to_json()
+    # The published checkpoints record no codec; one of other channels is named when images are generated.
+    codec = saved.get("codec") or (SD_FORMAT.to_json() if network.in_channels == SD_FORMAT.channels else None)
     saved = {**saved, "codec": codec, "steps": steps_done(checkpoint, source), "weights": weights}
     classes = checkpoint_classes(checkpoint, network.num_classes, source).to_json() if "classes" in checkpoint else None
     return export_config(network, saved, classes)

@@ -53,7 +53,7 @@ from generation.config import (
 )
 from generation.naming import default_name, published_name
 from generation.sample_set import DIGEST, SampleSet
-from models.autoencoder import Codec, LatentFormat, load_decoder
+from models.autoencoder import Codec, load_decoder, network_format
 from models.checkpoint import (
     build_model,
     checkpoint_classes,
@@ -165,7 +165,7 @@ def make_plan(config: GenerateConfig, accelerator: Accelerator) -> SamplePlan:
     # Load the networks, and compare the settings with them.
     model = build_model(checkpoint, config.weights, device, config.fused_attn, source=config.ckpt)
     check_same_files(config.ckpt, opened.before, opened.now())  # tensors were read from the file until now
-    latent_format = LatentFormat.from_json(saved.get("codec"))
+    latent_format = network_format(saved.get("codec"), model.config.in_channels, config.vae, config.ckpt)
     warnings = unused_scale(config)
     warnings += check_against_checkpoint(config, checkpoint, model.config, latent_format)
     codec = load_decoder(latent_format, config.vae, device)

@@ -30,6 +30,7 @@ from evaluations.metrics import Sums, finite
 from loss import FROM_ENCODER, entangled_token
 from models.checkpoint import saved_settings
 from models.encoders import AFTER_NORM, Encoder, load_encoder, name_with_tokens
+from models.latent_format import LatentFormat
 
 BATCH_SIZE = 64
 CENTRE_IMAGES = 10_000  # number of images for the means of all classes together
@@ -157,7 +158,7 @@ class CoherenceReport:
             raise InputError(f"--coherence: {source} was not trained with an encoder's class token")
         if num_images is not None and num_images < 2:
             raise InputError(f"--coherence: needs at least 2 images, not {num_images}")
-        self.data, self.device = LatentDataset(data_dir), device
+        self.data, self.device = _open_data(Path(data_dir), settings), device
         for name in ("num_classes", "resolution"):
             found = getattr(self.data, name)
             if settings.get(name, found) != found:
@@ -178,3 +179,12 @@ class CoherenceReport:
             encoded = entangled_token(self.kind, self.encoder(pixels.to(self.device)), None).cpu()
             sums.update(torch.from_numpy(cls_tokens[rows]), encoded, torch.tensor(labels[rows]), centres)
         return sums.scores()
+
+
+def _open_data(data_dir: Path, settings: dict[str, Any]) -> LatentDataset:
+    """Return training data; their latents are in the folder, and of the codec, that the run's flags named, if any."""
+    folder = settings.get("latents_folder")
+    if not isinstance(folder, str) or not any((data_dir / f"{folder}{end}").exists() for end in ("", ".zip")):
+        folder = None
+    assumed = LatentFormat.from_json(settings.get("codec")) if settings.get("latents_codec") else None
+    return LatentDataset(data_dir, latents_folder=folder, assumed=assumed)

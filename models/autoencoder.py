@@ -1,4 +1,4 @@
-"""Image codecs: images to latents and back, through diffusers. Scale and shift of latents are applied only here.
+"""Image codecs: images to latents and back, through diffusers. `models.latent_format` describes the latents.
 
 Latent diffusion (Rombach et al., arXiv 2112.10752, section 3.1 and appendix G); REG uses Stable Diffusion's codec.
 In this project `moments` are mean and STANDARD DEVIATION stacked on the channels, as the files of latents store them;
@@ -6,29 +6,29 @@ in diffusers the word means mean and log-variance. `latents` are a sample of the
 of the network.
 
 To add a codec, add a line to `CODECS`, or give a folder or a repository of the Hugging Face hub in diffusers' format,
-whose config.json determines channels, factor, scale and shift.
+whose config.json determines channels, factor, scale and shift. If it has no scale, preprocessing/encode.py measures
+scale and shift and writes them into the data set.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from common.errors import InputError, memory_message, shown
+from common.errors import InputError, memory_message
 from common.io import read_json, real_path
 from models.checksums import verify_file
-from models.field_checks import LARGEST_CODEC_SIZE, check_codec_config
+from models.field_checks import check_codec_config
 from models.hub import HubName, hub_folder, local_or_hub
+from models.latent_format import SD_FORMAT, SD_SCALE, LatentFormat
 from models.safetensors_format import CODEC_FOLDER, CONFIG_FILE, PIPELINE_FILE, class_name
-from models.tensor_checks import LONGEST_NAME, TooLargeError, check_finite, check_weights, parameters_at_most
+from models.tensor_checks import TooLargeError, check_finite, check_weights, parameters_at_most
 from models.weights_file import mismatch, read_safetensors, some_of
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
@@ -36,88 +36,6 @@ NEEDED = f"the folder of a codec contains {CONFIG_FILE} and {WEIGHTS_FILE}"
 CLASSES = ("AutoencoderKL", "AutoencoderTiny")
 DECODED_PIXELS = 2**21  # in one call, 32 images of 256 px; far more would need activations of more than 2^31 values
 LOCAL_CODEC = "local folder "  # starts the name of a codec in an export that does not contain its files
-SD_SCALE = 0.18215  # gives Stable Diffusion's latents about unit variance (arXiv 2112.10752, appendix G)
-
-
-@dataclasses.dataclass(frozen=True)
-class LatentFormat:
-    """Format of latents: codec, channels, image pixels per latent pixel, and the map to about unit variance.
-
-    `scale` and `shift` are one number, or one number for each channel: latents = (sample - shift) * scale.
-    Raises InputError, naming the field, for impossible values.
-    """
-
-    codec: str
-    channels: int
-    factor: int
-    scale: float | tuple[float, ...] = 1.0
-    shift: float | tuple[float, ...] = 0.0
-
-    def __post_init__(self) -> None:
-        codec, channels = f"codec {self.codec}", self.channels
-        if not all(type(value) is int and 0 < value <= LARGEST_CODEC_SIZE for value in (channels, self.factor)):
-            given = f"channels {shown(channels)}, factor {shown(self.factor)}"
-            raise InputError(f"{codec}: {given}; allowed: whole numbers from 1 to {LARGEST_CODEC_SIZE}")
-        for name, allowed in (("scale", "finite numbers other than 0"), ("shift", "finite numbers")):
-            value = getattr(self, name)
-            if isinstance(value, tuple) and len(value) != channels:
-                count = f"{name} has {len(value)} values for {channels} channels"
-                raise InputError(f"{codec}: {count}; allowed: one number, or one for each channel")
-            for number in value if isinstance(value, tuple) else (value,):
-                is_number = isinstance(number, int | float) and not isinstance(number, bool)
-                if not is_number or not abs(number) <= sys.float_info.max or (name == "scale" and number == 0):
-                    raise InputError(f"{codec}: {name} has the value {shown(number)}; allowed: {allowed}")
-
-    def sample(self, moments: Tensor, noise: Tensor | None) -> Tensor:
-        """Return latents (N, C, h, w) = (mean + std * noise - shift) * scale.
-
-        moments (N, 2C, h, w): mean, then standard deviation. noise (N, C, h, w): standard normal; None for the mean.
-        Raises InputError if the moments have a wrong number of channels.
-        """
-        if moments.shape[1] != 2 * self.channels:
-            needed = f"{2 * self.channels} (mean and standard deviation of {self.channels})"
-            raise InputError(f"moments have {moments.shape[1]} channels, but codec {self.codec} has {needed}")
-        mean, std = moments.chunk(2, dim=1)
-        latents = mean if noise is None else mean + std * noise
-        return (latents - _per_channel(self.shift, latents)) * _per_channel(self.scale, latents)
-
-    def unscale(self, latents: Tensor) -> Tensor:
-        """Return the input of the codec's decoder, (N, C, h, w) = latents / scale + shift: the inverse of `sample`."""
-        return latents / _per_channel(self.scale, latents) + _per_channel(self.shift, latents)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the fields as JSON has them, for dataset.json and for the settings of a run."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
-
-    @classmethod
-    def from_json(cls, fields: dict[str, Any] | None) -> LatentFormat:
-        """Return the format that `to_json` wrote. None, as in the published data sets, means Stable Diffusion's format.
-
-        Raises InputError, naming the fields, if some are missing or unknown, or have impossible values.
-        """
-        if fields is None:
-            return SD_FORMAT
-        expected = {field.name for field in dataclasses.fields(cls)}
-        if not isinstance(fields, dict) or set(fields) != expected:
-            raise InputError(
-                f"latent format {shown(fields)}: must have exactly the fields {', '.join(sorted(expected))}"
-            )
-        if not isinstance(fields["codec"], str) or len(fields["codec"]) > LONGEST_NAME:
-            raise InputError(f"latent format {shown(fields)}: codec must be a name")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
-
-
-def _per_channel(value: float | tuple[float, ...], like: Tensor) -> float | Tensor:
-    """Return one number unchanged, and numbers for each channel as (C, 1, 1), to broadcast over (N, C, h, w)."""
-    return _on_device(value, like.device, like.dtype) if isinstance(value, tuple) else value
-
-
-@functools.lru_cache(maxsize=8)  # a copy to a GPU in each training step would synchronise with it
-def _on_device(value: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    return torch.tensor(value, device=device, dtype=dtype)[:, None, None]
-
-
-SD_FORMAT = LatentFormat(codec="sd-vae-ft-mse", channels=4, factor=8, scale=SD_SCALE, shift=0.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +60,16 @@ CODECS = {
     "sdxl-vae": CodecSpec("stabilityai/sdxl-vae"),
     "sd3-vae": CodecSpec("stabilityai/stable-diffusion-3-medium-diffusers/vae"),  # 16 channels
     "flux-vae": CodecSpec("black-forest-labs/FLUX.1-schnell/vae"),  # 16 channels
+    # VA-VAE (arXiv 2501.01423) and IN-VAE: factor 16, 32 channels.
+    "va-vae": CodecSpec("REPA-E/vavae-hf"),
+    "in-vae": CodecSpec("REPA-E/invae-hf"),
+    # Codecs trained end to end with the transformer (REPA-E, arXiv 2504.10483). Factor 16, 32 channels: e2e-vavae and
+    # e2e-invae; factor 8: e2e-sdvae with 4 channels, the last two with 16.
+    "e2e-sdvae": CodecSpec("REPA-E/e2e-sdvae-hf"),
+    "e2e-vavae": CodecSpec("REPA-E/e2e-vavae-hf"),
+    "e2e-invae": CodecSpec("REPA-E/e2e-invae-hf", scale=0.3099, shift=0.0),  # as in SR-DiT (arXiv 2512.12386)
+    "e2e-flux-vae": CodecSpec("REPA-E/e2e-flux-vae"),
+    "e2e-sd3.5-vae": CodecSpec("REPA-E/e2e-sd3.5-vae"),
 }
 
 
@@ -168,6 +96,11 @@ class Codec(nn.Module):
     def __init__(self, latent_format: LatentFormat):
         super().__init__()
         self.format = latent_format
+
+    @property
+    def is_tiny(self) -> bool:
+        """Whether the codec is an AutoencoderTiny, which takes the scaled latents of the codec that it imitates."""
+        return False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -221,6 +154,10 @@ class KLCodec(Codec):
         super().__init__(latent_format)
         self.autoencoder = autoencoder.eval().requires_grad_(False)
 
+    @property
+    def is_tiny(self) -> bool:
+        return type(self.autoencoder).__name__ == "AutoencoderTiny"
+
     def _moments(self, pixels: Tensor) -> Tensor:
         encoded = self.autoencoder.encode(pixels)
         if hasattr(encoded, "latents"):  # of an AutoencoderTiny
@@ -254,7 +191,11 @@ def load_decoder(latent_format: LatentFormat, name: str | None = None, device: s
 
     It is the codec `name` ("ema" and "mse" are the published names of Stable Diffusion's), or else the latents' own
     codec. Latents of sd-vae-ft-mse are decoded by sd-vae-ft-ema, as in the published sampling.
-    Raises InputError, naming --vae, if the channels or the factor of the codec are not those of the latents.
+
+    Its format has the latents' scale and shift if it is their own codec, has no statistics, or they are per channel
+    (measured, for example). Any other codec keeps its own, as TAESD does, whose latents are Stable Diffusion's scaled.
+    Raises InputError, naming --vae, if the channels or the factor of the codec are not those of the latents, or if the
+    codec cannot decode them with their scale and shift.
     """
     if name is None:
         name = "ema" if latent_format.codec == SD_FORMAT.codec else latent_format.codec
@@ -267,6 +208,13 @@ def load_decoder(latent_format: LatentFormat, name: str | None = None, device: s
         ours, needed = getattr(codec.format, what), getattr(latent_format, what)
         if ours != needed:
             raise InputError(f"--vae {name} has {what} {ours}, but latents of {latent_format.codec} have {needed}")
+    is_own = name == latent_format.codec
+    if not is_own and latent_format.is_per_channel and codec.is_tiny:
+        problem = f"takes scaled latents, but those of {latent_format.codec} have a scale and shift per channel"
+        raise InputError(f"--vae {name}: {problem}; allowed: their own codec, or another AutoencoderKL")
+    if is_own or latent_format.is_per_channel or codec.format.scale is None:
+        codec.format = dataclasses.replace(codec.format, scale=latent_format.scale, shift=latent_format.shift)
+    codec.format.check_statistics()
     return codec
 
 
@@ -279,6 +227,36 @@ def load_codec(name: str, device: str | torch.device = "cpu") -> Codec:
     """
     if name == "pixel":
         return PixelCodec().to(device)
+    folder, config, latent_format = _described(name)
+    return KLCodec(_load_autoencoder(folder, class_name(config)), latent_format).to(device)
+
+
+def network_format(
+    recorded: dict[str, Any] | None, channels: int, name: str | None, source: str | Path
+) -> LatentFormat:
+    """Return the format of the latents that a network of some channels makes.
+
+    It is the `codec` of its run's settings. Published checkpoints record none: they have Stable Diffusion's latents if
+    their network has 4 channels, else those of the codec `name`. `source` is the checkpoint, for the error.
+    Raises InputError if then no name is given, or that codec has other channels.
+    """
+    if recorded is not None or channels == SD_FORMAT.channels:
+        return LatentFormat.from_json(recorded)
+    if name is None:
+        raise InputError(f"{source}: names no codec for its network of {channels} channels; name it with --vae")
+    found = codec_format(PUBLISHED_NAMES.get(name, name))
+    if found.channels != channels:
+        raise InputError(f"--vae {name} has channels {found.channels}, but the network of {source} has {channels}")
+    return found
+
+
+def codec_format(name: str) -> LatentFormat:
+    """Return the format of the latents of codec `name`, see `load_codec`, from its config.json alone."""
+    return PixelCodec().format if name == "pixel" else _described(name)[2]
+
+
+def _described(name: str) -> tuple[Path, dict[str, Any], LatentFormat]:
+    """Return the local folder of a codec's files, its config.json, and the format of its latents."""
     spec = CODECS.get(name, CodecSpec(name))
     folder = _codec_folder(name, spec.source)
     verify_file(folder / CONFIG_FILE)
@@ -288,14 +266,12 @@ def load_codec(name: str, device: str | torch.device = "cpu") -> Codec:
         problem = f"the configuration of another class, {found!s:.80}" if found else "names no class"
         raise InputError(f"{folder / CONFIG_FILE}: {problem}; a codec is one of: {', '.join(CLASSES)}")
     check_codec_config(config, folder / CONFIG_FILE)
-    autoencoder = _load_autoencoder(folder, found)
     try:
-        latent_format = _latent_format(name, spec, folder, config)
+        return folder, config, _latent_format(name, spec, folder, config)
     except InputError:
         raise
     except (TypeError, ValueError, ArithmeticError) as error:
         raise InputError(f"{folder / CONFIG_FILE}: scale, shift or blocks have impossible values") from error
-    return KLCodec(autoencoder, latent_format).to(device)
 
 
 def _codec_folder(name: str, source: str) -> Path:
@@ -372,12 +348,18 @@ def _latent_format(name: str, spec: CodecSpec, folder: Path, config: dict[str, A
     """Return the format of config.json, in diffusers' convention, with scale and shift of the codec's line if given.
 
     scale = scaling_factor / latents_std, shift = shift_factor or latents_mean (one number, or one for each channel).
+    The scale is None if the file has none: diffusers writes Stable Diffusion's scaling_factor into the config of every
+    AutoencoderKL whose author gave none, so this value counts only for 4 channels, and not next to latents_std.
     """
-    is_tiny = class_name(config) == "AutoencoderTiny"
+    is_tiny, is_sd = class_name(config) == "AutoencoderTiny", config.get("latent_channels") == SD_FORMAT.channels
     std, mean = config.get("latents_std"), config.get("latents_mean")
-    # The first configs, those of Stable Diffusion, have no entry for the scale; latents_std replaces it.
-    scale = config.get("scaling_factor") or (1.0 if is_tiny or std else SD_SCALE)
-    shift = config.get("shift_factor") or 0.0
+    scale, shift = config.get("scaling_factor") or None, config.get("shift_factor") or 0.0
+    if is_tiny or std:
+        scale = 1.0 if scale is None or (std and scale == SD_SCALE) else scale
+    elif is_sd:
+        scale = scale or SD_SCALE  # the first configs, those of Stable Diffusion, have no entry for it
+    elif scale == SD_SCALE:
+        scale = None
     if std:
         scale = tuple(scale / value for value in std)
     if mean:

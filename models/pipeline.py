@@ -27,7 +27,7 @@ from tqdm import tqdm
 from common.classes import ClassSet
 from common.errors import InputError
 from common.io import OwnFile, check_writable, read_json
-from models.autoencoder import Codec, KLCodec, LatentFormat, load_decoder
+from models.autoencoder import Codec, KLCodec, load_decoder, network_format
 from models.checkpoint import build_model, checkpoint_classes, load_checkpoint, saved_settings, steps_done
 from models.checksums import FOLDER_CHECKSUMS
 from models.interpolant import Interpolant
@@ -87,9 +87,12 @@ class REGPipeline(DiffusionPipeline):
         """
         checkpoint = load_checkpoint(path)
         settings = saved_settings(checkpoint, path)
-        codec = vae if isinstance(vae, Codec) else load_decoder(LatentFormat.from_json(settings.get("codec")), vae)
-        path_type = settings.get("path_type", "linear")
-        pipeline = cls(build_model(checkpoint, source=path), codec, path_type, checkpoint.get("classes"))
+        transformer = build_model(checkpoint, source=path)
+        codec = vae
+        if not isinstance(vae, Codec):
+            latents = network_format(settings.get("codec"), transformer.config.in_channels, vae, path)
+            codec = load_decoder(latents, vae)
+        pipeline = cls(transformer, codec, settings.get("path_type", "linear"), checkpoint.get("classes"))
         settings = {"weights": "ema", **settings, "steps": steps_done(checkpoint, path)}
         pipeline._run = {name: settings.get(name) for name in KEPT_SETTINGS}
         return pipeline if torch_dtype is None else pipeline.to(torch_dtype)

@@ -42,7 +42,10 @@ CODEC_FOLDER = "vae"  # in an export or a diffusers pipeline; also the name of t
 PIPELINE_FILE = "model_index.json"  # of a diffusers pipeline, whose parts are in folders
 CLASS_NAME = "SiT"
 # The settings of a run that a user of the network needs in addition to its architecture.
-KEPT_SETTINGS = ("model", "path_type", "resolution", "enc_type", "exp_name", "codec", "steps", "weights")
+KEPT_SETTINGS = (
+    "model", "path_type", "resolution", "enc_type", "exp_name", "codec", "latents_folder", "latents_codec", "steps",
+    "weights",
+)  # fmt: skip
 
 
 def is_exported(path: Path) -> bool:

@@ -1,12 +1,13 @@
-"""Encode images to the latents that training reads: the mean and standard deviation of each image's latents.
+"""Encode images to the latents that training reads: mean and standard deviation of each image's latents, or one draw.
 
     python preprocessing/encode.py --source DATA/images --dest DATA/vae-sd --vae sd-vae-ft-mse
     accelerate launch --num_processes 8 preprocessing/encode.py --source ... (the same, on eight GPUs)
 
 writes `DATA/vae-sd/00000/img-mean-std-00000000.npy`, ... (2 C, h, w), and a `dataset.json` with the labels and the
-codec's format. After an interruption, the same command continues and gives the same bytes as an uninterrupted run:
-batches are fixed slices of the data set, and an incomplete batch is encoded again completely, because the rounding of a
-network may depend on the batch size.
+codec's format. For a codec that does not state scale and shift of its latents, they are measured at the end. After an
+interruption, the same command continues and gives the same bytes as an uninterrupted run: batches are fixed slices of
+the data set, and an incomplete batch is encoded again completely, because the rounding of a network may depend on the
+batch size.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common.checks import AUTO, BATCH_SIZE, MAX_WORKERS, Check
+from common.checks import AUTO, BATCH_SIZE, MAX_WORKERS, NON_NEGATIVE, Check
 from common.cli import batch_size, parse, setting
 from common.distributed import broadcast_from_main, largest_batch, long_collective_timeout, start_processes
 from common.errors import InputError, run_cli
@@ -39,14 +40,20 @@ from common.io import real_path
 from common.loader import ErrorsAsItems, batches_of, check_shared_memory, start_worker
 from common.progress import progress_bar
 from common.sources import FileSource, latents_name, mirrored_name
+from dataset import STORED, decode_latents
 from models.autoencoder import Codec, load_codec
+from models.latent_format import LatentFormat
 from preprocessing.destination import Destination, InputOutput, explain_write_errors
+from preprocessing.latent_statistics import measured_format, spread
 from preprocessing.listing import Listing, describe_files, image_index, list_converted
+from samplers import image_seeds
 
 GPU_BATCH, CPU_BATCH = 32, 1  # larger batches do not fit into a CPU's caches
 LARGEST_BATCH = 128  # of --batch-size auto; larger batches are not faster on any GPU
 WORKERS = Check(f"from 0 to {MAX_WORKERS:,}", lambda value: 0 <= value <= MAX_WORKERS)
 PREFETCHED = 2  # batches of each process that reads
+STATISTICS_IMAGES = 10_000
+DRAW_SEED = 0  # of the draws that are stored; each image has its own noise
 WRITES_IN_FLIGHT = 3  # batches: enough to hide the disk's latency
 
 
@@ -63,6 +70,19 @@ class EncodeConfig(InputOutput):
         parse=batch_size,
     )
     dtype: str = setting("float32", "number format of the files", choices=("float32", "float16"))
+    store: str = setting(
+        "moments",
+        "what the files contain: mean and standard deviation, of which training draws in each step; or one draw for "
+        "each image, always the same and half the size",
+        choices=STORED,
+    )
+    statistics_images: int | None = setting(
+        None,
+        "images from whose latents mean and standard deviation of each channel are measured, at equal distances; "
+        "dataset.json then has scale and shift that give zero mean and unit variance (default: "
+        f"{STATISTICS_IMAGES:,}, or all if fewer, for a codec whose config.json has no scale; else 0, its own scale)",
+        check=NON_NEGATIVE,
+    )
     flip: bool = setting(False, "encode the mirrored images as well, for train.py --flip; this doubles the time")
     tf32: bool = setting(True, "use TF32 on GPUs, which is much faster and slightly less accurate")
     workers: int = setting(2, "processes that read images for each device; 0: the main process", check=WORKERS)
@@ -125,6 +145,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if resolution % codec.format.factor:
         needed = f"codec {config.vae} needs a multiple of {codec.format.factor}"
         raise InputError(f"{config.source}: images of {resolution} px; {needed}")
+    measured = images_to_measure(config, codec.format)
     destination = Destination(config.dest, "encode")
 
     def claim() -> bool:
@@ -136,6 +157,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             "codec": codec.format.to_json(),
             "codec weights": weights_digest(codec),
             **{name: getattr(config, name) for name in ("dtype", "flip", "tf32")},
+            # Not recorded in destinations of earlier versions, where they had these values.
+            **({"store": config.store} if config.store != "moments" else {}),
+            **({"statistics_images": measured} if measured else {}),
         }
         with explain_write_errors(config.dest):
             return destination.claim(settings, added=("codec weights",))
@@ -153,7 +177,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         encode(config, codec, images, destination, accelerator)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            finish(destination, listing, codec, config.flip)
+            finish(config, destination, listing, codec.format, measured)
+
+
+def images_to_measure(config: EncodeConfig, latent_format: LatentFormat) -> int:
+    """Return from how many images the statistics of the latents are measured, 0 if the codec's own are used."""
+    if config.statistics_images is None:
+        return STATISTICS_IMAGES if latent_format.scale is None else 0
+    if config.statistics_images == 0 and latent_format.scale is None:
+        problem = "has no scale and shift of its latents, so they have to be measured"
+        raise InputError(f"--statistics-images 0: codec {latent_format.codec} {problem}; allowed: from 1")
+    return config.statistics_images
 
 
 def weights_digest(codec: Codec) -> str:
@@ -218,7 +252,7 @@ def encode(
     with ThreadPoolExecutor(1) as writer, progress:
         for batch, pixels in zip(images.batches, batches_of(loader, "--workers"), strict=True):
             moments = codec.encode(pixels.to(device, non_blocking=True))
-            writing.append(writer.submit(save, destination, batch, moments, config.dtype))
+            writing.append(writer.submit(save, destination, batch, moments, config.dtype, config.store))
             if len(writing) > WRITES_IN_FLIGHT:
                 writing.popleft().result()
             progress.update(len(batch.outputs))
@@ -226,10 +260,14 @@ def encode(
             pending.result()
 
 
-def save(destination: Destination, batch: Batch, moments: Tensor, dtype: str) -> None:
-    """Write a batch's moments (N, 2 C, h, w), one file per image. Raises InputError if a value is not finite."""
+def save(destination: Destination, batch: Batch, moments: Tensor, dtype: str, store: str = "moments") -> None:
+    """Write a batch's moments (N, 2 C, h, w), or a draw from them (N, C, h, w), one file per image.
+
+    Raises InputError if a value is not finite.
+    """
+    latents = moments.cpu() if store == "moments" else draw(moments.cpu(), batch)
     with np.errstate(over="ignore"):  # an overflow to float16 is found below
-        arrays = moments.cpu().numpy().astype(dtype)
+        arrays = latents.numpy().astype(dtype)
     contents = {}
     for name, source, array in zip(batch.outputs, batch.sources, arrays, strict=True):
         if not np.isfinite(array).all():
@@ -240,11 +278,36 @@ def save(destination: Destination, batch: Batch, moments: Tensor, dtype: str) ->
     destination.write_batch(contents)
 
 
-def finish(destination: Destination, listing: Listing, codec: Codec, flip: bool) -> None:
-    """Write dataset.json: labels, the codec's format, and whether the latents of the mirrored images exist."""
+def draw(moments: Tensor, batch: Batch) -> Tensor:
+    """Return mean + std * noise (N, C, h, w) of moments (N, 2 C, h, w); an image's noise depends on its index only."""
+    mean, std = moments.chunk(2, dim=1)
+    noise = torch.empty_like(mean, memory_format=torch.contiguous_format)
+    seeds = image_seeds(DRAW_SEED, [2 * image_index(name) + batch.flip for name in batch.sources])
+    for one, seed in zip(noise, seeds, strict=True):
+        one.normal_(generator=torch.Generator().manual_seed(seed))
+    return mean + std * noise
+
+
+def finish(
+    config: EncodeConfig, destination: Destination, listing: Listing, latent_format: LatentFormat, measured: int
+) -> None:
+    """Write dataset.json: labels, the format of the latents, and whether those of the mirrored images exist.
+
+    Scale and shift are measured from the written latents of `measured` images, if that is not 0.
+    """
     names = {i: latents_name(image_index(name)) for i, name in enumerate(listing.names)}
-    destination.finish({**listing.table(names), "codec": codec.format.to_json(), "flip": flip})
-    print(f"{destination.path}: latents of {len(names):,} images, codec {codec.format.codec}")
+    record = {}
+    if measured:
+        chosen = [names[i] for i in spread(len(names), measured)]
+        latent_format = measured_format(
+            latent_format, chosen, lambda name: decode_latents(destination.read(name)), config.store
+        )
+        record["statistics_images"] = len(chosen)
+        print(f"{destination.path}: scale and shift measured from the latents of {len(chosen):,} images")
+    if config.store != "moments":
+        record["latents"] = config.store
+    destination.finish({**listing.table(names), "codec": latent_format.to_json(), "flip": config.flip, **record})
+    print(f"{destination.path}: latents of {len(names):,} images, codec {latent_format.codec}")
 
 
 if __name__ == "__main__":

@@ -33,8 +33,9 @@ from common.io import OwnFile, check_writable, read_file, sha256_of
 from common.progress import progress_bar
 from common.sources import decode_name
 from common.temporary import atomic_write
-from dataset import PNG_END, LatentDataset, decode_moments
-from models.autoencoder import Codec, LatentFormat, load_decoder
+from dataset import LATENT_FOLDERS, PNG_END, LatentDataset, decode_latents
+from models.autoencoder import Codec, LatentFormat, codec_format, load_decoder
+from preprocessing.latent_statistics import latent_sums, mean_and_deviation, mean_and_std
 from preprocessing.parallel import available_cores, chunks, in_workers
 
 DECODED = Check("from 0 to 10,000", lambda value: 0 <= value <= 10_000)  # all are in memory together
@@ -56,6 +57,12 @@ class VerifyConfig(Config):
     """Settings of verify.py."""
 
     data: Path = setting(MISSING, "folder with images and latents, as train.py reads it", flag="data")
+    latents_folder: str | None = setting(
+        None, f"name of the latents' folder or zip in the data (default: {' or '.join(LATENT_FOLDERS)})"
+    )
+    latents_codec: str | None = setting(
+        None, "codec of latents whose dataset.json names none (default: sd-vae-ft-mse, as in the published data)"
+    )
     vae: str | None = setting(None, "codec that decodes (default: the one named in the latents' dataset.json)")
     reconstruct: int = setting(16, "number of latents to decode", check=DECODED)
     sheet: Path | None = setting(None, "path of the picture (default: DATA/verify.png)")
@@ -94,24 +101,28 @@ class Findings:
         self.count += other.count
         self.sums = self.sums + other.sums
 
-    def add_moments(self, moments: np.ndarray) -> None:
-        """Add the sums of moments (2 C, h, w). Raises InputError for values that are not finite or not possible."""
-        if not np.isfinite(moments).all():
+    def add_latents(self, latents: np.ndarray, stored: str) -> None:
+        """Add the sums of moments (2 C, h, w), or of a draw (C, h, w), as `stored` says.
+
+        Raises InputError for values that are not finite or not possible.
+        """
+        if not np.isfinite(latents).all():
             raise InputError("has values that are not finite")
-        if (largest := np.abs(moments).max()) > MAX_MOMENT:
+        if (largest := np.abs(latents).max()) > MAX_MOMENT:
             raise InputError(f"has a value of {largest:.3g}; allowed: up to {MAX_MOMENT:g}")
-        mean, std = np.split(moments.astype(np.float64), 2)
+        mean, std = mean_and_std(latents, stored)
         if (smallest := std.min()) < 0:
             raise InputError(f"has a negative standard deviation ({smallest:.3g}); its second half may be log-variance")
         self.count += mean[0].size
-        self.sums = self.sums + np.stack([mean.sum(axis=(1, 2)), (mean**2 + std**2).sum(axis=(1, 2))])
+        self.sums = self.sums + latent_sums(mean, std)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the program."""
     # Check counts, pairs, labels and shapes: LatentDataset raises an error at the first that is wrong.
     config = parse(VerifyConfig, __doc__.splitlines()[0], argv)
-    dataset = LatentDataset(config.data)
+    assumed = codec_format(config.latents_codec) if config.latents_codec else None
+    dataset = LatentDataset(config.data, latents_folder=config.latents_folder, assumed=assumed)
     if config.reconstruct:
         check_writable(config.picture, "--sheet", (dataset.images.path, dataset.latents.path), OWN_PNG)
     codec = decoding_codec(config, dataset.latent_format) if config.reconstruct else None
@@ -122,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     counts = np.bincount(dataset.labels)
     print(
         f"{config.data}: {len(dataset):,} pairs, {describe_classes(counts[counts > 0])}, images {dataset.resolution} "
-        f"px, latents {dataset.moments_shape} of {dataset.latent_format.codec}"
+        f"px, latents {dataset.stored_shape} of {dataset.latent_format.codec}"
     )
 
     report_other_files(dataset)
@@ -203,7 +214,7 @@ def check_chunk(dataset: LatentDataset, chunk: range) -> Findings:
                     if not data.endswith(PNG_END):
                         raise InputError("has data after the end of the PNG")
                 else:
-                    found.add_moments(decode_moments(data, dataset.moments_shape))
+                    found.add_latents(decode_latents(data, dataset.stored_shape), dataset.stored)
             except InputError as error:
                 place = f"{source.describe(name)}: "  # which errors of reading contain
                 found.errors.append(place + str(error).removeprefix(place))
@@ -248,8 +259,7 @@ def compare_checksums(before: dict[str, str], now: dict[str, str]) -> list[str]:
 def latent_statistics(found: Findings, latent_format: LatentFormat) -> tuple[np.ndarray, np.ndarray]:
     """Return mean and standard deviation (C,) of scaled latents as training samples them."""
     scale, shift = np.asarray(latent_format.scale), np.asarray(latent_format.shift)
-    mean, square = found.sums / found.count
-    deviation = np.sqrt(np.maximum(square - mean**2, 0))
+    mean, deviation = mean_and_deviation(found.sums, found.count)
     return (mean - shift) * scale, deviation * scale
 
 

@@ -115,7 +115,7 @@ DAMAGES = {
     ),
     "latents of other codec": (
         lambda d: np.save(d / LATENT.replace("5.npy", "0.npy"), np.zeros((8, 16, 16), np.float32)),
-        "4 channels, but codec pixel has 3",
+        r"shape \(8, 16, 16\); allowed for codec pixel: \(6, h, h\), moments or \(3, h, h\), draw$",
     ),
     "latents of other size": (
         lambda d: np.save(d / LATENT.replace("5.npy", "0.npy"), np.zeros((6, 8, 8), np.float32)),

@@ -298,6 +298,10 @@ def test_two_processes_give_the_same_files(tmp_path, kl_codec):
         kl_codec,
         "--batch-size",
         3,
+        "--store",
+        "draw",
+        "--statistics-images",
+        7,
         "--dest",
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -310,6 +314,7 @@ def test_two_processes_give_the_same_files(tmp_path, kl_codec):
 def test_killed_and_restarted(tmp_path, kl_codec):
     images = make_images(tmp_path / "images", 20, 128)
     command = f"preprocessing/encode.py --source {images} --vae {kl_codec} --batch-size 4 --flip --workers 1"
+    command += " --statistics-images 9"
     work = tmp_path / "work"
     case = Case("encode", [*command.split(), "--dest", str(work / "latents")], work, undisturbed_runs=1)
     counts = try_program(case, kills=1)

@@ -236,7 +236,7 @@ class Latents(dict):
 def magnitude_errors(moments, latent_format, files=("dataset.json",)):
     found = verify.Findings()
     for one in moments:
-        found.add_moments(np.asarray(one))
+        found.add_latents(np.asarray(one), "moments")
     dataset = SimpleNamespace(latent_format=latent_format, latents=Latents.fromkeys(files))
     return verify.check_magnitude(*verify.latent_statistics(found, latent_format), dataset)
 

@@ -14,6 +14,7 @@ from typing import Any
 from common.checks import BELOW_ONE, GUIDANCE_SCALE, NON_NEGATIVE, POSITIVE, UNIT_INTERVAL, Check, between
 from common.cli import Config, adjustable, parse, setting, uses_cuda
 from common.errors import InputError
+from dataset import LATENT_FOLDERS
 from loss import ENTANGLED, FROM_ENCODER, TERMS
 from models.autoencoder import LatentFormat
 from models.checkpoint import MOST_STEPS
@@ -193,6 +194,14 @@ class DataSettings(Config):
     """data"""
 
     data_dir: str = adjustable("data/imagenet256", "folder with images and latents")
+    latents_folder: str | None = adjustable(
+        None,
+        f"name of the latents' folder or zip in --data-dir, such as vae-in; default: {' or '.join(LATENT_FOLDERS)}",
+        check=FOLDER_NAME,
+    )
+    latents_codec: str | None = adjustable(
+        None, "codec of latents whose dataset.json names none; default: sd-vae-ft-mse, as in the published data"
+    )
     resolution: int | None = setting(None, "image size in px; read from the data, this only checks it")
     max_images: int | None = setting(
         None, "train on N images only, equally many of each class, for a trial", check=POSITIVE

@@ -26,7 +26,7 @@ from common.progress import progress_bar
 from dataset import GlobalBatchSampler, LatentDataset
 from evaluations.in_training import TrainingEvaluation
 from loss import FROM_ENCODER, REGLoss
-from models.autoencoder import Codec, load_decoder
+from models.autoencoder import Codec, codec_format, load_decoder
 from models.checkpoint import saved_settings
 from models.encoders import Encoder, load_encoders
 from models.inference import NETWORK_DTYPES
@@ -169,7 +169,8 @@ def say_differences(config: TrainConfig) -> None:
 
 def open_data(config: TrainConfig, accelerator: Accelerator) -> LatentDataset:
     """Return the training data, checked against the flags and, with the work shared by the processes, file by file."""
-    data = LatentDataset(config.data_dir, config.flip)
+    assumed = codec_format(config.latents_codec) if config.latents_codec else None
+    data = LatentDataset(config.data_dir, config.flip, config.latents_folder, assumed)
     if config.num_classes is not None and config.num_classes < data.num_classes:
         raise InputError(f"--num-classes {config.num_classes}: the data in {config.data_dir} have {data.num_classes}")
     if config.resolution is not None and config.resolution != data.resolution:
@@ -253,7 +254,7 @@ def divide_batch(
 
 def check_loader(config: TrainConfig, facts: RunFacts, data: LatentDataset, accelerator: Accelerator) -> None:
     """Raise InputError if the shared memory has no room for the batches of the loader processes."""
-    item_bytes = 3 * data.resolution**2 + 4 * math.prod(data.moments_shape)
+    item_bytes = 3 * data.resolution**2 + 4 * math.prod(data.stored_shape)
     micro_batch = config.batch_size // accelerator.num_processes // facts.micro_batches
     check_shared_memory("--num-workers", config.num_workers, PREFETCHED, micro_batch * item_bytes)
 

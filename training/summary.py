@@ -119,9 +119,9 @@ def data(run: Run) -> str:
     unused = run.facts.network.num_classes - classes
     embedded = f" (the network has {run.facts.network.num_classes:,})" if unused else ""
     assumed = "" if found.names_codec else " (assumed, no dataset.json names it; preprocessing/verify.py checks it)"
-    return (
-        f"{found.data_dir}: {count}{embedded}, latents {form.channels} x {side} x {side}, codec {form.codec}{assumed}"
-    )
+    drawn = ", one draw per image" if found.stored == "draw" else ""
+    latents = f"latents {form.channels} x {side} x {side}{drawn}, codec {form.codec}{assumed}"
+    return f"{found.data_dir}: {count}{embedded}, {latents}"
 
 
 def loss(run: Run) -> str:

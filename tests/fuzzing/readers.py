@@ -25,7 +25,7 @@ from common.images import decode_rgb, open_image
 from common.io import read_json, read_metrics
 from common.packed import explain_packed
 from common.sources import FileSource
-from dataset import LatentDataset, decode_moments
+from dataset import LatentDataset, decode_latents
 from evaluations.batches import open_images
 from evaluations.comparison import load_reference
 from evaluations.evaluator import read_sampling
@@ -187,6 +187,15 @@ def _small_data(folder: Path, _: int) -> None:
     (folder / "images" / "dataset.json").write_text(json.dumps({"labels": labels, "classes": ["a", "b", "c"]}))
 
 
+def _small_draws(folder: Path, _: int) -> None:
+    """Write a small data set whose latents are one draw per image."""
+    _small_data(folder, 0)
+    path = folder / "vae-sd" / "dataset.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "latents": "draw"}))
+    for file in path.parent.rglob("*.npy"):
+        np.save(file, np.load(file)[:3])
+
+
 def _data(folder: Path) -> Any:
     data = LatentDataset(folder)
     data.check()
@@ -299,10 +308,11 @@ READERS: dict[str, Reader] = {kind.lower(): _image(kind, _pixels) for kind in PI
     "data-format": _of_data("vae-sd/dataset.json", json_value),
     "data-images": _of_data("images/00000/img00000001.png", png_chunk),
     "data-latents": _of_data("vae-sd/00000/img-mean-std-00000001.npy", npy_header),
+    "data-draws": Reader(_small_draws, _data, ("vae-sd/dataset.json",), (json_value,), share=0.5),
     "data-zip": Reader(bases.write_data_zip, _data, ("images.zip",), share=0.5, **_ARCHIVE),
     "listing": _listing(list_images),
     "converted": _listing(list_converted),
-    "npy": _file("a.npy", bases.npy, lambda path: decode_moments(path.read_bytes()), odd=(npy_header,)),
+    "npy": _file("a.npy", bases.npy, lambda path: decode_latents(path.read_bytes()), odd=(npy_header,)),
     "cls-tokens": _file("a.npy", partial(bases.npy, shape=(24, 4)), _read_cls_tokens, odd=(npy_header,)),
     "npz": _file("a.npz", bases.npz, _npz, **_ARCHIVE),
     "npz-packed": _file("a.npz", partial(bases.npz, compressed=True), _npz, **_ARCHIVE),
