@@ -73,8 +73,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
             optimizer.state = self.state
 
     @torch.no_grad()
-    def step(self) -> None:
-        """Update the weights, unless `found_inf`, a scalar tensor on their device, is 1."""
+    def step(self, closure: None = None) -> None:
+        """Update the weights, unless `found_inf`, a scalar tensor on their device, is 1. There is no closure."""
         found_inf = getattr(self, "found_inf", None)
         self.adamw.found_inf = found_inf
         self.adamw.step()
