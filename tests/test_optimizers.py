@@ -48,14 +48,14 @@ def test_muon_trains_the_matrices_of_blocks_and_fusion(more, fused):
 
 def plain_muon(weight, momentum, gradient, rate):
     """Muon from its description: Nesterov momentum, five Newton-Schulz steps in bfloat16, the "original" factor."""
-    momentum = 0.95 * momentum + 0.05 * gradient
-    x = (0.05 * gradient + 0.95 * momentum).bfloat16()
+    momentum = momentum + 0.05 * (gradient - momentum)
+    x = (gradient + 0.95 * (momentum - gradient)).bfloat16()
     tall = x.shape[0] > x.shape[1]
     x = x.mT if tall else x
     x = x / x.float().square().sum().sqrt().bfloat16()
     for _ in range(5):
         gram = (x.float() @ x.float().mT).bfloat16()
-        polynomial = (-4.775 * gram.float() + 2.0315 * gram.float() @ gram.float()).bfloat16()
+        polynomial = (-4.775 * gram.float() + 2.0315 * (gram.float() @ gram.float())).bfloat16()
         x = (3.4445 * x.float() + polynomial.float() @ x.float()).bfloat16()
     x = x.mT if tall else x
     return weight - rate * math.sqrt(max(1, weight.shape[0] / weight.shape[1])) * x.float(), momentum
@@ -71,19 +71,21 @@ def test_the_update_is_that_of_a_plain_newton_schulz_and_of_adamw():
     )
     momenta = {name: torch.zeros_like(p) for name, p in network.named_parameters()}
     for _ in range(3):
-        expected = {}
+        expected, before = {}, {}
         for (name, parameter), other in zip(network.named_parameters(), twin.parameters(), strict=True):
             if parameter.requires_grad:
                 parameter.grad = torch.randn_like(parameter)
                 other.grad = parameter.grad.clone()
             if is_for_muon(name, parameter):
                 expected[name], momenta[name] = plain_muon(parameter.detach(), momenta[name], parameter.grad, 1e-3)
-                assert (expected[name] - parameter).abs().max() > 2e-4
+                before[name] = parameter.detach().clone()
         optimizer.step()
         adamw.step()
         for (name, parameter), other in zip(network.named_parameters(), twin.parameters(), strict=True):
             if name in expected:
-                torch.testing.assert_close(parameter.detach(), expected[name], rtol=0, atol=1e-5)
+                error, moved = parameter - expected[name], parameter - before[name]
+                # Of the many values that Newton-Schulz rounds to bfloat16, a few are rounded in the other direction.
+                assert error.abs().max() < 2e-5 < 2e-4 < moved.abs().max() and error.norm() < 0.02 * moved.norm()
             else:
                 assert torch.equal(parameter, other)
 
