@@ -37,6 +37,7 @@ from training.parallelism import full_norm, gather_full, to_device
 from training.preemption import StopSignal, exit_status, shield_worker
 from training.record import saved_args
 from training.sampling import score_samples, write_reconstructions, write_samples
+from training.schedule import rate_factor, varies
 from training.setup import PREFETCHED, peak_memory, set_up
 from training.state import Run
 
@@ -98,7 +99,10 @@ def after_step(run: Run, last_step: int, bar: tqdm) -> None:
     if row_due(run, run.step):
         read_reports(run, wait_for_all=True)
         run.weights.record(run.step, finite=True)  # else the report had ended the run
-        row = run.log.write_row(run.step, epoch=run.step * config.batch_size / len(run.data))
+        more = {"epoch": run.step * config.batch_size / len(run.data)}
+        if varies(config):
+            more["lr"] = config.learning_rate * rate_factor(config, run.step - 1, last_step)
+        row = run.log.write_row(run.step, **more)
         logger.log(ROW, summary.row_line(row, last_step, run.log.clock.seconds_left(last_step - run.step)))
         bar.set_postfix({name: f"{row[name]:.3f}" for name in summary.SHOWN if name in row})
     regular = due(config.checkpointing_steps)
@@ -134,7 +138,7 @@ def training_step(run: Run, batches: Iterator[tuple[Tensor, Tensor, Tensor]]) ->
             run.reports.add(terms, t=draws.t, label=y)
             if accelerator.sync_gradients:
                 grad_norm = full_norm(accelerator.clip_grad_norm_(run.model.parameters(), run.config.max_grad_norm))
-                good = run.optimizer.step(grad_norm)
+                good = run.optimizer.step(grad_norm, rate_factor(run.config, run.step, last_step_of(run)))
                 run.optimizer.zero_grad()
     ema.update(run.ema, accelerator.unwrap_model(run.model), run.config.ema_decay, good)
     finite_weights = run.weights.flag() if row_due(run, run.step + 1) else None

@@ -24,6 +24,7 @@ from models.checkpoint import load_checkpoint
 from tests.conftest import DEVICES, run_training
 from tests.test_sync import start
 from training.checkpoint_writer import TensorCopies
+from training.optimization_settings import OPTIMIZERS
 
 on_each_device = pytest.mark.parametrize("device", DEVICES)
 needs_gpu = pytest.mark.gpu
@@ -93,9 +94,11 @@ PRECISIONS = [("cpu", "no"), ("cpu", "bf16"), on_gpu("no"), on_gpu("bf16"), on_g
 
 @pytest.mark.parametrize(("device", "precision"), PRECISIONS)
 @pytest.mark.parametrize("factor", [math.inf, math.nan])
-def test_a_step_without_a_finite_gradient_changes_nothing(train_flags, device, precision, factor):
+@pytest.mark.parametrize("optimizer", OPTIMIZERS if hasattr(torch.optim, "Muon") else ["adamw"])
+def test_a_step_without_a_finite_gradient_changes_nothing(train_flags, device, precision, factor, optimizer):
     """Except the loss scale of fp16, which is halved. The next step is an ordinary one."""
-    run, batches = started([*train_flags, "--device", device, "--mixed-precision", precision])
+    flags = [*train_flags, "--device", device, "--mixed-precision", precision, "--optimizer", optimizer]
+    run, batches = started(flags)
     scaler, before = run.accelerator.scaler, state_of(run)
     assert (scaler is not None) == (precision == "fp16")
     one_step(run, batches, factor)

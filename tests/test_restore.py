@@ -15,7 +15,7 @@ from training.restore import (
     check_log,
     check_optimizer_settings,
     check_scaler,
-    optimizer_group,
+    optimizer_groups,
     optimizer_state,
     place_state,
     restoring,
@@ -64,7 +64,7 @@ def checkpoint(saved):
 
 
 def test_a_state_is_restored_bit_for_bit(network, checkpoint):
-    placed = optimizer_state(checkpoint, network)
+    placed = optimizer_state(checkpoint, adamw(network), network)
     for index, values in checkpoint["opt"]["state"].items():
         assert placed[index].keys() == values.keys()
         assert all(torch.equal(placed[index][key], value) for key, value in values.items())
@@ -74,7 +74,7 @@ def test_a_state_is_restored_bit_for_bit(network, checkpoint):
 def test_a_step_may_be_a_number_or_a_tensor_and_skipped_steps_do_not_count(network, checkpoint, kind):
     for values in checkpoint["opt"]["state"].values():
         values["step"] = kind(STEPS - 1)
-    placed = optimizer_state(checkpoint, network)
+    placed = optimizer_state(checkpoint, adamw(network), network)
     assert {(values["step"].item(), values["step"].dtype) for values in placed.values()} == {(2.0, torch.float32)}
 
 
@@ -84,14 +84,14 @@ def test_an_unfused_state_of_an_older_torch_is_restored():
     for name in ("decoupled_weight_decay", "maximize", "fused", "foreach"):
         group.pop(name, None)
     check_optimizer_settings(group, adamw(network, fused=True).state_dict()["param_groups"][0])
-    assert optimizer_state(checkpoint, network)
+    assert optimizer_state(checkpoint, adamw(network), network)
 
 
 def test_a_state_may_be_empty_at_step_0_only(network, checkpoint):
     checkpoint["opt"]["state"] = {}
     with pytest.raises(InputError, match=r"no state for x_embedder\.proj\.weight"):
-        optimizer_state(checkpoint, network)
-    assert optimizer_state({**checkpoint, "steps": 0}, network) == {}
+        optimizer_state(checkpoint, adamw(network), network)
+    assert optimizer_state({**checkpoint, "steps": 0}, adamw(network), network) == {}
 
 
 def change_first(name, change):
@@ -132,7 +132,7 @@ def test_a_state_that_adamw_cannot_have_is_refused(network, checkpoint, case):
     damage, text = BAD_STATES[case]
     damage(checkpoint["opt"]["state"])
     with pytest.raises(DamagedError, match=text) as caught:
-        optimizer_state(checkpoint, network)
+        optimizer_state(checkpoint, adamw(network), network)
     assert "\n" not in str(caught.value)
 
 
@@ -146,9 +146,9 @@ def test_an_error_names_the_checkpoint_and_what_to_do():
 def test_an_optimizer_of_another_form_is_refused(network, checkpoint, opt):
     bad = {**checkpoint, "opt": opt}
     with pytest.raises(InputError, match=r"its optimizer has no state; expected a dict"):
-        optimizer_state(bad, network)
+        optimizer_state(bad, adamw(network), network)
     with pytest.raises(InputError, match=r"its optimizer has no param_groups; expected a dict"):
-        saved_learning_rate(bad, {}, given=True)
+        optimizer_groups(bad, "adamw")
 
 
 BAD_GROUPS = {
@@ -177,27 +177,27 @@ def test_settings_that_contradict_the_flags_are_damage(network, checkpoint, case
 def test_the_group_of_parameters_is_checked(network, checkpoint):
     own = adamw(network, fused=True).state_dict()["param_groups"][0]
     groups = checkpoint["opt"]["param_groups"]
-    assert optimizer_group(checkpoint) is groups[0]
+    assert optimizer_groups(checkpoint, "adamw") is groups
     for params in (own["params"][::-1], own["params"][:-1], None, torch.ones(2)):
         with pytest.raises(InputError, match=r"has the parameters .*; expected 0 \.\. \d+ in order"):
             check_optimizer_settings({**groups[0], "params": params}, own)
     for several in ([], groups * 2, ["x"]):
-        with pytest.raises(InputError, match="groups of parameters; expected 1"):
-            optimizer_group({"opt": {"param_groups": several}})
+        with pytest.raises(InputError, match="groups of parameters; expected 1, of AdamW, by --optimizer adamw"):
+            optimizer_groups({"opt": {"param_groups": several}}, "adamw")
 
 
 def test_a_learning_rate_that_contradicts_the_settings_needs_the_flag(checkpoint):
     settings, group = {"learning_rate": 1e-3}, checkpoint["opt"]["param_groups"][0]
-    assert saved_learning_rate(checkpoint, settings, given=False) == 1e-3
-    assert saved_learning_rate(checkpoint, {}, given=False) == 1e-3
+    assert saved_learning_rate(group, settings, "learning_rate", given=False) == 1e-3
+    assert saved_learning_rate(group, {}, "learning_rate", given=False) == 1e-3
     group["lr"] = 0.5
     with pytest.raises(InputError, match=r"optimizer is 0\.5, that of its settings is 0\.001; --learning-rate decides"):
-        saved_learning_rate(checkpoint, settings, given=False)
-    assert saved_learning_rate(checkpoint, settings, given=True) == 0.5
+        saved_learning_rate(group, settings, "learning_rate", given=False)
+    assert saved_learning_rate(group, settings, "learning_rate", given=True) == 0.5
     for wrong in (None, "1e-3", True, NAN, 10**400, -1.0, torch.ones(2), torch.ones(1) > 0):
         group["lr"] = wrong
         with pytest.raises(InputError, match=r"the learning rate of its optimizer is .*expected a number from 0"):
-            saved_learning_rate(checkpoint, settings, given=True)
+            saved_learning_rate(group, settings, "learning_rate", given=True)
 
 
 SCALER = {"scale": 65536.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000, "_growth_tracker": 3}
@@ -239,14 +239,15 @@ def test_steps_are_a_whole_number_within_bounds(steps):
 def test_moments_are_placed_by_shape_for_any_order_of_the_parameters():
     """As in files of the older REPA layout."""
     model = SiT_models["SiT-S/8"](depth=3, hidden_size=48, num_heads=2, z_dims=[32], encoder_depth=2, projector_dim=64)
-    names = [name for name, _ in model.named_parameters()]
+    parameters = dict(model.named_parameters())
+    names = list(parameters)
     old = sorted(names, key=lambda name: (name.startswith("blocks.2"), names.index(name)))  # at the end, say
     weights = {name: value for name in old for key, value in model.state_dict().items() if key == name}
     moments = {name: {"exp_avg": torch.full_like(weights[name], number)} for number, name in enumerate(names)}
     for order in (names, old):
         opt = {"state": {index: moments[name] for index, name in enumerate(order)}}
-        placed = place_state({"model": {name: weights[name] for name in order}, "opt": opt}, model)
+        placed = place_state({"model": {name: weights[name] for name in order}, "opt": opt}, parameters)
         assert all(moment["exp_avg"].flatten()[0] == index for index, moment in placed.items())
     opt["state"][3] = {"exp_avg": torch.zeros(5)}
     with pytest.raises(ValueError, match="other shapes"):
-        place_state({"model": weights, "opt": opt}, model)
+        place_state({"model": weights, "opt": opt}, parameters)

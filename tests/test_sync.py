@@ -31,6 +31,7 @@ VARIANTS = [
     "--entangle latent-mean",
     "--entangle learnable",
     "--no-cls-token --enc-type none",
+    *["--optimizer muon --warmup-steps 9 --lr-schedule cosine"] * hasattr(torch.optim, "Muon"),
 ]
 
 AGAINST_THE_STEP = {

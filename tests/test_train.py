@@ -341,7 +341,8 @@ def test_another_optimizer_is_one_edit(train_flags, data, monkeypatch, capsys):
     path = data / "vae-sd" / "00000" / "img-mean-std-00000007.npy"
     np.save(path, np.full_like(np.load(path), np.nan))
     monkeypatch.setattr(
-        "training.state.make_optimizer", lambda parameters, config: torch.optim.NAdam(parameters, config.learning_rate)
+        "training.state.make_optimizer",
+        lambda network, config: torch.optim.NAdam(network.parameters(), config.learning_rate),
     )
     flags = with_flags(train_flags, "--data-dir", str(data), "--checkpointing-steps", "2", "--max-train-steps", "6")
     undisturbed = run_training([*flags, "--exp-name", "undisturbed"])

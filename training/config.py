@@ -23,10 +23,10 @@ from models.interpolant import PATHS
 from models.sit import SiT_models, SiTConfig
 from models.sit_config import NORMS, PRESETS, QK_NORMS, default_encoder_depth
 from training.limits import Estimate
+from training.optimization_settings import OptimizationSettings
 from training.randomness import TIME_DISTRIBUTIONS
 
 MINUTES_PER_YEAR = 525_600
-SEED = Check("from 0 to 2^63 - 1", lambda value: 0 <= value < 2**63)
 TIMEOUT = Check(f"greater than 0 and at most a year, {MINUTES_PER_YEAR}", lambda value: 0 < value <= MINUTES_PER_YEAR)
 MODEL = Check(f"one of {', '.join(SiT_models)}", lambda value: value in SiT_models)
 WEIGHTS = {term.name: term.weight for term in TERMS}
@@ -248,30 +248,6 @@ class SpeedSettings(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizationSettings(Config):
-    """optimization"""
-
-    max_train_steps: int = adjustable(400_000, "number of training steps", check=between(1, MOST_STEPS))
-    epochs: int | None = adjustable(None, "stop after N passes over the data, if this is earlier", check=POSITIVE)
-    gradient_accumulation_steps: int | None = adjustable(
-        None,
-        "micro-batches into which a process divides its samples; --batch-size stays the total of a step (published: "
-        "the total is --batch-size times this number). Default: on a GPU the smallest number with which a step fits "
-        "the free memory, by an estimate (a resumed run keeps its number if it fits); on the CPU 1",
-        check=POSITIVE,
-    )
-    learning_rate: float = adjustable(
-        1e-4, "constant learning rate; a resumed run keeps its own unless this flag is given", check=POSITIVE
-    )
-    adam_beta1: float = setting(0.9, "of AdamW", check=BELOW_ONE)
-    adam_beta2: float = setting(0.999, "of AdamW", check=BELOW_ONE)
-    adam_weight_decay: float = setting(0.0, "of AdamW", check=NON_NEGATIVE)
-    adam_epsilon: float = setting(1e-8, "of AdamW", check=NON_NEGATIVE)
-    max_grad_norm: float = setting(1.0, "clip the gradient norm to this value", check=POSITIVE)
-    seed: int = setting(0, "seed of all random numbers", check=SEED)
-
-
-@dataclass(frozen=True, kw_only=True)
 class MethodSettings(Config):
     """method"""
 
@@ -317,6 +293,7 @@ class TrainConfig(
         return {name: value for name, value in record.items() if name not in skipped}
 
     def check_combination(self) -> None:
+        super().check_combination()
         if self.eval_steps and not self.eval_ref:
             raise InputError(f"--eval-steps {self.eval_steps}: needs --eval-ref, the reference .npz")
         if self.entangle and self.cls_token is not None and self.cls_token != (self.entangle != "none"):

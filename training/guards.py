@@ -22,6 +22,7 @@ from models.checkpoint import list_checkpoints
 from models.ema import local_parameters
 from training.messages import logger
 from training.metrics import RunLog, StepReport
+from training.optimizers import MuonWithAdamW
 
 ADVICE = {
     "samples": "The cause is in the files named there: inspect them, or create them again (preprocessing/encode.py).",
@@ -48,8 +49,8 @@ SKIP_ON_DEVICE = (torch.optim.Adam, torch.optim.AdamW)
 class GuardedOptimizer:
     """An optimizer that applies a step only if the gradient is finite.
 
-    The optimizers of `SKIP_ON_DEVICE` do so without a host sync. For all others, each step reads the gradient norm on
-    the host.
+    `MuonWithAdamW` and the optimizers of `SKIP_ON_DEVICE` do so without a host sync. For all others, each step reads
+    the gradient norm on the host.
 
     Args:
         optimizer: prepared by accelerate.
@@ -59,20 +60,30 @@ class GuardedOptimizer:
     def __init__(self, optimizer: AcceleratedOptimizer, tell: Callable[[str], object] = print):
         self.optimizer = optimizer
         inner = optimizer.optimizer
-        self.skips_on_device = isinstance(inner, SKIP_ON_DEVICE) and bool(inner.defaults.get("fused"))
+        is_fused = isinstance(inner, SKIP_ON_DEVICE) and bool(inner.defaults.get("fused"))
+        self.skips_on_device = is_fused or isinstance(inner, MuonWithAdamW)
         if not self.skips_on_device:
             tell(
                 f"note: {type(inner).__name__} does not honour found_inf: each step waits for the gradient norm, so "
                 "that steps with a gradient that is not finite can be skipped"
             )
 
-    def step(self, grad_norm: Tensor) -> Tensor:
-        """Update the weights if the norm of the gradient is finite; return 1.0 if so, else 0.0, on the device."""
+    def step(self, grad_norm: Tensor, rate_factor: float = 1.0) -> Tensor:
+        """Update the weights if the norm of the gradient is finite; return 1.0 if so, else 0.0, on the device.
+
+        `rate_factor` multiplies the learning rates in this step; the optimizer, and so a checkpoint, keeps the rates.
+        """
+        groups = self.optimizer.param_groups
+        rates = [group["lr"] for group in groups]
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate * rate_factor
         good = grad_norm.isfinite().float()
         if self.skips_on_device:
             self.optimizer.optimizer.found_inf = 1 - good
         if self.skips_on_device or self.optimizer.scaler is not None or good.item():  # a loss scaler skips by itself
             self.optimizer.step()
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate
         return good
 
     def zero_grad(self) -> None:

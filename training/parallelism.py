@@ -64,9 +64,8 @@ def gathering(block: nn.Module, autocast: torch.dtype | None) -> MixedPrecisionP
     return MixedPrecisionPolicy(param_dtype=autocast, reduce_dtype=torch.float32, cast_forward_inputs=False)
 
 
-def shard_like(state: dict[int, dict[str, Any]], network: SiT) -> dict[int, dict[str, Any]]:
-    """Return an optimizer's state, by index of the parameter, sharded as the parameters of the network are."""
-    parameters = list(network.parameters())
+def shard_like(state: dict[int, dict[str, Any]], parameters: Sequence[Tensor]) -> dict[int, dict[str, Any]]:
+    """Return an optimizer's state, by index of the parameter, sharded as these parameters are."""
 
     def shard_value(value: Any, parameter: Tensor) -> Any:
         if not isinstance(parameter, DTensor) or value.shape != parameter.shape:

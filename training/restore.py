@@ -1,9 +1,9 @@
 """What a checkpoint restores besides the weights, compared with what it must be before anything of it is used.
 
-AdamW's state and settings, the state of the loss scaler, and the sums of the log. PyTorch itself loads a state that is
-empty, has moments of another parameter, or other settings without an error. Allowed are the files of this project, and
-published ones: AdamW in any implementation, its `step` as a tensor or a number, parameters in the order of the older
-REPA layout.
+The state and settings of AdamW and Muon, the state of the loss scaler, and the sums of the log. PyTorch itself loads a
+state that is empty, has moments of another parameter, or other settings without an error. Allowed are the files of this
+project, and published ones: AdamW in any implementation, its `step` as a tensor or a number, parameters in the order of
+the older REPA layout.
 """
 
 from __future__ import annotations
@@ -18,17 +18,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from common.cli import flag
 from common.errors import InputError, shown
 from models.checkpoint import network_weights
 from training.metrics import COUNTS
+from training.optimizers import MuonWithAdamW
 from training.record import DamagedError, same_value
 
 IMPLEMENTATION = ("fused", "foreach", "capturable", "differentiable")  # how an optimizer computes, not what
-# Settings of every AdamW, besides the learning rate, and their flags.
+GROUPS = {"adamw": ("AdamW",), "muon": ("AdamW", "Muon")}  # groups of parameters, by the values of --optimizer
+# Settings of every AdamW, besides the learning rate, and their flags; and of every Muon, which have none.
 REQUIRED = {
     "betas": "--adam-beta1, --adam-beta2", "eps": "--adam-epsilon", "weight_decay": "--adam-weight-decay",
 }  # fmt: skip
+REQUIRED_OF_MUON = ("momentum", "nesterov", "weight_decay", "ns_coefficients", "eps", "ns_steps", "adjust_lr_fn")
 MOMENTS = {"exp_avg": -math.inf, "exp_avg_sq": 0.0}  # of AdamW, with their least value
+MOMENTUM = "momentum_buffer"  # of Muon
 SCALER = ("growth_factor", "backoff_factor", "growth_interval")  # settings of a loss scaler
 LARGEST_SCALE = 2.0**127  # of a loss scaler: the largest power of two in float32
 MOST_SECONDS = 1e10  # of training: 300 years
@@ -67,43 +72,54 @@ def describe(value: Any) -> str:
     return shown(value)
 
 
-def optimizer_state(checkpoint: dict[str, Any], model: nn.Module, is_adamw: bool = True) -> State:
-    """Return an optimizer's state by the indices of the parameters of `model`; {} if there is none at step 0.
+def parameters_of(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters of an optimizer by name, in its order, which gives the indices of its state."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {names[parameter]: parameter for group in optimizer.param_groups for parameter in group["params"]}
 
-    Of another optimizer than AdamW only the shapes are compared.
+
+def optimizer_state(checkpoint: dict[str, Any], optimizer: torch.optim.Optimizer, model: nn.Module) -> State:
+    """Return the state for an optimizer of `model` by its indices of the parameters; {} if there is none at step 0.
+
+    Of other optimizers than AdamW and `MuonWithAdamW` only the shapes are compared.
     Raises DamagedError, naming the parameter, if a state is missing or is not one that the optimizer can have.
     """
-    state = _entry(checkpoint, "state", dict)
-    parameters, steps = dict(model.named_parameters()), checkpoint["steps"]
-    if not state and (steps == 0 or not is_adamw):
+    state, is_known = _entry(checkpoint, "state", dict), isinstance(optimizer, torch.optim.AdamW | MuonWithAdamW)
+    parameters, steps = parameters_of(optimizer, model), checkpoint["steps"]
+    if not state and (steps == 0 or not is_known):
         return {}
     names = list(parameters)
     if unknown := [index for index in state if type(index) is not int or not 0 <= index < len(names)]:
         raise DamagedError(f"its optimizer has a state for parameter {shown(unknown[0])}; the network has {len(names)}")
-    placed = place_state(checkpoint, model)
-    if not is_adamw:
+    placed = place_state(checkpoint, parameters)
+    if not is_known:
         return placed
     trained = {index for index, name in enumerate(names) if parameters[name].requires_grad}
     if wrong := sorted(trained ^ placed.keys()):
         held = "no state for {}" if wrong[0] in trained else "a state for {}, which is not trained"
         raise DamagedError(f"its optimizer has {held.format(names[wrong[0]])}")
+    of_adamw = len(optimizer.param_groups[0]["params"])
     checked = {
-        index: _adamw_state(placed[index], names[index], parameters[names[index]].shape, steps)
+        index: _state_of_parameter(placed[index], names[index], parameters[names[index]].shape, steps, index < of_adamw)
         for index in sorted(placed)
     }
-    if len(counts := {values["step"].item() for values in checked.values()}) > 1:
+    counts = {values["step"].item() for values in checked.values() if "step" in values}
+    if len(counts) > 1:
         counted = f"{min(counts):g} to {max(counts):g} steps"
         raise DamagedError(f"its optimizer has done {counted}, not equally many everywhere")
+    for index, values in checked.items() if counts == {0.0} else ():
+        if any(values[key].any() for key in values.keys() - {"step"}):
+            raise DamagedError(f"its optimizer's moments of {names[index]} are not 0 after 0 steps")
     return checked
 
 
-def place_state(checkpoint: dict[str, Any], model: nn.Module) -> dict[int, dict[str, Any]]:
-    """Return the optimizer state, which a checkpoint has by index of the parameter, by the indices of `model`.
+def place_state(checkpoint: dict[str, Any], parameters: Mapping[str, Tensor]) -> dict[int, dict[str, Any]]:
+    """Return the optimizer state, which a checkpoint has by index of the parameter, by the indices in `parameters`.
 
     A checkpoint of the older REPA layout may count in the order of its weights; that order is used where ours does not
     fit. Without this check of the shapes, a step would read the moments of one parameter as those of another.
     """
-    state, parameters = checkpoint["opt"]["state"], dict(model.named_parameters())
+    state = checkpoint["opt"]["state"]
     names, shapes = list(parameters), [parameter.shape for parameter in parameters.values()]
     order_of_file = [name for name in network_weights(checkpoint, "model") if name in parameters]
     wrong = []
@@ -121,17 +137,23 @@ def _fits(values: Any, shape: torch.Size) -> bool:
     return all(value.shape == shape for value in tensors if isinstance(value, Tensor) and value.ndim)
 
 
-def _adamw_state(values: Any, name: str, shape: torch.Size, steps: int) -> dict[str, Tensor]:
-    """Return the state of one parameter, with its `step` as a tensor. Raises DamagedError if it has wrong values."""
-    if not isinstance(values, Mapping) or set(values) != {"step", *MOMENTS}:
+def _state_of_parameter(
+    values: Any, name: str, shape: torch.Size, steps: int, is_adamw: bool = True
+) -> dict[str, Tensor]:
+    """Return AdamW's or Muon's state of one parameter, AdamW's `step` as a tensor.
+
+    Raises DamagedError if it has wrong values.
+    """
+    expected = ("exp_avg", "exp_avg_sq", "step") if is_adamw else (MOMENTUM,)
+    if not isinstance(values, Mapping) or set(values) != set(expected):
         held = ", ".join(sorted(map(str, values))) if isinstance(values, Mapping) else describe(values)
-        raise DamagedError(f"its optimizer has {held or 'nothing'} for {name}; expected exp_avg, exp_avg_sq, step")
+        raise DamagedError(f"its optimizer has {held or 'nothing'} for {name}; expected {', '.join(expected)}")
+    if not is_adamw:
+        return {MOMENTUM: _moment(values[MOMENTUM], f"its optimizer's {MOMENTUM} of {name}", shape, -math.inf)}
     step = number(values["step"], f"its optimizer's step of {name}", 0, steps, whole=True)
     moments = {
         key: _moment(values[key], f"its optimizer's {key} of {name}", shape, least) for key, least in MOMENTS.items()
     }
-    if step == 0 and any(moment.any() for moment in moments.values()):
-        raise DamagedError(f"its optimizer's moments of {name} are not 0 after 0 steps")
     return {"step": torch.tensor(float(step)), **moments}
 
 
@@ -156,12 +178,16 @@ def _entry(checkpoint: dict[str, Any], name: str, kind: type) -> Any:
     return held
 
 
-def optimizer_group(checkpoint: dict[str, Any]) -> Mapping[str, Any]:
-    """Return the optimizer's only group of parameters. Raises DamagedError if it has not exactly one."""
-    groups = _entry(checkpoint, "param_groups", list)
-    if len(groups) != 1 or not isinstance(groups[0], Mapping):
-        raise DamagedError(f"its optimizer has {len(groups)} groups of parameters; expected 1")
-    return groups[0]
+def optimizer_groups(checkpoint: dict[str, Any], optimizer: str) -> list[Mapping[str, Any]]:
+    """Return the groups of parameters of a checkpoint's optimizer, which are those of a value of --optimizer.
+
+    Raises DamagedError if there are other groups.
+    """
+    groups, names = _entry(checkpoint, "param_groups", list), GROUPS[optimizer]
+    if len(groups) != len(names) or not all(isinstance(group, Mapping) for group in groups):
+        wanted = f"expected {len(names)}, of {' and '.join(names)}, by --optimizer {optimizer}"
+        raise DamagedError(f"its optimizer has {len(groups)} groups of parameters; {wanted}")
+    return groups
 
 
 def check_optimizer_settings(group: Mapping[str, Any], own: Mapping[str, Any]) -> None:
@@ -172,27 +198,29 @@ def check_optimizer_settings(group: Mapping[str, Any], own: Mapping[str, Any]) -
     """
     if not same_value(listed := group.get("params"), own["params"]):
         raise DamagedError(
-            f"its optimizer has the parameters {shown(listed)}; expected 0 .. {own['params'][-1]} in order"
+            f"its optimizer has the parameters {shown(listed)}; expected {own['params'][0]} .. {own['params'][-1]} "
+            "in order"
         )
+    required = REQUIRED if "betas" in own else dict.fromkeys(REQUIRED_OF_MUON)
     for name in own.keys() - {*IMPLEMENTATION, "params", "lr"}:
         saved, wanted = (list(one) if isinstance(one, tuple) else one for one in (group.get(name), own[name]))
-        if (name in group or name in REQUIRED) and not same_value(saved, wanted):
-            flags = f"; flags: {REQUIRED[name]}" if name in REQUIRED else ""
+        if (name in group or name in required) and not same_value(saved, wanted):
+            flags = f"; flags: {required[name]}" if required.get(name) else ""
             raise DamagedError(f"its optimizer has {name} {describe(saved)}, but the run has {wanted}{flags}")
 
 
-def saved_learning_rate(checkpoint: dict[str, Any], settings: Mapping[str, Any], given: bool) -> float:
-    """Return the learning rate of a checkpoint's optimizer.
+def saved_learning_rate(group: Mapping[str, Any], settings: Mapping[str, Any], name: str, given: bool) -> float:
+    """Return the learning rate of a group of parameters of a checkpoint's optimizer.
 
-    `settings` are those that the checkpoint has; `given`: whether --learning-rate decides.
+    `settings` are those that the checkpoint has, the rate among them as `name`; `given`: whether its flag decides.
     Raises DamagedError if it is no learning rate, or another one than in the settings.
     """
-    rate = number(optimizer_group(checkpoint).get("lr"), "the learning rate of its optimizer", 0)
-    recorded = settings.get("learning_rate")
+    rate = number(group.get("lr"), "the learning rate of its optimizer", 0)
+    recorded = settings.get(name)
     if recorded is not None and not given and not same_value(rate, recorded):
         raise DamagedError(
             f"the learning rate of its optimizer is {rate:g}, that of its settings is {describe(recorded)}; "
-            "--learning-rate decides"
+            f"{flag(name)} decides"
         )
     return rate
 

@@ -49,9 +49,10 @@ from training.record import (
     run_record,
     saved_args,
 )
-from training.restore import check_log, restoring, saved_learning_rate
+from training.restore import check_log, restoring
 from training.resume import ResumePoint, check_unchanged, find_resume_point, load_chosen
 from training.rewind import finish_order, go_back
+from training.schedule import choose_rates, kept_settings
 from training.state import Run, prepare_networks
 from training.throughput import describe_start, peak_flops, training_flops
 from training.tracker import installed_tracker, start_tracker
@@ -75,7 +76,7 @@ def set_up(config: TrainConfig, stop_signal: StopSignal | None = None) -> Run:
     point = broadcast_from_main(accelerator, lambda: find_resume_point(config))
     checkpoint = load_chosen(config, point)
     with restoring(point.path):
-        config = choose_learning_rate(config, checkpoint, point.path)
+        config = choose_rates(config, checkpoint, point.path)
     say_differences(config)
     data = open_data(config, accelerator)
     encoders = make_encoders(config, data, accelerator)
@@ -137,22 +138,6 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             InitProcessGroupKwargs(timeout=timedelta(minutes=config.timeout_minutes)),
         ],
     )
-
-
-def choose_learning_rate(config: TrainConfig, checkpoint: dict[str, Any] | None, path: Path | None) -> TrainConfig:
-    """Return the settings with the learning rate of the run: the flag's if it is given, else the checkpoint's."""
-    if checkpoint is None:
-        return config
-    given = "learning_rate" in config.given
-    before = saved_learning_rate(checkpoint, saved_settings(checkpoint, path), given)
-    if before == config.learning_rate:
-        return config
-    if given:
-        now, first = config.learning_rate, checkpoint["steps"] + 1
-        logger.info(f"note: the learning rate is {now:g} from step {first}, as --learning-rate says; before {before:g}")
-        return config
-    logger.info(f"note: the learning rate is {before:g}, that of the checkpoint; --learning-rate changes it")
-    return changed(config, learning_rate=before)
 
 
 def say_differences(config: TrainConfig) -> None:
@@ -355,7 +340,7 @@ def note_start(
 ) -> None:  # fmt: skip
     """Append this start to starts.jsonl."""
     start = describe_start(config.seed, step, accelerator.device, accelerator.num_processes)
-    start |= count_parameters(model) | {"learning_rate": config.learning_rate, "micro_batches": facts.micro_batches}
+    start |= count_parameters(model) | kept_settings(config) | {"micro_batches": facts.micro_batches}
     start |= {"estimated_memory": facts.memory.total} if facts.memory else {}
     log.write_line("starts.jsonl", start | {name: value for name, value in more.items() if value is not None})
 

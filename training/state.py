@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,11 +29,12 @@ from training.config import RunFacts, TrainConfig
 from training.guards import BadSteps, FiniteWeights, GuardedOptimizer
 from training.messages import logger
 from training.metrics import RunLog, StepReports
+from training.optimizers import MuonWithAdamW, make_optimizer
 from training.parallelism import device_mesh, shard, shard_like
 from training.preemption import StopSignal
 from training.randomness import StepRandomness
 from training.record import DamagedError
-from training.restore import check_optimizer_settings, check_scaler, optimizer_group, optimizer_state
+from training.restore import check_optimizer_settings, check_scaler, optimizer_groups, optimizer_state, parameters_of
 
 
 @dataclass
@@ -78,18 +78,6 @@ def new_network(config: TrainConfig, facts: RunFacts) -> SiT:
     return SiT(facts.network, fused_attn=config.fused_attn)
 
 
-def make_optimizer(parameters: Iterable[torch.nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
-    """Return the optimizer of a run. Any optimizer may be returned here: `GuardedOptimizer` skips bad steps of all."""
-    return torch.optim.AdamW(
-        parameters,
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        weight_decay=config.adam_weight_decay,
-        eps=config.adam_epsilon,
-        fused=True,  # honours `found_inf`, so a bad step is skipped without a host sync
-    )
-
-
 def prepare_networks(
     config: TrainConfig, facts: RunFacts, accelerator: Accelerator, checkpoint: dict[str, Any] | None,
     path: Path | None,
@@ -119,7 +107,7 @@ def prepare_networks(
         model, average = model.to(accelerator.device), average.to(accelerator.device)
 
     # Optimizer and loss scaler.
-    optimizer = make_optimizer(model.parameters(), config)
+    optimizer = make_optimizer(model, config)
     if checkpoint is not None:
         restore_optimizer(checkpoint, optimizer, model)
     if not config.fsdp:
@@ -148,10 +136,13 @@ def restore_optimizer(checkpoint: dict[str, Any], optimizer: torch.optim.Optimiz
 
     Raises DamagedError if they contradict the checkpoint's, or if the state does not fit; see `training.restore`.
     """
-    (own,) = optimizer.state_dict()["param_groups"]
-    check_optimizer_settings(optimizer_group(checkpoint), own)
-    state = shard_like(optimizer_state(checkpoint, model, isinstance(optimizer, torch.optim.AdamW)), model)
-    optimizer.load_state_dict({"state": state, "param_groups": [own]})
+    own = optimizer.state_dict()["param_groups"]
+    kind = "muon" if isinstance(optimizer, MuonWithAdamW) else "adamw"
+    for saved, group in zip(optimizer_groups(checkpoint, kind), own, strict=True):
+        check_optimizer_settings(saved, group)
+    parameters = list(parameters_of(optimizer, model).values())
+    state = shard_like(optimizer_state(checkpoint, optimizer, model), parameters)
+    optimizer.load_state_dict({"state": state, "param_groups": own})
     for values in optimizer.state.values():  # own memory: the file is memory-mapped and may be deleted later
         values.update(
             {name: v.clone() for name, v in values.items() if isinstance(v, Tensor) and v.device.type == "cpu"}

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 
 from loss import TERMS
+from training.config import TrainConfig
 from training.limits import in_gb
+from training.schedule import varies
 from training.state import Run
 
 SHOWN = ("loss", *(term.name for term in TERMS))  # in the lines and in the progress bar
@@ -31,12 +33,22 @@ def starting(run: Run, last_step: int) -> list[str]:
         "encoder": encoders(run),
         "data": data(run),
         "loss": loss(run),
-        "steps": f"learning rate {config.learning_rate:g}, EMA decay {config.ema_decay:g}, seed {config.seed}",
+        "steps": f"{learning_rate(config)}, EMA decay {config.ema_decay:g}, seed {config.seed}",
         "files": files(run),
     }
     width = max(map(len, subjects))
     lines = [f"{subject:{width}}  {text}" for subject, text in subjects.items()]
     return lines + averages(run, last_step) + [f"note: evaluation while training: {note}" for note in notes]
+
+
+def learning_rate(config: TrainConfig) -> str:
+    """Return the learning rates and, if it is on, their schedule."""
+    parts = [f"learning rate {config.learning_rate:g}"]
+    if config.optimizer == "muon":
+        parts.append(f"of Muon {config.muon_learning_rate:g}")
+    if varies(config):
+        parts.append(f"{config.lr_schedule} after {config.warmup_steps} warm-up steps")
+    return ", ".join(parts)
 
 
 def averages(run: Run, last_step: int) -> list[str]:
