@@ -106,6 +106,7 @@ class SampleSet:
         if DIGEST not in saved:
             reason = "was started by an earlier version, whose seeds gave other noise"
             raise InputError(f"{self.folder} {reason}; choose another --name")
+        saved = {"time_shift": 1.0, **saved}  # earlier versions had no time shift
         changeable = settings(GenerateConfig).keys() - fixed_settings(GenerateConfig)
         for name, value in saved.items():
             if name not in changeable and made_with.get(name) != value:
