@@ -139,10 +139,16 @@ class StepMemory:
 
 
 def step_memory(
-    network: SiTConfig, precision: str, compiled: bool, fused_attn: bool, device_type: str, **more: int | bool
+    network: SiTConfig,
+    precision: str,
+    compiled: bool,
+    fused_attn: bool,
+    device_type: str,
+    loss_weights: dict[str, float] | None = None,
+    **more: int | bool,
 ) -> StepMemory:
     """Return the memory of a training step. `more`: arguments of `StepMemory`; the others: `count_activations`."""
-    activations = count_activations(network, precision, fused_attn, device_type)
+    activations = count_activations(network, precision, fused_attn, device_type, loss_weights)
     return StepMemory(network, activations.compiled(precision) if compiled else activations, **more)
 
 

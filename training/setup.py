@@ -237,7 +237,7 @@ def divide_batch(
         loaded = torch.cuda.memory_allocated(device) if device.type == "cuda" else sum(weights)
         frees, loads = zip(*gather_object([(free, loaded)]), strict=True)
         memory = step_memory(
-            facts.network, config.precision, config.compile, config.fused_attn, device.type,
+            facts.network, config.precision, config.compile, config.fused_attn, device.type, config.loss_weights,
             samples=config.batch_size // accelerator.num_processes, processes=accelerator.num_processes,
             loaded=max(loads), sharded=config.fsdp, checkpointing=config.activation_checkpointing,
             multiple=2 if config.cfm_coeff else 1,
