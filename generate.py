@@ -47,6 +47,7 @@ from generation.config import (
     DEFAULT_COUNT,
     GenerateConfig,
     check_against_checkpoint,
+    choose_path,
     image_labels,
     label_pool,
     unused_scale,
@@ -105,6 +106,7 @@ class SamplePlan:
             "cls_cfg_scale": config.guidance.cls_scale,
             "per_proc_batch_size": self.batch_size,
             "path_type": self.interpolant.path_type,
+            "time_shift": self.interpolant.time_shift,
             "vae": config.vae if is_folder else self.codec.format.codec,
             "steps": steps_done(self.checkpoint, config.ckpt),
             DIGEST: self.digest,
@@ -174,7 +176,8 @@ def make_plan(config: GenerateConfig, accelerator: Accelerator) -> SamplePlan:
         coherence = CoherenceReport(
             checkpoint, config.coherence, config.enc_weights, device, config.ckpt, config.num_fid_samples
         )
-    interpolant = Interpolant(config.path_type or saved.get("path_type", "linear"))
+    interpolant, differences = choose_path(config, saved, model.config)
+    warnings += differences
 
     # Draw the labels.
     classes = checkpoint_classes(checkpoint, model.num_classes, config.ckpt)

@@ -3,8 +3,9 @@ arXiv 2410.06940, section 3), velocity of the class token.
 
     loss = mean (v - v_target)^2 + proj_coeff mean -cos(projected, encoder) + cls_coeff mean (v_cls - v_cls_target)^2
 
-Without a class token this is REPA's loss; without encoder tokens as well, it is SiT's. To add a term, add one entry to
-`TERMS`: it is then computed, weighted, logged, plotted in loss.png and shown in the progress bar.
+Without a class token this is REPA's loss; without encoder tokens as well, it is SiT's. Contrastive flow matching
+(arXiv 2506.05350) subtracts cfm_coeff mean (v - v_target of another sample)^2; it is off by default. To add a term, add
+one entry to `TERMS`: it is then computed, weighted, logged, plotted in loss.png and shown in the progress bar.
 """
 
 from __future__ import annotations
@@ -65,6 +66,21 @@ def velocity_error(at: Comparison) -> Tensor:
     return squared_error(at.velocity, at.path.velocity_target(at.x, at.draws.noise, at.draws.t))
 
 
+def contrastive_error(at: Comparison) -> Tensor:
+    """Return minus the squared error of the latents' velocity for the target of another sample, (N,).
+
+    Samples 2k and 2k + 1 of the batch are each other's other sample. A process must have both of each pair; the loss
+    then does not depend on how the global batch is divided (contrastive flow matching, arXiv 2506.05350).
+
+    Raises:
+        ValueError: the number of samples is odd.
+    """
+    target = at.path.velocity_target(at.x, at.draws.noise, at.draws.t)
+    if len(target) % 2:
+        raise ValueError(f"{len(target)} samples do not form pairs; contrastive flow matching needs an even number")
+    return -squared_error(at.velocity, target.unflatten(0, (-1, 2)).flip(1).flatten(0, 1))
+
+
 def alignment_error(at: Comparison) -> Tensor | None:
     """Return minus the cosine of projected and encoder tokens, (N,); None without encoder tokens."""
     return alignment(at.projected, at.targets.encoder_tokens) if at.targets.encoder_tokens else None
@@ -79,7 +95,10 @@ def cls_velocity_error(at: Comparison) -> Tensor | None:
 
 
 class Term(NamedTuple):
-    """A term of the loss. `compute` returns one float32 value per sample, (N,), or None where it does not apply."""
+    """A term of the loss. `compute` returns one float32 value per sample, (N,), or None where it does not apply.
+
+    A term of weight 0 in `TERMS` is computed only if `REGLoss.weights` has another weight for it.
+    """
 
     name: str  # in metrics.jsonl and in the progress bar
     title: str  # of its panel in loss.png
@@ -91,6 +110,7 @@ TERMS = (
     Term("denoise", "latents: mean (v - target)²", 1.0, velocity_error),
     Term("proj", "alignment: mean -cos", 0.5, alignment_error),
     Term("cls", "class token: mean (v - target)²", 0.03, cls_velocity_error),
+    Term("cfm", "contrastive: -mean (v - target of another sample)²", 0.0, contrastive_error),
 )
 
 
@@ -142,9 +162,9 @@ class REGLoss:
     ) -> dict[str, Tensor]:
         """Return what `__call__` returns, from the three outputs of the network."""
         at = Comparison(velocity, projected, cls_velocity, x, targets, draws, self.path)
-        values = {term.name: term.compute(at) for term in TERMS}
-        values = {name: value for name, value in values.items() if value is not None}
         weights = {term.name: self.weights.get(term.name, term.weight) for term in TERMS}
+        values = {term.name: term.compute(at) for term in TERMS if term.weight or weights[term.name]}
+        values = {name: value for name, value in values.items() if value is not None}
         return {"loss": sum(weights[name] * value for name, value in values.items()), **values}
 
 

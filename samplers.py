@@ -41,6 +41,7 @@ ODE_TOLERANCE = 1e-6  # absolute and relative tolerance of the adaptive solver (
 class Guidance:
     """Classifier-free guidance: uncond + scale (cond - uncond), where low <= t <= high and `scale` > 1.
 
+    t is the time that the network is called with, after a time shift of the path.
     Only the image's scale turns guidance on. The class token then uses `cls_scale` in the same formula, or stays
     conditional if `cls_scale` is 0 or less. `cls_scale` None becomes `scale`.
     Raises ValueError for a scale below 1, or an interval that is reversed or not inside 0 .. 1.
@@ -156,7 +157,8 @@ def euler_maruyama(
     """Return x and cls at t = 0 by Euler-Maruyama on the reverse SDE (SiT, section 2). One network call per step.
 
     x (N, C, H, W) and cls (N, D) or None are the state at t = 1, float64. `noise` is called at each step except the
-    last and returns standard normals of these shapes. `steps` are the pairs of neighbouring times of `sde_times`.
+    last and returns standard normals of these shapes. `steps` are the pairs of neighbouring times of `sde_times`, which
+    may be shifted; the last step is the one to t = 0.
     """
 
     def drift(x: Tensor, v: Tensor, t: Tensor) -> Tensor:
@@ -195,6 +197,7 @@ def dopri5(velocity: Velocity, x: Tensor, cls: Tensor | None, tolerance: float =
     """Return x and cls at t = 0 by the adaptive Dormand-Prince method on the probability-flow ODE.
 
     The step size is chosen for the full batch, so a sample depends on the rest of its batch, within the tolerance.
+    There is no grid of times, so a time shift has no effect here.
     """
     from torchdiffeq import odeint
 
@@ -296,7 +299,7 @@ def sample(
     Args:
         velocity: see `GuidedVelocity`.
         noise: returns standard normals; the first ones are the state at t = 1.
-        interpolant: the path.
+        interpolant: the path; its time shift applies to all times of `sde_times` and `ode_times`.
         mode: "sde" (Euler-Maruyama) or "ode".
         solver: solver of the ODE: "euler", "heun" or "dopri5", which chooses its step sizes itself.
         num_steps: number of steps, at least 1; not used by dopri5.
@@ -314,7 +317,8 @@ def sample(
     x, cls = _each(Tensor.double, noise())
     if mode == "ode" and solver == "dopri5":
         return dopri5(velocity, x, cls)
-    steps = progress(list(pairwise(sde_times(num_steps) if mode == "sde" else ode_times(num_steps))))
+    times = interpolant.shift(sde_times(num_steps) if mode == "sde" else ode_times(num_steps))
+    steps = progress(list(pairwise(times)))
     if mode == "sde":
         return euler_maruyama(velocity, x, cls, noise, interpolant, steps)
     return fixed_step_ode(velocity, x, cls, steps, second_order=solver == "heun")

@@ -1,9 +1,10 @@
-"""argparse's parser with messages of our own, and a hint at the flag that an unknown one may stand for."""
+"""argparse's parser with messages of our own, a hint at the flag that an unknown one may stand for, and numbers."""
 
 from __future__ import annotations
 
 import argparse
 import difflib
+import math
 from typing import NoReturn
 
 from common.errors import InputError
@@ -15,6 +16,7 @@ MESSAGES = {
     "ignored explicit argument": "takes no value; given:",
 }
 MOST_SHOWN = 4
+SHOWN = 40  # characters of a wrong number in an error
 
 
 class Parser(argparse.ArgumentParser):
@@ -37,3 +39,22 @@ def suggestion(given: str, known: list[str]) -> str:
     if not nearest:
         return "--help lists all flags"
     return f"did you mean {' or '.join(by_name[n] for n in nearest[:MOST_SHOWN])}?"
+
+
+def finite_float(text: str) -> float:
+    """Return a number that is neither NaN nor infinite: NaN passes every comparison made to refuse it."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+    return value
+
+
+def whole_number(text: str) -> int:
+    """Return an integer."""
+    try:
+        return int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text[:SHOWN]!r} is not a whole number") from error

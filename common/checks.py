@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-AUTO = "auto"  # value of a batch size: the largest that fits, see `common.distributed.largest_batch`
+AUTO = "auto"  # value of a batch size: the largest that fits; of a time shift: that of the size of the latents
 
 
 @dataclass(frozen=True)
@@ -32,4 +32,9 @@ GUIDANCE_SCALE = Check(
 MAX_BATCH = 100_000  # images; more fit into no device's memory
 BATCH_SIZE = Check(f"from 1 to {MAX_BATCH:,}, or {AUTO}", lambda value: value == AUTO or 1 <= value <= MAX_BATCH)
 MAX_WORKERS = 1024  # processes; more cores are in no machine, and starting millions would stop it
+MOST_TIME_SHIFT = 1000  # 140 times the largest published one, about 7, for latents of 768 channels
+TIME_SHIFT = Check(
+    f"greater than 0 and at most {MOST_TIME_SHIFT}, or {AUTO}",
+    lambda value: value == AUTO or 0 < value <= MOST_TIME_SHIFT,
+)
 WORKERS = Check(f"from 1 to {MAX_WORKERS:,}", lambda value: 1 <= value <= MAX_WORKERS)

@@ -19,7 +19,6 @@ import argparse
 import dataclasses
 import difflib
 import importlib.util
-import math
 import os
 import re
 import sys
@@ -29,7 +28,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from common.arguments import Parser, suggestion
+from common.arguments import SHOWN, Parser, finite_float, suggestion, whole_number
 from common.checks import AUTO, Check
 from common.errors import InputError
 from common.io import read_json
@@ -37,7 +36,6 @@ from common.io import read_json
 CONFIG = "config"
 CONFIG_HELP = "JSON file of settings, such as args.json of a run; flags replace its values"
 LARGEST_NUMBER = 2**63  # whole numbers are smaller: files and tensors have 64 bits
-SHOWN = 40  # characters of a wrong number in an error
 
 
 def setting(
@@ -305,20 +303,14 @@ def is_possible_text(value: Any) -> bool:
         return False
 
 
-def finite_float(text: str) -> float:
-    """Return a number that is neither NaN nor infinite: NaN passes every comparison made to refuse it."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
-    return value
-
-
 def batch_size(text: str) -> int | str:
     """Return a number of images, or AUTO."""
     return text if text == AUTO else whole_number(text)
+
+
+def number_or_auto(text: str) -> float | str:
+    """Return a number, or AUTO."""
+    return text if text == AUTO else finite_float(text)
 
 
 def require(package: str, purpose: str, module: str | None = None) -> None:
@@ -341,14 +333,6 @@ def uses_cuda(device: str) -> bool:
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: no CUDA device is available; allowed here: cpu, auto")
     return device != "cpu" and not only_cpu and torch.cuda.is_available()
-
-
-def whole_number(text: str) -> int:
-    """Return an integer."""
-    try:
-        return int(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text[:SHOWN]!r} is not a whole number") from error
 
 
 def _argument(item: dataclasses.Field, hint: Any) -> dict[str, Any]:

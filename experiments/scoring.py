@@ -118,7 +118,7 @@ class Scorer:
                 model,
                 [int(labels[n]) if sampling.labelled else model.null_class for n in numbers],
                 image_seeds(SAMPLING_SEED, numbers),
-                Interpolant(settings.path_type),
+                Interpolant.of_run(vars(settings)),
                 mode="ode",
                 solver=sampling.solver,
                 num_steps=sampling.num_steps,

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from common import cli
-from common.checks import BATCH_SIZE, GUIDANCE_SCALE, NON_NEGATIVE, UNIT_INTERVAL, Check
+from common.checks import AUTO, BATCH_SIZE, GUIDANCE_SCALE, NON_NEGATIVE, TIME_SHIFT, UNIT_INTERVAL, Check
 from common.classes import ClassSet
-from common.cli import Config, adjustable, batch_size, setting
+from common.cli import Config, adjustable, batch_size, number_or_auto, setting
 from common.errors import InputError
 from models.autoencoder import LatentFormat
 from models.checkpoint import is_legacy, saved_settings
 from models.inference import NETWORK_DTYPES
-from models.interpolant import PATHS
+from models.interpolant import PATHS, Interpolant, shift_of_latents
 from models.sit import SiTConfig
 from models.sit_config import PRESETS, QK_NORMS
 from samplers import MODES, SOLVERS, Guidance, derive_seed
@@ -71,8 +71,21 @@ class SamplerSettings(Config):
     heun: bool = setting(False, "same as --solver heun; needs --mode ode (the published script ignores it with sde)")
     cfg_scale: float = setting(1.0, "guidance scale of the image; above 1, guidance is on", check=GUIDANCE_SCALE)
     cls_cfg_scale: float | None = setting(None, "guidance scale of the class token; 0: none; default: --cfg-scale")
-    guidance_low: float = setting(0.0, "lowest time that is guided; time 0 is data", check=UNIT_INTERVAL)
-    guidance_high: float = setting(1.0, "highest time that is guided; time 1 is noise", check=UNIT_INTERVAL)
+    guidance_low: float = setting(
+        0.0,
+        "lowest time that is guided, as the network gets it, after a time shift; time 0 is data",
+        check=UNIT_INTERVAL,
+    )
+    guidance_high: float = setting(
+        1.0, "highest time that is guided, after a time shift; time 1 is noise", check=UNIT_INTERVAL
+    )
+    time_shift: float | str | None = setting(
+        None,
+        "factor s of the time shift t -> s t / (1 + (s - 1) t) of the solver steps; auto: sqrt(C H W / 4096) for "
+        "latents (C, H, W); default: that of the checkpoint, or 1, no shift; without effect on --solver dopri5",
+        check=TIME_SHIFT,
+        parse=number_or_auto,
+    )
 
     @property
     def guidance(self) -> Guidance:
@@ -221,6 +234,22 @@ def check_against_checkpoint(
     if config.with_cls_tokens and network.cls_token_dim is None:
         raise InputError(f"--save-cls: {config.ckpt} has no class token")
     return warnings
+
+
+def choose_path(config: GenerateConfig, saved: dict[str, Any], network: SiTConfig) -> tuple[Interpolant, list[str]]:
+    """Return the path between data and noise, and a warning if its time shift is not that of the checkpoint.
+
+    `saved` are the settings in the checkpoint. Published files do not have the time shift of their training.
+    """
+    path = Interpolant.of_run({**saved, **({"path_type": config.path_type} if config.path_type else {})})
+    if config.time_shift is None:
+        return path, []
+    shift = config.time_shift
+    if shift == AUTO:
+        shift = shift_of_latents(network.in_channels, network.input_size)
+    held = "records no time shift" if saved.get("time_shift") is None else f"was trained with {path.time_shift:g}"
+    warnings = [f"--time-shift is {shift:g}, but {config.ckpt} {held}"] if shift != path.time_shift else []
+    return Interpolant(path.path_type, shift), warnings
 
 
 def unused_scale(config: GenerateConfig) -> list[str]:

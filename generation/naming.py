@@ -25,7 +25,8 @@ def default_name(config: GenerateConfig, checkpoint: dict[str, Any]) -> str:
     scales, interval = config.guidance, f"{config.guidance_low:g}-{config.guidance_high:g}"
     guidance = f"cfg-{scales.scale:g}-cls-{scales.cls_scale:g}-at-{interval}" if scales.scale > 1 else "no-cfg"
     weights = f"{run}-{steps_done(checkpoint, config.ckpt):07d}-{config.weights}"
-    return f"{weights}-{solver}{steps}-{guidance}-{config.label_sampling}-labels-seed-{config.global_seed}"
+    shift = "" if config.time_shift is None else f"-shift-{config.time_shift}"
+    return f"{weights}-{solver}{steps}{shift}-{guidance}-{config.label_sampling}-labels-seed-{config.global_seed}"
 
 
 def published_name(

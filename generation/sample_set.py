@@ -42,6 +42,7 @@ IGNORED = re.compile(r"\.lock|\..+\.tmp", re.DOTALL)  # what a killed run leaves
 SET_NPZ = re.compile(r"[^/]+/samples\.npz")  # target of a link to a sample set
 REMEDY = "remove it and run the same command again"
 DIGEST = "checkpoint_sha256"
+ADDED = {"time_shift": 1.0}  # what sets of earlier versions, which did not record it, were made with
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,7 @@ class SampleSet:
         if DIGEST not in saved:
             reason = "was started by an earlier version, whose seeds gave other noise"
             raise InputError(f"{self.folder} {reason}; choose another --name")
+        saved, made_with = ADDED | saved, ADDED | made_with
         changeable = settings(GenerateConfig).keys() - fixed_settings(GenerateConfig)
         for name, value in saved.items():
             if name not in changeable and made_with.get(name) != value:

@@ -24,6 +24,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from common.checks import MOST_TIME_SHIFT, TIME_SHIFT
 from common.classes import ClassSet
 from common.errors import InputError, shown
 from common.temporary import atomic_write
@@ -170,7 +171,7 @@ def list_checkpoints(folder: str | Path) -> list[Path]:
 def saved_settings(checkpoint: dict[str, Any], source: str | Path = "checkpoint") -> dict[str, Any]:
     """Return the settings of the run that wrote a checkpoint, {} if it has none.
 
-    Raises InputError if `args` is of another type, or if its path between data and noise is unknown.
+    Raises InputError if `args` is of another type, or if its path between data and noise is unknown or not possible.
     """
     settings = {} if (args := checkpoint.get("args")) is None else args
     if not isinstance(settings, argparse.Namespace | dict):
@@ -179,6 +180,11 @@ def saved_settings(checkpoint: dict[str, Any], source: str | Path = "checkpoint"
     path_type = settings.get("path_type", PATHS[0])
     if not isinstance(path_type, str) or path_type not in PATHS:
         raise InputError(f"{source}: its path_type {shown(path_type)} is unknown; allowed: {', '.join(PATHS)}")
+    shift = 1.0 if settings.get("time_shift") is None else settings["time_shift"]
+    if type(shift) not in (int, float) or not TIME_SHIFT.fits(shift):
+        raise InputError(
+            f"{source}: its time_shift is {shown(shift)}; expected a number greater than 0, at most {MOST_TIME_SHIFT}"
+        )
     if tensor := next((name for name, value in settings.items() if isinstance(value, Tensor)), None):
         raise InputError(f"{source}: the setting {tensor} of its run is a tensor; expected a number or text")
     for name, (kind, expected) in SETTING_KINDS.items():

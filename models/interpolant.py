@@ -5,17 +5,22 @@ t = 0 is data, t = 1 is noise.
 
 The loss and the samplers take alpha and sigma from here. All functions accept images (N, C, H, W) and class tokens
 (N, D).
+
+A path also has a time shift (Stable Diffusion 3, arXiv 2403.03206, section 5.3.2), which moves training times and the
+steps of a sampler towards noise for large latents. The velocity at a given time does not depend on it.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 PATHS = ("linear", "cosine")
+REFERENCE_SIZE = 4096  # values of the latents that need no shift: Stable Diffusion's at 256 px, 4 x 32 x 32
 
 
 class Coefficients(NamedTuple):
@@ -31,13 +36,28 @@ class Interpolant:
     """One path between data and noise.
 
     `path_type` is "linear" (alpha = 1 - t, sigma = t) or "cosine" (alpha = cos(pi t/2), sigma = sin(pi t/2)).
-    Raises ValueError if it is unknown.
+    `time_shift` is the factor s of `shift`; 1: no shift.
+    Raises ValueError if the path is unknown, or the factor is not greater than 0.
     """
 
-    def __init__(self, path_type: str = "linear"):
+    def __init__(self, path_type: str = "linear", time_shift: float = 1.0):
         if path_type not in PATHS:
             raise ValueError(f"path_type {path_type!r} is unknown; allowed: {', '.join(PATHS)}")
-        self.path_type = path_type
+        if not 0 < time_shift < math.inf:
+            raise ValueError(f"time_shift {time_shift}: must be greater than 0 and finite")
+        self.path_type, self.time_shift = path_type, time_shift
+
+    @classmethod
+    def of_run(cls, settings: Mapping[str, Any]) -> Interpolant:
+        """Return the path of a run from its settings, see `models.checkpoint.saved_settings`; they may lack both."""
+        return cls(settings.get("path_type", PATHS[0]), settings.get("time_shift") or 1.0)
+
+    def shift(self, t: Tensor) -> Tensor:
+        """Return s t / (1 + (s - 1) t) for times of any shape (SD3, equation 23). Times 0 and 1 stay as they are."""
+        if self.time_shift == 1:
+            return t
+        shifted = self.time_shift * t
+        return shifted / (shifted + (1 - t))  # in this form, time 1 stays exactly 1
 
     def coefficients(self, t: Tensor) -> Coefficients:
         """Return alpha_t, sigma_t, d_alpha_t, d_sigma_t at times `t` in [0, 1] of any shape (SiT, section 2)."""
@@ -69,6 +89,11 @@ class Interpolant:
         at = self.coefficients(_match(t, x_t))
         numerator = at.alpha_t * velocity - at.d_alpha_t * x_t
         return numerator / (at.sigma_t * (at.d_alpha_t * at.sigma_t - at.alpha_t * at.d_sigma_t))
+
+
+def shift_of_latents(channels: int, size: int) -> float:
+    """Return the time shift for latents (C, H, W) with H = W = `size`: sqrt(C H W / 4096) (SD3, section 5.3.2)."""
+    return math.sqrt(channels * size**2 / REFERENCE_SIZE)
 
 
 def _match(t: Tensor, like: Tensor) -> Tensor:

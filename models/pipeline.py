@@ -56,6 +56,7 @@ class REGPipeline(DiffusionPipeline):
         transformer: the trained network.
         vae: the codec that decodes its latents.
         path_type: the path the network was trained on.
+        time_shift: the time shift of the sampler's steps, that of its training, see `Interpolant.shift`; 1: none.
         classes: the classes of its training data, a `ClassSet` or its JSON; default: all labels of the network.
     """
 
@@ -65,12 +66,13 @@ class REGPipeline(DiffusionPipeline):
         vae: Codec,
         path_type: str = "linear",
         classes: ClassSet | dict[str, Any] | None = None,
+        time_shift: float = 1.0,
     ):
         super().__init__()
         if isinstance(classes, ClassSet):
             classes = classes.to_json()
         self.register_modules(transformer=transformer, vae=vae)
-        self.register_to_config(path_type=path_type, classes=classes)
+        self.register_to_config(path_type=path_type, classes=classes, time_shift=time_shift)
         self.classes = checkpoint_classes({"classes": classes}, transformer.num_classes, "REGPipeline")
         self._run: dict[str, Any] = {}  # of the run's settings, those that an export contains
 
@@ -92,7 +94,8 @@ class REGPipeline(DiffusionPipeline):
         if not isinstance(vae, Codec):
             latents = network_format(settings.get("codec"), transformer.config.in_channels, vae, path)
             codec = load_decoder(latents, vae)
-        pipeline = cls(transformer, codec, settings.get("path_type", "linear"), checkpoint.get("classes"))
+        trained_on, classes = Interpolant.of_run(settings), checkpoint.get("classes")
+        pipeline = cls(transformer, codec, trained_on.path_type, classes, trained_on.time_shift)
         settings = {"weights": "ema", **settings, "steps": steps_done(checkpoint, path)}
         pipeline._run = {name: settings.get(name) for name in KEPT_SETTINGS}
         return pipeline if torch_dtype is None else pipeline.to(torch_dtype)
@@ -110,7 +113,8 @@ class REGPipeline(DiffusionPipeline):
         if isinstance(self.vae, KLCodec):
             self.vae.autoencoder.save_pretrained(folder / CODEC_FOLDER, safe_serialization=True)
             latent_format["codec"] = CODEC_FOLDER
-        run = {**self._run, "path_type": self.config.path_type, "codec": latent_format}
+        sampled_with = {"path_type": self.config.path_type, "time_shift": self.config.time_shift}
+        run = {**self._run, **sampled_with, "codec": latent_format}
         classes = self.classes.to_json() if self.config.classes else None
         config = export_config(self.transformer.config, run, classes)
         write_network(folder, self.transformer.state_dict(), config)
@@ -158,7 +162,8 @@ class REGPipeline(DiffusionPipeline):
             num_inference_steps: number of solver steps (paper: 250).
             guidance_scale: guidance scale of the image; 1: no guidance.
             cls_guidance_scale: guidance scale of the class token; default: `guidance_scale`.
-            guidance_interval: lowest and highest time with guidance; time 0 is data (paper: 0 to 0.85).
+            guidance_interval: lowest and highest time with guidance; time 0 is data (paper: 0 to 0.85). With a time
+                shift, these are shifted times.
             mode, solver: see `samplers.sample`.
             seed: an image depends on the seed, its number and its label, as in generate.py; default: 0.
             generator: source of the noise instead of `seed`: one for all images, or a list with one for each image.
@@ -178,7 +183,8 @@ class REGPipeline(DiffusionPipeline):
         if guidance.ignores_cls_scale:
             reason = f"only guidance_scale above 1 turns guidance on, and it is {guidance_scale:g}"
             warnings.warn(f"cls_guidance_scale {cls_guidance_scale:g} has no effect: {reason}", stacklevel=3)
-        sampler = (Interpolant(self.config.path_type), guidance, mode, solver, num_inference_steps)
+        path = Interpolant(self.config.path_type, self.config.time_shift)
+        sampler = (path, guidance, mode, solver, num_inference_steps)
         labels = self._labels(class_labels)
         seeds = _noise_seeds(seed, generator, len(labels))
 

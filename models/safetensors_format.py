@@ -43,8 +43,8 @@ PIPELINE_FILE = "model_index.json"  # of a diffusers pipeline, whose parts are i
 CLASS_NAME = "SiT"
 # The settings of a run that a user of the network needs in addition to its architecture.
 KEPT_SETTINGS = (
-    "model", "path_type", "resolution", "enc_type", "exp_name", "codec", "latents_folder", "latents_codec", "steps",
-    "weights",
+    "model", "path_type", "time_shift", "resolution", "enc_type", "exp_name", "codec", "latents_folder",
+    "latents_codec", "steps", "weights",
 )  # fmt: skip
 
 
@@ -61,8 +61,10 @@ def weights_file(path: Path) -> Path:
 def export_config(network: SiTConfig, settings: dict[str, Any], classes: dict[str, Any] | None) -> dict[str, Any]:
     """Return the configuration of an export: what is needed to rebuild the network and to decode its latents.
 
-    `settings` are those of the run, and its `steps` and `weights`; `classes` is `ClassSet.to_json()`, or None.
+    `settings` are those of the run, and its `steps` and `weights`; `classes` is `ClassSet.to_json()`, or None. A time
+    shift of 1 is left out, as before there were time shifts.
     """
+    settings = {name: value for name, value in settings.items() if (name, value) != ("time_shift", 1)}
     return {
         "_class_name": CLASS_NAME,
         **network.to_json(),
@@ -139,7 +141,8 @@ def _read(file: IO[bytes], path: Path, verified: bool, with_digest: bool) -> tup
 
 def _described(config: dict[str, Any]) -> list[str]:
     """Return the entries of a configuration that determine what the network computes."""
-    return [name for name in (*(field.name for field in dataclasses.fields(SiTConfig)), "path_type") if name in config]
+    names = (*(field.name for field in dataclasses.fields(SiTConfig)), "path_type", "time_shift")
+    return [name for name in names if name in config]
 
 
 def _as_checkpoint(state: dict[str, Tensor], config: dict[str, Any], folder: Path) -> dict[str, Any]:

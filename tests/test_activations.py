@@ -22,7 +22,7 @@ SLOTS = {
 IMAGES = 5
 
 
-def loss_of(model, images, device):
+def loss_of(model, images, device, weights):
     config = model.config
     latents = (images, config.in_channels, config.input_size, config.input_size)
     tokens = (config.input_size // config.patch_size) ** 2 + bool(config.cls_token_dim or config.learnable_token)
@@ -32,13 +32,13 @@ def loss_of(model, images, device):
         drop = torch.zeros(images, dtype=torch.bool)
         draws = Draws(torch.rand(images), torch.randn(latents), torch.randn(latents), drop, cls_token)
         y = torch.zeros(images, dtype=torch.int64)
-        return REGLoss(Interpolant("linear"))(model, torch.randn(latents), y, targets, draws)["loss"].mean()
+        return REGLoss(Interpolant("linear"), weights)(model, torch.randn(latents), y, targets, draws)["loss"].mean()
 
 
-def kept_bytes(model, precision, device="cpu", images=IMAGES):
+def kept_bytes(model, precision, device="cpu", images=IMAGES, weights=None):
     dtype = DTYPES.get(precision)
     with torch.autocast(device, dtype or torch.bfloat16, enabled=dtype is not None), kept_tensors(model) as kept:
-        loss = loss_of(model, images, device)
+        loss = loss_of(model, images, device, weights or {})
     return sum(storage.nbytes() for storage in kept.values()), loss
 
 
@@ -55,6 +55,15 @@ def test_the_count_is_what_a_real_forward_pass_keeps(slot):
     more = without_temporaries(fused) - kept_bytes(SiT(network), "no")[0]
     assert 0 <= more <= 32 * network.depth  # seeds of CUDA's kernel
     assert fused.block.per_image < found.block.per_image
+
+
+def test_terms_that_a_run_adds_are_counted():
+    weights, images = {"cfm": 0.05}, 6
+    found = count_activations(SMALL, "no", fused_attn=False, device_type="cpu", loss_weights=weights)
+    kept, _ = kept_bytes(SiT(SMALL, fused_attn=False), "no", images=images, weights=weights)
+    assert without_temporaries(found, images) == kept
+    added = found.rest.per_image - count_activations(SMALL, "no", fused_attn=False, device_type="cpu").rest.per_image
+    assert added == 4 * 4 * 8 * 8  # the difference to the target of the other sample
 
 
 def test_the_count_follows_autocast():

@@ -120,6 +120,12 @@ ODD = {
     "steps": (lambda file: file.update(steps="many"), "its steps are 'many'; expected a whole number"),
     "many steps": (lambda file: file.update(steps=10**5000), "its steps are a very long int; expected a whole number"),
     "path list": (lambda file: setattr(file["args"], "path_type", ["linear"]), r"path_type \['linear'\] is unknown"),
+    "shift": (
+        lambda file: setattr(file["args"], "time_shift", True),
+        "its time_shift is True; expected a number",
+    ),
+    "auto shift": (lambda file: setattr(file["args"], "time_shift", "auto"), "its time_shift is 'auto'; expected a"),
+    "negative shift": (lambda file: setattr(file["args"], "time_shift", -1.0), r"its time_shift is -1\.0; expected"),
     "resolution": (lambda file: setattr(file["args"], "resolution", "x"), "setting resolution of its run is 'x'"),
     "tensor": (lambda file: setattr(file["args"], "any", torch.zeros(2)), "the setting any of its run is a tensor"),
     "dtype": (lambda file: file["ema"].update(pos_embed=torch.zeros(1, 17, 32).char()), "pos_embed has dtype int8"),

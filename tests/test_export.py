@@ -20,6 +20,7 @@ from models.checkpoint import (
 )
 from models.checksums import checksum_path
 from models.exported_codec import export_codec
+from models.interpolant import Interpolant
 from tests.conftest import ROOT
 from tests.test_autoencoder import save_kl
 from tests.test_checkpoint import content, published
@@ -252,3 +253,15 @@ def test_exports_of_a_network_are_equal_files(checkpoint, tmp_path):
     for number in range(4):
         export.export(checkpoint, tmp_path / f"{number}.safetensors")
     assert len({(tmp_path / f"{number}.safetensors").read_bytes() for number in range(4)}) == 1
+
+
+@pytest.mark.parametrize(("shift", "kept"), [(1.5, {"time_shift": 1.5}), (1.0, {}), (None, {})])
+def test_a_time_shift_is_exported_unless_there_is_none(tmp_path, shift, kept):
+    model = randomise(small(in_channels=3, num_classes=3)).eval()
+    saved = content(model, path_type="cosine", codec=PixelCodec().format.to_json(), resolution=8, time_shift=shift)
+    save_checkpoint(tmp_path / "0000012.pt", saved)
+    export.export(tmp_path / "0000012.pt", tmp_path / "folder")
+    config = json.loads((tmp_path / "folder" / "config.json").read_text())
+    assert {name: value for name, value in config.items() if name == "time_shift"} == kept
+    settings = vars(load_checkpoint(tmp_path / "folder")["args"])
+    assert Interpolant.of_run(settings).time_shift == (shift or 1.0)

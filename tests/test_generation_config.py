@@ -5,7 +5,8 @@ import pytest
 from common.classes import ClassSet
 from common.cli import parse
 from common.errors import InputError
-from generation.config import LABEL_STREAM, GenerateConfig, image_labels, unused_scale
+from generation.config import LABEL_STREAM, GenerateConfig, choose_path, image_labels, unused_scale
+from models.sit_config import SiTConfig
 from samplers import derive_seed
 
 
@@ -41,3 +42,26 @@ def test_a_scale_of_the_class_token_alone_is_warned_of():
         assert unused_scale(settings_of(["--ckpt", "x.pt", *flags])) == []
     warning = "--cls-cfg-scale 2.3 has no effect: only --cfg-scale above 1 turns guidance on, and it is 1"
     assert unused_scale(settings_of(["--ckpt", "x.pt", "--cls-cfg-scale", "2.3"])) == [warning]
+
+
+@pytest.mark.parametrize(
+    ("flags", "saved", "shift", "warnings"),
+    [
+        ([], {}, 1.0, []),
+        ([], {"time_shift": 2.5}, 2.5, []),
+        (["--time-shift", "2.5"], {"time_shift": 2.5}, 2.5, []),
+        (["--time-shift", "2"], {"time_shift": 2.5}, 2.0, ["--time-shift is 2, but x.pt was trained with 2.5"]),
+        (["--time-shift", "auto"], {}, 2**0.5, ["--time-shift is 1.41421, but x.pt records no time shift"]),
+        (["--time-shift", "1"], {}, 1.0, []),
+    ],
+)
+def test_the_time_shift_is_that_of_the_checkpoint_or_of_the_flag(flags, saved, shift, warnings):
+    config, network = settings_of(["--ckpt", "x.pt", *flags]), SiTConfig(input_size=16, in_channels=32)
+    path, said = choose_path(config, {"path_type": "cosine", **saved}, network)
+    assert (path.path_type, said) == ("cosine", warnings) and path.time_shift == pytest.approx(shift)
+
+
+@pytest.mark.parametrize("value", ["0", "1001", "-1"])
+def test_an_impossible_time_shift_is_refused(value):
+    with pytest.raises(InputError, match=rf"--time-shift {value}\.0: must be greater than 0 and at most 1000, or auto"):
+        settings_of(["--ckpt", "x.pt", "--time-shift", value])

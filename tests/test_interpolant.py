@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from models.interpolant import PATHS, Interpolant
+from models.interpolant import PATHS, Interpolant, shift_of_latents
 
 SHAPES = [(5, 4, 8, 8), (5, 7)]
 
@@ -60,3 +60,38 @@ def test_cosine_keeps_the_variance():
 def test_an_unknown_path_is_refused():
     with pytest.raises(ValueError, match=r"'vp' is unknown; allowed: linear, cosine"):
         Interpolant("vp")
+
+
+@pytest.mark.parametrize("shift", [0.03, 0.5, 1.4142135623730951, 3, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_time_shift_is_that_of_stable_diffusion_3(shift, dtype):
+    t = torch.linspace(0, 1, 1001, dtype=dtype)
+    shifted = Interpolant("linear", shift).shift(t)
+    plain = [shift * one / (1 + (shift - 1) * one) for one in t.tolist()]
+    torch.testing.assert_close(shifted, torch.tensor(plain, dtype=dtype), rtol=1e-5, atol=1e-6)
+    assert shifted[0] == 0 and shifted[-1] == 1 and (shifted.diff() > 0).all() and shifted.dtype == dtype
+
+
+def test_without_a_time_shift_times_stay_as_they_are():
+    t = torch.rand(5)
+    assert Interpolant("cosine").shift(t) is t and Interpolant("linear", 1).shift(t) is t
+
+
+def test_the_time_shift_of_latents_follows_their_size():
+    assert shift_of_latents(4, 32) == 1  # Stable Diffusion's at 256 px
+    assert shift_of_latents(32, 16) == pytest.approx(math.sqrt(2)) and shift_of_latents(4, 64) == 2
+
+
+def test_the_path_of_a_run_is_that_of_its_settings():
+    def of(settings):
+        path = Interpolant.of_run(settings)
+        return path.path_type, path.time_shift
+
+    assert of({}) == of({"time_shift": None}) == ("linear", 1.0)
+    assert of({"path_type": "cosine", "time_shift": 2.5}) == ("cosine", 2.5)
+
+
+@pytest.mark.parametrize("shift", [0, -1, math.inf, math.nan])
+def test_an_impossible_time_shift_is_refused(shift):
+    with pytest.raises(ValueError, match=f"time_shift {shift}: must be greater than 0 and finite"):
+        Interpolant("linear", shift)

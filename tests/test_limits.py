@@ -145,3 +145,14 @@ def test_the_memory_of_the_cpu_is_no_limit():
 )
 def test_the_readmes_table_is_what_the_program_chooses(model, resolution, card, how, images):
     assert chosen(model, resolution, card, **how) == images
+
+
+def test_micro_batches_of_pairs_have_an_even_number_of_images(said):
+    """12 images of a process form pairs in 1, 2, 3 or 6 micro-batches, and not in 4 or 12."""
+    of_pairs = replace(STEP, multiple=2)
+    assert of_pairs.divisors == [1, 2, 3, 6]
+    assert choose_micro_batches(of_pairs, None, None, free_for(4)) == 6
+    assert choose_micro_batches(of_pairs, None, 4, free_for(2)) == 2  # 4 of before is not possible
+    assert not said
+    assert choose_micro_batches(of_pairs, None, None, 10 * MB) == 6
+    assert "micro-batches of 2 images do not fit either" in said[0]

@@ -134,3 +134,67 @@ def test_draws_are_cut_by_rows():
     for name in Draws._fields:
         assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(draws, name))
     assert draws._replace(cls_noise=None).rows(0, 1).cls_noise is None
+
+
+CFM = 0.05
+
+
+def pairs(samples=8):
+    """Return clean latents, noise, times and velocities of a global batch."""
+    g = torch.Generator().manual_seed(5)
+    x, noise, velocity = (torch.randn(samples, C, H, H, generator=g) for _ in range(3))
+    return x, noise, torch.rand(samples, generator=g), velocity
+
+
+def with_contrast(path, x, noise, t, velocity, weight=CFM):
+    """Return the terms of REG's loss without class token and encoders, from the output of a network."""
+    draws = Draws(t, noise, noise, torch.zeros(len(t), dtype=torch.bool))
+    return REGLoss(Interpolant(path), {"cfm": weight}).compare(velocity, None, None, x, Targets(), draws)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_contrastive_flow_matching_written_out(path):
+    """Values and gradients against the formula, with sample 2k for 2k + 1 and 2k + 1 for 2k."""
+    x, noise, t, velocity = pairs()
+    ours, plain = velocity.clone().requires_grad_(), velocity.clone().requires_grad_()
+    at, losses = Interpolant(path).coefficients(t), []
+    targets = [at.d_alpha_t[i] * x[i] + at.d_sigma_t[i] * noise[i] for i in range(8)]
+    for i in range(8):
+        other = targets[i + 1 if i % 2 == 0 else i - 1]
+        losses.append(((plain[i] - targets[i]) ** 2).mean() - CFM * ((plain[i] - other) ** 2).mean())
+    terms = with_contrast(path, x, noise, t, ours)
+    torch.testing.assert_close(terms["loss"], torch.stack(losses), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(terms["loss"], terms["denoise"] + CFM * terms["cfm"])
+    assert list(terms) == ["loss", "denoise", "cfm"] and (terms["cfm"] < 0).all()
+    gradients = [
+        torch.autograd.grad(total, of)[0]
+        for total, of in ((terms["loss"].mean(), ours), (torch.stack(losses).mean(), plain))
+    ]
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-7)
+
+
+def test_contrastive_flow_matching_does_not_depend_on_the_division_of_the_batch():
+    batch = pairs()
+    complete = with_contrast("linear", *batch)["loss"]
+    for size in (2, 4):
+        parts = [
+            with_contrast("linear", *(values[first : first + size] for values in batch))["loss"]
+            for first in range(0, 8, size)
+        ]
+        assert torch.equal(torch.cat(parts), complete)
+    with pytest.raises(ValueError, match="3 samples do not form pairs"):
+        with_contrast("linear", *(values[:3] for values in batch))
+
+
+def test_without_its_weight_contrastive_flow_matching_is_absent():
+    batch = pairs()
+    terms = with_contrast("linear", *batch, weight=0.0)
+    assert list(terms) == ["loss", "denoise"] and torch.equal(terms["loss"], terms["denoise"])
+    odd = with_contrast("linear", *(values[:3] for values in batch), weight=0.0)
+    assert torch.equal(odd["loss"], terms["loss"][:3])
+
+
+def test_compiled_contrastive_flow_matching_is_the_same():
+    batch = pairs()
+    compiled = torch.compile(with_contrast, backend="aot_eager", fullgraph=True, dynamic=False)("linear", *batch)
+    torch.testing.assert_close(compiled, with_contrast("linear", *batch), rtol=1e-6, atol=1e-6)

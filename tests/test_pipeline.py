@@ -12,6 +12,8 @@ from common.errors import InputError
 from export import export
 from models.autoencoder import PixelCodec, load_codec
 from models.checkpoint import load_checkpoint, save_checkpoint
+from models.interpolant import Interpolant
+from samplers import Guidance, image_seeds, sample_images
 from tests.conftest import run_generate
 from tests.test_autoencoder import save_kl
 from tests.test_checkpoint import content
@@ -250,3 +252,21 @@ def test_a_codec_that_was_not_exported_has_to_be_named(tmp_path, capsys):
 def test_a_half_precision_pipeline_is_loaded(checkpoint):
     pipeline = REGPipeline.from_pretrained(checkpoint, torch_dtype=torch.bfloat16)
     assert pipeline.transformer.dtype == torch.bfloat16
+
+
+def test_the_pipeline_samples_with_the_time_shift_of_the_training(tmp_path):
+    path = write_checkpoint(tmp_path / "0000012.pt", PixelCodec().format.to_json())
+    shifted = load_checkpoint(path)
+    shifted["args"].time_shift = 2.5
+    save_checkpoint(tmp_path / "0000013.pt", shifted)
+    pipeline = REGPipeline.from_pretrained(tmp_path / "0000013.pt")
+    pipeline.save_pretrained(tmp_path / "saved")
+    plain, again = (REGPipeline.from_pretrained(place) for place in (path, tmp_path / "saved"))
+    for one in (plain, pipeline, again):
+        one.set_progress_bar_config(disable=True)
+    images = [one([0], seed=3, output_type="latent", **GUIDED).images for one in (plain, pipeline, again)]
+    seeds = image_seeds(3, range(1))
+    given = (pipeline.transformer, [0], seeds, Interpolant("cosine", 2.5), Guidance(2.0, 2.0, 0, 0.85))
+    expected, _ = sample_images(*given, num_steps=4)
+    assert torch.equal(images[1], expected.float()) and torch.equal(images[1], images[2])
+    assert not torch.equal(images[0], images[1]) and again.config.time_shift == 2.5 and plain.config.time_shift == 1

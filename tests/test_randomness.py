@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import pytest
@@ -87,3 +88,39 @@ def test_lognormal_times_have_that_noise_to_signal_ratio(path):
 def test_a_distribution_is_one_entry(monkeypatch):
     monkeypatch.setitem(TIME_DISTRIBUTIONS, "late", lambda count, path, generator: torch.full((count,), 0.9))
     assert source(weighting="late").draw(0).t.unique().tolist() == pytest.approx([0.9])
+
+
+@pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (-0.4, 1.0), (0.8, 0.5), (10, 10), (-10, 10)])
+def test_logit_normal_times_are_the_sigmoid_of_normal_numbers(mean, std):
+    t = lognormal_times(2000, Interpolant(), torch.Generator().manual_seed(2), mean, std)
+    normals = torch.randn(2000, generator=torch.Generator().manual_seed(2)).tolist()
+    plain = [1 / (1 + math.exp(-(mean + std * n))) for n in normals]
+    torch.testing.assert_close(t, torch.tensor(plain), rtol=1e-5, atol=1e-6)
+    assert t.isfinite().all() and t.min() >= 0 and t.max() <= 1
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_logit_normal_times_of_mean_0_and_width_1_are_as_before(path):
+    ratio = torch.randn(2000, generator=torch.Generator().manual_seed(2)).exp()
+    before = ratio / (1 + ratio) if path == "linear" else 2 / math.pi * torch.atan(ratio)
+    for parameters in ({}, {"mean": 0.0, "std": 1.0}):
+        t = lognormal_times(2000, Interpolant(path), torch.Generator().manual_seed(2), **parameters)
+        assert torch.equal(t, before)
+
+
+@pytest.mark.parametrize("weighting", TIME_DISTRIBUTIONS)
+def test_a_time_shift_moves_the_times_and_no_other_draw(weighting):
+    plain, moved = (
+        source(weighting=weighting).draw(2),
+        source(weighting=weighting, path=Interpolant("linear", 3)).draw(2),
+    )
+    expected = [3 * t / (1 + 2 * t) for t in plain.t.tolist()]
+    torch.testing.assert_close(moved.t, torch.tensor(expected), rtol=1e-5, atol=1e-6)
+    assert all(torch.equal(a, b) for a, b in zip(plain[1:5], moved[1:5], strict=True))
+
+
+def test_the_parameters_of_the_times_reach_their_distribution():
+    drawn = source(batch_size=20_000, latent_shape=(1, 1, 1), weighting="lognormal")
+    drawn = dataclasses.replace(drawn, time_parameters={"mean": -0.4, "std": 0.5}).draw(0)
+    logits = torch.logit(drawn.t.double())
+    assert logits.mean().item() == pytest.approx(-0.4, abs=0.02) and logits.std().item() == pytest.approx(0.5, abs=0.02)

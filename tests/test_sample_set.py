@@ -301,3 +301,14 @@ def test_class_tokens_of_other_kinds_are_named(samples):
     np.save(path, tokens(range(3)))
     with pytest.raises(InputError, match=r"cls_tokens\.npy: 3 class tokens of 7 images"):
         samples.read_cls_tokens()
+
+
+def test_a_set_of_an_earlier_version_had_no_time_shift(tmp_path):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "samples.json").write_text(json.dumps({DIGEST: "abc"}))
+    SampleSet(folder, 4, 16).claim({DIGEST: "abc", "time_shift": 1.0})
+    SampleSet(folder, 4, 16).release()
+    (folder / "samples.json").write_text(json.dumps({DIGEST: "abc"}))
+    with pytest.raises(InputError, match=r"made with --time-shift 1\.0, not 2\.0; choose another --name"):
+        SampleSet(folder, 4, 16).claim({DIGEST: "abc", "time_shift": 2.0})

@@ -328,3 +328,69 @@ def test_unknown_settings_are_refused(options, text):
 def test_labels_that_the_network_lacks_are_refused(labels, text):
     with pytest.raises(ValueError, match=text):
         sample_images(trained_looking_network(), labels, [1, 2], Interpolant(), num_steps=1)
+
+
+def plain_sampler(mode, solver, velocity, noise, score, shift, num_steps):
+    """The samplers for a single stream, written out with a time shift (SiT, section 2, and SD3, equation 23)."""
+
+    def shifted(t):
+        return shift * t / (1 + (shift - 1) * t)
+
+    x = noise()[0]
+    if mode == "sde":
+        times = [1 - 0.96 * i / (num_steps - 1) for i in range(num_steps)] + [0]
+    else:
+        times = [1 - i / num_steps for i in range(num_steps)] + [0]
+    times = [torch.tensor(shifted(t), dtype=torch.float64) for t in times]
+    for number, (t, t_next) in enumerate(pairwise(times)):
+        last = number == num_steps - 1
+        if mode == "sde":
+            x = x + (velocity(x, t) - t * score(x, t)) * (t_next - t)
+            x = x if last else x + torch.sqrt(2 * t * (t - t_next)) * noise()[0]
+        else:
+            slope = velocity(x, t)
+            if solver == "heun" and not last:
+                slope = (slope + velocity(x + slope * (t_next - t), t_next)) / 2
+            x = x + slope * (t_next - t)
+    return x
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("mode", "solver"), [("sde", "euler"), ("ode", "euler"), ("ode", "heun")])
+def test_a_time_shift_moves_all_times_of_the_grid(path, mode, solver):
+    interpolant = Interpolant(path, 2.5)
+    exact = gaussian_velocity(interpolant)
+
+    def score(x, t):
+        at = interpolant.coefficients(t)
+        return -(x - at.alpha_t * MEAN) / (at.alpha_t**2 * STD**2 + at.sigma_t**2)
+
+    found, _ = sample(exact, standard_normals(n=9, with_cls=False), interpolant, mode, solver, num_steps=7)
+    normals = standard_normals(n=9, with_cls=False)
+    plain = plain_sampler(mode, solver, lambda x, t: exact(x, None, t)[0], normals, score, 2.5, 7)
+    torch.testing.assert_close(found, plain, rtol=1e-9, atol=1e-9)
+    unshifted, _ = sample(exact, standard_normals(n=9, with_cls=False), Interpolant(path), mode, solver, num_steps=7)
+    assert (found - unshifted).abs().max() > 1e-4
+
+
+def test_an_adaptive_solver_has_no_grid_to_shift():
+    found = [
+        sample(gaussian_velocity(path), standard_normals(n=5), path, "ode", "dopri5")[0]
+        for path in (Interpolant(), Interpolant("linear", 3.0))
+    ]
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_guidance_interval_is_of_shifted_times(mode):
+    times = []
+
+    def network(x, t, y, cls_token=None, project=True):
+        times.append((t.item(), len(x)))
+        return x, None, None
+
+    velocity = GuidedVelocity(network, torch.zeros(1, dtype=torch.int64), 5, Guidance(2.0, low=0.5, high=0.9))
+    sample(velocity, standard_normals(n=1, with_cls=False), Interpolant("linear", 4.0), mode, num_steps=20)
+    assert all((size == 2) == (0.5 <= t <= 0.9) for t, size in times)
+    unshifted = {t / (4 - 3 * t) for t, size in times if size == 2}
+    assert min(unshifted) < 0.25 and 6 < len(unshifted) < 12

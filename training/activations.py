@@ -22,7 +22,7 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 # With --compile, inductor keeps fewer tensors of a block and computes the others again. The shares are counts with the
 # partitioner that inductor uses (backend aot_eager_decomp_partition), equal for SiT-S/2, B/2 and XL/2 and rounded up.
 COMPILED_SHARE = {"no": 0.86, "fp16": 0.76, "bf16": 0.76}
-COUNTED = (2, 3)  # images: with one image, tensors of all images and of one would not differ
+COUNTED = (2, 4)  # images, in pairs: with one image, tensors of all images and of one would not differ
 
 
 class Bytes(NamedTuple):
@@ -63,13 +63,17 @@ class Activations:
 
 
 def count_activations(
-    network: SiTConfig, precision: str, fused_attn: bool = True, device_type: str = "cuda"
+    network: SiTConfig,
+    precision: str,
+    fused_attn: bool = True,
+    device_type: str = "cuda",
+    loss_weights: dict[str, float] | None = None,
 ) -> Activations:
     """Return what the backward pass of a network and of the loss needs, exactly, if it is not compiled.
 
     The forward pass is run on fake tensors of a device type, which need not exist: they have shapes, dtypes and
     storages but no data, and autocast casts them as it does on that device. Networks of two depths and batches of two
-    and three images are counted, and the count is linear in both. With SPRINT, `depth` and `block` are those of the
+    and four images are counted, and the count is linear in both. With SPRINT, `depth` and `block` are those of the
     routed blocks, and `rest` includes the others.
 
     Args:
@@ -77,10 +81,12 @@ def count_activations(
         precision: no, fp16 or bf16 autocast.
         fused_attn: whether the network uses fused attention.
         device_type: cuda or cpu.
+        loss_weights: those of `REGLoss`; default: none.
     """
+    how = (precision, fused_attn, device_type, loss_weights or {})
     least = network.least_depth
     shallow, deep = (
-        [_count(replace(network, depth=depth, encoder_depth=1), n, precision, fused_attn, device_type) for n in COUNTED]
+        [_count(replace(network, depth=depth, encoder_depth=1), n, *how) for n in COUNTED]
         for depth in (least, least + 1)
     )
     one, two = (_linear([kept for kept, _ in counts]) for counts in (shallow, deep))
@@ -96,7 +102,9 @@ def _linear(counts: list[int]) -> Bytes:
     return Bytes(few - fewer_images * per_image, per_image)
 
 
-def _count(network: SiTConfig, images: int, precision: str, fused_attn: bool, device_type: str) -> tuple[int, int]:
+def _count(
+    network: SiTConfig, images: int, precision: str, fused_attn: bool, device_type: str, loss_weights: dict[str, float]
+) -> tuple[int, int]:
     """Return the bytes that a forward pass keeps, parameters not counted, and those of the input of one block."""
     with torch.device("meta"):
         model = SiT(network, fused_attn)
@@ -106,7 +114,7 @@ def _count(network: SiTConfig, images: int, precision: str, fused_attn: bool, de
         model.blocks[len(model.blocks) // 2].register_forward_pre_hook(lambda _, inputs: block_input.append(inputs[0]))
         batch = _batch(network, images)
         with _autocast(device_type, DTYPES.get(precision)), _FusedAttention(), kept_tensors(model) as kept:
-            REGLoss(Interpolant("linear"))(model, *batch)["loss"].mean()
+            REGLoss(Interpolant("linear"), loss_weights)(model, *batch)["loss"].mean()
         return sum(storage.nbytes() for storage in kept.values()), block_input[0].untyped_storage().nbytes()
 
 

@@ -15,21 +15,20 @@ from common.checks import BELOW_ONE, GUIDANCE_SCALE, NON_NEGATIVE, POSITIVE, UNI
 from common.cli import Config, adjustable, parse, setting, uses_cuda
 from common.errors import InputError
 from dataset import LATENT_FOLDERS
-from loss import ENTANGLED, FROM_ENCODER, TERMS
+from loss import FROM_ENCODER
 from models.autoencoder import LatentFormat
 from models.checkpoint import MOST_STEPS
 from models.inference import NETWORK_DTYPES
-from models.interpolant import PATHS
+from models.interpolant import Interpolant
 from models.sit import SiT_models, SiTConfig
 from models.sit_config import NORMS, PRESETS, QK_NORMS, default_encoder_depth
 from training.limits import Estimate
+from training.method_settings import MethodSettings
 from training.optimization_settings import OptimizationSettings
-from training.randomness import TIME_DISTRIBUTIONS
 
 MINUTES_PER_YEAR = 525_600
 TIMEOUT = Check(f"greater than 0 and at most a year, {MINUTES_PER_YEAR}", lambda value: 0 < value <= MINUTES_PER_YEAR)
 MODEL = Check(f"one of {', '.join(SiT_models)}", lambda value: value in SiT_models)
-WEIGHTS = {term.name: term.weight for term in TERMS}
 # In args.json: facts about the run that are not settings, and the names of the settings that follow from others.
 DERIVED = "derived"
 # Digests of what a run reads: the setting that names it, and what a resumed run says if it differs.
@@ -248,35 +247,6 @@ class SpeedSettings(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MethodSettings(Config):
-    """method"""
-
-    path_type: str = setting("linear", "path between data and noise", choices=PATHS)
-    prediction: str = setting("v", "what the network predicts: the velocity", choices=("v",))
-    weighting: str = setting("uniform", "distribution of training times", choices=tuple(TIME_DISTRIBUTIONS))
-    cfg_prob: float = setting(
-        0.1,
-        "probability that a label is replaced by the null class (in the published code without effect: always 0.1)",
-        check=BELOW_ONE,
-    )
-    enc_type: str = setting("dinov2-vit-b", "frozen encoders, comma-separated; the first gives the class token")
-    enc_weights: str | None = adjustable(None, "local weight files of the encoders, comma-separated; default: the hub")
-    entangle: str | None = setting(
-        None,
-        "what the class slot holds, denoised with the latents: the class token of the first encoder (default), the "
-        "mean of its patch tokens, or the mean of the latents; or a learned token, not denoised; or no slot. In each "
-        "case the slot is aligned with the class token",
-        choices=ENTANGLED,
-    )
-    proj_coeff: float = setting(
-        WEIGHTS["proj"],
-        "weight of the alignment; 0: no projectors, and the checkpoint does not fit the published code",
-        check=NON_NEGATIVE,
-    )
-    cls: float = setting(WEIGHTS["cls"], "weight of the class token's velocity", check=NON_NEGATIVE)
-
-
-@dataclass(frozen=True, kw_only=True)
 class TrainConfig(
     RunSettings, GridSettings, EvaluationSettings, NetworkSettings, DataSettings, PrecisionSettings, SpeedSettings,
     OptimizationSettings, MethodSettings,
@@ -324,11 +294,6 @@ class TrainConfig(
         """Folder of the run."""
         return Path(self.output_dir) / self.exp_name
 
-    @property
-    def loss_weights(self) -> dict[str, float]:
-        """Weights of the loss terms, by the names in `loss.TERMS`."""
-        return {"proj": self.proj_coeff, "cls": self.cls}
-
 
 def parse_args(argv: Sequence[str] | None = None) -> TrainConfig:
     """Return the settings of a command line of train.py. Raises InputError for settings that no run can have."""
@@ -345,6 +310,7 @@ class RunFacts:
     digests: dict[str, str] = field(default_factory=dict)  # by the names in DIGESTS
     micro_batches: int = 1  # of a step on each process
     memory: Estimate | None = None  # of a step with these micro-batches; None if it is not estimated
+    path: Interpolant = field(default_factory=Interpolant)  # with the time shift that the size of the latents gives
 
 
 def find_facts(
@@ -387,4 +353,5 @@ def find_facts(
         )
     except ValueError as error:
         raise InputError(f"--model {config.model} with the given sizes: {error}") from error
-    return RunFacts(resolution, latent_format, network, digests or {})
+    path = config.path(latent_format.channels, latent_size)
+    return RunFacts(resolution, latent_format, network, digests or {}, path=path)

@@ -82,6 +82,7 @@ class StepMemory:
         loaded: bytes on the device before: encoders, codec.
         sharded: whether --fsdp is given.
         checkpointing: whether --activation-checkpointing is given.
+        multiple: the samples of a micro-batch must be a multiple of this number.
     """
 
     network: SiTConfig
@@ -91,6 +92,7 @@ class StepMemory:
     loaded: int = 0
     sharded: bool = False
     checkpointing: bool = False
+    multiple: int = 1
 
     def estimate(self, micro_batches: int) -> Estimate:
         """Return an upper estimate of the bytes of a step."""
@@ -107,13 +109,14 @@ class StepMemory:
         return state // self.processes + 2 * NUMBER_BYTES * (rest + 2 * block)  # weights and gradients
 
     def fewest_micro_batches(self, available: int) -> int | None:
-        """Return the smallest number of equal micro-batches that fits `available` bytes; None if one image does not."""
+        """Return the smallest number of equal micro-batches that fits `available` bytes; None if none does."""
         return next((number for number in self.divisors if self.fits(number, available)), None)
 
     @property
     def divisors(self) -> list[int]:
         """The possible numbers of micro-batches, in ascending order."""
-        return [number for number in range(1, self.samples + 1) if self.samples % number == 0]
+        groups = self.samples // self.multiple
+        return [number for number in range(1, groups + 1) if groups % number == 0]
 
     def fits(self, micro_batches: int, available: int) -> bool:
         """Return whether a step fits `available` bytes of a GPU."""
@@ -131,14 +134,21 @@ class StepMemory:
         fitting = [option for option, fits in options.items() if fits]
         if fitting:
             return f"it fits with {' or '.join(fitting)}"
-        return "micro-batches of one image do not fit either; use a smaller --model, or several GPUs with --fsdp"
+        least = "one image" if self.multiple == 1 else f"{self.multiple} images"
+        return f"micro-batches of {least} do not fit either; use a smaller --model, or several GPUs with --fsdp"
 
 
 def step_memory(
-    network: SiTConfig, precision: str, compiled: bool, fused_attn: bool, device_type: str, **more: int | bool
+    network: SiTConfig,
+    precision: str,
+    compiled: bool,
+    fused_attn: bool,
+    device_type: str,
+    loss_weights: dict[str, float] | None = None,
+    **more: int | bool,
 ) -> StepMemory:
     """Return the memory of a training step. `more`: arguments of `StepMemory`; the others: `count_activations`."""
-    activations = count_activations(network, precision, fused_attn, device_type)
+    activations = count_activations(network, precision, fused_attn, device_type, loss_weights)
     return StepMemory(network, activations.compiled(precision) if compiled else activations, **more)
 
 
@@ -152,10 +162,10 @@ def choose_micro_batches(memory: StepMemory, given: int | None, before: Any, fre
             before; any value that is no such number is not used.
         free: bytes that the process can use.
 
-    Without `given` and `before` this is the smallest number that fits; if none does, micro-batches have one image.
+    Without `given` and `before` this is the smallest number that fits; if none does, the largest possible number.
     """
     fewest = memory.fewest_micro_batches(free)
-    parts = given or fewest or memory.samples
+    parts = given or fewest or memory.divisors[-1]
     if given is None and type(before) is int and before in memory.divisors and memory.fits(before, free):
         parts = before
     if not memory.fits(parts, free):

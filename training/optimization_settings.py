@@ -63,5 +63,6 @@ class OptimizationSettings(Config):
     seed: int = setting(0, "seed of all random numbers", check=SEED)
 
     def check_combination(self) -> None:
+        super().check_combination()
         if self.optimizer == "muon" and not hasattr(torch.optim, "Muon"):
             raise InputError(f"--optimizer muon: needs torch 2.9 or later; installed: torch {torch.__version__}")

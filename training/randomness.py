@@ -8,8 +8,8 @@ number of processes and after a resume. To add a distribution of training times,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -26,14 +26,19 @@ def uniform_times(count: int, path: Interpolant, generator: torch.Generator) -> 
     return torch.rand(count, generator=generator, device=generator.device)
 
 
-def lognormal_times(count: int, path: Interpolant, generator: torch.Generator) -> Tensor:
-    """Return times (count,) of the noise-to-signal ratio s = exp(N(0, 1)) (EDM, arXiv 2206.00364, section 5)."""
-    ratio = torch.randn(count, generator=generator, device=generator.device).exp()
+def lognormal_times(
+    count: int, path: Interpolant, generator: torch.Generator, mean: float = 0.0, std: float = 1.0
+) -> Tensor:
+    """Return times (count,) of the noise-to-signal ratio exp(N(mean, std^2)) (EDM, arXiv 2206.00364, section 5).
+
+    On the linear path these are logit-normal times, sigmoid(mean + std N(0, 1)) (SD3, arXiv 2403.03206, section 3.1).
+    """
+    ratio = (mean + std * torch.randn(count, generator=generator, device=generator.device)).exp()
     return ratio / (1 + ratio) if path.path_type == "linear" else 2 / math.pi * torch.atan(ratio)
 
 
 #: Distributions of training times by the name that `--weighting` gives them; each returns (count,) float32 in [0, 1].
-TIME_DISTRIBUTIONS: dict[str, Callable[[int, Interpolant, torch.Generator], Tensor]] = {
+TIME_DISTRIBUTIONS: dict[str, Callable[..., Tensor]] = {
     "uniform": uniform_times,
     "lognormal": lognormal_times,
 }
@@ -49,7 +54,8 @@ class StepRandomness:
         latent_shape: of one image, (C, h, w).
         cls_token_dim: width of the class token; None without one.
         path: the path between data and noise.
-        weighting: distribution of times, a key of `TIME_DISTRIBUTIONS`.
+        weighting: distribution of times, a key of `TIME_DISTRIBUTIONS`; then the path shifts the times.
+        time_parameters: further arguments of that distribution.
         cfg_prob: probability that a label is replaced by the null class.
         sprint_tokens: tokens of an image, class slot included, for SPRINT's choice of tokens; 0 without SPRINT.
         sprint_path_drop: probability of SPRINT's path drop in a step.
@@ -65,6 +71,7 @@ class StepRandomness:
     cfg_prob: float
     sprint_tokens: int = 0
     sprint_path_drop: float = 0.0
+    time_parameters: Mapping[str, float] = field(default_factory=dict)
     device: torch.device | str = "cpu"
 
     def draw(self, step: int) -> Draws:
@@ -74,7 +81,7 @@ class StepRandomness:
         source = {"generator": generator, "device": generator.device}
         n = self.batch_size
         draws = Draws(
-            t=TIME_DISTRIBUTIONS[self.weighting](n, self.path, generator),
+            t=self.path.shift(TIME_DISTRIBUTIONS[self.weighting](n, self.path, generator, **self.time_parameters)),
             noise=torch.randn(n, *self.latent_shape, **source),
             latent_noise=torch.randn(n, *self.latent_shape, **source),
             label_drop=torch.rand(n, **source) < self.cfg_prob,

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from common.checks import AUTO
 from common.classes import ClassSet, label_ranges
 from common.cli import fixed_settings, flag, settings
 from common.errors import InputError
@@ -20,6 +21,9 @@ from models.sit import SiTConfig
 from models.sit_config import qk_norm_name
 from models.switches import switches_of_weights
 from training.config import DERIVED, DIGESTS, MEANS_ALL, RunFacts, TrainConfig
+
+# Settings that runs of earlier versions did not record; they had the default.
+ADDED = ("time_mean", "time_std", "time_shift", "cfm_coeff")
 
 
 class DamagedError(InputError):
@@ -34,6 +38,7 @@ def saved_args(config: TrainConfig, facts: RunFacts) -> dict[str, Any]:
         "enc_type": name_with_tokens(config.enc_type),
         "qk_norm": network.to_json()["qk_norm"],
         "entangle": config.slot,
+        "time_shift": facts.path.time_shift,
         "cls_token": config.slot != "none",
         "mixed_precision": config.precision,
         "gradient_accumulation_steps": facts.micro_batches,
@@ -72,6 +77,10 @@ def check_same_run(current: dict[str, Any], saved: dict[str, Any], source: str |
         before = saved.get(name)
         if name == "enc_type" and isinstance(value, str) and isinstance(before, str):
             value, before = name_with_tokens(value), name_with_tokens(before, AFTER_NORM)
+        if name in ADDED and "codec" in saved:  # published files do not show what these were
+            before = saved.get(name, settings(TrainConfig)[name].default)
+        if name == "time_shift" and value == AUTO:  # compared when the size of the latents is known
+            continue
         if name == "qk_norm":
             value, before = qk_norm_name(value), qk_norm_name(before)
         known = name in MEANS_ALL or (value is not None and before is not None)

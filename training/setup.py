@@ -30,7 +30,6 @@ from models.autoencoder import Codec, codec_format, load_decoder
 from models.checkpoint import saved_settings
 from models.encoders import Encoder, load_encoders
 from models.inference import NETWORK_DTYPES
-from models.interpolant import Interpolant
 from models.sit import SiT
 from training.checkpoint_writer import CheckpointWriter
 from training.config import RunFacts, TrainConfig, find_facts
@@ -100,11 +99,10 @@ def set_up(config: TrainConfig, stop_signal: StopSignal | None = None) -> Run:
     with restoring(point.path):
         model, average, optimizer = prepare_networks(config, facts, accelerator, checkpoint, point.path)
     optimizer = GuardedOptimizer(optimizer, logger.info)
-    path = Interpolant(config.path_type)
-    criterion = REGLoss(path, config.loss_weights)
+    criterion = REGLoss(facts.path, config.loss_weights)
     if config.compile:
         compile_training(accelerator.unwrap_model(model), encoders, criterion)
-    randomness = make_randomness(config, facts, path, accelerator)
+    randomness = make_randomness(config, facts, accelerator)
 
     # The run's folder, its log and its guards.
     step = checkpoint["steps"] if checkpoint else 0
@@ -164,6 +162,7 @@ def open_data(config: TrainConfig, accelerator: Accelerator) -> LatentDataset:
         data.keep(config.max_images)
     processes, parts = accelerator.num_processes, config.gradient_accumulation_steps or 1
     GlobalBatchSampler(len(data), config.batch_size, config.seed, range(0), 0, processes, parts)  # checks divisibility
+    config.check_pairs(config.batch_size, processes, parts)
     if config.check_data:
         part, parts = accelerator.process_index, accelerator.num_processes
         with progress_bar(total=len(data) // parts, desc="checking the data", unit="image", main=part == 0) as bar:
@@ -224,9 +223,10 @@ def divide_batch(
         loaded = torch.cuda.memory_allocated(device) if device.type == "cuda" else sum(weights)
         frees, loads = zip(*gather_object([(free, loaded)]), strict=True)
         memory = step_memory(
-            facts.network, config.precision, config.compile, config.fused_attn, device.type,
+            facts.network, config.precision, config.compile, config.fused_attn, device.type, config.loss_weights,
             samples=config.batch_size // accelerator.num_processes, processes=accelerator.num_processes,
             loaded=max(loads), sharded=config.fsdp, checkpointing=config.activation_checkpointing,
+            multiple=2 if config.cfm_coeff else 1,
         )  # fmt: skip
         if free is not None:
             parts = choose_micro_batches(memory, config.gradient_accumulation_steps, before, min(frees))
@@ -244,9 +244,7 @@ def check_loader(config: TrainConfig, facts: RunFacts, data: LatentDataset, acce
     check_shared_memory("--num-workers", config.num_workers, PREFETCHED, micro_batch * item_bytes)
 
 
-def make_randomness(
-    config: TrainConfig, facts: RunFacts, path: Interpolant, accelerator: Accelerator
-) -> StepRandomness:
+def make_randomness(config: TrainConfig, facts: RunFacts, accelerator: Accelerator) -> StepRandomness:
     """Return the source of everything random in a step."""
     network = facts.network
     return StepRandomness(
@@ -254,11 +252,12 @@ def make_randomness(
         batch_size=config.batch_size,
         latent_shape=(network.in_channels, network.input_size, network.input_size),
         cls_token_dim=network.cls_token_dim,
-        path=path,
+        path=facts.path,
         weighting=config.weighting,
         cfg_prob=config.cfg_prob,
         sprint_tokens=network.tokens if network.sprint else 0,
         sprint_path_drop=network.sprint_path_drop,
+        time_parameters=config.time_parameters,
         device=accelerator.device,
     )
 

@@ -139,9 +139,18 @@ def data(run: Run) -> str:
 def loss(run: Run) -> str:
     """Return the terms of the loss with their weights."""
     weights = {term.name: run.criterion.weights.get(term.name, term.weight) for term in TERMS}
-    applies = {"denoise": True, "proj": bool(run.facts.network.z_dims), "cls": bool(run.facts.network.cls_token_dim)}
+    applies = {"proj": bool(run.facts.network.z_dims), "cls": bool(run.facts.network.cls_token_dim)}
+    applies["cfm"] = run.config.cfm_coeff > 0
     terms = [f"{weight:g} {name}" for name, weight in weights.items() if applies.get(name, True)]
-    return f"{' + '.join(terms)}; {run.config.path_type} path"
+    return f"{' + '.join(terms)}; {run.config.path_type} path{times(run)}"
+
+
+def times(run: Run) -> str:
+    """Return the distribution of training times and their shift, where they are not the defaults."""
+    config, shift = run.config, run.facts.path.time_shift
+    parts = [f"lognormal times ({config.time_mean:g}, {config.time_std:g})"] * (config.weighting == "lognormal")
+    parts += [f"time shift {shift:.4g}"] * (shift != 1)
+    return "".join(f", {part}" for part in parts)
 
 
 def files(run: Run) -> str:

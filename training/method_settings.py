@@ -1,0 +1,105 @@
+"""The settings of the method: the path, the training times, the encoders and the loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from common.checks import AUTO, BELOW_ONE, NON_NEGATIVE, TIME_SHIFT, Check
+from common.cli import Config, adjustable, number_or_auto, setting
+from common.errors import InputError
+from loss import ENTANGLED, TERMS
+from models.interpolant import PATHS, Interpolant, shift_of_latents
+from training.randomness import TIME_DISTRIBUTIONS
+
+WEIGHTS = {term.name: term.weight for term in TERMS}
+# Within these bounds, exp(mean + std n) is finite in float32 for all normal numbers n that PyTorch draws.
+MOST_OF_TIMES = 10
+TIME_MEAN = Check(f"from -{MOST_OF_TIMES} to {MOST_OF_TIMES}", lambda value: -MOST_OF_TIMES <= value <= MOST_OF_TIMES)
+TIME_STD = Check(f"greater than 0 and at most {MOST_OF_TIMES}", lambda value: 0 < value <= MOST_OF_TIMES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodSettings(Config):
+    """method"""
+
+    path_type: str = setting("linear", "path between data and noise", choices=PATHS)
+    prediction: str = setting("v", "what the network predicts: the velocity", choices=("v",))
+    weighting: str = setting(
+        "uniform",
+        "distribution of training times; lognormal: of the noise-to-signal ratio, which are logit-normal times on the "
+        "linear path, sigmoid(mean + std n)",
+        choices=tuple(TIME_DISTRIBUTIONS),
+    )
+    time_mean: float = setting(
+        0.0, "with --weighting lognormal: mean of the ratio's logarithm; above 0: more noise", check=TIME_MEAN
+    )
+    time_std: float = setting(
+        1.0, "with --weighting lognormal: standard deviation of the ratio's logarithm", check=TIME_STD
+    )
+    time_shift: float | str = setting(
+        1.0,
+        "factor s of the time shift t -> s t / (1 + (s - 1) t), for training times and for the steps of all samples; "
+        "auto: sqrt(C H W / 4096) for latents (C, H, W); 1: none (Stable Diffusion 3, SR-DiT)",
+        check=TIME_SHIFT,
+        parse=number_or_auto,
+    )
+    cfg_prob: float = setting(
+        0.1,
+        "probability that a label is replaced by the null class (in the published code without effect: always 0.1)",
+        check=BELOW_ONE,
+    )
+    enc_type: str = setting("dinov2-vit-b", "frozen encoders, comma-separated; the first gives the class token")
+    enc_weights: str | None = adjustable(None, "local weight files of the encoders, comma-separated; default: the hub")
+    entangle: str | None = setting(
+        None,
+        "what the class slot holds, denoised with the latents: the class token of the first encoder (default), the "
+        "mean of its patch tokens, or the mean of the latents; or a learned token, not denoised; or no slot. In each "
+        "case the slot is aligned with the class token",
+        choices=ENTANGLED,
+    )
+    proj_coeff: float = setting(
+        WEIGHTS["proj"],
+        "weight of the alignment; 0: no projectors, and the checkpoint does not fit the published code",
+        check=NON_NEGATIVE,
+    )
+    cls: float = setting(WEIGHTS["cls"], "weight of the class token's velocity", check=NON_NEGATIVE)
+    cfm_coeff: float = setting(
+        WEIGHTS["cfm"],
+        "weight of contrastive flow matching: the error for the target of another sample is subtracted (SR-DiT: 0.05); "
+        "0: none",
+        check=NON_NEGATIVE,
+    )
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """Weights of the loss terms, by the names in `loss.TERMS`."""
+        return {"proj": self.proj_coeff, "cls": self.cls, "cfm": self.cfm_coeff}
+
+    @property
+    def time_parameters(self) -> dict[str, float]:
+        """Parameters of the distribution of training times."""
+        return {"mean": self.time_mean, "std": self.time_std} if self.weighting == "lognormal" else {}
+
+    def path(self, channels: int, size: int) -> Interpolant:
+        """Return the path between data and noise for latents (C, H, W) with H = W = `size`."""
+        shift = shift_of_latents(channels, size) if self.time_shift == AUTO else self.time_shift
+        return Interpolant(self.path_type, shift)
+
+    def check_combination(self) -> None:
+        super().check_combination()
+        for name, value, default in (("mean", self.time_mean, 0.0), ("std", self.time_std, 1.0)):
+            if self.weighting != "lognormal" and value != default:
+                raise InputError(
+                    f"--time-{name} {value:g}: is a parameter of --weighting lognormal, but --weighting is "
+                    f"{self.weighting}; allowed with it: {default:g}"
+                )
+
+    def check_pairs(self, batch_size: int, processes: int, parts: int) -> None:
+        """Raise InputError if contrastive flow matching is on and a micro-batch would not consist of pairs."""
+        samples = batch_size // processes // parts
+        if self.cfm_coeff and samples % 2:
+            raise InputError(
+                f"--cfm-coeff {self.cfm_coeff:g}: needs an even number of samples in each micro-batch, but "
+                f"--batch-size {batch_size} on {processes} processes in --gradient-accumulation-steps {parts} gives "
+                f"{samples}"
+            )
