@@ -5,6 +5,9 @@
 #     CKPT=exps/reg-SiT-B-2/checkpoints/0400000.pt REF_BATCH=VIRTUAL_imagenet256_labeled.npz bash eval.sh
 #     CFG_SCALE=2.3 GUIDANCE_HIGH=0.85 CKPT=... REF_BATCH=... bash eval.sh
 #
+# RECIPE=srdit samples as for the published number of a network that RECIPE=srdit of train.sh trained. A recipe is a file
+# of settings, recipes/generate/RECIPE.json. The variables and flags that are given replace its values.
+#
 # CKPT is a checkpoint, a run's folder for its newest checkpoint, an exported network, or a name of the hub. The same
 # command resumes an interrupted evaluation. The result is written next to the images, as result.json. Relative paths
 # that are given mean the folder of the caller; the default is in the folder of this script.
@@ -22,13 +25,15 @@ if [ -z "$REPOSITORY" ]; then
     exit 2
 fi
 source "$REPOSITORY/launch/launch.sh"
+source "$REPOSITORY/launch/recipe.sh"
 
+choose_recipe generate "$@"                  # RECIPE: reg (default), repa, sit, srdit or srdit-muon; recipes/README.md
 CKPT=${CKPT:?must name the checkpoint to evaluate}
 REF_BATCH=${REF_BATCH:?must name the reference .npz, VIRTUAL_imagenet256_labeled.npz for ImageNet at 256 px}
 SAMPLE_DIR=${SAMPLE_DIR:-$REPOSITORY/samples} # folder of all sample sets
 NUM_SAMPLES=${NUM_SAMPLES:-50000}            # images
-LABELS=${LABELS:-random}                     # random (as published) or balanced
-NUM_STEPS=${NUM_STEPS:-250}                  # SDE steps
+LABELS=${LABELS:-$(recipe_setting label_sampling)} # random, or balanced: equally many of each class
+NUM_STEPS=${NUM_STEPS:-$(recipe_setting num_steps)} # SDE steps
 CFG_SCALE=${CFG_SCALE:-1.0}                  # guidance scale of the image; 1.0: no guidance
 CLS_CFG_SCALE=${CLS_CFG_SCALE:-$CFG_SCALE}   # guidance scale of the class token
 GUIDANCE_HIGH=${GUIDANCE_HIGH:-1.0}          # guidance is used up to this time; 0.85 for the best result
@@ -59,6 +64,7 @@ launch "$REPOSITORY/generate.py" \
     --cls-cfg-scale "$CLS_CFG_SCALE" \
     --guidance-high "$GUIDANCE_HIGH" \
     --per-proc-batch-size "$BATCH_SIZE" \
+    --config "$RECIPE_FILE" \
     "$@"
 
 launch "$REPOSITORY/evaluations/evaluator.py" \

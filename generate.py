@@ -50,7 +50,7 @@ from generation.config import (
     choose_path,
     image_labels,
     label_pool,
-    unused_scale,
+    unused_guidance,
 )
 from generation.naming import default_name, published_name
 from generation.sample_set import DIGEST, SampleSet
@@ -168,7 +168,7 @@ def make_plan(config: GenerateConfig, accelerator: Accelerator) -> SamplePlan:
     model = build_model(checkpoint, config.weights, device, config.fused_attn, source=config.ckpt)
     check_same_files(config.ckpt, opened.before, opened.now())  # tensors were read from the file until now
     latent_format = network_format(saved.get("codec"), model.config.in_channels, config.vae, config.ckpt)
-    warnings = unused_scale(config)
+    warnings = unused_guidance(config)
     warnings += check_against_checkpoint(config, checkpoint, model.config, latent_format)
     codec = load_decoder(latent_format, config.vae, device)
     coherence = None
@@ -211,7 +211,7 @@ def find_batch_size(config: GenerateConfig, accelerator: Accelerator, model: SiT
     """Return how many images fit into the memory of every process's GPU, with guidance and decoding."""
     if accelerator.device.type != "cuda":
         return CPU_BATCH
-    guidance = Guidance(config.cfg_scale)  # at all times
+    guidance = Guidance(config.cfg_scale, path_drop=config.path_drop_guidance)  # at all times
 
     def attempt(count: int) -> None:
         network = fast_network(model, count, compiled=False, cuda_graphs=config.cuda_graphs).network

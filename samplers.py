@@ -43,7 +43,8 @@ class Guidance:
 
     t is the time that the network is called with, after a time shift of the path.
     Only the image's scale turns guidance on. The class token then uses `cls_scale` in the same formula, or stays
-    conditional if `cls_scale` is 0 or less. `cls_scale` None becomes `scale`.
+    conditional if `cls_scale` is 0 or less. `cls_scale` None becomes `scale`. With `path_drop`, the unconditional
+    branch skips the middle blocks of a network with SPRINT (SR-DiT, arXiv 2512.12386).
     Raises ValueError for a scale below 1, or an interval that is reversed or not inside 0 .. 1.
     """
 
@@ -51,6 +52,7 @@ class Guidance:
     cls_scale: float | None = None
     low: float = 0.0
     high: float = 1.0
+    path_drop: bool = False
 
     def __post_init__(self) -> None:
         if self.cls_scale is None:
@@ -66,6 +68,11 @@ class Guidance:
     def ignores_cls_scale(self) -> bool:
         """Whether `cls_scale` asks for guidance and has no effect, because `scale` turns guidance off."""
         return self.scale <= 1 < self.cls_scale
+
+    @property
+    def ignores_path_drop(self) -> bool:
+        """Whether `path_drop` has no effect, because `scale` turns guidance off."""
+        return self.path_drop and self.scale <= 1
 
     def active(self, t: float) -> bool:
         """Return whether guidance is on at time t. Times equal to `low` or `high` are inside the interval."""
@@ -98,19 +105,31 @@ class GuidedVelocity:
         x, cls = _each(lambda part: part.to(self.dtype), (x, cls))
         if not guided:
             return self._call(x, cls, t, self.y)
-        v, v_cls = self._call(*_each(lambda part: torch.cat([part, part]), (x, cls)), t, self._both_labels)
-        v = _guide(v, self.guidance.scale)
-        if v_cls is not None:
-            v_cls = _guide(v_cls, self.guidance.cls_scale) if self.guidance.cls_scale > 0 else v_cls.chunk(2)[0]
+        if self.guidance.path_drop:  # the branches go through different blocks, so each is a call
+            conditional = self._call(x, cls, t, self.y)
+            unconditional = self._call(x, cls, t, self._null_labels, skip_middle=True)
+        else:
+            both = self._call(*_each(lambda part: torch.cat([part, part]), (x, cls)), t, self._both_labels)
+            conditional = _each(lambda v: v.chunk(2)[0], both)
+            unconditional = _each(lambda v: v.chunk(2)[1], both)
+        v, v_cls = conditional
+        v = _guide(v, unconditional[0], self.guidance.scale)
+        if v_cls is not None and self.guidance.cls_scale > 0:
+            v_cls = _guide(v_cls, unconditional[1], self.guidance.cls_scale)
         return v, v_cls
+
+    @cached_property
+    def _null_labels(self) -> Tensor:
+        """N times the null class, (N,)."""
+        return torch.full_like(self.y, self.null_class)
 
     @cached_property
     def _both_labels(self) -> Tensor:
         """The labels, then N times the null class, (2 N,)."""
-        return torch.cat([self.y, torch.full_like(self.y, self.null_class)])
+        return torch.cat([self.y, self._null_labels])
 
-    def _call(self, x: Tensor, cls: Tensor | None, t: Tensor, y: Tensor) -> State:
-        v, _, v_cls = self.model(x, t, y, cls_token=cls, project=False)
+    def _call(self, x: Tensor, cls: Tensor | None, t: Tensor, y: Tensor, **options: bool) -> State:
+        v, _, v_cls = self.model(x, t, y, cls_token=cls, project=False, **options)
         return _each(Tensor.double, (v, v_cls))
 
 
@@ -125,8 +144,7 @@ def _step(state: State, direction: State, size: Tensor) -> State:
     return _each(lambda x, v: x + v * size, state, direction)
 
 
-def _guide(v: Tensor, scale: float) -> Tensor:
-    conditional, unconditional = v.chunk(2)
+def _guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
     return unconditional + scale * (conditional - unconditional)
 
 
@@ -349,9 +367,11 @@ def sample_images(
         rows: smallest batch that the network is called with. A smaller batch is padded with copies of its last image,
             which are not returned.
 
-    Raises ValueError for a label that the network does not have, for unequal numbers of labels and seeds, and as
-    `sample` does.
+    Raises ValueError for a label that the network does not have, for unequal numbers of labels and seeds, for path drop
+    in guidance of a network without SPRINT, and as `sample` does.
     """
+    if guidance.path_drop and not model.config.sprint:
+        raise ValueError("path drop in guidance: needs a network with SPRINT, and this network has none")
     if wrong := [label for label in labels if not 0 <= label <= model.null_class]:
         allowed = f"0 .. {model.null_class - 1}, and {model.null_class} for no class"
         raise ValueError(f"label {wrong[0]}: the network does not have it; allowed: {allowed}")

@@ -1,7 +1,10 @@
 #!/usr/bin/env bash
-# Trains on ImageNet with the published recipe. Settings are environment variables; further flags go to train.py:
+# Trains on ImageNet with a published recipe. Settings are environment variables; further flags go to train.py:
 #
 #     MODEL=SiT-XL/2 DATA_DIR=/data/imagenet256 bash train.sh --seed 1
+#     RECIPE=srdit bash train.sh
+#
+# A recipe is a file of settings, recipes/train/RECIPE.json. The variables and flags that are given replace its values.
 #
 # The same command resumes an interrupted run. It uses all GPUs of the machine. For several machines, run it on each
 # machine with NUM_MACHINES, MACHINE_RANK, HEAD_ADDRESS and HEAD_PORT (launch/launch.sh), or submit it to SLURM:
@@ -32,15 +35,17 @@ if [ -z "$REPOSITORY" ]; then
     exit 2
 fi
 source "$REPOSITORY/launch/launch.sh"
+source "$REPOSITORY/launch/recipe.sh"
 
-MODEL=${MODEL:-SiT-B/2}                   # SiT-{S,B,L,XL}/{2,4,8}
+choose_recipe train "$@"                  # RECIPE: reg (default), repa, sit, srdit or srdit-muon; recipes/README.md
+MODEL=${MODEL:-$(recipe_setting model)}   # SiT-{S,B,L,XL}/{1,2,4,8}
 DATA_DIR=${DATA_DIR:-$REPOSITORY/data/imagenet256} # images and latents: preprocessing/README.md
 OUTPUT_DIR=${OUTPUT_DIR:-$REPOSITORY/exps} # folder of all runs
-EXP_NAME=${EXP_NAME:-reg-${MODEL//\//-}}  # folder of this run in OUTPUT_DIR
-ENCODER=${ENCODER:-dinov2-vit-b}          # names: README.md
-BATCH_SIZE=${BATCH_SIZE:-256}             # in total, over all GPUs of all machines
-STEPS=${STEPS:-400000}                    # 400 K in most tables, 4 M for the best result
-PRECISION=${PRECISION:-}                  # fp16, bf16 or no; empty: fp16 on GPUs, no on the CPU
+EXP_NAME=${EXP_NAME:-$RECIPE-${MODEL//\//-}} # folder of this run in OUTPUT_DIR
+ENCODER=${ENCODER:-$(recipe_setting enc_type)} # names: README.md
+BATCH_SIZE=${BATCH_SIZE:-$(recipe_setting batch_size)} # in total, over all GPUs of all machines
+STEPS=${STEPS:-$(recipe_setting max_train_steps)} # 400 K in most tables, 4 M for the best result
+PRECISION=${PRECISION:-}                  # fp16, bf16 or no; empty: the recipe's, else fp16 on GPUs, no on the CPU
 REPORT_TO=${REPORT_TO:-none}              # wandb, tensorboard or none
 
 status=0
@@ -55,6 +60,7 @@ launch "$REPOSITORY/train.py" \
     --report-to "$REPORT_TO" \
     ${PRECISION:+--mixed-precision "$PRECISION"} \
     --resume latest \
+    --config "$RECIPE_FILE" \
     "$@" || status=$?
 
 if ((status == EXIT_RESUMABLE && !INTERRUPTED)) && [ -n "${SLURM_JOB_ID:-}" ]; then

@@ -79,6 +79,9 @@ class SamplerSettings(Config):
     guidance_high: float = setting(
         1.0, "highest time that is guided, after a time shift; time 1 is noise", check=UNIT_INTERVAL
     )
+    path_drop_guidance: bool = setting(
+        False, "with guidance, the unconditional velocity skips the middle blocks of a network with SPRINT (SR-DiT)"
+    )
     time_shift: float | str | None = setting(
         None,
         "factor s of the time shift t -> s t / (1 + (s - 1) t) of the solver steps; auto: sqrt(C H W / 4096) for "
@@ -90,7 +93,8 @@ class SamplerSettings(Config):
     @property
     def guidance(self) -> Guidance:
         """Scales and interval of the guidance."""
-        return Guidance(self.cfg_scale, self.cls_cfg_scale, self.guidance_low, self.guidance_high)
+        interval = (self.guidance_low, self.guidance_high)
+        return Guidance(self.cfg_scale, self.cls_cfg_scale, *interval, self.path_drop_guidance)
 
     @property
     def chosen_solver(self) -> str:
@@ -233,6 +237,11 @@ def check_against_checkpoint(
             warnings.append(f"{contradiction}; without effect on the images")
     if config.with_cls_tokens and network.cls_token_dim is None:
         raise InputError(f"--save-cls: {config.ckpt} has no class token")
+    if config.path_drop_guidance and not network.sprint:
+        raise InputError(
+            f"--path-drop-guidance: {config.ckpt} is a network without SPRINT; only one trained with --sprint has "
+            "blocks to skip"
+        )
     return warnings
 
 
@@ -252,9 +261,12 @@ def choose_path(config: GenerateConfig, saved: dict[str, Any], network: SiTConfi
     return Interpolant(path.path_type, shift), warnings
 
 
-def unused_scale(config: GenerateConfig) -> list[str]:
-    """Return a warning if --cls-cfg-scale has no effect. No error: published command lines may contain it."""
-    if not config.guidance.ignores_cls_scale:
-        return []
+def unused_guidance(config: GenerateConfig) -> list[str]:
+    """Return warnings about settings of guidance without effect. No error: published command lines may contain them."""
+    unused = []
+    if config.guidance.ignores_cls_scale:
+        unused.append(f"--cls-cfg-scale {config.cls_cfg_scale:g}")
+    if config.guidance.ignores_path_drop:
+        unused.append("--path-drop-guidance")
     reason = f"only --cfg-scale above 1 turns guidance on, and it is {config.cfg_scale:g}"
-    return [f"--cls-cfg-scale {config.cls_cfg_scale:g} has no effect: {reason}"]
+    return [f"{flag} has no effect: {reason}" for flag in unused]

@@ -24,6 +24,7 @@ def default_name(config: GenerateConfig, checkpoint: dict[str, Any]) -> str:
     solver = config.mode if config.mode == "sde" else f"ode-{config.chosen_solver}"
     scales, interval = config.guidance, f"{config.guidance_low:g}-{config.guidance_high:g}"
     guidance = f"cfg-{scales.scale:g}-cls-{scales.cls_scale:g}-at-{interval}" if scales.scale > 1 else "no-cfg"
+    guidance += "-path-drop" if scales.scale > 1 and scales.path_drop else ""
     weights = f"{run}-{steps_done(checkpoint, config.ckpt):07d}-{config.weights}"
     shift = "" if config.time_shift is None else f"-shift-{config.time_shift}"
     return f"{weights}-{solver}{steps}{shift}-{guidance}-{config.label_sampling}-labels-seed-{config.global_seed}"

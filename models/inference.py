@@ -6,6 +6,7 @@ Each of them changes images only by rounding; benchmarks/sample.py measures the 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -73,8 +74,9 @@ class _Captured(NamedTuple):
 class CudaGraphs:
     """Calls a network through CUDA graphs: one kernel launch for each call instead of hundreds.
 
-    The first call with each shape captures a graph. Each call overwrites the output of the previous call.
-    `model` is on a CUDA device. Its weights may change their values, but not their addresses.
+    The first call with each shape and each value of `project` and `skip_middle` captures a graph. Each call overwrites
+    the output of the previous call. `model` is on a CUDA device. Its weights may change their values, but not their
+    addresses.
     """
 
     def __init__(self, model: SiT):
@@ -84,13 +86,19 @@ class CudaGraphs:
 
     @torch.inference_mode()
     def __call__(
-        self, x: Tensor, t: Tensor, y: Tensor, cls_token: Tensor | None = None, project: bool = False
+        self,
+        x: Tensor,
+        t: Tensor,
+        y: Tensor,
+        cls_token: Tensor | None = None,
+        project: bool = False,
+        skip_middle: bool = False,
     ) -> SiTOutput:
         """Return the network's velocities; the arguments are those of `SiT.forward`."""
         inputs = (x, t, y, cls_token)
-        key = (project, *((tensor.shape, tensor.dtype) for tensor in inputs if tensor is not None))
+        key = (project, skip_middle, *((tensor.shape, tensor.dtype) for tensor in inputs if tensor is not None))
         if key not in self._captured:
-            self._captured[key] = self._capture(inputs, project)
+            self._captured[key] = self._capture(inputs, project, skip_middle)
         captured = self._captured[key]
         for static, given in zip(captured.inputs, inputs, strict=True):
             if static is not None:
@@ -98,17 +106,18 @@ class CudaGraphs:
         captured.graph.replay()
         return captured.output
 
-    def _capture(self, given: tuple[Tensor | None, ...], project: bool) -> _Captured:
+    def _capture(self, given: tuple[Tensor | None, ...], project: bool, skip_middle: bool) -> _Captured:
         inputs = tuple(None if tensor is None else tensor.clone() for tensor in given)
         x, t, y, cls_token = inputs
+        call = partial(self.model, x, t, y, cls_token=cls_token, project=project, skip_middle=skip_middle)
         side_stream = torch.cuda.Stream()
         side_stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side_stream):
             for _ in range(WARM_UP_CALLS):
-                self.model(x, t, y, cls_token=cls_token, project=project)
+                call()
         torch.cuda.current_stream().wait_stream(side_stream)
         graph = torch.cuda.CUDAGraph()
         # "thread_local": other threads may draw noise and write images during the capture.
         with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
-            output = self.model(x, t, y, cls_token=cls_token, project=project)
+            output = call()
         return _Captured(graph, inputs, output)

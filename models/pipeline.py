@@ -154,6 +154,7 @@ class REGPipeline(DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
+        path_drop_guidance: bool = False,
     ) -> ImagePipelineOutput | tuple:
         """Return one image for each label.
 
@@ -170,6 +171,7 @@ class REGPipeline(DiffusionPipeline):
             output_type: "pil" for a list of images; "np" for an array (N, H, W, 3), float32 from 0 to 1; "pt" for a
                 tensor (N, 3, H, W), float32 from 0 to 1; "latent" for what `vae.decode` takes, (N, C, h, w) float32.
             return_dict: return an `ImagePipelineOutput` with the field `images`, else a tuple with that element.
+            path_drop_guidance: whether the unconditional velocity skips the middle blocks; needs a network with SPRINT.
 
         Raises ValueError, naming the argument, for a value that is not allowed.
         """
@@ -179,10 +181,14 @@ class REGPipeline(DiffusionPipeline):
             raise ValueError(f"num_inference_steps is {num_inference_steps}; allowed: whole numbers from 1")
         if not isinstance(guidance_interval, tuple | list) or len(guidance_interval) != 2:
             raise ValueError(f"guidance_interval {guidance_interval}: must be a pair, lowest and highest time")
-        guidance = Guidance(guidance_scale, cls_guidance_scale, *guidance_interval)
+        if path_drop_guidance and not self.transformer.config.sprint:
+            raise ValueError("path_drop_guidance: needs a network with SPRINT, and this network has none")
+        guidance = Guidance(guidance_scale, cls_guidance_scale, *guidance_interval, path_drop_guidance)
+        reason = f"only guidance_scale above 1 turns guidance on, and it is {guidance_scale:g}"
         if guidance.ignores_cls_scale:
-            reason = f"only guidance_scale above 1 turns guidance on, and it is {guidance_scale:g}"
             warnings.warn(f"cls_guidance_scale {cls_guidance_scale:g} has no effect: {reason}", stacklevel=3)
+        if guidance.ignores_path_drop:
+            warnings.warn(f"path_drop_guidance has no effect: {reason}", stacklevel=3)
         path = Interpolant(self.config.path_type, self.config.time_shift)
         sampler = (path, guidance, mode, solver, num_inference_steps)
         labels = self._labels(class_labels)

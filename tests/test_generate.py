@@ -331,6 +331,8 @@ def test_eval_sh_names_the_set_by_its_checkpoint(tmp_path, given, ckpt, name):
         (folder / f"{step:07d}.pt").write_text("")
     (tmp_path / "launch").mkdir()
     (tmp_path / "launch" / "launch.sh").write_text('launch() { echo "$@"; exit; }')
+    shutil.copy(ROOT / "launch" / "recipe.sh", tmp_path / "launch")
+    shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
     shutil.copy(ROOT / "eval.sh", tmp_path)
     environment = {**os.environ, "CKPT": given, "REF_BATCH": "exps", "SAMPLE_DIR": "samples"}
     result = subprocess.run(["bash", "eval.sh"], cwd=tmp_path, env=environment, capture_output=True, text=True)

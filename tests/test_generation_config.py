@@ -1,13 +1,24 @@
 """Settings of generate.py: what is refused, and the labels that they give."""
 
+from argparse import Namespace
+
 import pytest
 
 from common.classes import ClassSet
 from common.cli import parse
 from common.errors import InputError
-from generation.config import LABEL_STREAM, GenerateConfig, choose_path, image_labels, unused_scale
+from generation.config import (
+    LABEL_STREAM,
+    GenerateConfig,
+    check_against_checkpoint,
+    choose_path,
+    image_labels,
+    unused_guidance,
+)
+from models.autoencoder import SD_FORMAT
 from models.sit_config import SiTConfig
-from samplers import derive_seed
+from samplers import Guidance, derive_seed
+from tests.test_sit import small
 
 
 def settings_of(line):
@@ -37,11 +48,23 @@ def test_a_name_does_not_leave_the_folder_of_all_sets(name):
         settings_of(["--ckpt", "x.pt", "--name", name])
 
 
+def test_path_drop_guidance_needs_guidance_and_sprint():
+    line = ["--ckpt", "x.pt", "--path-drop-guidance"]
+    warning = "--path-drop-guidance has no effect: only --cfg-scale above 1 turns guidance on, and it is 1"
+    assert unused_guidance(settings_of(line)) == [warning]
+    config = settings_of([*line, "--cfg-scale", "2", "--guidance-high", "0.85"])
+    assert unused_guidance(config) == [] and config.guidance == Guidance(2.0, 2.0, 0.0, 0.85, path_drop=True)
+    with_sprint, without = small(depth=5, sprint=True), small(depth=5)
+    assert check_against_checkpoint(config, {"args": Namespace()}, with_sprint.config, SD_FORMAT) == []
+    with pytest.raises(InputError, match=r"--path-drop-guidance: x\.pt is a network without SPRINT"):
+        check_against_checkpoint(config, {"args": Namespace()}, without.config, SD_FORMAT)
+
+
 def test_a_scale_of_the_class_token_alone_is_warned_of():
     for flags in ([], ["--cfg-scale", "2"], ["--cfg-scale", "2", "--cls-cfg-scale", "3"], ["--cls-cfg-scale", "0"]):
-        assert unused_scale(settings_of(["--ckpt", "x.pt", *flags])) == []
+        assert unused_guidance(settings_of(["--ckpt", "x.pt", *flags])) == []
     warning = "--cls-cfg-scale 2.3 has no effect: only --cfg-scale above 1 turns guidance on, and it is 1"
-    assert unused_scale(settings_of(["--ckpt", "x.pt", "--cls-cfg-scale", "2.3"])) == [warning]
+    assert unused_guidance(settings_of(["--ckpt", "x.pt", "--cls-cfg-scale", "2.3"])) == [warning]
 
 
 @pytest.mark.parametrize(

@@ -12,14 +12,15 @@ from torch.utils._pytree import tree_leaves
 from models.inference import CudaGraphs, compile_blocks, convert, fast_network
 from models.interpolant import Interpolant
 from samplers import Guidance, sample_images
-from tests.test_samplers import trained_looking_network
+from tests.test_samplers import SR_DIT, trained_looking_network
 
 GUIDANCE = Guidance(2.0, 2.0, 0.0, 0.5)
+PATH_DROP = Guidance(2.0, 2.0, 0.0, 0.5, path_drop=True)
 
 
-def images(model, count=3, **options):
+def images(model, count=3, guidance=GUIDANCE, **options):
     return sample_images(
-        model, [n % 5 for n in range(count)], list(range(count)), Interpolant(), GUIDANCE, num_steps=4, **options
+        model, [n % 5 for n in range(count)], list(range(count)), Interpolant(), guidance, num_steps=4, **options
     )
 
 
@@ -63,6 +64,19 @@ def test_compiled_blocks_give_the_same_images_and_are_compiled_once_for_each_sha
         torch.testing.assert_close(found[0], expected[0])
 
 
+def test_blocks_are_compiled_once_for_both_branches_of_path_drop_guidance():
+    """Both have the batch size of the calls outside the guidance interval."""
+    model = trained_looking_network(**SR_DIT)
+    expected = images(model, guidance=PATH_DROP)
+    torch._dynamo.reset()
+    compile_blocks(model, backend=(counter := CompileCounter()))
+    torch.testing.assert_close(images(model, guidance=PATH_DROP), expected)
+    compiled = counter.frame_count
+    assert 0 < compiled <= 3  # the first block, the others, the final layer
+    images(model, guidance=PATH_DROP)
+    assert counter.frame_count == compiled
+
+
 class RecordedGraph(TorchDispatchMode):
     """Replacement for a CUDA graph on the CPU: records operations and replays them into the same memory."""
 
@@ -104,7 +118,7 @@ def graphs_on_cpu(monkeypatch):
     return captured
 
 
-def check_graphs(model):
+def check_graphs(model, guidance=GUIDANCE):
     """Compare replayed with direct calls: inside and outside the guidance interval, where batches have other sizes.
 
     A second batch of a shape, and changed weights, go through the graphs of the first one.
@@ -117,7 +131,7 @@ def check_graphs(model):
                     parameter.mul_(1.1)
         labels, seeds = [(n + shift) % 5 for n in range(count)], [shift, 7, 8][:count]
         direct, replayed = (
-            sample_images(model, labels, seeds, Interpolant(), GUIDANCE, num_steps=4, network=network)
+            sample_images(model, labels, seeds, Interpolant(), guidance, num_steps=4, network=network)
             for network in (model, graphs)
         )
         torch.testing.assert_close(replayed, direct, rtol=1e-4, atol=1e-4)
@@ -128,14 +142,19 @@ def test_replayed_calls_depend_only_on_their_arguments(model, graphs_on_cpu):
     assert len(graphs_on_cpu) == 4  # two batch sizes, each inside and outside the guidance interval
 
 
-def check_fast_network(model, **tolerance):
+def test_a_call_without_the_middle_blocks_has_a_graph_of_its_own(graphs_on_cpu):
+    check_graphs(trained_looking_network(**SR_DIT), PATH_DROP)
+    assert len(graphs_on_cpu) == 4  # two batch sizes, each with and without the middle blocks
+
+
+def check_fast_network(model, guidance=GUIDANCE, **tolerance):
     """Compare a batch, a smaller one, and one after a change of the weights, with direct calls of the network."""
     fast = fast_network(model, 3, compiled=model.device.type == "cuda", cuda_graphs=True)
     for change, count in ((0.0, 3), (0.0, 2), (0.5, 2)):
         with torch.no_grad():
             for parameter in model.final_layer.parameters():
                 parameter.mul_(1 + change)
-        direct, found = images(model, count), images(model, count, **fast._asdict())
+        direct, found = images(model, count, guidance), images(model, count, guidance, **fast._asdict())
         assert len(found[0]) == count
         torch.testing.assert_close(found, direct, **tolerance)
 
@@ -159,3 +178,9 @@ def test_the_fast_network_gives_the_same_images_under_autocast(model):
 @pytest.mark.gpu
 def test_cuda_graphs_give_the_same_images(model):
     check_graphs(model.cuda())
+
+
+@pytest.mark.gpu
+def test_the_fast_network_gives_the_same_images_with_path_drop_guidance():
+    check_graphs(trained_looking_network(**SR_DIT).cuda(), PATH_DROP)
+    check_fast_network(trained_looking_network(**SR_DIT).cuda(), PATH_DROP, rtol=1e-3, atol=1e-3)

@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -193,123 +192,6 @@ def command_of(process: int) -> str:
 def test_settings_that_are_refused(settings, message):
     process = start("bash", "train.sh", **settings)
     assert message in text_of(process) and process.returncode == 2
-
-
-# Stands for python: prints the number of GPUs, or what torchrun would be given, and leaves an exit status.
-FAKE_PYTHON = """#!/bin/sh
-[ "$1" = -W ] && echo "$GPUS" && exit
-echo "in $PWD: $*"
-echo "signals ${PET_SIGNALS_TO_HANDLE:-all}"
-echo "${STATUS:-0}" > "$REG_STATUS_FILE"
-"""
-TOOLS = ("bash", "sh", "dirname", "basename", "sed", "mktemp", "cat", "rm", "getconf", "nohup", "head", "realpath")
-
-
-@pytest.fixture
-def place(tmp_path):
-    """A PATH without scontrol, the scripts in a folder of their own, and another folder, that of the caller."""
-    for name in ("bin", "reg", "caller"):
-        (tmp_path / name).mkdir()
-    for name in TOOLS:
-        (tmp_path / "bin" / name).symlink_to(shutil.which(name))
-    executable(tmp_path / "bin" / "python", FAKE_PYTHON)
-    shutil.copytree(ROOT / "launch", tmp_path / "reg" / "launch")
-    for name in ("train.sh", "eval.sh"):
-        shutil.copy(ROOT / name, tmp_path / "reg")
-    return tmp_path
-
-
-def executable(path, text):
-    path.write_text(text)
-    path.chmod(0o755)
-
-
-def call(place, *command, **settings):
-    """Return exit status and output of a command of the caller."""
-    environment = {"PATH": str(place / "bin"), "NUM_GPUS": "0", **settings}
-    done = subprocess.run(
-        command, cwd=place / "caller", env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        timeout=SECONDS,
-    )  # fmt: skip
-    return done.returncode, done.stdout
-
-
-def test_relative_paths_are_those_of_the_caller(place):
-    reg, caller = place / "reg", place / "caller"
-    status, text = call(place, "bash", "../reg/train.sh", "--init-from", "a.pt", DATA_DIR="data")
-    assert status == 0 and text.startswith(f"in {caller}: -m torch.distributed.run ")
-    assert f"bash {reg}/launch/worker.sh {reg}/train.py" in text and "--init-from a.pt" in text
-    assert f"--data-dir data --output-dir {reg}/exps" in text
-    for name in ("a.pt", "ref.npz"):
-        (caller / name).touch()
-    status, text = call(place, "bash", "../reg/eval.sh", CKPT="a.pt", REF_BATCH="ref.npz")
-    assert status == 0 and f"worker.sh {reg}/generate.py --ckpt a.pt --sample-dir {reg}/samples" in text
-    assert f"worker.sh {reg}/evaluations/evaluator.py --ref_batch ref.npz --sample_batch {reg}/samples/" in text
-
-
-def test_a_copy_of_the_script_finds_its_folder(place):
-    """As `sbatch train.sh` runs it."""
-    job = place / "slurm_script"
-    job.write_bytes((ROOT / "train.sh").read_bytes())
-    status, text = call(place, "bash", str(job), SLURM_SUBMIT_DIR=str(place / "reg"))
-    assert status == 0 and f"{place}/reg/train.py" in text
-    status, text = call(place, "bash", str(job), SLURM_SUBMIT_DIR=str(place / "caller"))
-    assert status == 2 and "call sbatch in that folder" in text
-    executable(place / "bin" / "scontrol", f"#!/bin/sh\necho '   Command={place}/reg/train.sh --seed 1'\n")
-    status, text = call(place, "bash", str(job), SLURM_SUBMIT_DIR=str(place / "caller"), SLURM_JOB_ID="7")
-    assert status == 0 and f"{place}/reg/train.py" in text
-
-
-@pytest.mark.parametrize(
-    ("settings", "flags", "message"),
-    [
-        ({"NUM_GPUS": "3", "GPUS": "2"}, [], "NUM_GPUS 3: PyTorch finds 2: nvidia-smi shows GPUs and driver"),
-        ({"NUM_GPUS": "", "GPUS": "0"}, [], "PyTorch finds no GPU: nvidia-smi shows"),
-        ({"NUM_GPUS": "two"}, [], "NUM_GPUS two: must be a whole number"),
-        ({"SLURM_NNODES": "2"}, [], "the job has 2 nodes, but only the first one runs this script; start it by srun"),
-        (
-            {"SLURM_NNODES": "2", "SLURM_STEP_ID": "0", "SLURM_JOB_NODELIST": "n[1-2]"},
-            [],
-            "scontrol is not in PATH; set HEAD_ADDRESS to the first node of n[1-2]",
-        ),
-        ({"NUM_GPUS": "", "GPUS": "2"}, [], None),
-        ({"NUM_GPUS": "", "GPUS": "0"}, ["--device", "cpu"], None),
-    ],
-)
-def test_what_the_machine_does_not_have_is_told(place, settings, flags, message):
-    status, text = call(place, "bash", "../reg/train.sh", *flags, **settings)
-    if message is None:
-        assert status == 0 and f"--nproc-per-node {settings['GPUS'] if not flags else 1} " in text
-    else:
-        assert status == 2 and text.startswith(f"train.sh: error: {message}") and text.count("\n") == 1
-
-
-def test_no_python(place):
-    (place / "bin" / "python").unlink()
-    status, text = call(place, "bash", "../reg/train.sh")
-    assert status == 2 and text == "train.sh: error: python is not in PATH; activate the Python environment first\n"
-
-
-@pytest.mark.parametrize(
-    ("scontrol", "message"),
-    [
-        (None, "scontrol is not in PATH, so job 7 is not requeued; submit it again to resume"),
-        ("exit 1", "job 7 cannot be requeued; submit it again to resume"),
-        ("echo $@", "requeue 7\ntrain.sh: job 7 is back in the queue, restart 3"),
-    ],
-)
-def test_a_stopped_job_is_requeued_or_says_what_to_do(place, scontrol, message):
-    if scontrol:
-        executable(place / "bin" / "scontrol", f"#!/bin/sh\n{scontrol}\n")
-    job = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "2", "STATUS": str(EXIT_RESUMABLE)}
-    status, text = call(place, "bash", "../reg/train.sh", **job)
-    assert status == EXIT_RESUMABLE and text.endswith(message + "\n")
-
-
-def test_torchrun_ignores_sighup_under_nohup(place):
-    for prefix, signals in ((["nohup"], "SIGTERM,SIGINT,SIGQUIT"), ([], "all")):
-        status, text = call(place, *prefix, "bash", "../reg/train.sh")
-        assert status == 0 and f"signals {signals}\n" in text
 
 
 @pytest.mark.cpu

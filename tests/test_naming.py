@@ -56,6 +56,12 @@ def test_a_checkpoint_does_not_choose_where_to_link(model, begins, checkpoints):
     assert name.startswith(begins) and "/" not in name
 
 
+def test_the_name_tells_path_drop_guidance_from_the_other():
+    line = ["--ckpt", "a/0012.pt", "--path-drop-guidance"]
+    guided, plain = (default_name(settings_of([*line, *more]), {}) for more in (["--cfg-scale", "2"], []))
+    assert "-cfg-2-cls-2-at-0-1-path-drop-" in guided and "-no-cfg-random-" in plain
+
+
 @pytest.mark.parametrize(
     ("exp_name", "begins"),
     [

@@ -9,6 +9,7 @@ from PIL import Image
 
 from common.classes import ClassSet
 from common.errors import InputError
+from common.io import read_json
 from export import export
 from models.autoencoder import PixelCodec, load_codec
 from models.checkpoint import load_checkpoint, save_checkpoint
@@ -64,6 +65,30 @@ def test_the_pipeline_makes_the_images_of_generate(checkpoint, tmp_path, monkeyp
     assert pipeline.dtype == torch.bfloat16 and pipeline.transformer.t_embedder.mlp[0].weight.dtype == torch.float32
 
 
+def test_path_drop_guidance_makes_the_images_of_generate(tmp_path, monkeypatch):
+    codec = PixelCodec().format.to_json()
+    network = randomise(small(in_channels=codec["channels"], num_classes=3, depth=5, sprint=True)).eval()
+    path = tmp_path / "0000012.pt"
+    save_checkpoint(path, content(network, codec=codec))
+    flags = ["--num-fid-samples", "3", "--label-sampling", "balanced", "--num-steps", "4", "--cfg-scale", "2"]
+    flags += ["--device", "cpu", "--ckpt", str(path), "--sample-dir", str(tmp_path), "--guidance-high", "0.85"]
+    run_generate([*flags, "--path-drop-guidance", "--name", "set"], monkeypatch)
+    settings = read_json(tmp_path / "set" / "samples.json")
+    theirs = np.load(tmp_path / "set" / "samples.npz")["arr_0"]
+    with pytest.raises(InputError, match="made with --path-drop-guidance True, not --path-drop-guidance False"):
+        run_generate([*flags, "--name", "set"], monkeypatch)
+    pipeline = REGPipeline.from_pretrained(path)
+    pipeline.set_progress_bar_config(disable=True)
+    ours, full = (
+        pipeline([0, 1, 2], seed=0, output_type="np", **GUIDED, path_drop_guidance=drop).images
+        for drop in (True, False)
+    )
+    assert settings["path_drop_guidance"] is True and np.array_equal(ours, theirs.astype(np.float32) / 255)
+    assert abs(ours - full).mean() > 1 / 255
+    with pytest.warns(UserWarning, match="path_drop_guidance has no effect: only guidance_scale above 1"):
+        pipeline(0, path_drop_guidance=True, num_inference_steps=1)
+
+
 def test_output_types_are_those_of_diffusers(pipeline):
     outputs = {
         name: pipeline([0, 2, 0, 0, 2], output_type=name, **GUIDED).images for name in ("pil", "np", "pt", "latent")
@@ -110,6 +135,7 @@ def test_a_label_that_the_network_lacks_is_refused(pipeline, given):
         ({"num_inference_steps": 2.5}, "num_inference_steps is 2.5"),
         ({"mode": "dde"}, "mode 'dde' is unknown"),
         ({"solver": "heun"}, "'heun' is a solver of the ODE"),
+        ({"path_drop_guidance": True}, "path_drop_guidance: needs a network with SPRINT"),
         ({"output_type": "jpeg"}, "output_type 'jpeg' is unknown; allowed: pil, np, pt, latent"),
         ({"seed": -1}, "seed is -1"),
         ({"seed": 0, "generator": torch.Generator()}, "seed and generator are both given"),

@@ -155,6 +155,33 @@ def test_guidance_acts_in_its_interval_only_and_in_one_call():
     assert velocity.model.dtypes == {torch.float32}
 
 
+@pytest.mark.parametrize("cls_scale", [3.0, 0.0])
+def test_path_drop_guidance_written_out(cls_scale):
+    """The unconditional branch goes through the first two and the last two blocks only, outside the interval none."""
+    model, generator = trained_looking_network(**SR_DIT), torch.Generator().manual_seed(0)
+    x, cls = torch.randn(2, 4, 4, 4, generator=generator), torch.randn(2, 6, generator=generator)
+    y, t = torch.tensor([1, 4]), torch.tensor([0.5])
+    calls = [[] for _ in model.blocks]
+    with torch.no_grad():
+        conditional, full = model(x, t, y, cls), model(x, t, torch.tensor([5, 5]), cls)
+        unconditional = model(x, t, torch.tensor([5, 5]), cls, skip_middle=True)
+        for block, sizes in zip(model.blocks, calls, strict=True):
+            block.register_forward_hook(lambda block, given, _, sizes=sizes: sizes.append(len(given[0])))
+        velocity = GuidedVelocity(model, y, 5, Guidance(2.0, cls_scale, 0.25, 0.75, path_drop=True))
+        v, v_cls = velocity(x.double(), cls.double(), t.double()[0])
+        velocity(x.double(), cls.double(), torch.tensor(0.8).double())
+    assert calls == [[2, 2, 2]] * 2 + [[2, 2]] * 2 + [[2, 2, 2]] * 2
+    assert not torch.allclose(full.velocity, unconditional.velocity, atol=1e-3)
+    torch.testing.assert_close(v.float(), 2 * conditional.velocity - unconditional.velocity)
+    expected = unconditional.cls_velocity + cls_scale * (conditional.cls_velocity - unconditional.cls_velocity)
+    torch.testing.assert_close(v_cls.float(), expected if cls_scale else conditional.cls_velocity)
+
+
+def test_path_drop_guidance_needs_sprint():
+    with pytest.raises(ValueError, match="path drop in guidance: needs a network with SPRINT"):
+        sample_images(trained_looking_network(), [0], [1], Interpolant(), Guidance(2.0, path_drop=True), num_steps=1)
+
+
 def test_only_the_image_scale_turns_guidance_on():
     assert not Guidance(1.0, 5.0).active(0.5)
 
@@ -197,12 +224,16 @@ def test_grid_times_equal_to_a_bound_are_guided_in_both_calls_of_heun():
     assert [19 - i for i, size in enumerate(second) if size == 4] == list(range(17, 5, -1))
 
 
-def trained_looking_network(cls_token_dim=6):
+SR_DIT = {"depth": 6, "norm": "rms", "qk_norm": "rms", "rope": True, "value_residual": True, "sprint": True}
+
+
+def trained_looking_network(cls_token_dim=6, **fields):
     torch.manual_seed(0)
-    model = SiT(
-        input_size=4, hidden_size=32, depth=2, num_heads=2, num_classes=5, encoder_depth=1, z_dims=[6],
-        projector_dim=8, cls_token_dim=cls_token_dim,
-    )  # fmt: skip
+    sizes = {
+        "input_size": 4, "hidden_size": 32, "depth": 2, "num_heads": 2, "num_classes": 5, "encoder_depth": 1,
+        "z_dims": [6], "projector_dim": 8,
+    }  # fmt: skip
+    model = SiT(**{**sizes, "cls_token_dim": cls_token_dim, **fields})
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad and not parameter.any():
