@@ -14,21 +14,19 @@ from typing import Any
 from common.checks import BELOW_ONE, GUIDANCE_SCALE, NON_NEGATIVE, POSITIVE, UNIT_INTERVAL, Check, between
 from common.cli import Config, adjustable, parse, setting, uses_cuda
 from common.errors import InputError
-from loss import ENTANGLED, FROM_ENCODER, TERMS
+from loss import FROM_ENCODER
 from models.autoencoder import LatentFormat
 from models.checkpoint import MOST_STEPS
 from models.inference import NETWORK_DTYPES
-from models.interpolant import PATHS
 from models.sit import SiT_models, SiTConfig
-from models.sit_config import NORMS, PRESETS, QK_NORMS, default_encoder_depth
+from models.sit_config import DEPTHS, NORMS, PRESETS, QK_NORMS, default_encoder_depth, depths_of_setting, parse_depths
 from training.limits import Estimate
-from training.randomness import TIME_DISTRIBUTIONS
+from training.method_settings import MethodSettings
 
 MINUTES_PER_YEAR = 525_600
 SEED = Check("from 0 to 2^63 - 1", lambda value: 0 <= value < 2**63)
 TIMEOUT = Check(f"greater than 0 and at most a year, {MINUTES_PER_YEAR}", lambda value: 0 < value <= MINUTES_PER_YEAR)
 MODEL = Check(f"one of {', '.join(SiT_models)}", lambda value: value in SiT_models)
-WEIGHTS = {term.name: term.weight for term in TERMS}
 # In args.json: facts about the run that are not settings, and the names of the settings that follow from others.
 DERIVED = "derived"
 # Digests of what a run reads: the setting that names it, and what a resumed run says if it differs.
@@ -43,7 +41,8 @@ DIGESTS = {
 RECORDED = frozenset({"codec", "latent_size", "z_dims", "in_channels", "cls_token_dim", *DIGESTS, DERIVED})
 # Another run does not take these from args.json.
 OF_ONE_RUN = ("exp_name", "resume", "resume_step", "allow_changed_data", "dry_run")
-MEANS_ALL = ("max_images",)  # settings of a run for which None is a value, not one that is determined later
+# Settings of a run for which None is a value, not one that is determined later: the name of that value in errors.
+NONE_MEANS = {"max_images": "all", "spatial_norm": "off"}
 # Bounds of numbers, so that a slip of the keyboard is an error and not a machine without memory.
 MOST_WORKERS = 1024  # each is a process; more than any machine has cores
 MOST_BLOCKS = 1000  # 36 times those of SiT-XL
@@ -161,10 +160,12 @@ class NetworkSettings(Config):
         "the published code",
         check=between(1, MOST_CLASSES),
     )
-    encoder_depth: int | None = setting(
+    encoder_depth: int | str | None = setting(
         None,
-        "align after this block, from 1; default: 4 for S and B, 8 for L and XL (published: 8), with --sprint 2",
-        check=POSITIVE,
+        "align after this block, from 1, or after several blocks, such as 2,4; default: 4 for S and B, 8 for L and XL "
+        "(published: 8), with --sprint 2",
+        parse=parse_depths,
+        check=DEPTHS,
     )
     fused_attn: bool = adjustable(True, "attention through scaled_dot_product_attention")
     norm: str = setting("layer", "norm of the tokens: LayerNorm or RMSNorm (SR-DiT)", choices=NORMS)
@@ -263,35 +264,6 @@ class OptimizationSettings(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MethodSettings(Config):
-    """method"""
-
-    path_type: str = setting("linear", "path between data and noise", choices=PATHS)
-    prediction: str = setting("v", "what the network predicts: the velocity", choices=("v",))
-    weighting: str = setting("uniform", "distribution of training times", choices=tuple(TIME_DISTRIBUTIONS))
-    cfg_prob: float = setting(
-        0.1,
-        "probability that a label is replaced by the null class (in the published code without effect: always 0.1)",
-        check=BELOW_ONE,
-    )
-    enc_type: str = setting("dinov2-vit-b", "frozen encoders, comma-separated; the first gives the class token")
-    enc_weights: str | None = adjustable(None, "local weight files of the encoders, comma-separated; default: the hub")
-    entangle: str | None = setting(
-        None,
-        "what the class slot holds, denoised with the latents: the class token of the first encoder (default), the "
-        "mean of its patch tokens, or the mean of the latents; or a learned token, not denoised; or no slot. In each "
-        "case the slot is aligned with the class token",
-        choices=ENTANGLED,
-    )
-    proj_coeff: float = setting(
-        WEIGHTS["proj"],
-        "weight of the alignment; 0: no projectors, and the checkpoint does not fit the published code",
-        check=NON_NEGATIVE,
-    )
-    cls: float = setting(WEIGHTS["cls"], "weight of the class token's velocity", check=NON_NEGATIVE)
-
-
-@dataclass(frozen=True, kw_only=True)
 class TrainConfig(
     RunSettings, GridSettings, EvaluationSettings, NetworkSettings, DataSettings, PrecisionSettings, SpeedSettings,
     OptimizationSettings, MethodSettings,
@@ -315,6 +287,7 @@ class TrainConfig(
             raise InputError(f"--entangle {self.entangle} contradicts {given}; give one of them")
         if self.enc_type == "none" and self.slot in FROM_ENCODER:
             raise InputError("--enc-type none: the class slot needs an encoder; add --no-cls-token to train SiT")
+        self.check_alignment()
         if self.resume not in (None, "latest") and self.resume_step:
             raise InputError(f"--resume {self.resume} and --resume-step {self.resume_step}: give one of them")
         if self.keep_every and not self.keep_last:
@@ -386,7 +359,7 @@ def find_facts(
             depth=config.depth or depth,
             num_heads=config.num_heads or num_heads,
             num_classes=config.num_classes or num_classes,
-            encoder_depth=config.encoder_depth or default_encoder_depth(size, config.sprint),
+            encoder_depth=depths_of_setting(config.encoder_depth) or default_encoder_depth(size, config.sprint),
             z_dims=tuple(encoder_widths) if config.proj_coeff > 0 else (),
             projector_dim=config.projector_dim,
             cls_token_dim=cls_token_dim,
@@ -397,8 +370,11 @@ def find_facts(
             sprint=config.sprint,
             sprint_keep=config.sprint_keep,
             sprint_path_drop=config.sprint_path_drop,
+            projector=config.projector,
             learnable_token=config.slot == "learnable",
         )
     except ValueError as error:
         raise InputError(f"--model {config.model} with the given sizes: {error}") from error
+    if config.spatial_norm is not None and network.grid_size == 1:
+        raise InputError(f"--spatial-norm {config.spatial_norm:g}: needs several patch tokens; the latents are 1 patch")
     return RunFacts(resolution, latent_format, network, digests or {})

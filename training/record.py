@@ -17,9 +17,9 @@ from models.checkpoint import checkpoint_classes
 from models.encoders import AFTER_NORM, Encoder, name_with_tokens
 from models.layouts import plain_names
 from models.sit import SiTConfig
-from models.sit_config import qk_norm_name
+from models.sit_config import depths_as_setting, qk_norm_name
 from models.switches import switches_of_weights
-from training.config import DERIVED, DIGESTS, MEANS_ALL, RunFacts, TrainConfig
+from training.config import DERIVED, DIGESTS, NONE_MEANS, RunFacts, TrainConfig
 
 
 class DamagedError(InputError):
@@ -33,6 +33,7 @@ def saved_args(config: TrainConfig, facts: RunFacts) -> dict[str, Any]:
         **asdict(config),
         "enc_type": name_with_tokens(config.enc_type),
         "qk_norm": network.to_json()["qk_norm"],
+        "encoder_depth": depths_as_setting(network.encoder_depth),
         "entangle": config.slot,
         "cls_token": config.slot != "none",
         "mixed_precision": config.precision,
@@ -45,7 +46,7 @@ def saved_args(config: TrainConfig, facts: RunFacts) -> dict[str, Any]:
         **{
             name: getattr(network, name)
             for name in (
-                "depth", "hidden_size", "num_heads", "encoder_depth", "num_classes", "in_channels", "cls_token_dim",
+                "depth", "hidden_size", "num_heads", "num_classes", "in_channels", "cls_token_dim",
             )
         },
     }  # fmt: skip
@@ -74,9 +75,9 @@ def check_same_run(current: dict[str, Any], saved: dict[str, Any], source: str |
             value, before = name_with_tokens(value), name_with_tokens(before, AFTER_NORM)
         if name == "qk_norm":
             value, before = qk_norm_name(value), qk_norm_name(before)
-        known = name in MEANS_ALL or (value is not None and before is not None)
+        known = name in NONE_MEANS or (value is not None and before is not None)
         if name not in changeable and known and not same_value(value, before):
-            now, then = ("all" if one is None else f"{one}"[:200] for one in (value, before))
+            now, then = (NONE_MEANS[name] if one is None else f"{one}"[:200] for one in (value, before))
             raise InputError(
                 f"{flag(name) if name in known_flags else name} is {now}, but {source} was started with {then}, and a "
                 "run keeps this setting. To start another run from its weights: a new --exp-name and --init-from "

@@ -67,10 +67,13 @@ def describe(value: Any) -> str:
     return shown(value)
 
 
-def optimizer_state(checkpoint: dict[str, Any], model: nn.Module, is_adamw: bool = True) -> State:
+def optimizer_state(
+    checkpoint: dict[str, Any], model: nn.Module, is_adamw: bool = True, alignment_has_ended: bool = False
+) -> State:
     """Return an optimizer's state by the indices of the parameters of `model`; {} if there is none at step 0.
 
-    Of another optimizer than AdamW only the shapes are compared.
+    Of another optimizer than AdamW only the shapes are compared. If the alignment has ended, the projectors may have
+    done fewer steps than the other weights.
     Raises DamagedError, naming the parameter, if a state is missing or is not one that the optimizer can have.
     """
     state = _entry(checkpoint, "state", dict)
@@ -91,8 +94,13 @@ def optimizer_state(checkpoint: dict[str, Any], model: nn.Module, is_adamw: bool
         index: _adamw_state(placed[index], names[index], parameters[names[index]].shape, steps)
         for index in sorted(placed)
     }
-    if len(counts := {values["step"].item() for values in checked.values()}) > 1:
-        counted = f"{min(counts):g} to {max(counts):g} steps"
+    aligned = [index for index in checked if alignment_has_ended and names[index].startswith("projectors.")]
+    counts, aligned_counts = (
+        {checked[index]["step"].item() for index in group} for group in (checked.keys() - aligned, aligned)
+    )
+    if len(counts) > 1 or len(aligned_counts) > 1 or max(aligned_counts, default=0) > max(counts, default=0):
+        done = counts | aligned_counts
+        counted = f"{min(done):g} to {max(done):g} steps"
         raise DamagedError(f"its optimizer has done {counted}, not equally many everywhere")
     return checked
 
