@@ -36,7 +36,7 @@ def depths_as_setting(encoder_depth: int | tuple[int, ...]) -> int | str:
 
 
 def depths_of_setting(value: Any) -> Any:
-    """Return the `encoder_depth` that `depths_as_setting` converted. Other values of a file are returned as they are."""
+    """Return the `encoder_depth` that `depths_as_setting` converted; other values are returned as they are."""
     if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}(,[0-9]{1,9})*", value):
         return tuple(map(int, value.split(",")))
     return value

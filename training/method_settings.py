@@ -55,8 +55,8 @@ class MethodSettings(Config):
     )
     align_stop_steps: int = setting(
         0,
-        "switch the alignment off after N steps (HASTE); projectors, and encoders that the class slot does not need, are "
-        "then not computed; 0: never",
+        "switch the alignment off after N steps (HASTE); then projectors, and encoders that the class slot does not "
+        "need, are not computed; 0: never",
         check=between(0, MOST_STEPS),
     )
     cls: float = setting(WEIGHTS["cls"], "weight of the class token's velocity", check=NON_NEGATIVE)
