@@ -37,7 +37,7 @@ from training.parallelism import full_norm, gather_full, projectors_in_ddp, to_d
 from training.preemption import StopSignal, exit_status, shield_worker
 from training.record import saved_args
 from training.sampling import score_samples, write_reconstructions, write_samples
-from training.setup import PREFETCHED, peak_memory, set_up
+from training.setup import PREFETCHED, peak_images_per_second, peak_memory, set_up
 from training.state import Run
 
 
@@ -59,6 +59,8 @@ def train(run: Run) -> bool:
         while run.step < last_step and not ends(run):
             training_step(run, batches)
             run.step += 1
+            if run.step == config.align_stop_steps:
+                run.log.peak_images_per_second = peak_images_per_second(config, run.facts, accelerator, run.step)
             bar.update()
             read_reports(run, wait_for_all=run.log.clock.in_first_step)
             if run.log.clock.in_first_step:

@@ -165,6 +165,14 @@ def test_steps_before_and_after_the_stop_read_nothing_from_the_device(train_flag
     assert waits.found == [] and not run.aligns
 
 
+def test_after_the_stop_the_peak_rate_is_that_of_a_step_without_projectors(train_flags, monkeypatch):
+    monkeypatch.setattr(train, "peak_images_per_second", lambda config, facts, accelerator, step: 1000.0 * step)
+    run = run_training(with_flags(train_flags, "--align-stop-steps", "2", "--max-train-steps", "4"))
+    rows = read_rows(run)
+    assert ["mfu" in row for row in rows] == [False] + [True] * 3
+    assert rows[3]["mfu"] == pytest.approx(rows[3]["images_per_second"] / 2000)
+
+
 def test_a_row_with_the_stop_inside_has_no_alignment(tmp_path):
     log = RunLog(tmp_path, 8, True, lambda row, step: None)
     for means in ({"loss": 1.0, "proj": -1.0}, {"loss": 3.0}):
