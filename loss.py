@@ -53,7 +53,7 @@ class Comparison(NamedTuple):
     """What a term of the loss can read: the outputs of the network and what they are compared with."""
 
     velocity: Tensor  # (N, C, h, w)
-    projected: Sequence[Tensor] | None  # one (N, T, width) per encoder
+    projected: Sequence[Tensor] | None  # one (N, T, width) per encoder at the first depth, then those of the next depth
     cls_velocity: Tensor | None  # (N, D)
     x: Tensor  # clean latents (N, C, h, w)
     targets: Targets
@@ -174,33 +174,44 @@ def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def alignment(projected: Sequence[Tensor], encoder_tokens: Sequence[Tensor]) -> Tensor:
-    """Return minus the cosine of projected and encoder tokens, mean over tokens and encoders, (N,) in [-1, 1].
+    """Return minus the cosine of projected and encoder tokens, mean over tokens, encoders and depths, (N,) in [-1, 1].
 
     Normalised in float32: in float16 the squares of large features overflow (REPA, section 3).
 
-    Shapes: one (N, T, width) in each list for each encoder.
+    Shapes: `encoder_tokens` has one (N, T, width) for each encoder. `projected` has as many for the first depth of the
+    network with which they are aligned, then as many for the next depth, and so on.
 
     Raises:
         ValueError: the lists, or the shapes in them, do not match.
     """
-    if len(projected) != len(encoder_tokens):
+    if not projected or len(projected) % len(encoder_tokens):
         raise ValueError(f"{len(projected)} projectors, but tokens of {len(encoder_tokens)} encoders")
+    targets = [F.normalize(tokens.float(), dim=-1) for tokens in encoder_tokens]  # used at each depth
     cosines = []
-    for ours, theirs in zip(projected, encoder_tokens, strict=True):
+    for number, ours in enumerate(projected):
+        theirs = targets[number % len(targets)]
         if ours.shape != theirs.shape:
             raise ValueError(f"projected tokens are {tuple(ours.shape)}, the encoder's {tuple(theirs.shape)}")
-        ours, theirs = F.normalize(ours.float(), dim=-1), F.normalize(theirs.float(), dim=-1)
-        cosines.append((ours * theirs).sum(dim=-1).mean(dim=1))
+        cosines.append((F.normalize(ours.float(), dim=-1) * theirs).sum(dim=-1).mean(dim=1))
     return -torch.stack(cosines).mean(dim=0)
 
 
-def alignment_target(cls_token: Tensor, patch_tokens: Tensor, with_cls: bool) -> Tensor:
+def alignment_target(
+    cls_token: Tensor, patch_tokens: Tensor, with_cls: bool, spatial_norm: float | None = None
+) -> Tensor:
     """Return the tokens that the network's tokens are aligned with (REG, section 3).
 
     These are the patch tokens (N, T, D); for a network with a class slot the class token (N, D) is put first,
     (N, 1 + T, D). Whatever the slot holds, its target is the class token, so the entangled signals of the paper's
     ablation differ in nothing else.
+
+    spatial_norm: share a of the mean over the tokens that is subtracted from the patch tokens z of each image and
+        channel, before they are divided by their standard deviation: (z - a mean z) / (std z + 1e-6) (iREPA, arXiv
+        2512.10794; there a = 0.6). None: the patch tokens are not normalised.
     """
+    if spatial_norm is not None:
+        mean, std = patch_tokens.mean(dim=1, keepdim=True), patch_tokens.std(dim=1, keepdim=True)  # each (N, 1, D)
+        patch_tokens = (patch_tokens - spatial_norm * mean) / (std + 1e-6)
     return torch.cat([cls_token.unsqueeze(1), patch_tokens], dim=1) if with_cls else patch_tokens
 
 

@@ -26,19 +26,19 @@ from common.loader import ErrorsAsItems, batches_of, collate
 from common.locks import unlock_folder
 from common.progress import progress_bar
 from dataset import GlobalBatchSampler
-from loss import Targets, alignment_target, entangled_token
+from loss import FROM_ENCODER, Targets, alignment_target, entangled_token
 from models import ema
 from training import summary
 from training.best import is_best, write_best
 from training.config import parse_args
 from training.limits import in_gb
 from training.messages import ROW, log_file, logger, show_rows
-from training.parallelism import full_norm, gather_full, to_device
+from training.parallelism import full_norm, gather_full, projectors_in_ddp, to_device, zero_with_gradients
 from training.preemption import StopSignal, exit_status, shield_worker
 from training.record import saved_args
 from training.sampling import score_samples, write_reconstructions, write_samples
 from training.schedule import rate_factor, varies
-from training.setup import PREFETCHED, peak_memory, set_up
+from training.setup import PREFETCHED, peak_images_per_second, peak_memory, set_up
 from training.state import Run
 
 
@@ -60,6 +60,8 @@ def train(run: Run) -> bool:
         while run.step < last_step and not ends(run):
             training_step(run, batches)
             run.step += 1
+            if run.step == config.align_stop_steps:
+                run.log.peak_images_per_second = peak_images_per_second(config, run.facts, accelerator, run.step)
             bar.update()
             read_reports(run, wait_for_all=run.log.clock.in_first_step)
             if run.log.clock.in_first_step:
@@ -124,6 +126,7 @@ def training_step(run: Run, batches: Iterator[tuple[Tensor, Tensor, Tensor]]) ->
     """Do one optimizer step: the complete method. Nothing here waits for the device."""
     accelerator, parts = run.accelerator, run.facts.micro_batches
     global_draws = run.randomness.draw(run.step)
+    unaligned = [] if run.aligns else projectors_in_ddp(run.model)
     for part in range(parts):
         with run.log.clock.waiting_for_data():
             images, moments, y = next(batches)
@@ -134,9 +137,12 @@ def training_step(run: Run, batches: Iterator[tuple[Tensor, Tensor, Tensor]]) ->
             with accelerator.autocast():
                 targets = encode_tokens(run, images, x)
                 terms = run.criterion(run.model, x, y, targets, draws)
-            accelerator.backward(terms["loss"].mean())
+            loss = terms["loss"].mean()
+            accelerator.backward(loss + zero_with_gradients(unaligned) if unaligned else loss)
             run.reports.add(terms, t=draws.t, label=y)
             if accelerator.sync_gradients:
+                for weight in unaligned:  # with zeros, the optimizer would still move them by its moments
+                    weight.grad = None
                 grad_norm = full_norm(accelerator.clip_grad_norm_(run.model.parameters(), run.config.max_grad_norm))
                 good = run.optimizer.step(grad_norm, rate_factor(run.config, run.step, last_step_of(run)))
                 run.optimizer.zero_grad()
@@ -150,10 +156,12 @@ def training_step(run: Run, batches: Iterator[tuple[Tensor, Tensor, Tensor]]) ->
 def encode_tokens(run: Run, images: Tensor, x: Tensor) -> Targets:
     """Return what the encoders give for uint8 images (N, 3, R, R) with latents x (N, C, h, w)."""
     slot = run.config.slot
-    outputs = [encoder(images) for encoder in run.encoders]
+    needed = run.encoders if run.aligns else run.encoders[: slot in FROM_ENCODER]
+    outputs = [encoder(images) for encoder in needed]
     cls_token = entangled_token(slot, outputs[0] if outputs else None, x)
-    aligned = outputs if run.config.proj_coeff > 0 else []
-    return Targets(cls_token, [alignment_target(*output, with_cls=slot != "none") for output in aligned])
+    aligned = outputs if run.aligns else []
+    with_cls, norm = slot != "none", run.config.spatial_norm
+    return Targets(cls_token, [alignment_target(*output, with_cls, norm) for output in aligned])
 
 
 def own_requests(run: Run) -> set[str]:

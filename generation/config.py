@@ -17,7 +17,7 @@ from models.checkpoint import is_legacy, saved_settings
 from models.inference import NETWORK_DTYPES
 from models.interpolant import PATHS, Interpolant, shift_of_latents
 from models.sit import SiTConfig
-from models.sit_config import PRESETS, QK_NORMS
+from models.sit_config import DEPTHS, PRESETS, QK_NORMS, depths_as_setting, parse_depths
 from samplers import MODES, SOLVERS, Guidance, derive_seed
 
 LABEL_STREAM = 2  # first part of the key of a label's seed: no other draw from the global seed uses it
@@ -135,7 +135,9 @@ class CheckpointSettings(Config):
 
     model: str | None = setting(None, "network preset, such as SiT-XL/2")
     num_classes: int | None = setting(None, "number of classes")
-    encoder_depth: int | None = setting(None, "block whose output the projectors read; without effect on images")
+    encoder_depth: int | str | None = setting(
+        None, "blocks whose output the projectors read; without effect on images", parse=parse_depths, check=DEPTHS
+    )
     resolution: int | None = setting(None, "image size in pixels")
     qk_norm: str | None = setting(
         None, "norm of queries and keys; without a value: layer", choices=QK_NORMS, bare=("layer", "none")
@@ -220,7 +222,7 @@ def check_against_checkpoint(
     found = {
         "model": network_name(network, saved),
         "num_classes": network.num_classes,
-        "encoder_depth": network.encoder_depth if network.z_dims else None,
+        "encoder_depth": depths_as_setting(network.encoder_depth) if network.z_dims else None,
         "resolution": network.input_size * latent_format.factor,
         "qk_norm": network.qk_norm,
         "projector_embed_dims": ",".join(map(str, network.z_dims)),

@@ -44,7 +44,7 @@ from models.interpolant import PATHS
 from models.layouts import check_layout, from_sit, plain_names
 from models.safetensors_format import is_exported, read_network
 from models.sit import SiT, SiTConfig
-from models.sit_config import ENCODER_DEPTHS, PRESETS, SPRINT_ENCODER_DEPTH
+from models.sit_config import ENCODER_DEPTHS, PRESETS, SPRINT_ENCODER_DEPTH, depths_of_setting
 from models.switches import contradiction, switches_of_weights
 from models.tensor_checks import check_finite, check_weights
 from models.weights_file import mismatch, read_weights_file
@@ -266,6 +266,7 @@ def network_config(checkpoint: dict[str, Any], weights: str = "ema", source: str
     if is_legacy(stored) and (first_blocks := _plain_blocks(stored)):  # the projectors read after these
         known["encoder_depth"] = first_blocks
     settings, entry = saved_settings(checkpoint, source), checkpoint.get("network")
+    known["z_dims"] = _encoder_widths(known["z_dims"], settings if entry is None else entry)
     try:
         config = SiTConfig.from_json(_complete(known, settings) if entry is None else entry)
     except InputError as error:
@@ -343,8 +344,10 @@ def _fields_of_weights(state: dict[str, Tensor], source: str | Path) -> dict[str
         hidden_size, in_channels, patch_size, _ = state["x_embedder.proj.weight"].shape
         cls_weight, slot_token = state.get("cls_projectors2.weight"), state.get("slot_token")
         patches = state["pos_embed"].shape[1] - (cls_weight is not None or slot_token is not None)
-        count = sum(re.fullmatch(r"projectors\.\d+\.4\.weight", name) is not None for name in state)
-        projectors = [state[f"projectors.{k}.4.weight"].shape for k in range(count)]  # [(z_dim, projector_dim)]
+        kind = "conv" if "projectors.0.patches.weight" in state else "mlp"
+        last = {"conv": "patches", "mlp": "4"}[kind]  # the layer of a projector with its output width
+        count = sum(re.fullmatch(rf"projectors\.\d+\.{last}\.weight", name) is not None for name in state)
+        projectors = [state[f"projectors.{k}.{last}.weight"].shape for k in range(count)]  # [(z_dim, ...)]
         fields = {
             "input_size": round(patches**0.5) * patch_size,
             "patch_size": patch_size,
@@ -359,7 +362,8 @@ def _fields_of_weights(state: dict[str, Tensor], source: str | Path) -> dict[str
             **switches_of_weights(state),
         }
         if projectors:
-            fields["projector_dim"] = projectors[0][1]
+            fields["projector"] = kind
+            fields |= {"projector_dim": projectors[0][1]} if kind == "mlp" else {}
         for name in ("feat_rope.freqs_cos", "blocks.0.attn.q_norm.weight"):  # their last dimension is a head's width
             if name in state:
                 fields.setdefault("num_heads", hidden_size // state[name].shape[-1])
@@ -368,13 +372,20 @@ def _fields_of_weights(state: dict[str, Tensor], source: str | Path) -> dict[str
     return fields
 
 
+def _encoder_widths(widths: tuple[int, ...], described: Any) -> tuple[int, ...]:
+    """Return the width of each encoder, from those of all projectors and the description or settings of a network."""
+    depths = depths_of_setting(described.get("encoder_depth")) if isinstance(described, dict) else None
+    count = len(widths) // len(depths) if isinstance(depths, tuple | list) and depths else len(widths)
+    return widths[:count] if widths == widths[:count] * (len(widths) // max(count, 1)) else widths
+
+
 def _complete(fields: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     """Return all fields of `SiTConfig`, the missing ones taken from the settings of a run or from a preset."""
     depth, hidden_size = fields["depth"], fields["hidden_size"]
     size = next((name for name, (d, width, _) in PRESETS.items() if (d, width) == (depth, hidden_size)), None)
     others = {
         "num_heads": settings.get("num_heads") or (PRESETS[size][2] if size else None),
-        "encoder_depth": settings.get("encoder_depth") or ENCODER_DEPTHS.get(size, depth),
+        "encoder_depth": depths_of_setting(settings.get("encoder_depth")) or ENCODER_DEPTHS.get(size, depth),
         "projector_dim": SiTConfig.projector_dim,
         **{
             name: settings[name]
@@ -382,7 +393,7 @@ def _complete(fields: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any
             if settings.get(name) is not None
         },
     }
-    if fields["sprint"]:
+    if fields["sprint"] and not isinstance(others["encoder_depth"], tuple):
         others["encoder_depth"] = SPRINT_ENCODER_DEPTH  # of SR-DiT's files, whatever their settings have
     if not (fields := {**others, **fields})["num_heads"]:
         raise InputError(f"depth {depth}, width {hidden_size} fit no preset, and args has no num_heads")

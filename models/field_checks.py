@@ -26,6 +26,10 @@ FIELD_KINDS = {
     "str": (lambda value: type(value) is str, "text"),
     "str | bool": (lambda value: type(value) in (str, bool), "text, true or false"),
     "int | None": (lambda value: value is None or _is_size(value), "a whole number or null"),
+    "int | tuple[int, ...]": (
+        lambda value: _is_size(value) or (isinstance(value, list | tuple) and all(map(_is_size, value))),
+        f"a whole number up to {LARGEST_SIZE}, or a list of them",
+    ),
     "tuple[int, ...]": (lambda value: isinstance(value, list | tuple) and all(map(_is_size, value)), "whole numbers"),
 }
 

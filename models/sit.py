@@ -16,6 +16,7 @@ import math
 import zlib
 from collections.abc import Callable
 from functools import partial
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.norms import head_norm, token_norm
+from models.projectors import ConvProjector, make_projectors
 from models.rope import RotaryPositions, Rotation, rotate
 from models.sit_config import PATCH_SIZES, PRESETS, SiTConfig, default_encoder_depth
 from models.sprint import Tokens, choose_tokens, fill_in, take_tokens
@@ -35,7 +37,9 @@ class SiTOutput(NamedTuple):
     """What the network returns. `projected` is None if it is not requested, `cls_velocity` without a class slot."""
 
     velocity: Tensor  # (N, C, H, W)
-    projected: list[Tensor] | None  # one (N, 1 + T, z_dim) for each encoder; without a class slot (N, T, z_dim)
+    # One (N, 1 + T, z_dim) for each encoder at the first encoder depth, then those at the next depth; without a class
+    # slot (N, T, z_dim).
+    projected: list[Tensor] | None
     cls_velocity: Tensor | None  # (N, cls_token_dim)
 
 
@@ -186,19 +190,6 @@ class FinalLayer(nn.Module):
         return self.linear(x), None
 
 
-class Projector(nn.Sequential):
-    """The three-layer MLP of REPA (section 3): tokens (N, T, D) to tokens of an encoder's width (N, T, z_dim)."""
-
-    def __init__(self, hidden_size: int, projector_dim: int, z_dim: int):
-        first, second = nn.Linear(hidden_size, projector_dim), nn.Linear(projector_dim, projector_dim)
-        super().__init__(first, nn.SiLU(), second, nn.SiLU(), nn.Linear(projector_dim, z_dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self:  # an explicit loop, because torch 2.6 does not compile the forward of nn.Sequential
-            x = layer(x)
-        return x
-
-
 class SiT(nn.Module):
     """Scalable interpolant transformer with an optional class slot.
 
@@ -229,7 +220,7 @@ class SiT(nn.Module):
         self.t_embedder = TimestepEmbedder(width)
         self.y_embedder = LabelEmbedder(self.num_classes, width)
         self.blocks = nn.ModuleList(SiTBlock(config, fused_attn, number == 0) for number in range(config.depth))
-        self.projectors = nn.ModuleList(Projector(width, config.projector_dim, z_dim) for z_dim in config.z_dims)
+        self.projectors = make_projectors(config)
         self.final_layer = FinalLayer(config)
         if self.cls_token_dim:
             self.cls_projectors2 = nn.Linear(self.cls_token_dim, width)  # embeds the noisy class token
@@ -270,6 +261,11 @@ class SiT(nn.Module):
         patches = self.x_embedder.proj
         nn.init.xavier_uniform_(patches.weight.view(patches.weight.shape[0], -1), generator=stream("x_embedder"))
         nn.init.zeros_(patches.bias)
+
+        # The convolutions of projectors.
+        for number, projector in enumerate(self.projectors):
+            if isinstance(projector, ConvProjector):
+                projector.initialize(lambda name, prefix=f"projectors.{number}.": stream(prefix + name))
 
         # Embeddings of labels and times, and the learned token.
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02, generator=stream("y_embedder"))
@@ -338,7 +334,8 @@ class SiT(nn.Module):
 
         tokens = Tokens(x, None if self.feat_rope is None else self.feat_rope(x.shape[1]))
         kept = None if route is None else choose_tokens(route, self.config.kept_tokens)  # (N, K)
-        routed, projected = self.config.routed_blocks, None
+        routed = self.config.routed_blocks
+        projected, projectors = [] if project else None, iter(self.projectors)
         for number, block in enumerate(self.blocks, start=1):
             if number == routed.start:  # with SPRINT: the next blocks see the tokens `kept`
                 all_tokens, tokens = tokens, tokens if kept is None else take_tokens(tokens, kept)
@@ -347,8 +344,9 @@ class SiT(nn.Module):
                 tokens = all_tokens._replace(x=self.fuse(all_tokens.x, middle, kept, path_drop))
             if not (skip_middle and number in routed):
                 tokens = self.through(block, tokens, c)
-            if project and number == self.encoder_depth:
-                projected = [projector(tokens.x) for projector in self.projectors]  # [(N, 1 + T, z_dim)]
+            if project and number in self.config.encoder_depths:
+                here = islice(projectors, len(self.config.z_dims))  # one for each encoder
+                projected += [projector(tokens.x) for projector in here]  # [(N, 1 + T, z_dim)]
         x = tokens.x  # (N, 1 + T, D)
         if self.slot_token is not None:
             x = x[:, 1:]  # (N, T, D): the learned token has no velocity

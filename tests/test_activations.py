@@ -18,6 +18,8 @@ SLOTS = {
     "learnable": replace(SMALL, cls_token_dim=None, learnable_token=True),
     "REPA, normalized queries": replace(SMALL, cls_token_dim=None, qk_norm=True),
     "SiT": replace(SMALL, cls_token_dim=None, z_dims=()),
+    "two depths": replace(SMALL, encoder_depth=(1, 3)),
+    "convolutions": replace(SMALL, encoder_depth=(2, 3), projector="conv"),
 }
 IMAGES = 5
 

@@ -93,6 +93,25 @@ def test_several_encoders_are_averaged():
     torch.testing.assert_close(both, (each[0] + each[1]) / 2)
 
 
+def test_several_depths_are_averaged_depth_after_depth():
+    model = Recorder(widths=(W, 7, W, 7))
+    targets = [torch.randn(N, 1 + T, W), torch.randn(N, 1 + T, 7)]
+    each = [alignment([p], [t]) for p, t in zip(model.projected, 2 * targets, strict=True)]
+    torch.testing.assert_close(alignment(model.projected, targets), sum(each) / 4)
+    with pytest.raises(ValueError, match="3 projectors, but tokens of 2 encoders"):
+        alignment(model.projected[:3], targets)
+
+
+def test_spatial_norm_changes_the_targets_of_patches_only():
+    cls, patches = torch.randn(N, W), 3 + 2 * torch.randn(N, T, W)
+    target = alignment_target(cls, patches, True, spatial_norm=1.0)
+    assert torch.equal(target[:, 0], cls)
+    torch.testing.assert_close(target[:, 1:].mean(dim=1), torch.zeros(N, W), rtol=0, atol=1e-5)
+    torch.testing.assert_close(target[:, 1:].std(dim=1), torch.ones(N, W))
+    none = alignment_target(cls, patches, False, spatial_norm=0.0)
+    torch.testing.assert_close(none * patches.std(dim=1, keepdim=True), patches, rtol=1e-4, atol=1e-4)
+
+
 def test_alignment_of_equal_tokens_is_minus_one_at_any_scale():
     tokens = torch.randn(N, T, W)
     torch.testing.assert_close(alignment([tokens * 3], [tokens]), torch.full((N,), -1.0))

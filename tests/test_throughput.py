@@ -22,6 +22,7 @@ def test_flops_of_b2_are_those_of_its_matrix_products():
     projectors = tokens * (768 * 2048 + 2048 * 2048 + 2048 * 768)
     ends = 256 * 16 * width * 2 + 768 * width * 2 + (256 + width) * width + 2 * width**2
     assert abs(training_flops(network) / (3 * 2 * (blocks + projectors + ends)) - 1) < 0.01
+    assert training_flops(network) - training_flops(network, project=False) == 3 * 2 * projectors
 
 
 def test_peaks_follow_name_and_precision():

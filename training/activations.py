@@ -85,14 +85,16 @@ def count_activations(
     """
     how = (precision, fused_attn, device_type, loss_weights or {})
     least = network.least_depth
-    shallow, deep = (
-        [_count(replace(network, depth=depth, encoder_depth=1), n, *how) for n in COUNTED]
-        for depth in (least, least + 1)
-    )
+    shallow, deep = ([_count(network.with_depth(depth), n, *how) for n in COUNTED] for depth in (least, least + 1))
     one, two = (_linear([kept for kept, _ in counts]) for counts in (shallow, deep))
     block = Bytes(*(b - a for a, b in zip(one, two, strict=True)))
-    rest = Bytes(*(a - b for a, b in zip(one, block, strict=True)))
-    return Activations(network.depth - least + 1, block, _linear([block_input for _, block_input in deep]), rest)
+    counted = (
+        len(network.with_depth(least).routed_blocks) or least
+    )  # blocks of the shallow network that are not in `rest`
+    rest = Bytes(*(a - counted * b for a, b in zip(one, block, strict=True)))
+    return Activations(
+        len(network.routed_blocks) or network.depth, block, _linear([block_input for _, block_input in deep]), rest
+    )
 
 
 def _linear(counts: list[int]) -> Bytes:

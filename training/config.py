@@ -21,7 +21,7 @@ from models.checkpoint import MOST_STEPS
 from models.inference import NETWORK_DTYPES
 from models.interpolant import Interpolant
 from models.sit import SiT_models, SiTConfig
-from models.sit_config import NORMS, PRESETS, QK_NORMS, default_encoder_depth
+from models.sit_config import DEPTHS, NORMS, PRESETS, QK_NORMS, default_encoder_depth, depths_of_setting, parse_depths
 from training.limits import Estimate
 from training.method_settings import MethodSettings
 from training.optimization_settings import OptimizationSettings
@@ -43,7 +43,8 @@ DIGESTS = {
 RECORDED = frozenset({"codec", "latent_size", "z_dims", "in_channels", "cls_token_dim", *DIGESTS, DERIVED})
 # Another run does not take these from args.json.
 OF_ONE_RUN = ("exp_name", "resume", "resume_step", "allow_changed_data", "dry_run")
-MEANS_ALL = ("max_images",)  # settings of a run for which None is a value, not one that is determined later
+# Settings of a run for which None is a value, not one that is determined later: the name of that value in errors.
+NONE_MEANS = {"max_images": "all", "spatial_norm": "off"}
 # Bounds of numbers, so that a slip of the keyboard is an error and not a machine without memory.
 MOST_WORKERS = 1024  # each is a process; more than any machine has cores
 MOST_BLOCKS = 1000  # 36 times those of SiT-XL
@@ -161,10 +162,12 @@ class NetworkSettings(Config):
         "the published code",
         check=between(1, MOST_CLASSES),
     )
-    encoder_depth: int | None = setting(
+    encoder_depth: int | str | None = setting(
         None,
-        "align after this block, from 1; default: 4 for S and B, 8 for L and XL (published: 8), with --sprint 2",
-        check=POSITIVE,
+        "align after this block, from 1, or after several blocks, such as 2,4; default: 4 for S and B, 8 for L and XL "
+        "(published: 8), with --sprint 2",
+        parse=parse_depths,
+        check=DEPTHS,
     )
     fused_attn: bool = adjustable(True, "attention through scaled_dot_product_attention")
     norm: str = setting("layer", "norm of the tokens: LayerNorm or RMSNorm (SR-DiT)", choices=NORMS)
@@ -338,7 +341,7 @@ def find_facts(
             depth=config.depth or depth,
             num_heads=config.num_heads or num_heads,
             num_classes=config.num_classes or num_classes,
-            encoder_depth=config.encoder_depth or default_encoder_depth(size, config.sprint),
+            encoder_depth=depths_of_setting(config.encoder_depth) or default_encoder_depth(size, config.sprint),
             z_dims=tuple(encoder_widths) if config.proj_coeff > 0 else (),
             projector_dim=config.projector_dim,
             cls_token_dim=cls_token_dim,
@@ -349,9 +352,12 @@ def find_facts(
             sprint=config.sprint,
             sprint_keep=config.sprint_keep,
             sprint_path_drop=config.sprint_path_drop,
+            projector=config.projector,
             learnable_token=config.slot == "learnable",
         )
     except ValueError as error:
         raise InputError(f"--model {config.model} with the given sizes: {error}") from error
+    if config.spatial_norm is not None and network.grid_size == 1:
+        raise InputError(f"--spatial-norm {config.spatial_norm:g}: needs several patch tokens; the latents are 1 patch")
     path = config.path(latent_format.channels, latent_size)
     return RunFacts(resolution, latent_format, network, digests or {}, path=path)

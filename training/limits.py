@@ -32,7 +32,7 @@ def parameter_parts(network: SiTConfig) -> tuple[int, int]:
     """Return the number of parameters of a block, and of all that is not a block."""
     least = network.least_depth
     with torch.device("meta"):
-        small = (SiT(replace(network, depth=depth, encoder_depth=1)) for depth in (least, least + 1))
+        small = (SiT(network.with_depth(depth)) for depth in (least, least + 1))
         one, two = (sum(parameter.numel() for parameter in model.parameters()) for model in small)
     return two - one, one - least * (two - one)
 

@@ -1,14 +1,16 @@
-"""The settings of the method: the path, the training times, the encoders and the loss."""
+"""The settings of the method: path and times, encoders, class slot, alignment and loss."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from common.checks import AUTO, BELOW_ONE, NON_NEGATIVE, TIME_SHIFT, Check
-from common.cli import Config, adjustable, number_or_auto, setting
+from common.checks import AUTO, BELOW_ONE, NON_NEGATIVE, TIME_SHIFT, UNIT_INTERVAL, Check, between
+from common.cli import Config, adjustable, flag, number_or_auto, setting, settings
 from common.errors import InputError
 from loss import ENTANGLED, TERMS
+from models.checkpoint import MOST_STEPS
 from models.interpolant import PATHS, Interpolant, shift_of_latents
+from models.sit_config import PROJECTORS
 from training.randomness import TIME_DISTRIBUTIONS
 
 WEIGHTS = {term.name: term.weight for term in TERMS}
@@ -62,6 +64,23 @@ class MethodSettings(Config):
         "weight of the alignment; 0: no projectors, and the checkpoint does not fit the published code",
         check=NON_NEGATIVE,
     )
+    projector: str = setting(
+        "mlp",
+        "projectors of the alignment: the MLP of REPA, or a 3 x 3 convolution on the grid of patch tokens (iREPA)",
+        choices=PROJECTORS,
+    )
+    spatial_norm: float | None = setting(
+        None,
+        "normalise the targets of patch tokens over the tokens of an image, after subtracting this share of their mean "
+        "(iREPA: 0.6); default: not normalised",
+        check=UNIT_INTERVAL,
+    )
+    align_stop_steps: int = setting(
+        0,
+        "switch the alignment off after N steps (HASTE); then projectors, and encoders that the class slot does not "
+        "need, are not computed; 0: never",
+        check=between(0, MOST_STEPS),
+    )
     cls: float = setting(WEIGHTS["cls"], "weight of the class token's velocity", check=NON_NEGATIVE)
     cfm_coeff: float = setting(
         WEIGHTS["cfm"],
@@ -93,6 +112,11 @@ class MethodSettings(Config):
                     f"--time-{name} {value:g}: is a parameter of --weighting lognormal, but --weighting is "
                     f"{self.weighting}; allowed with it: {default:g}"
                 )
+        without = "--enc-type none" if self.enc_type == "none" else f"--proj-coeff {self.proj_coeff:g}"
+        has_alignment = self.enc_type != "none" and self.proj_coeff > 0
+        for name in () if has_alignment else ("projector", "spatial_norm", "align_stop_steps"):
+            if (value := getattr(self, name)) != settings(MethodSettings)[name].default:
+                raise InputError(f"{flag(name)} {value}: changes the alignment, and {without} means that there is none")
 
     def check_pairs(self, batch_size: int, processes: int, parts: int) -> None:
         """Raise InputError if contrastive flow matching is on and a micro-batch would not consist of pairs."""

@@ -173,7 +173,8 @@ class RunLog:
         return time.perf_counter() - self.started
 
     def add(self, means: dict[str, float]) -> None:
-        """Add the means of a good step."""
+        """Add the means of a good step. A row has only the numbers of its last step: terms may end during the row."""
+        self.sums = {name: value for name, value in self.sums.items() if name in means}
         for name, value in means.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
         self.steps += 1

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from common.errors import InputError
 from loss import REGLoss
@@ -82,6 +83,19 @@ def count_parameters(network: nn.Module) -> dict[str, int]:
     """Return the number of parameters of a network, and the number that this process holds."""
     counts = {"parameters": network.parameters(), "parameters_kept": local_parameters(network)}
     return {name: sum(p.numel() for p in parameters) for name, parameters in counts.items()}
+
+
+def projectors_in_ddp(model: nn.Module) -> list[nn.Parameter]:
+    """Return the weights of the projectors if the network is replicated by DDP, which needs a gradient of each weight.
+
+    Otherwise return an empty list.
+    """
+    return list(model.module.projectors.parameters()) if isinstance(model, DistributedDataParallel) else []
+
+
+def zero_with_gradients(weights: Sequence[nn.Parameter]) -> Tensor:
+    """Return 0, whose gradient with respect to each of `weights` is zeros."""
+    return 0 * torch.stack([weight.flatten()[0] for weight in weights]).sum()
 
 
 def full_norm(norm: Tensor) -> Tensor:

@@ -18,9 +18,9 @@ from models.checkpoint import checkpoint_classes
 from models.encoders import AFTER_NORM, Encoder, name_with_tokens
 from models.layouts import plain_names
 from models.sit import SiTConfig
-from models.sit_config import qk_norm_name
+from models.sit_config import depths_as_setting, qk_norm_name
 from models.switches import switches_of_weights
-from training.config import DERIVED, DIGESTS, MEANS_ALL, RunFacts, TrainConfig
+from training.config import DERIVED, DIGESTS, NONE_MEANS, RunFacts, TrainConfig
 
 # Settings that runs of earlier versions did not record; they had the default.
 ADDED = ("time_mean", "time_std", "time_shift", "cfm_coeff")
@@ -37,6 +37,7 @@ def saved_args(config: TrainConfig, facts: RunFacts) -> dict[str, Any]:
         **asdict(config),
         "enc_type": name_with_tokens(config.enc_type),
         "qk_norm": network.to_json()["qk_norm"],
+        "encoder_depth": depths_as_setting(network.encoder_depth),
         "entangle": config.slot,
         "time_shift": facts.path.time_shift,
         "cls_token": config.slot != "none",
@@ -50,7 +51,7 @@ def saved_args(config: TrainConfig, facts: RunFacts) -> dict[str, Any]:
         **{
             name: getattr(network, name)
             for name in (
-                "depth", "hidden_size", "num_heads", "encoder_depth", "num_classes", "in_channels", "cls_token_dim",
+                "depth", "hidden_size", "num_heads", "num_classes", "in_channels", "cls_token_dim",
             )
         },
     }  # fmt: skip
@@ -83,9 +84,9 @@ def check_same_run(current: dict[str, Any], saved: dict[str, Any], source: str |
             continue
         if name == "qk_norm":
             value, before = qk_norm_name(value), qk_norm_name(before)
-        known = name in MEANS_ALL or (value is not None and before is not None)
+        known = name in NONE_MEANS or (value is not None and before is not None)
         if name not in changeable and known and not same_value(value, before):
-            now, then = ("all" if one is None else f"{one}"[:200] for one in (value, before))
+            now, then = (NONE_MEANS[name] if one is None else f"{one}"[:200] for one in (value, before))
             raise InputError(
                 f"{flag(name) if name in known_flags else name} is {now}, but {source} was started with {then}, and a "
                 "run keeps this setting. To start another run from its weights: a new --exp-name and --init-from "

@@ -78,10 +78,13 @@ def parameters_of(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[st
     return {names[parameter]: parameter for group in optimizer.param_groups for parameter in group["params"]}
 
 
-def optimizer_state(checkpoint: dict[str, Any], optimizer: torch.optim.Optimizer, model: nn.Module) -> State:
+def optimizer_state(
+    checkpoint: dict[str, Any], optimizer: torch.optim.Optimizer, model: nn.Module, alignment_has_ended: bool = False
+) -> State:
     """Return the state for an optimizer of `model` by its indices of the parameters; {} if there is none at step 0.
 
-    Of other optimizers than AdamW and `MuonWithAdamW` only the shapes are compared.
+    Of other optimizers than AdamW and `MuonWithAdamW` only the shapes are compared. If the alignment has ended, the
+    projectors may have done fewer steps than the other weights.
     Raises DamagedError, naming the parameter, if a state is missing or is not one that the optimizer can have.
     """
     state, is_known = _entry(checkpoint, "state", dict), isinstance(optimizer, torch.optim.AdamW | MuonWithAdamW)
@@ -103,9 +106,14 @@ def optimizer_state(checkpoint: dict[str, Any], optimizer: torch.optim.Optimizer
         index: _state_of_parameter(placed[index], names[index], parameters[names[index]].shape, steps, index < of_adamw)
         for index in sorted(placed)
     }
-    counts = {values["step"].item() for values in checked.values() if "step" in values}
-    if len(counts) > 1:
-        counted = f"{min(counts):g} to {max(counts):g} steps"
+    aligned = [index for index in checked if alignment_has_ended and names[index].startswith("projectors.")]
+    counts, aligned_counts = (
+        {checked[index]["step"].item() for index in group if "step" in checked[index]}
+        for group in (checked.keys() - aligned, aligned)
+    )
+    if len(counts) > 1 or len(aligned_counts) > 1 or max(aligned_counts, default=0) > max(counts, default=0):
+        done = counts | aligned_counts
+        counted = f"{min(done):g} to {max(done):g} steps"
         raise DamagedError(f"its optimizer has done {counted}, not equally many everywhere")
     for index, values in checked.items() if counts == {0.0} else ():
         if any(values[key].any() for key in values.keys() - {"step"}):

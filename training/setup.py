@@ -52,7 +52,7 @@ from training.restore import check_log, restoring
 from training.resume import ResumePoint, check_unchanged, find_resume_point, load_chosen
 from training.rewind import finish_order, go_back
 from training.schedule import choose_rates, kept_settings
-from training.state import Run, prepare_networks
+from training.state import Run, alignment_ended, prepare_networks
 from training.throughput import describe_start, peak_flops, training_flops
 from training.tracker import installed_tracker, start_tracker
 
@@ -329,7 +329,7 @@ def make_log(
         lambda picture, at: [tracker.show(picture, at) for tracker in accelerator.trackers],
         checkpoint.get("log") if checkpoint else None,
         step,
-        peak_images_per_second(config, facts, accelerator),
+        peak_images_per_second(config, facts, accelerator, step),
     )
 
 
@@ -364,8 +364,8 @@ def sample_names(config: TrainConfig, data: LatentDataset, step: int) -> list[st
     return [data.latent_path(i) for indices in sampler for i in indices]
 
 
-def peak_images_per_second(config: TrainConfig, facts: RunFacts, accelerator: Accelerator) -> float | None:
-    """Return the throughput at the devices' peak FLOP/s; None on the CPU and on GPUs that are not in the table."""
+def peak_images_per_second(config: TrainConfig, facts: RunFacts, accelerator: Accelerator, step: int) -> float | None:
+    """Return the throughput at the devices' peak FLOP/s after a step; None on the CPU and for GPUs not in the table."""
     if accelerator.device.type != "cuda":
         return None
     peak = peak_flops(torch.cuda.get_device_name(accelerator.device), config.precision, config.allow_tf32)
@@ -373,7 +373,7 @@ def peak_images_per_second(config: TrainConfig, facts: RunFacts, accelerator: Ac
         return None
     with torch.device("meta"):
         network = SiT(facts.network)
-    return peak * accelerator.num_processes / training_flops(network)
+    return peak * accelerator.num_processes / training_flops(network, project=not alignment_ended(config, step))
 
 
 def peak_memory(device: torch.device) -> str:

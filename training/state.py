@@ -71,6 +71,16 @@ class Run:
         """Folder of the run."""
         return self.config.folder
 
+    @property
+    def aligns(self) -> bool:
+        """Whether the next step has the alignment term."""
+        return bool(self.facts.network.z_dims) and not alignment_ended(self.config, self.step)
+
+
+def alignment_ended(config: TrainConfig, steps: int) -> bool:
+    """Return whether --align-stop-steps has switched the alignment off after a number of steps."""
+    return 0 < config.align_stop_steps <= steps
+
 
 def new_network(config: TrainConfig, facts: RunFacts) -> SiT:
     """Return the network of a run with the initial weights of its seed."""
@@ -109,7 +119,7 @@ def prepare_networks(
     # Optimizer and loss scaler.
     optimizer = make_optimizer(model, config)
     if checkpoint is not None:
-        restore_optimizer(checkpoint, optimizer, model)
+        restore_optimizer(checkpoint, optimizer, model, alignment_ended(config, checkpoint["steps"]))
     if not config.fsdp:
         model = accelerator.prepare(model)
     optimizer = accelerator.prepare(optimizer)
@@ -131,9 +141,12 @@ def restore_weights(checkpoint: dict[str, Any], model: SiT, average: SiT, path: 
         raise DamagedError(f"its weights do not fit the network of the flags; {mismatch(error)}") from error
 
 
-def restore_optimizer(checkpoint: dict[str, Any], optimizer: torch.optim.Optimizer, model: SiT) -> None:
+def restore_optimizer(
+    checkpoint: dict[str, Any], optimizer: torch.optim.Optimizer, model: SiT, alignment_has_ended: bool
+) -> None:
     """Load the optimizer state, compared with what it must be. Its settings are those of the flags.
 
+    After the end of the alignment, the projectors have done fewer steps than other weights.
     Raises DamagedError if they contradict the checkpoint's, or if the state does not fit; see `training.restore`.
     """
     own = optimizer.state_dict()["param_groups"]
@@ -141,7 +154,7 @@ def restore_optimizer(checkpoint: dict[str, Any], optimizer: torch.optim.Optimiz
     for saved, group in zip(optimizer_groups(checkpoint, kind), own, strict=True):
         check_optimizer_settings(saved, group)
     parameters = list(parameters_of(optimizer, model).values())
-    state = shard_like(optimizer_state(checkpoint, optimizer, model), parameters)
+    state = shard_like(optimizer_state(checkpoint, optimizer, model, alignment_has_ended), parameters)
     optimizer.load_state_dict({"state": state, "param_groups": own})
     for values in optimizer.state.values():  # own memory: the file is memory-mapped and may be deleted later
         values.update(

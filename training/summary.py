@@ -141,7 +141,8 @@ def loss(run: Run) -> str:
     weights = {term.name: run.criterion.weights.get(term.name, term.weight) for term in TERMS}
     applies = {"proj": bool(run.facts.network.z_dims), "cls": bool(run.facts.network.cls_token_dim)}
     applies["cfm"] = run.config.cfm_coeff > 0
-    terms = [f"{weight:g} {name}" for name, weight in weights.items() if applies.get(name, True)]
+    until = {"proj": f" until step {run.config.align_stop_steps}" if run.config.align_stop_steps else ""}
+    terms = [f"{weight:g} {name}{until.get(name, '')}" for name, weight in weights.items() if applies.get(name, True)]
     return f"{' + '.join(terms)}; {run.config.path_type} path{times(run)}"
 
 

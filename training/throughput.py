@@ -121,18 +121,18 @@ class StepClock:
         return lap
 
 
-def training_flops(network: SiT) -> int:
+def training_flops(network: SiT, project: bool = True) -> int:
     """Return the floating-point operations of the forward and backward pass of one image; `network` on the meta device.
 
-    Torch counts matrix products and attention, including the projectors ("model FLOPs"). With SPRINT the middle blocks
-    count for the tokens that go through them.
+    Torch counts matrix products, convolutions and attention, with `project` including the projectors ("model FLOPs").
+    With SPRINT the middle blocks count for the tokens that go through them.
     """
     x = torch.empty(1, network.in_channels, network.input_size, network.input_size, device="meta")
     t, y = torch.empty(1, device="meta"), torch.zeros(1, dtype=torch.int64, device="meta")
     cls = torch.empty(1, network.cls_token_dim, device="meta") if network.cls_token_dim else None
     route = torch.empty(1, network.config.tokens, device="meta") if network.config.sprint else None
     with FlopCounterMode(display=False) as counter:
-        out = network(x, t, y, cls_token=cls, route=route)
+        out = network(x, t, y, cls_token=cls, project=project, route=route)
         outputs = [out.velocity, *(out.projected or []), *([] if cls is None else [out.cls_velocity])]
         sum(output.sum() for output in outputs).backward()
     return counter.get_total_flops()
