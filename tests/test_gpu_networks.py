@@ -21,6 +21,7 @@ from models.encoders import Encoder, load_encoder, untrained_encoder
 from models.inference import NETWORK_DTYPES, convert
 from models.interpolant import Interpolant
 from models.sit import Attention
+from models.sit_config import SiTConfig
 from samplers import Guidance, image_seeds, sample_images
 from tests.conftest import ENCODER, RESOLUTION, run_generate
 from tests.test_autoencoder import random_images, save_kl
@@ -143,12 +144,12 @@ def test_attention_of_head_size_72_equals_the_plain_form(float32, device, backen
 
     def results(fused: bool, dtype: torch.dtype) -> list[Tensor]:
         torch.manual_seed(0)
-        attention = Attention(SHAPE[2], 4, qk_norm=False, fused_attn=fused)
+        attention = Attention(SiTConfig(hidden_size=SHAPE[2], num_heads=4), fused, is_first=True)
         with torch.no_grad():
             attention.qkv.weight.mul_(2)  # so that the weights of the attention are not uniform
         attention = attention.to(device, dtype)
         x = torch.randn(SHAPE).to(device, dtype).requires_grad_()
-        out = attention(x)
+        out, _ = attention(x, None, None)
         out.float().square().sum().backward()
         return [out, x.grad, *(parameter.grad for parameter in attention.parameters())]
 

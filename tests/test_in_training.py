@@ -94,6 +94,7 @@ def test_scores_of_a_compiled_run_are_those_of_a_plain_one_and_only_the_first_on
     train_flags, reference_file, monkeypatch, eager_compiler
 ):
     flags = evaluation_flags(reference_file)
+    torch._dynamo.utils.counters.clear()
     graphs, found, networks = torch._dynamo.utils.counters["stats"], {}, []
 
     def watched(model, *more, **options):

@@ -310,5 +310,5 @@ def test_a_set_of_an_earlier_version_had_no_time_shift(tmp_path):
     SampleSet(folder, 4, 16).claim({DIGEST: "abc", "time_shift": 1.0})
     SampleSet(folder, 4, 16).release()
     (folder / "samples.json").write_text(json.dumps({DIGEST: "abc"}))
-    with pytest.raises(InputError, match=r"made with --time-shift 1\.0, not 2\.0; choose another --name"):
+    with pytest.raises(InputError, match=r"made with --time-shift 1\.0, not --time-shift 2\.0; choose another --name"):
         SampleSet(folder, 4, 16).claim({DIGEST: "abc", "time_shift": 2.0})

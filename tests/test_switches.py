@@ -133,7 +133,7 @@ def test_the_optimizer_of_a_released_checkpoint_is_resumed():
     model = network()
     checkpoint = released(model)
     names = [name for name, _ in model.named_parameters()]
-    state = optimizer_state(checkpoint, model)
+    state = optimizer_state(checkpoint, torch.optim.AdamW(model.parameters()), model)
     assert state[names.index("blocks.1.attn.v1_lambda")]["exp_avg"].shape == (1,)
     assert len(state) == len(names) - 1
 

@@ -142,7 +142,7 @@ def restore_weights(checkpoint: dict[str, Any], model: SiT, average: SiT, path: 
 
 
 def restore_optimizer(
-    checkpoint: dict[str, Any], optimizer: torch.optim.Optimizer, model: SiT, alignment_has_ended: bool
+    checkpoint: dict[str, Any], optimizer: torch.optim.Optimizer, model: SiT, alignment_has_ended: bool = False
 ) -> None:
     """Load the optimizer state, compared with what it must be. Its settings are those of the flags.
 
