@@ -16,7 +16,7 @@ STEP = "benchmarks/train_step.py --device cuda --precision bf16 --steps 3 --json
 TINY_STEP = f"--device cpu --precision no --model SiT-S/8 --depth 2 --batch-size 2 --resolution 64 --steps 1 \
     --encoder {TINY_ENCODER} --backend eager --matrix-seconds 0 --seconds 1"
 TINY_STEP_ONE_BATCH = f"{TINY_STEP} --no-largest-batch"
-SAMPLE = "benchmarks/sample.py --device cuda --model SiT-XL/2 --batch-size auto --timed-steps 10 --json {out}.json"
+SAMPLE = "benchmarks/sample.py --device cuda --model SiT-XL/2 --batch-size 64 --timed-steps 10 --json {out}.json"
 TINY_SAMPLE = "--device cpu --model SiT-S/8 --resolution 64 --batch-size 2 --steps 20 --timed-steps 1 \
     --deviation-steps 2 --no-compile --matrix-seconds 0 --seconds 1"
 RUN = "benchmarks/real_run.py --device cuda --compile --json {out}.json"
