@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
@@ -17,6 +19,7 @@ import train
 from models.checkpoint import load_checkpoint
 from tests.conftest import NUM_CLASSES, ROOT, read_rows, reset_accelerate, write_encoder
 from tests.test_factor_16 import save_codec
+from training.metrics import RunLog
 from training.state import Run
 
 STEPS = 3
@@ -77,15 +80,18 @@ class Matrix:
         self.runs: dict[str, Run] = {}
 
     def flags(self, case: str, name: str, *more: str) -> list[str]:
-        """Return the flags of a run of a case; `name` is added to the name of the run."""
+        """Return the flags of a run of a case; `name` is added to the name of the run.
+
+        The epsilon of AdamW is large, so that it does not enlarge the rounding of gradients near 0.
+        """
         draws = case in WITH_DRAWS
         data, encoder, weights = self.with_draws if draws else self.plain
         codec = ["--latents-codec", str(self.codec)] if draws else []
         flags = f"""--output-dir {self.folder / "exps"} --exp-name {case}-{name} --data-dir {data} --device cpu
             --enc-type {encoder} --enc-weights {weights} --model SiT-S/4 --depth 2 --hidden-size 32 --num-heads 2
             --projector-dim 16 --encoder-depth 1 --batch-size 8 --num-workers 0 --log-steps 1 --sampling-steps 0
-            --ema-decay 0.9 --learning-rate 0.001 --max-grad-norm 1e6 --checkpointing-steps 1 --no-background-save
-            --max-train-steps {STEPS}"""
+            --ema-decay 0.9 --learning-rate 0.001 --max-grad-norm 1e6 --adam-epsilon 1e-4
+            --checkpointing-steps 1 --no-background-save --max-train-steps {STEPS}"""
         return [*flags.split(), *OPTIONS[case].split(), *codec, *more]
 
     def alone(self, case: str) -> Run:
@@ -98,11 +104,16 @@ class Matrix:
         return self.folder / "exps" / f"{case}-{name}" / "checkpoints" / f"{step:07d}.pt"
 
 
+def save_time(patch: Callable[[object, str, object], None] = setattr) -> None:
+    """Have the runs of this process draw no curves, and list timm's models once."""
+    patch(RunLog, "draw", lambda self: None)
+    patch(timm, "list_models", functools.cache(timm.list_models))
+
+
 def trained(flags: list[str]) -> Run:
     """Return the run of these flags after its last step."""
     reset_accelerate()
     run = train.set_up(train.parse_args(flags))
-    run.log.draw = lambda: None  # the curves
     train.train(run)
     return run
 

@@ -77,10 +77,10 @@ class Training:
         for process in self.processes:
             process.start()
 
-    def wait(self) -> int:
+    def wait(self, seconds: float = SECONDS) -> int:
         """Wait for the end and return the exit status: the first one that is not 0, or 0."""
         for process in self.processes:
-            process.join(SECONDS)
+            process.join(seconds)
             assert process.exitcode is not None, self.text()
         return next((process.exitcode for process in self.processes if process.exitcode), 0)
 
