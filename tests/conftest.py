@@ -105,13 +105,14 @@ def data(tmp_path: Path) -> Path:
     return write_data(tmp_path / "data")
 
 
-def write_encoder(path: Path) -> Path:
-    """Write random weights for ENCODER, in timm's layout."""
+def write_encoder(path: Path, resolution: int = RESOLUTION, **options: int) -> Path:
+    """Write random weights for ENCODER, or for one with other options, in timm's layout."""
     import timm
     from safetensors.torch import save_file
 
     torch.manual_seed(0)
-    network = timm.create_model("vit_tiny_patch16_224", img_size=RESOLUTION, num_classes=0, **ENCODER_OPTIONS)
+    options = ENCODER_OPTIONS | options
+    network = timm.create_model("vit_tiny_patch16_224", img_size=resolution, num_classes=0, **options)
     save_file(network.state_dict(), path)
     return path
 

@@ -8,11 +8,11 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing import forkserver
 from pathlib import Path
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, reset_accelerate, run_training
 
 SECONDS = 120  # after which a test fails if a process has not ended
 
@@ -29,8 +29,11 @@ def _start_server() -> None:
     os.environ.update(before)
 
 
-def _train(flags: list[str], environment: dict[str, str], output: str, prepare: Callable[[], None] | None) -> None:
-    """Run `python train.py FLAGS` in this process."""
+def _train(
+    flags: list[str], environment: dict[str, str], output: str, prepare: Callable[[], None] | None,
+    earlier: Sequence[list[str]],
+) -> None:  # fmt: skip
+    """Run `python train.py FLAGS` in this process, after `earlier` runs."""
     os.environ.update(environment)
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
@@ -43,14 +46,23 @@ def _train(flags: list[str], environment: dict[str, str], output: str, prepare: 
     torch.set_num_threads(1)
     if prepare is not None:
         prepare()
+    for one in earlier:
+        run_training(one)
+    reset_accelerate()
     sys.argv = ["train.py", *flags]
     run_cli(train.main)
 
 
 class Training:
-    """A run that was started once, in one or several processes. They write to `output` and call `prepare` first."""
+    """A run that was started once, in one or several processes. They write to `output` and call `prepare` first.
 
-    def __init__(self, flags: list[str], output: Path, processes: int = 1, prepare: Callable[[], None] | None = None):
+    `earlier`: flags of runs that the same processes complete before it.
+    """
+
+    def __init__(
+        self, flags: list[str], output: Path, processes: int = 1, prepare: Callable[[], None] | None = None,
+        earlier: Sequence[list[str]] = (),
+    ):  # fmt: skip
         _start_server()
         self.output = output
         with socket.socket() as free:
@@ -60,15 +72,15 @@ class Training:
         for rank in range(processes):
             environment = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_PORT": port}
             environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
-            arguments = (flags, environment if processes > 1 else {}, str(output), prepare)
+            arguments = (flags, environment if processes > 1 else {}, str(output), prepare, earlier)
             self.processes.append(_context.Process(target=_train, args=arguments, daemon=True))
         for process in self.processes:
             process.start()
 
-    def wait(self) -> int:
+    def wait(self, seconds: float = SECONDS) -> int:
         """Wait for the end and return the exit status: the first one that is not 0, or 0."""
         for process in self.processes:
-            process.join(SECONDS)
+            process.join(seconds)
             assert process.exitcode is not None, self.text()
         return next((process.exitcode for process in self.processes if process.exitcode), 0)
 

@@ -12,7 +12,6 @@ from models.checkpoint import load_checkpoint, load_model
 from models.encoders import Encoder
 from models.projectors import ConvProjector
 from tests.conftest import read_rows, run_training
-from tests.processes import Training
 from tests.test_compiling import compile_with
 from tests.test_sync import Waits, start
 from tests.test_train import terms, with_flags
@@ -50,15 +49,12 @@ def equal(a, b):
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
-def test_a_run_resumed_before_and_after_the_stop_equals_one_never_stopped(train_flags):
-    undisturbed = with_flags(train_flags, *FLAGS, "--exp-name", "undisturbed", "--checkpointing-steps", "1")
-    undisturbed = run_training(with_flags(undisturbed, "--max-train-steps", "6", "--adam-weight-decay", "0.1"))
-    flags = with_flags(train_flags, *FLAGS, "--checkpointing-steps", "2", "--adam-weight-decay", "0.1")
-    for last in ("2", "4", "6"):
-        resumed = run_training([*flags, "--max-train-steps", last, "--resume", "latest"])
-    for step in (2, 4, 6):
-        a, b = saved(undisturbed, step), saved(resumed, step)
-        assert all(equal(a[part], b[part]) for part in ("model", "ema", "opt"))
+def test_a_run_resumed_after_the_stop_equals_one_never_stopped(train_flags):
+    flags = with_flags(train_flags, *FLAGS, "--max-train-steps", "6", "--adam-weight-decay", "0.1")
+    undisturbed = run_training([*flags, "--exp-name", "undisturbed", "--checkpointing-steps", "1"])
+    resumed = run_training([*flags, "--resume", str(undisturbed / "checkpoints" / "0000004.pt")])
+    a, b = saved(undisturbed, 6), saved(resumed, 6)
+    assert all(equal(a[part], b[part]) for part in ("model", "ema", "opt"))
     before, at, after = (projectors(saved(undisturbed, step)) for step in (2, 3, 6))
     assert equal(dict(enumerate(at)), dict(enumerate(after))) and not equal(
         dict(enumerate(at)), dict(enumerate(before))
@@ -68,7 +64,7 @@ def test_a_run_resumed_before_and_after_the_stop_equals_one_never_stopped(train_
 
     rows = read_rows(undisturbed)
     assert [("proj" in row) for row in rows] == [True] * 3 + [False] * 3
-    assert terms(undisturbed, *NAMES) == terms(resumed, *NAMES)
+    assert terms(undisturbed, *NAMES)[4:] == terms(resumed, *NAMES)
     for row in rows[3:]:
         assert row["loss"] == pytest.approx(row["denoise"] + 0.03 * row["cls"], abs=1e-6)
 
@@ -77,18 +73,6 @@ def test_a_run_resumed_before_and_after_the_stop_equals_one_never_stopped(train_
     assert all(isinstance(projector, ConvProjector) for projector in network.projectors)
     assert json.loads((resumed / "args.json").read_text())["encoder_depth"] == "1,3"
     assert parse_args(["--exp-name", "x", "--config", str(resumed / "args.json")]).encoder_depth == "1,3"
-    for more, text in CHANGED.items():
-        with pytest.raises(InputError, match=text):
-            run_training([*with_flags(flags, *more.split()), "--resume", "latest"])
-
-
-CHANGED = {
-    "--align-stop-steps 4": "--align-stop-steps is 4, but .* was started with 3",
-    "--align-stop-steps 0": "--align-stop-steps is 0, but .* was started with 3",
-    "--encoder-depth 3": "--encoder-depth is 3, but .* was started with 1,3",
-    "--projector mlp": "--projector is mlp, but .* was started with conv",
-    "--spatial-norm 0.5": r"--spatial-norm is 0\.5, but .* was started with 0\.6",
-}
 
 
 def test_a_run_without_spatial_norm_does_not_get_it_on_resume(train_flags):
@@ -118,22 +102,6 @@ def test_after_the_stop_no_projector_and_no_needless_encoder_is_computed(train_f
     two = ["--enc-type", f"{encoder},{encoder}", "--enc-weights", f"{weights},{weights}"]
     run_training(with_flags(train_flags, *two, *slot.split(), "--align-stop-steps", "2", "--max-train-steps", "4"))
     assert per_step == list(zip(calls, [2, 2, 0, 0], strict=True))
-
-
-def test_two_processes_give_the_run_of_one(train_flags, tmp_path):
-    one = run_training(with_flags(train_flags, *FLAGS, "--exp-name", "one", "--max-train-steps", "5"))
-    flags = with_flags(train_flags, *FLAGS, "--exp-name", "two", "--max-train-steps", "5", "--checkpointing-steps", "3")
-    training = Training(flags, tmp_path / "output.txt", processes=2)
-    assert training.wait() == 0, training.text()
-    two = one.parent / "two"
-    torch.testing.assert_close(terms(one, *NAMES), terms(two, *NAMES), rtol=1e-5, atol=1e-6)
-    assert [("proj" in row) for row in read_rows(two)] == [True] * 3 + [False] * 2
-    a, b = saved(one, 5), saved(two, 5)
-    for key, value in a["ema"].items():
-        torch.testing.assert_close(value, b["ema"][key], rtol=1e-4, atol=1e-5)
-    assert equal(dict(enumerate(projectors(b))), dict(enumerate(projectors(saved(two, 3)))))
-    counts = [[values["step"].item() for values in file["opt"]["state"].values()] for file in (a, b)]
-    assert counts[0] == counts[1]
 
 
 def test_after_the_stop_one_step_compiles_and_no_later_one(train_flags, monkeypatch):
@@ -199,25 +167,9 @@ BAD = {
     "descending": ("--encoder-depth 2,1", "--encoder-depth 2,1: must be a block number from 1, or several"),
     "zero": ("--encoder-depth 0", "--encoder-depth 0: must be a block number from 1"),
     "no number": ("--encoder-depth 1,x", "--encoder-depth 1,x: must be a block number from 1"),
-    "routed": (
-        "--depth 5 --sprint --encoder-depth 2,3",
-        r"encoder_depth 3 is one of the routed blocks 3 \.\. 3 of sprint",
-    ),
     "projector": ("--projector linear", "--projector linear: allowed: mlp, conv"),
     "norm": ("--spatial-norm 1.5", r"--spatial-norm 1\.5: must be from 0 to 1"),
     "steps": ("--align-stop-steps -1", "--align-stop-steps -1: must be from 0 to"),
-    "stop": (
-        "--align-stop-steps 5 --proj-coeff 0",
-        "--align-stop-steps 5: changes the alignment, and --proj-coeff 0 means",
-    ),
-    "conv": (
-        "--projector conv --proj-coeff 0",
-        "--projector conv: changes the alignment, and --proj-coeff 0 means that",
-    ),
-    "SiT": (
-        "--spatial-norm 0 --no-cls-token --enc-type none",
-        "--spatial-norm 0.0: changes the alignment, and --enc-type",
-    ),
 }
 
 

@@ -9,12 +9,9 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 
 from common.errors import InputError
-from models.checkpoint import load_checkpoint
 from models.sit import SiT, SiT_models
-from tests.conftest import read_rows, reset_accelerate, run_training
-from tests.processes import Training
+from tests.conftest import reset_accelerate
 from tests.test_sit import inputs, randomise, small
-from tests.test_train import terms, with_flags
 from training.config import parse_args
 from training.guards import GuardedOptimizer
 from training.optimizers import MuonWithAdamW, is_for_muon, make_optimizer
@@ -217,51 +214,6 @@ def test_a_torch_without_muon_is_named(monkeypatch):
     with pytest.raises(InputError, match=r"^--optimizer muon: needs torch 2\.9 or later; installed: torch \d"):
         settings()
     assert settings("adamw").optimizer == "adamw"
-
-
-EVERYTHING = """--optimizer muon --muon-learning-rate 0.01 --warmup-steps 2 --lr-schedule cosine --depth 5
-    --encoder-depth 2 --norm rms --qk-norm rms --rope --value-residual --sprint --gradient-accumulation-steps 2
-    --mixed-precision bf16"""
-
-
-@has_muon
-@pytest.mark.cpu
-def test_a_resumed_run_equals_one_never_stopped(train_flags):
-    flags = with_flags(train_flags, *EVERYTHING.split(), "--checkpointing-steps", "3", "--max-train-steps", "6")
-    undisturbed = run_training([*flags, "--exp-name", "undisturbed"])
-    file = undisturbed / "checkpoints" / "0000003.pt"
-    resumed = run_training([*flags, "--exp-name", "resumed", "--resume", str(file)])
-    a, b = (load_checkpoint(run / "checkpoints" / "0000006.pt") for run in (undisturbed, resumed))
-    for part in ("model", "ema"):
-        assert all(torch.equal(a[part][key], b[part][key]) for key in a[part])
-    assert a["opt"]["param_groups"] == b["opt"]["param_groups"]
-    for index, state in a["opt"]["state"].items():
-        assert all(torch.equal(value, b["opt"]["state"][index][key]) for key, value in state.items())
-    assert terms(undisturbed)[3:] == terms(resumed)
-    assert [row["lr"] for row in read_rows(undisturbed)[3:]] == [row["lr"] for row in read_rows(resumed)]
-    with pytest.raises(InputError, match=r"0000003\.pt: cannot be resumed: .* expected 1, of AdamW, by --optimizer"):
-        run_training([*flags, "--exp-name", "other", "--resume", str(file), "--optimizer", "adamw"])
-
-
-@has_muon
-@pytest.mark.cpu
-def test_shards_of_two_processes_give_the_run_of_one(train_flags, tmp_path):
-    """Up to the rounding of Newton-Schulz in bfloat16."""
-    if not hasattr(torch.cpu.Stream, "record_event"):
-        pytest.skip("this torch shards on GPUs only")
-    flags = with_flags(train_flags, "--optimizer", "muon", "--checkpointing-steps", "2")
-    one = run_training([*flags, "--exp-name", "one"])
-    two = [*flags, "--exp-name", "two", "--fsdp"]
-    for steps in ("2", "4"):
-        training = Training([*two, "--max-train-steps", steps, "--resume", "latest"], tmp_path / "output.txt", 2)
-        assert training.wait() == 0, training.text()
-    a, b = (load_checkpoint(one.parent / name / "checkpoints" / "0000004.pt") for name in ("one", "two"))
-    for key, value in a["model"].items():
-        torch.testing.assert_close(value, b["model"][key], rtol=1e-3, atol=1e-3)
-    for index, state in a["opt"]["state"].items():
-        assert b["opt"]["state"][index].keys() == state.keys()
-        for name, value in state.items():
-            torch.testing.assert_close(value, b["opt"]["state"][index][name], rtol=1e-2, atol=1e-3)
 
 
 @has_muon

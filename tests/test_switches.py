@@ -15,7 +15,8 @@ from models.sit_config import PRESETS, SiTConfig
 from models.switches import switches_of_weights
 from tests.test_sit import inputs, randomise
 from tests.test_srdit import OF_SR_DIT
-from training.config import RunFacts
+from training.config import RunFacts, parse_args
+from training.optimizers import make_optimizer
 from training.record import DamagedError, check_same_network, check_same_run
 from training.restore import optimizer_state
 from training.state import initialize_from
@@ -133,7 +134,7 @@ def test_the_optimizer_of_a_released_checkpoint_is_resumed():
     model = network()
     checkpoint = released(model)
     names = [name for name, _ in model.named_parameters()]
-    state = optimizer_state(checkpoint, torch.optim.AdamW(model.parameters()), model)
+    state = optimizer_state(checkpoint, make_optimizer(model, parse_args(["--exp-name", "x"])), model)
     assert state[names.index("blocks.1.attn.v1_lambda")]["exp_avg"].shape == (1,)
     assert len(state) == len(names) - 1
 

@@ -274,6 +274,8 @@ class TrainConfig(
             raise InputError(f"--entangle {self.entangle} contradicts {given}; give one of them")
         if self.enc_type == "none" and self.slot in FROM_ENCODER:
             raise InputError("--enc-type none: the class slot needs an encoder; add --no-cls-token to train SiT")
+        if self.value_residual and self.depth == 1:
+            raise InputError("--value-residual with --depth 1: one block has no values of another; needs 2 or more")
         if self.resume not in (None, "latest") and self.resume_step:
             raise InputError(f"--resume {self.resume} and --resume-step {self.resume_step}: give one of them")
         if self.keep_every and not self.keep_last:

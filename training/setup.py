@@ -171,11 +171,16 @@ def open_data(config: TrainConfig, accelerator: Accelerator) -> LatentDataset:
 
 
 def make_encoders(config: TrainConfig, data: LatentDataset, accelerator: Accelerator) -> list[Encoder]:
-    """Return the frozen encoders, empty if neither class slot nor alignment needs one."""
+    """Return the frozen encoders, empty if neither class slot nor alignment needs one.
+
+    Raises InputError if the latents do not divide into patches, so that their tokens have no number.
+    """
     if config.enc_type == "none" or not (config.slot in FROM_ENCODER or config.proj_coeff > 0):
         return []
-    tokens = (data.latent_size // int(config.model.rsplit("/")[1])) ** 2
-    return load_encoders(config.enc_type, data.resolution, config.enc_weights, tokens, accelerator.device)
+    size, patch = data.latent_size, int(config.model.rsplit("/")[1])
+    if size % patch:
+        raise InputError(f"--model {config.model}: latents of {size} x {size} do not divide into patches of {patch}")
+    return load_encoders(config.enc_type, data.resolution, config.enc_weights, (size // patch) ** 2, accelerator.device)
 
 
 def make_codec(config: TrainConfig, data: LatentDataset, accelerator: Accelerator) -> Codec | None:
