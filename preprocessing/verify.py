@@ -266,7 +266,7 @@ def latent_statistics(found: Findings, latent_format: LatentFormat) -> tuple[np.
 def check_magnitude(mean: np.ndarray, std: np.ndarray, dataset: LatentDataset) -> list[str]:
     """Return an error if scaled latents of this mean and standard deviation (C,) cannot be those of their codec."""
     codec, magnitude = dataset.latent_format, float(np.sqrt(np.mean(mean**2 + std**2)))
-    low, high = PIXEL_MAGNITUDE if codec.codec == "pixel" else MAGNITUDE
+    low, high = PIXEL_MAGNITUDE if codec.codec == "pixel" and not codec.is_per_channel else MAGNITUDE
     if low <= magnitude <= high:
         return []
     expected = f"the scaled latents of {codec.codec} have a root mean square of {low:g} to {high:g}"
