@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common.checks import WORKERS, Check
+from common.checks import ENTRY_NAME, WORKERS, Check
 from common.cli import Config, parse, setting
 from common.errors import InputError, printable, run_cli
 from common.identity import OWN_PNG, Unchanged
@@ -58,7 +58,9 @@ class VerifyConfig(Config):
 
     data: Path = setting(MISSING, "folder with images and latents, as train.py reads it", flag="data")
     latents_folder: str | None = setting(
-        None, f"name of the latents' folder or zip in the data (default: {' or '.join(LATENT_FOLDERS)})"
+        None,
+        f"name of the latents' folder or zip in the data; default: {' or '.join(LATENT_FOLDERS)}",
+        check=ENTRY_NAME,
     )
     latents_codec: str | None = setting(
         None, "codec of latents whose dataset.json names none (default: sd-vae-ft-mse, as in the published data)"

@@ -11,7 +11,7 @@ from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common.checks import BELOW_ONE, GUIDANCE_SCALE, NON_NEGATIVE, POSITIVE, UNIT_INTERVAL, Check, between
+from common.checks import BELOW_ONE, ENTRY_NAME, GUIDANCE_SCALE, NON_NEGATIVE, POSITIVE, UNIT_INTERVAL, Check, between
 from common.cli import Config, adjustable, flag, parse, setting, settings, uses_cuda
 from common.errors import InputError
 from dataset import LATENT_FOLDERS
@@ -207,7 +207,7 @@ class DataSettings(Config):
     latents_folder: str | None = adjustable(
         None,
         f"name of the latents' folder or zip in --data-dir, such as vae-in; default: {' or '.join(LATENT_FOLDERS)}",
-        check=FOLDER_NAME,
+        check=ENTRY_NAME,
     )
     latents_codec: str | None = adjustable(
         None, "codec of latents whose dataset.json names none; default: sd-vae-ft-mse, as in the published data"
