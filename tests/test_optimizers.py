@@ -239,8 +239,9 @@ def test_a_resumed_run_equals_one_never_stopped(train_flags):
         assert all(torch.equal(value, b["opt"]["state"][index][key]) for key, value in state.items())
     assert terms(undisturbed)[3:] == terms(resumed)
     assert [row["lr"] for row in read_rows(undisturbed)[3:]] == [row["lr"] for row in read_rows(resumed)]
+    other = [*flags, "--exp-name", "other", "--resume", str(file), "--optimizer", "adamw"]
     with pytest.raises(InputError, match=r"0000003\.pt: cannot be resumed: .* expected 1, of AdamW, by --optimizer"):
-        run_training([*flags, "--exp-name", "other", "--resume", str(file), "--optimizer", "adamw"])
+        run_training([*other, "--muon-learning-rate", "0.001"])
 
 
 @has_muon
