@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import timing
-from common.checks import AUTO, BATCH_SIZE, NON_NEGATIVE, POSITIVE
+from common.checks import AUTO, BATCH_SIZE, NON_NEGATIVE, POSITIVE, between
 from common.cli import batch_size, parse, setting
 from common.distributed import largest_batch
 from common.errors import run_cli
@@ -62,7 +62,7 @@ class Evaluate(timing.TimedBenchmark):
     images: int = setting(64, f"images of {RESOLUTION} px for each timing", check=POSITIVE)
     batch_size: int | str = setting(32, "images at a time; auto: the most that fit", check=BATCH_SIZE, parse=batch_size)
     repeats: int = setting(3, "timings of each network", check=POSITIVE)
-    threads: int = setting(torch.get_num_threads(), "CPU threads", check=POSITIVE)
+    threads: int = setting(torch.get_num_threads(), "CPU threads", check=between(1, 1024))
     inception: str | None = setting(None, "Inception weights; default: random ones, which are equally fast")
     evaluate: int = setting(0, "also run the evaluator on this many samples", check=NON_NEGATIVE)
     references: int = setting(10_000, "images of the evaluator's reference", check=POSITIVE)

@@ -25,10 +25,10 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import timing
-from common.checks import AUTO, BATCH_SIZE, NON_NEGATIVE, POSITIVE, UNIT_INTERVAL, Check
+from common.checks import AUTO, BATCH_SIZE, GUIDANCE_SCALE, NON_NEGATIVE, POSITIVE, UNIT_INTERVAL, Check
 from common.cli import batch_size, parse, setting
 from common.distributed import largest_batch
-from common.errors import run_cli
+from common.errors import InputError, run_cli
 from common.progress import progress_bar
 from models.checkpoint import load_model
 from models.inference import NETWORK_DTYPES, CudaGraphs, compile_blocks, convert
@@ -52,7 +52,7 @@ class Sample(timing.TimedBenchmark):
     resolution: int = setting(256, "side of the images, px", check=MULTIPLE)
     batch_size: int | str = setting(64, "images at a time; auto: the most that fit", check=BATCH_SIZE, parse=batch_size)
     steps: int = setting(250, "steps of the complete run that images/s refers to", check=POSITIVE)
-    cfg_scale: float = setting(2.3, "guidance of image and class token")
+    cfg_scale: float = setting(2.3, "guidance of image and class token", check=GUIDANCE_SCALE)
     guidance_high: float = setting(0.85, "end of the guidance interval [0, t]", check=UNIT_INTERVAL)
     dtype: str = setting("bf16", "half precision to measure; float32: none", choices=tuple(NETWORK_DTYPES))
     compile: bool = setting(True, "also measure the compiled network")
@@ -61,6 +61,13 @@ class Sample(timing.TimedBenchmark):
     deviation_steps: int = setting(10, "steps before latents are compared", check=POSITIVE)
     pairs: int = setting(20, "pairs of runs for the price of the class slot; 0: do not measure it", check=NON_NEGATIVE)
     matrix_seconds: float = setting(3, "time of the matrix product", check=NON_NEGATIVE)
+
+    def check_combination(self) -> None:
+        super().check_combination()
+        if self.ckpt is None and (self.resolution // LATENT_FACTOR) % (patch := int(self.model.rsplit("/")[1])):
+            raise InputError(
+                f"--resolution {self.resolution}: --model {self.model} needs a multiple of {LATENT_FACTOR * patch}"
+            )
 
     @property
     def guidance(self) -> Guidance:

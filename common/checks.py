@@ -37,4 +37,5 @@ TIME_SHIFT = Check(
     f"greater than 0 and at most {MOST_TIME_SHIFT}, or {AUTO}",
     lambda value: value == AUTO or 0 < value <= MOST_TIME_SHIFT,
 )
+ENTRY_NAME = Check("a name, without a path", lambda value: bool(value.strip(". ")) and "/" not in value)
 WORKERS = Check(f"from 1 to {MAX_WORKERS:,}", lambda value: 1 <= value <= MAX_WORKERS)

@@ -11,6 +11,7 @@ The scores are made from sums over images, which can be added over batches and p
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -22,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.checks import ENTRY_NAME
 from common.errors import InputError
 from common.progress import progress_bar
 from dataset import LatentDataset
@@ -183,8 +185,8 @@ class CoherenceReport:
 
 def _open_data(data_dir: Path, settings: dict[str, Any]) -> LatentDataset:
     """Return training data; their latents are in the folder, and of the codec, that the run's flags named, if any."""
-    folder = settings.get("latents_folder")
-    if not isinstance(folder, str) or not any((data_dir / f"{folder}{end}").exists() for end in ("", ".zip")):
+    folder = settings.get("latents_folder") or ""
+    if not ENTRY_NAME.fits(folder) or not any(os.path.lexists(data_dir / f"{folder}{end}") for end in ("", ".zip")):
         folder = None
     assumed = LatentFormat.from_json(settings.get("codec")) if settings.get("latents_codec") else None
     return LatentDataset(data_dir, latents_folder=folder, assumed=assumed)

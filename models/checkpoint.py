@@ -58,7 +58,7 @@ MOST_SHOWN = 6  # names in an error
 # Settings of a run that programs read from a checkpoint, with their type. They may be missing.
 SETTING_KINDS = {
     "resolution": (int, "a whole number of px"),
-    **dict.fromkeys(("model", "enc_type"), (str, "text")),
+    **dict.fromkeys(("model", "enc_type", "enc_weights", "entangle", "latents_folder", "latents_codec"), (str, "text")),
 }
 PLACES = "a checkpoint file, a run's folder, an exported network, or a repository of the hub (owner/name[/file.pt])"
 

@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from common.checks import MOST_TIME_SHIFT
+
 PATHS = ("linear", "cosine")
 REFERENCE_SIZE = 4096  # values of the latents that need no shift: Stable Diffusion's at 256 px, 4 x 32 x 32
 
@@ -37,14 +39,14 @@ class Interpolant:
 
     `path_type` is "linear" (alpha = 1 - t, sigma = t) or "cosine" (alpha = cos(pi t/2), sigma = sin(pi t/2)).
     `time_shift` is the factor s of `shift`; 1: no shift.
-    Raises ValueError if the path is unknown, or the factor is not greater than 0.
+    Raises ValueError if the path is unknown, or the factor is not a number above 0 and at most `MOST_TIME_SHIFT`.
     """
 
     def __init__(self, path_type: str = "linear", time_shift: float = 1.0):
         if path_type not in PATHS:
             raise ValueError(f"path_type {path_type!r} is unknown; allowed: {', '.join(PATHS)}")
-        if not 0 < time_shift < math.inf:
-            raise ValueError(f"time_shift {time_shift}: must be greater than 0 and finite")
+        if type(time_shift) not in (int, float) or not 0 < time_shift <= MOST_TIME_SHIFT:
+            raise ValueError(f"time_shift {time_shift!r:.80}: must be a number above 0, at most {MOST_TIME_SHIFT}")
         self.path_type, self.time_shift = path_type, time_shift
 
     @classmethod

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import sys
 from typing import Any
 
 import torch
@@ -18,6 +17,8 @@ from common.errors import InputError, shown
 from models.field_checks import LARGEST_CODEC_SIZE
 from models.tensor_checks import LONGEST_NAME
 
+LARGEST = 1e12  # of a scale's or shift's size: beyond, latents overflow or vanish in float32
+SCALES = f"numbers whose size is from {1 / LARGEST:g} to {LARGEST:g}"
 SD_SCALE = 0.18215  # gives Stable Diffusion's latents about unit variance (arXiv 2112.10752, appendix G)
 
 
@@ -41,7 +42,7 @@ class LatentFormat:
         if not all(type(value) is int and 0 < value <= LARGEST_CODEC_SIZE for value in (channels, self.factor)):
             given = f"channels {shown(channels)}, factor {shown(self.factor)}"
             raise InputError(f"{codec}: {given}; allowed: whole numbers from 1 to {LARGEST_CODEC_SIZE}")
-        for name, allowed in (("scale", "finite numbers other than 0"), ("shift", "finite numbers")):
+        for name, allowed in (("scale", SCALES), ("shift", f"numbers from -{LARGEST:g} to {LARGEST:g}")):
             value = getattr(self, name)
             if isinstance(value, tuple) and len(value) != channels:
                 count = f"{name} has {len(value)} values for {channels} channels"
@@ -50,7 +51,7 @@ class LatentFormat:
                 continue
             for number in value if isinstance(value, tuple) else (value,):
                 is_number = isinstance(number, int | float) and not isinstance(number, bool)
-                if not is_number or not abs(number) <= sys.float_info.max or (name == "scale" and number == 0):
+                if not is_number or not (1 / LARGEST if name == "scale" else 0) <= abs(number) <= LARGEST:
                     raise InputError(f"{codec}: {name} has the value {shown(number)}; allowed: {allowed}")
 
     @property
@@ -112,7 +113,7 @@ class LatentFormat:
         if not isinstance(fields["codec"], str) or len(fields["codec"]) > LONGEST_NAME:
             raise InputError(f"latent format {shown(fields)}: codec must be a name")
         if fields["scale"] is None:
-            raise InputError(f"codec {fields['codec']}: scale has the value null; allowed: finite numbers other than 0")
+            raise InputError(f"codec {fields['codec']}: scale has the value null; allowed: {SCALES}")
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
 
 

@@ -69,6 +69,7 @@ class REGPipeline(DiffusionPipeline):
         time_shift: float = 1.0,
     ):
         super().__init__()
+        Interpolant(path_type, time_shift)  # raises ValueError for values that are not allowed
         if isinstance(classes, ClassSet):
             classes = classes.to_json()
         self.register_modules(transformer=transformer, vae=vae)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common.checks import WORKERS, Check
+from common.checks import ENTRY_NAME, WORKERS, Check
 from common.cli import Config, parse, setting
 from common.errors import InputError, printable, run_cli
 from common.identity import OWN_PNG, Unchanged
@@ -58,7 +58,9 @@ class VerifyConfig(Config):
 
     data: Path = setting(MISSING, "folder with images and latents, as train.py reads it", flag="data")
     latents_folder: str | None = setting(
-        None, f"name of the latents' folder or zip in the data (default: {' or '.join(LATENT_FOLDERS)})"
+        None,
+        f"name of the latents' folder or zip in the data; default: {' or '.join(LATENT_FOLDERS)}",
+        check=ENTRY_NAME,
     )
     latents_codec: str | None = setting(
         None, "codec of latents whose dataset.json names none (default: sd-vae-ft-mse, as in the published data)"
@@ -266,7 +268,7 @@ def latent_statistics(found: Findings, latent_format: LatentFormat) -> tuple[np.
 def check_magnitude(mean: np.ndarray, std: np.ndarray, dataset: LatentDataset) -> list[str]:
     """Return an error if scaled latents of this mean and standard deviation (C,) cannot be those of their codec."""
     codec, magnitude = dataset.latent_format, float(np.sqrt(np.mean(mean**2 + std**2)))
-    low, high = PIXEL_MAGNITUDE if codec.codec == "pixel" else MAGNITUDE
+    low, high = PIXEL_MAGNITUDE if codec.codec == "pixel" and not codec.is_per_channel else MAGNITUDE
     if low <= magnitude <= high:
         return []
     expected = f"the scaled latents of {codec.codec} have a root mean square of {low:g} to {high:g}"

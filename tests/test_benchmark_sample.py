@@ -49,6 +49,8 @@ def test_bad_flags_are_named():
         (["--rounds", 0], "--rounds 0: must be greater than 0"),
         (["--batch-size", 0], "--batch-size 0: must be from 1 to 100,000, or auto"),
         (["--resolution", 20], "--resolution 20: must be a multiple of 8"),
+        (["--resolution", 24, "--model", "SiT-S/2"], "--resolution 24: --model SiT-S/2 needs a multiple of 16"),
+        (["--cfg-scale", 0.5], "--cfg-scale 0.5: must be 1"),
     ):
         with pytest.raises(InputError, match=text):
             run(*flags)

@@ -171,6 +171,7 @@ def test_peak_memory_is_reset():
             "--workers 0: must be greater",
         ),
         (evaluate, ["--images", "0"], "--images 0: must be greater than 0"),
+        (evaluate, ["--threads", "99999"], "--threads 99999: must be from 1 to 1,024"),
     ],
 )
 def test_bad_settings_are_named(tmp_path, program, flags, text):

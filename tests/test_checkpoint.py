@@ -124,6 +124,7 @@ ODD = {
         lambda file: setattr(file["args"], "time_shift", True),
         "its time_shift is True; expected a number",
     ),
+    "latents": (lambda file: setattr(file["args"], "latents_folder", 5), "setting latents_folder of its run is 5; exp"),
     "auto shift": (lambda file: setattr(file["args"], "time_shift", "auto"), "its time_shift is 'auto'; expected a"),
     "negative shift": (lambda file: setattr(file["args"], "time_shift", -1.0), r"its time_shift is -1\.0; expected"),
     "resolution": (lambda file: setattr(file["args"], "resolution", "x"), "setting resolution of its run is 'x'"),

@@ -32,6 +32,19 @@ def test_latents_without_statistics_are_refused():
         LatentFormat.from_json(unknown.to_json())
 
 
+@pytest.mark.parametrize(
+    "value", [0, 1e-13, 1e13, 1e39, float("nan"), float("inf"), 10**400, True, "2", (1.0, 1e300), (1.0,)]
+)
+def test_scales_and_shifts_that_no_latents_have_are_refused(value):
+    """Finite is not enough: float32 has no 1e39, and a scale of 1e-46 is 0 there."""
+    with pytest.raises(InputError, match="codec some: scale has "):
+        LatentFormat("some", channels=2, factor=8, scale=value)
+    if value not in (0, 1e-13):
+        with pytest.raises(InputError, match="codec some: shift has "):
+            LatentFormat("some", channels=2, factor=8, shift=value)
+    LatentFormat("some", channels=2, factor=8, scale=-0.18215, shift=(0.0, -1.5))
+
+
 MEAN, STD = [0.25, -0.5, 1.0, 0.0], [0.5, 2.0, 4.0, 1.0]
 
 

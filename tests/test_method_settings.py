@@ -82,7 +82,9 @@ def test_a_step_reads_nothing_from_the_device(train_flags):
 
 
 def test_runs_of_earlier_versions_had_none_of_the_options():
-    for setting, value in (("time_shift", 2.0), ("cfm_coeff", 0.05), ("time_mean", 1.0), ("time_std", 0.5)):
+    options = {"time_shift": 2.0, "cfm_coeff": 0.05, "time_mean": 1.0, "time_std": 0.5, "align_stop_steps": 5}
+    options |= {"norm": "rms", "rope": True, "sprint": True, "projector": "conv", "optimizer": "muon"}
+    for setting, value in options.items():
         with pytest.raises(InputError, match=rf"--{setting.replace('_', '-')} is {value}, but run was started with"):
             check_same_run({setting: value}, {"codec": {}}, "run")
         check_same_run({setting: value}, {}, "published")  # published files do not show it
@@ -93,6 +95,16 @@ def test_runs_of_earlier_versions_had_none_of_the_options():
 BAD = {
     "mean": (["--time-mean", "11"], "--time-mean 11.0: must be from -10 to 10"),
     "std": (["--time-std", "0"], "--time-std 0.0: must be greater than 0 and at most 10"),
+    "uniform": (
+        ["--time-std", "2"],
+        "--time-std 2: has no effect without --weighting lognormal, and it is uniform; allowed: 1",
+    ),
+    "keep": (
+        ["--sprint-keep", "0.5"],
+        "--sprint-keep 0.5: has no effect without --sprint, and it is off; allowed: 0.25",
+    ),
+    "drop": (["--sprint-path-drop", "0"], "--sprint-path-drop 0: has no effect without --sprint"),
+    "muon": (["--muon-learning-rate", "0.01"], "0.01: has no effect without --optimizer muon, and it is adamw"),
     "shift": (["--time-shift", "0"], "--time-shift 0.0: must be greater than 0 and at most 1000, or auto"),
     "word": (["--time-shift", "big"], "--time-shift: 'big' is not a finite number"),
     "nan": (["--time-shift", "nan"], "--time-shift: 'nan' is not a finite number"),

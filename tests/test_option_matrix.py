@@ -123,7 +123,10 @@ CHANGED = {
     "qk-norm": ("--qk-norm layer", "--qk-norm is layer, but .* was started with rms"),
     "rope": ("--no-rope", "--rope is False, but .* was started with True"),
     "value-residual": ("--no-value-residual", "--value-residual is False, but .* was started with True"),
-    "sprint": ("--no-sprint", "--sprint is False, but .* was started with True"),
+    "sprint": (
+        "--no-sprint --sprint-keep 0.25 --sprint-path-drop 0.05",
+        "--sprint is False, but .* was started with True",
+    ),
     "keep": ("--sprint-keep 0.6", r"--sprint-keep is 0\.6, but .* was started with 0\.5"),
     "drop": ("--sprint-path-drop 0", r"--sprint-path-drop is 0\.0, but .* was started with 0\.5"),
     "latents": ("--model SiT-B/1", "--model is SiT-B/1, but .* was started with SiT-S/1"),
@@ -165,7 +168,7 @@ NONSENSE = {
     ),
     "depths": ("depths", "--depth 1", r"encoder_depth 2 is outside 1 \.\. 1, the number of blocks"),
     "stop": ("align-stop", "--proj-coeff 0", "--align-stop-steps 2: changes the alignment, and --proj-coeff 0 means"),
-    "times": ("times", "--weighting uniform", "--time-mean -0.2: is a parameter of --weighting lognormal"),
+    "times": ("times", "--weighting uniform", "--time-mean -0.2: has no effect without --weighting lognormal"),
     "one sample": ("cfm", "--batch-size 1", "--cfm-coeff 0.05: needs an even number of samples in each micro-batch"),
     "odd micro-batches": (
         "cfm", "--batch-size 6 --gradient-accumulation-steps 2", "--batch-size 6 on 1 processes in .* 2 gives 3"

@@ -4,7 +4,7 @@ import pytest
 
 import train
 from common.errors import InputError
-from tests.conftest import read_rows, run_training
+from tests.conftest import run_training
 from tests.test_sync import Waits, start
 from tests.test_train import with_flags
 from training.config import parse_args
@@ -19,15 +19,6 @@ def test_a_step_reads_nothing_from_the_device(train_flags, more):
     with Waits() as waits:
         train.training_step(run, batches)
     assert waits.found == []
-
-
-def test_without_switches_the_flags_of_sprint_change_nothing(train_flags):
-    plain = run_training(with_flags(train_flags, "--exp-name", "plain", "--max-train-steps", "2"))
-    other = run_training(with_flags(train_flags, "--max-train-steps", "2", "--sprint-keep", "0.9", "--no-sprint"))
-    names = ("loss", "denoise", "proj", "cls", "grad_norm")
-    assert [[row[name] for name in names] for row in read_rows(plain)] == [
-        [row[name] for name in names] for row in read_rows(other)
-    ]
 
 
 def test_the_norm_of_queries_is_a_switch_or_a_name(tmp_path):

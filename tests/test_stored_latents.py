@@ -10,11 +10,13 @@ import torch
 
 from common.errors import InputError
 from dataset import LatentDataset
+from evaluations import coherence
 from evaluations.coherence import CoherenceReport
 from models.autoencoder import codec_format
 from models.latent_format import SD_FORMAT, LatentFormat
 from preprocessing import verify
 from tests.conftest import ENCODER, NUM_CLASSES, RESOLUTION, run_training
+from training.config import parse_args
 
 INVAE = LatentFormat("e2e-invae", channels=32, factor=16, scale=0.3099)
 
@@ -86,6 +88,12 @@ def test_latents_that_fit_neither_are_refused(draws, changes, assumed, message):
         LatentDataset(draws, assumed=assumed)
 
 
+@pytest.mark.parametrize("folder", ["../vae-sd", "a\0b", "x" * 10_000, "vae-in", None])
+def test_the_folder_that_a_checkpoint_names_is_used_only_if_the_data_have_it(data, folder):
+    shutil.copytree(data / "vae-sd", data.parent / "vae-sd")
+    assert coherence._open_data(data, {"latents_folder": folder}).latents.path == data / "vae-sd"
+
+
 def test_folders_of_other_names(data, train_flags):
     shutil.move(data / "vae-sd", data / "vae-in")
     others = r"found none; folders of other names: vae-in; choose one by --latents-folder"
@@ -96,6 +104,8 @@ def test_folders_of_other_names(data, train_flags):
     shutil.make_archive(str(data / "zipped"), "zip", data / "vae-in")
     folder, archive = (LatentDataset(data, latents_folder=name) for name in ("vae-in", "zipped"))
     assert folder.digest() == archive.digest() and archive.latents.is_zip
+    with pytest.raises(InputError, match=r"--latents-folder \.\./data: must be a name, without a path"):
+        parse_args(["--exp-name", "run", "--latents-folder", "../data"])
     flags = [*train_flags, "--data-dir", str(data), "--latents-folder", "vae-in", "--max-train-steps", "1"]
     args = json.loads((run_training([*flags, "--exp-name", "run"]) / "args.json").read_text())
     assert args["latents_folder"] == "vae-in" and args["codec"]["codec"] == "pixel"

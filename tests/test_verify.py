@@ -256,6 +256,7 @@ TAESD_FORMAT = LatentFormat("taesd", channels=4, factor=8)
         (LatentFormat("pixel", channels=4, factor=1), 0.0, True),  # black images of digits
         (LatentFormat("pixel", channels=4, factor=1), 0.5, True),
         (LatentFormat("pixel", channels=4, factor=1), 1.5, False),
+        (LatentFormat("pixel", channels=4, factor=1, scale=(3.0,) * 4), 0.35, True),  # measured statistics
     ],
 )
 def test_the_magnitude_of_latents_is_that_of_their_codec(latent_format, std, is_right):

@@ -11,8 +11,8 @@ from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common.checks import BELOW_ONE, GUIDANCE_SCALE, NON_NEGATIVE, POSITIVE, UNIT_INTERVAL, Check, between
-from common.cli import Config, adjustable, parse, setting, uses_cuda
+from common.checks import BELOW_ONE, ENTRY_NAME, GUIDANCE_SCALE, NON_NEGATIVE, POSITIVE, UNIT_INTERVAL, Check, between
+from common.cli import Config, adjustable, flag, parse, setting, settings, uses_cuda
 from common.errors import InputError
 from dataset import LATENT_FOLDERS
 from loss import FROM_ENCODER
@@ -45,6 +45,14 @@ RECORDED = frozenset({"codec", "latent_size", "z_dims", "in_channels", "cls_toke
 OF_ONE_RUN = ("exp_name", "resume", "resume_step", "allow_changed_data", "dry_run")
 # Settings of a run for which None is a value, not one that is determined later: the name of that value in errors.
 NONE_MEANS = {"max_images": "all", "spatial_norm": "off"}
+# Settings that are parameters of a value of another setting, and without effect without it.
+PARAMETERS = {
+    "sprint_keep": ("sprint", True),
+    "sprint_path_drop": ("sprint", True),
+    "muon_learning_rate": ("optimizer", "muon"),
+    "time_mean": ("weighting", "lognormal"),
+    "time_std": ("weighting", "lognormal"),
+}
 # Bounds of numbers, so that a slip of the keyboard is an error and not a machine without memory.
 MOST_WORKERS = 1024  # each is a process; more than any machine has cores
 MOST_BLOCKS = 1000  # 36 times those of SiT-XL
@@ -199,7 +207,7 @@ class DataSettings(Config):
     latents_folder: str | None = adjustable(
         None,
         f"name of the latents' folder or zip in --data-dir, such as vae-in; default: {' or '.join(LATENT_FOLDERS)}",
-        check=FOLDER_NAME,
+        check=ENTRY_NAME,
     )
     latents_codec: str | None = adjustable(
         None, "codec of latents whose dataset.json names none; default: sd-vae-ft-mse, as in the published data"
@@ -267,6 +275,11 @@ class TrainConfig(
 
     def check_combination(self) -> None:
         super().check_combination()
+        for name, (other, needed) in PARAMETERS.items():
+            value, held, default = getattr(self, name), getattr(self, other), settings(TrainConfig)[name].default
+            if held != needed and value != default:
+                on, off = (flag(other), "it is off") if needed is True else (f"{flag(other)} {needed}", f"it is {held}")
+                raise InputError(f"{flag(name)} {value:g}: has no effect without {on}, and {off}; allowed: {default:g}")
         if self.eval_steps and not self.eval_ref:
             raise InputError(f"--eval-steps {self.eval_steps}: needs --eval-ref, the reference .npz")
         if self.entangle and self.cls_token is not None and self.cls_token != (self.entangle != "none"):

@@ -106,12 +106,6 @@ class MethodSettings(Config):
 
     def check_combination(self) -> None:
         super().check_combination()
-        for name, value, default in (("mean", self.time_mean, 0.0), ("std", self.time_std, 1.0)):
-            if self.weighting != "lognormal" and value != default:
-                raise InputError(
-                    f"--time-{name} {value:g}: is a parameter of --weighting lognormal, but --weighting is "
-                    f"{self.weighting}; allowed with it: {default:g}"
-                )
         without = "--enc-type none" if self.enc_type == "none" else f"--proj-coeff {self.proj_coeff:g}"
         has_alignment = self.enc_type != "none" and self.proj_coeff > 0
         for name in () if has_alignment else ("projector", "spatial_norm", "align_stop_steps"):

@@ -23,7 +23,10 @@ from models.switches import switches_of_weights
 from training.config import DERIVED, DIGESTS, NONE_MEANS, RunFacts, TrainConfig
 
 # Settings that runs of earlier versions did not record; they had the default.
-ADDED = ("time_mean", "time_std", "time_shift", "cfm_coeff")
+ADDED = (
+    "norm", "rope", "value_residual", "sprint", "projector", "align_stop_steps", "optimizer", "time_mean", "time_std",
+    "time_shift", "cfm_coeff",
+)  # fmt: skip
 
 
 class DamagedError(InputError):

@@ -84,7 +84,7 @@ def say_change(name: str, before: float | str, config: TrainConfig, first: int) 
     now = getattr(config, name)
     if before == now:
         return
-    now, before = (value if isinstance(value, str) else f"{value:g}" for value in (now, before))
+    now, before = (value[:40] if isinstance(value, str) else f"{value:g}" for value in (now, before))
     if name in config.given:
         logger.info(f"note: {KEPT[name]} is {now} from step {first}, as {flag(name)} says; before {before}")
     else:

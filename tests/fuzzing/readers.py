@@ -266,7 +266,7 @@ def _resume(path: Path) -> Any:
     model, average = bases.network(5), bases.network(6)
     restore_weights(content, model, average, "0000001.pt")
     optimizer = torch.optim.AdamW(model.parameters(), lr=TrainConfig.learning_rate)
-    restore_optimizer(content, optimizer, model)
+    restore_optimizer(content, optimizer, model, alignment_has_ended=False)
     for network in (model, average):  # as a run does at its start
         check_finite(network.state_dict(), path)
     state = [optimizer.state.get(parameter) for parameter in model.parameters()]
