@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Generator, Iterator
@@ -21,6 +22,7 @@ import torch
 from PIL import Image
 
 from training.messages import logger
+from training.preemption import SIGNALS
 
 ROOT = Path(__file__).resolve().parents[1]
 DEVICE = os.environ.get("REG_TEST_DEVICE", "cpu")  # of the programs that the tests run; also a value of --device
@@ -47,6 +49,15 @@ def default_precision() -> Iterator[None]:
     yield
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = True
+
+
+@pytest.fixture(autouse=True)
+def own_signal_handlers() -> Iterator[None]:
+    """Restore the handlers of the signals that a training program handles: child processes inherit them."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)

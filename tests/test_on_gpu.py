@@ -37,15 +37,6 @@ LONGEST_PART = 570  # seconds; a part has to end within 590, including its start
 JOBS = [job for jobs in PARTS.values() for job in jobs]
 
 
-@pytest.fixture
-def signals():
-    """Restores the handlers that `main` replaces."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 def script(code: str) -> str:
     """Return the flags of a job that runs Python code; {out} is `out` in it."""
     imports = "import fcntl, os, pathlib, signal, subprocess, sys, time"
@@ -88,7 +79,7 @@ def test_all_benchmarks_are_run_and_parts_fit_into_ten_minutes():
     assert all(sum(job.limit for job in jobs) <= LONGEST_PART for jobs in PARTS.values())
 
 
-def test_jobs_that_fail_are_named_and_the_others_run(monkeypatch, tmp_path, capfd, signals):
+def test_jobs_that_fail_are_named_and_the_others_run(monkeypatch, tmp_path, capfd):
     (tmp_path / "work" / "results").mkdir(parents=True)
     (tmp_path / "work" / "results" / "nothing.json").write_text("{}")  # of an earlier call
     held = tmp_path / "held"  # locked as long as the job's own child, or the job, is alive
@@ -117,7 +108,7 @@ def test_jobs_that_fail_are_named_and_the_others_run(monkeypatch, tmp_path, capf
     assert time.monotonic() - start < 50
 
 
-def test_a_signal_ends_the_job_and_the_results_are_kept(monkeypatch, tmp_path, signals):
+def test_a_signal_ends_the_job_and_the_results_are_kept(monkeypatch, tmp_path):
     stop = f"{WRITE}; os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)"
     jobs = [Job("first", 30, script(WRITE), ""), Job("stopped", 90, script(stop), ""), Job("later", 30, "-c 0", "")]
     status, outcomes, names = run_jobs(monkeypatch, tmp_path, jobs)
@@ -126,7 +117,7 @@ def test_a_signal_ends_the_job_and_the_results_are_kept(monkeypatch, tmp_path, s
     assert {"results/first.json", "results/stopped.json"} <= names
 
 
-def test_output_is_shown_at_once_and_compiled_code_is_kept(monkeypatch, tmp_path, signals):
+def test_output_is_shown_at_once_and_compiled_code_is_kept(monkeypatch, tmp_path):
     wanted = ("PYTHONUNBUFFERED", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
     for name in wanted:
         monkeypatch.delenv(name, raising=False)
