@@ -44,6 +44,7 @@ from common.sources import (
     mirrored_name,
     read_dataset_json,
 )
+from models.autoencoder import codec_format
 from models.latent_format import LatentFormat
 
 IMAGE_FOLDERS = ("images", "imagenet_256_vae", "imagenet_512_vae")
@@ -62,8 +63,8 @@ class LatentDataset(Dataset):
     are moments (2 C, h, w) or a draw (C, h, w); `LatentFormat.sample` takes both.
 
     `data_dir` contains images and latents. With `flip`, the latents of the mirrored images are required.
-    `latents_folder` is the name of the latents' folder or zip, by default one of `LATENT_FOLDERS`. `assumed` is the
-    format of latents whose dataset.json names no codec, by default Stable Diffusion's.
+    `latents_folder` is the name of the latents' folder or zip, by default one of `LATENT_FOLDERS`. `latents_codec` is
+    the codec of latents whose dataset.json names none, its name or its format; by default Stable Diffusion's.
 
     Attributes:
         class_names: the "classes" of a dataset.json, [] if there are none.
@@ -72,7 +73,7 @@ class LatentDataset(Dataset):
         resolution: R.
         latent_size: h.
         latent_format: channels, scale and codec of the latents.
-        names_codec: whether dataset.json or `assumed` states them; otherwise they are Stable Diffusion's.
+        names_codec: whether dataset.json or `latents_codec` states them; otherwise they are Stable Diffusion's.
         stored: what the files of latents contain, "moments" or "draw".
         stored_shape: of one of these files, (2 C, h, h) or (C, h, h).
         has_mirrored: whether the latents of the mirrored images exist.
@@ -85,7 +86,7 @@ class LatentDataset(Dataset):
         data_dir: str | Path,
         flip: bool = False,
         latents_folder: str | None = None,
-        assumed: LatentFormat | None = None,
+        latents_codec: str | LatentFormat | None = None,
     ):
         self.data_dir = Path(data_dir)
         if not self.data_dir.is_dir():
@@ -119,7 +120,7 @@ class LatentDataset(Dataset):
         self.classes = ClassSet.of_data(np.unique(self.labels), self.class_names)
         self.num_classes = max(int(self.labels.max()) + 1, len(self.class_names))  # the last class may have no image
         try:
-            self.latent_format, self.names_codec = _recorded_format(described[self.latents], assumed)
+            self.latent_format, self.names_codec = _recorded_format(described[self.latents], latents_codec)
         except InputError as error:
             raise InputError(f"{self.latents.describe('dataset.json')}: {error}") from error
         self.latent_format.check_statistics()
@@ -302,17 +303,21 @@ class GlobalBatchSampler(Sampler):
         return int(self._epoch[1][offset])
 
 
-def _recorded_format(content: dict[str, Any], assumed: LatentFormat | None) -> tuple[LatentFormat, bool]:
-    """Return the format of latents from the content of their dataset.json, and whether it or `assumed` names a codec.
+def _recorded_format(content: dict[str, Any], latents_codec: str | LatentFormat | None) -> tuple[LatentFormat, bool]:
+    """Return the format of latents from their dataset.json, and whether it or `latents_codec` names a codec.
 
-    Raises InputError if both name one and they differ.
+    The files of the codec are read, or downloaded, only if dataset.json does not name the same codec. Raises InputError
+    if both name one and they differ.
     """
     recorded = content.get("codec")
     found = LatentFormat.from_json(recorded)
-    if assumed is None or recorded is None:
-        return assumed or found, assumed is not None or recorded is not None
-    if found.codec != assumed.codec:
-        raise InputError(f"the latents are of codec {found.codec}, but --latents-codec is {assumed.codec}")
+    if latents_codec in (None, "", found.codec if recorded is not None else None):
+        return found, recorded is not None
+    given = codec_format(latents_codec) if isinstance(latents_codec, str) else latents_codec
+    if recorded is None:
+        return given, True
+    if found.codec != given.codec:
+        raise InputError(f"the latents are of codec {found.codec}, but --latents-codec is {given.codec}")
     return found, True
 
 

@@ -189,4 +189,4 @@ def _open_data(data_dir: Path, settings: dict[str, Any]) -> LatentDataset:
     if not ENTRY_NAME.fits(folder) or not any(os.path.lexists(data_dir / f"{folder}{end}") for end in ("", ".zip")):
         folder = None
     assumed = LatentFormat.from_json(settings.get("codec")) if settings.get("latents_codec") else None
-    return LatentDataset(data_dir, latents_folder=folder, assumed=assumed)
+    return LatentDataset(data_dir, latents_folder=folder, latents_codec=assumed)

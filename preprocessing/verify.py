@@ -34,7 +34,7 @@ from common.progress import progress_bar
 from common.sources import decode_name
 from common.temporary import atomic_write
 from dataset import LATENT_FOLDERS, PNG_END, LatentDataset, decode_latents
-from models.autoencoder import Codec, LatentFormat, codec_format, load_decoder
+from models.autoencoder import Codec, LatentFormat, load_decoder
 from preprocessing.latent_statistics import latent_sums, mean_and_deviation, mean_and_std
 from preprocessing.parallel import available_cores, chunks, in_workers
 
@@ -123,8 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the program."""
     # Check counts, pairs, labels and shapes: LatentDataset raises an error at the first that is wrong.
     config = parse(VerifyConfig, __doc__.splitlines()[0], argv)
-    assumed = codec_format(config.latents_codec) if config.latents_codec else None
-    dataset = LatentDataset(config.data, latents_folder=config.latents_folder, assumed=assumed)
+    dataset = LatentDataset(config.data, latents_folder=config.latents_folder, latents_codec=config.latents_codec)
     if config.reconstruct:
         check_writable(config.picture, "--sheet", (dataset.images.path, dataset.latents.path), OWN_PNG)
     codec = decoding_codec(config, dataset.latent_format) if config.reconstruct else None

@@ -53,7 +53,7 @@ def test_draws_are_read_with_and_without_a_record(draws, shared_data, recorded):
     assert found.digest() != moments.digest()
 
 
-def test_published_draws_need_the_codec_by_flag(data):
+def test_published_draws_need_the_codec_by_flag(data, monkeypatch):
     """32 channels can be a draw of a codec with 32 channels and moments of one with 16."""
     store(data, (32, 1, 1))
     record(data, codec=None)
@@ -62,12 +62,16 @@ def test_published_draws_need_the_codec_by_flag(data):
     allowed = r"shape \(32, 1, 1\); allowed for codec sd-vae-ft-mse: \(8, h, h\), moments"
     with pytest.raises(InputError, match=f"{allowed}; .*{advice}"):
         LatentDataset(data, latents_folder="vae-in")
-    found = LatentDataset(data, latents_folder="vae-in", assumed=INVAE)
+    moments = LatentFormat("other", channels=16, factor=16, scale=0.5)
+    monkeypatch.setattr("dataset.codec_format", {"e2e-invae": INVAE, "other": moments}.__getitem__)
+    found = LatentDataset(data, latents_folder="vae-in", latents_codec="e2e-invae")
     assert (found.stored, found.latent_size, found.names_codec) == ("draw", 1, True)
     latents = found[3][1][None]
     torch.testing.assert_close(found.latent_format.sample(latents, None), latents * 0.3099)
-    moments = LatentFormat("other", channels=16, factor=16, scale=0.5)
-    assert LatentDataset(data, latents_folder="vae-in", assumed=moments).stored == "moments"
+    assert LatentDataset(data, latents_folder="vae-in", latents_codec="other").stored == "moments"
+    record(data, "vae-in", codec=INVAE.to_json())
+    monkeypatch.setattr("dataset.codec_format", None)  # the codec's files are not needed if dataset.json names it
+    assert LatentDataset(data, latents_folder="vae-in", latents_codec="e2e-invae").latent_format == INVAE
 
 
 @pytest.mark.parametrize(
@@ -85,7 +89,7 @@ def test_published_draws_need_the_codec_by_flag(data):
 def test_latents_that_fit_neither_are_refused(draws, changes, assumed, message):
     record(draws, **changes)
     with pytest.raises(InputError, match=message):
-        LatentDataset(draws, assumed=assumed)
+        LatentDataset(draws, latents_codec=assumed)
 
 
 @pytest.mark.parametrize("folder", ["../vae-sd", "a\0b", "x" * 10_000, "vae-in", None])

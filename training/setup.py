@@ -26,7 +26,7 @@ from common.progress import progress_bar
 from dataset import GlobalBatchSampler, LatentDataset
 from evaluations.in_training import TrainingEvaluation
 from loss import FROM_ENCODER, REGLoss
-from models.autoencoder import Codec, codec_format, load_decoder
+from models.autoencoder import Codec, load_decoder
 from models.checkpoint import saved_settings
 from models.encoders import Encoder, load_encoders
 from models.inference import NETWORK_DTYPES
@@ -152,8 +152,7 @@ def say_differences(config: TrainConfig) -> None:
 
 def open_data(config: TrainConfig, accelerator: Accelerator) -> LatentDataset:
     """Return the training data, checked against the flags and, with the work shared by the processes, file by file."""
-    assumed = codec_format(config.latents_codec) if config.latents_codec else None
-    data = LatentDataset(config.data_dir, config.flip, config.latents_folder, assumed)
+    data = LatentDataset(config.data_dir, config.flip, config.latents_folder, config.latents_codec)
     if config.num_classes is not None and config.num_classes < data.num_classes:
         raise InputError(f"--num-classes {config.num_classes}: the data in {config.data_dir} have {data.num_classes}")
     if config.resolution is not None and config.resolution != data.resolution:
