@@ -42,7 +42,7 @@ from common.temporary import atomic_write
 from training.throughput import describe_code
 
 GRACE = 10  # seconds from SIGINT, after which a job may still write results, to SIGKILL
-LARGEST_FILE = 4_000_000  # bytes; larger files are left out of the archive
+LARGEST_FILE = 4_000_000  # bytes; larger files are not archived
 SHOWN_LINES = 15  # of the log of a job that failed
 GPU_QUERY = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
 

@@ -383,15 +383,12 @@ def _complete(fields: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any
     """Return all fields of `SiTConfig`, the missing ones taken from the settings of a run or from a preset."""
     depth, hidden_size = fields["depth"], fields["hidden_size"]
     size = next((name for name, (d, width, _) in PRESETS.items() if (d, width) == (depth, hidden_size)), None)
+    not_in_weights = ("norm", "sprint_keep", "sprint_path_drop")
     others = {
         "num_heads": settings.get("num_heads") or (PRESETS[size][2] if size else None),
         "encoder_depth": depths_of_setting(settings.get("encoder_depth")) or ENCODER_DEPTHS.get(size, depth),
         "projector_dim": SiTConfig.projector_dim,
-        **{
-            name: settings[name]
-            for name in ("norm", "sprint_keep", "sprint_path_drop")
-            if settings.get(name) is not None
-        },
+        **{name: settings[name] for name in not_in_weights if settings.get(name) is not None},
     }
     if fields["sprint"] and not isinstance(others["encoder_depth"], tuple):
         others["encoder_depth"] = SPRINT_ENCODER_DEPTH  # of SR-DiT's files, whatever their settings have

@@ -62,7 +62,7 @@ def export_config(network: SiTConfig, settings: dict[str, Any], classes: dict[st
     """Return the configuration of an export: what is needed to rebuild the network and to decode its latents.
 
     `settings` are those of the run, and its `steps` and `weights`; `classes` is `ClassSet.to_json()`, or None. A time
-    shift of 1 is left out, as before there were time shifts.
+    shift of 1 is not written, so that the file is the same as before this setting existed.
     """
     settings = {name: value for name, value in settings.items() if (name, value) != ("time_shift", 1)}
     return {

@@ -184,7 +184,7 @@ class SiTConfig:
         """Return the fields as JSON has them, the same as before for a network without the added switches.
 
         `z_dims` and several encoder depths are lists. `qk_norm` is false, true for LayerNorm, or "rms". Switches that
-        are off are left out.
+        are off are not written.
         """
         fields = {**dataclasses.asdict(self), "z_dims": list(self.z_dims)}
         if isinstance(self.encoder_depth, tuple):
