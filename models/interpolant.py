@@ -92,6 +92,17 @@ class Interpolant:
         numerator = at.alpha_t * velocity - at.d_alpha_t * x_t
         return numerator / (at.sigma_t * (at.d_alpha_t * at.sigma_t - at.alpha_t * at.d_sigma_t))
 
+    def data_from_velocity(self, velocity: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """Return the clean data x of a velocity at x_t: x_t - t velocity on the linear path, (N, ...).
+
+        It is the solution of the equations for x_t and the velocity: (d_sigma_t x_t - sigma_t velocity) / (alpha_t
+        d_sigma_t - d_alpha_t sigma_t). For the velocity of a network, which is a mean over all data that fit x_t, it is
+        the mean of these data, the network's one-step estimate. Shapes: velocity and x_t (N, ...), t (N,) or a scalar.
+        """
+        at = self.coefficients(_match(t, x_t))
+        numerator = at.d_sigma_t * x_t - at.sigma_t * velocity
+        return numerator / (at.alpha_t * at.d_sigma_t - at.d_alpha_t * at.sigma_t)
+
 
 def shift_of_latents(channels: int, size: int) -> float:
     """Return the time shift for latents (C, H, W) with H = W = `size`: sqrt(C H W / 4096) (SD3, section 5.3.2)."""

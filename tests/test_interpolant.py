@@ -51,6 +51,17 @@ def test_score_equals_the_published_fraction(path):
     torch.testing.assert_close(interpolant.score_from_velocity(v, x_t, t), expected)
 
 
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("t", [torch.rand(5).double(), torch.tensor([0.0, 0, 1, 1, 0.5]), torch.tensor(0.3)])
+def test_data_are_found_from_their_velocity(path, t):
+    interpolant = Interpolant(path)
+    x, noise = torch.randn(5, 3).double(), torch.randn(5, 3).double()
+    x_t, velocity = interpolant.interpolate(x, noise, t.double()), interpolant.velocity_target(x, noise, t.double())
+    torch.testing.assert_close(interpolant.data_from_velocity(velocity, x_t, t.double()), x)
+    if path == "linear":
+        torch.testing.assert_close(x_t - t.double().view(-1, 1) * velocity, x)
+
+
 def test_cosine_keeps_the_variance():
     at = Interpolant("cosine").coefficients(torch.linspace(0, 1, 11, dtype=torch.float64))
     torch.testing.assert_close(at.alpha_t**2 + at.sigma_t**2, torch.ones(11, dtype=torch.float64))

@@ -27,7 +27,7 @@ SOME_PATHS = (
     "missing", "missing/deep/a", "empty", "text.txt", "pipe", "zero", "null", "dead", "loop", "data", "data/images",
     "data/vae-sd", "data/images/dataset.json", "data/images/00000/img00000001.png", "photos", "photos/a/1.png",
     "images.zip", "encoder.safetensors", "exps/old", "exps/old/checkpoints", "exps/old/checkpoints/0000002.pt",
-    "exps/old/args.json", "exps/old/metrics.jsonl", "samples/old", "samples/old/samples.npz",
+    "exps/old/args.json", "exps/old/metrics.jsonl", "study/runs/reg-seed0", "samples/old", "samples/old/samples.npz",
     "samples/old/samples.json", "set.npz", "ref.npz", "export.safetensors", "evil.pt", "eps/evil.png",
     "config.json", "x" * 300, "a/" * 2000 + "b",
     "text.txt/a", "evil.pt/a", os.fsdecode(b"\xff.npz"), "new.npz", "new.zip", "new.json", "new", "a\nb.png",
@@ -124,6 +124,10 @@ PROGRAMS = {
     "convergence.py": Program(
         "experiments/convergence.py", "experiments.convergence:Convergence", "--preset imagenet --out out", 2,
         ("--out", "--report"),
+    ),
+    "decided.py": Program(
+        "experiments/decided.py", "experiments.decided:Decided",
+        "study/runs/reg-seed0 --dest out.json --images 2 --num-steps 2 --shown 1 --device cpu", 1, ("--dest",),
     ),
     "digits.py": Program("experiments/digits.py", "experiments.digits:Digits", "encoder-spec", 1, ("--dest",)),
     "demo.py": Program("experiments/demo.py", "experiments.demo:Demo", "encoder-spec", 1, ("--dest",)),

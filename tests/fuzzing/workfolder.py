@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from tests.conftest import ROOT, write_data, write_encoder
+from tests.conftest import NUM_CLASSES, ROOT, write_data, write_encoder
 from tests.fuzzing import bases
 from tests.fuzzing.checkpoints import Code
 from tests.fuzzing.command_lines import FIRST_RUN, FIRST_SAMPLES
@@ -47,8 +47,21 @@ def write_work_folder(folder: Path) -> None:
     (folder / "text.txt").write_text("text\n")
     for program, line in (("train.py", FIRST_RUN), ("generate.py", FIRST_SAMPLES), ("export.py", EXPORT)):
         run_valid(program, line.split(), folder)
+    write_comparison(folder)
     rows = [{"step": step, "fid": 300 / step} for step in (1, 2)]
     (folder / "exps" / "old" / "fid.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_comparison(folder: Path) -> None:
+    """Write the parts of a comparison of convergence.py that decided.py reads; the judge is not trained."""
+    from experiments.judge import Judge
+
+    study, judge = folder / "study", Judge(16, [4, 4], NUM_CLASSES)
+    shutil.copytree(folder / "exps" / "old", study / "runs" / "reg-seed0")
+    shutil.copytree(folder / "data", study / "data" / "train")
+    shutil.copytree(folder / "data" / "images", study / "data" / "held_out" / "images")
+    torch.save({"config": judge.config, "weights": judge.state_dict()}, study / "data" / "judge.pt")
+    (study / "settings.json").write_text('{"sampling": {"labelled": true}}')
 
 
 def new_copy(base: Path, folder: Path) -> None:

@@ -1,0 +1,283 @@
+"""At which time during sampling are the class token and the image decided (REG, arXiv 2507.01467)?
+
+    python experiments/decided.py exps/convergence/runs/reg-seed* --dest exps/convergence/decided.json
+
+For finished runs of convergence.py, the program generates images and takes the one-step estimates of clean image and
+class token at each step of the sampler. A classifier that is independent of the network, the judge, reads the class of
+the decoded image. The class of the token is that of the nearest class mean of the encoder's tokens. The same is done
+for noised held-out images. README.md says what the results show.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from common.checks import POSITIVE, Check
+from common.cli import Config, parse, setting, uses_cuda
+from common.errors import InputError, run_cli
+from common.identity import own_json
+from common.io import check_writable, read_json, real_path
+from common.progress import progress_bar
+from dataset import LatentDataset
+from evaluations.coherence import class_mean_sums
+from experiments import decided_report
+from experiments.estimates import Estimates, Explained, nearest_class, of_noised_data, while_sampling
+from experiments.judge import load_images, load_judge
+from experiments.scoring import SAMPLING_SEED
+from loss import FROM_ENCODER, entangled_token
+from models.autoencoder import load_codec
+from models.checkpoint import build_model, load_checkpoint, resolve_checkpoint, saved_settings
+from models.encoders import AFTER_NORM, load_encoder, name_with_tokens
+from models.interpolant import Interpolant
+from models.sit import SiT
+from samplers import GuidedVelocity, ImageNoise, State, image_seeds
+
+RUN_NAME = re.compile(r"(.+)-seed(\d{1,18})", re.DOTALL)
+NOISE_SEED = SAMPLING_SEED + 1  # of the noise that is added to held-out images
+BATCH_SIZE = 64  # of real images
+SHOWN_TIMES = 9  # in the picture of estimates
+OWN_RESULT = own_json("a result of decided.py", "runs", "decided", "num_steps")
+TWO_OR_MORE = Check("2 or greater", lambda value: value > 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decided(Config):
+    """Settings of decided.py."""
+
+    runs: tuple[Path, ...] = setting(MISSING, "folders of finished runs, OUT/runs/ROW-seedN", flag="runs")
+    dest: Path = setting(MISSING, "JSON file to write; table and pictures have its name with .md, .png, -estimates.png")
+    images: int = setting(500, "generated images, and held-out images at most", check=TWO_OR_MORE)
+    solver: str = setting("heun", "solver of the ODE", choices=("euler", "heun"))
+    num_steps: int = setting(25, "steps of the solver; estimates are taken at each", check=POSITIVE)
+    unlabelled: bool = setting(False, "sample without labels; runs trained without labels always do")
+    batch_size: int = setting(100, "images of a call of the network", check=POSITIVE)
+    shown: int = setting(4, "images of each row in the picture of estimates", check=POSITIVE)
+    device: str = setting("auto", "auto: CUDA if available", choices=("auto", "cpu", "cuda"))
+
+    def check_combination(self) -> None:
+        if self.dest.suffix != ".json":
+            raise InputError(f"--dest {self.dest}: the name must end in .json")
+        check_writable(self.dest, "--dest", self.runs, OWN_RESULT)
+        for path in () if self.dest.exists() else decided_report.paths(self.dest):
+            if path.exists():
+                raise InputError(f"--dest {self.dest}: {path} exists without it; choose another name")
+        uses_cuda(self.device)
+
+
+class Run(NamedTuple):
+    """A finished run of a comparison."""
+
+    row: str
+    seed: int
+    study: Path  # folder of the comparison
+    checkpoint: Path
+    settings: dict[str, Any]
+    labelled: bool  # whether the comparison samples with labels
+
+    @property
+    def readout_key(self) -> tuple[Any, ...]:
+        """What the judge, the codec and the class means of the run depend on."""
+        return self.study, *(self.settings.get(name) for name in ("enc_type", "enc_weights", "entangle"))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure the runs of the command line and write the report."""
+    config = parse(Decided, "Show at which time class token and image are decided.", argv)
+    runs = find_runs(config.runs)
+    device = torch.device("cuda" if uses_cuda(config.device) else "cpu")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # as in generate.py
+    readout: Readout | None = None
+    results, pictures = [], {}
+    for run in runs:
+        if readout is None or readout.key != run.readout_key:
+            readout = Readout(run, device)
+        measured = Measurement(run, readout, config)
+        results.append(measured.result())
+        if run.row not in pictures:
+            pictures[run.row] = measured.picture()
+    settings = {name: getattr(config, name) for name in ("images", "solver", "num_steps")}
+    decided_report.write(config.dest, {**settings, "runs": results}, pictures)
+
+
+def find_runs(folders: Sequence[Path]) -> list[Run]:
+    """Return the runs in some folders, ordered by row and comparison, in the order of the folders.
+
+    Raises InputError if one is not a finished run of a comparison, has no class token, or occurs twice.
+    """
+    runs = [_find_run(real_path(folder)) for folder in folders]
+    if len({run.study for run in runs}) > 1:
+        runs = [run._replace(row=f"{run.study.name}/{run.row}") for run in runs]
+    keys = [(run.row, run.seed) for run in runs]
+    for row, seed in keys:
+        if keys.count((row, seed)) > 1:
+            raise InputError(f"runs: two of them are {row}, seed {seed}; give each once, in folders of different names")
+    rows = list(dict.fromkeys(run.row for run in runs))
+    return sorted(runs, key=lambda run: rows.index(run.row))
+
+
+def _find_run(folder: Path) -> Run:
+    name, study = RUN_NAME.fullmatch(folder.name), folder.parent.parent
+    if not folder.is_dir() or not name or not (study / "settings.json").is_file():
+        raise InputError(f"{folder}: not a run of convergence.py; allowed: OUT/runs/ROW-seedN of its folder OUT")
+    path = resolve_checkpoint(folder)
+    settings = saved_settings(load_checkpoint(path), path)
+    if (kind := settings.get("entangle")) not in FROM_ENCODER or not settings.get("enc_type"):
+        raise InputError(f"{folder}: its network has no class token of an encoder (--entangle {kind})")
+    for needed in ("judge.pt", "train", "held_out/images"):
+        if not (study / "data" / needed).exists():
+            raise InputError(f"{study / 'data' / needed}: missing; convergence.py makes it")
+    try:
+        labelled = bool(read_json(study / "settings.json")["sampling"]["labelled"])
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{study / 'settings.json'}: not the settings of a comparison of convergence.py") from error
+    return Run(name[1], int(name[2]), study, path, settings, labelled)
+
+
+class Readout:
+    """What reads classes from estimates of a comparison's runs: codec and judge, and the class means of the encoder."""
+
+    def __init__(self, run: Run, device: torch.device):
+        data, settings = run.study / "data", run.settings
+        self.key, self.device = run.readout_key, device
+        self.judge = load_judge(data / "judge.pt", device)
+        self.held_out, self.labels = load_images(data / "held_out" / "images")
+        train = LatentDataset(data / "train")
+        self.codec = load_codec(train.latent_format.codec, device)
+        self.codec.format = train.latent_format  # with measured statistics
+        name = name_with_tokens(settings["enc_type"].split(",")[0], AFTER_NORM)
+        weights = (settings.get("enc_weights") or "").split(",")[0] or None
+        self.encoder, self.kind = load_encoder(name, train.resolution, weights, device), settings["entangle"]
+        self.centres = class_mean_sums(self.encoder, self.kind, train, BATCH_SIZE, device).centres()
+
+    @torch.no_grad()
+    def clean(self, images: Tensor) -> State:
+        """Return latents (N, C, h, w) and the encoder's tokens (N, D) of images (N, 3, R, R) uint8."""
+        images = images.to(self.device)
+        token = entangled_token(self.kind, self.encoder(images), None)
+        return self.codec.format.sample(self.codec.encode(images), noise=None), token
+
+    @torch.no_grad()
+    def classes(self, estimates: Estimates) -> tuple[Tensor, Tensor]:
+        """Return the classes (T, N) of the decoded images, and those (T, N) of the tokens, in the encoder's units."""
+        images = torch.stack([self.judge(self.codec.decode(x))[1].argmax(1) for x in estimates.x])
+        return images.cpu(), nearest_class(estimates.cls, self.centres).cpu()
+
+
+class Measurement:
+    """The curves of one run, and what its picture shows."""
+
+    def __init__(self, run: Run, readout: Readout, config: Decided):
+        self.run, self.readout, self.config = run, readout, config
+        checkpoint = load_checkpoint(run.checkpoint, verify=False)
+        self.model: SiT = build_model(checkpoint, device=readout.device, source=run.checkpoint)
+        self.path = Interpolant.of_run(run.settings)
+        self.labelled = run.labelled and not config.unlabelled
+
+    def velocity(self, labels: Sequence[int]) -> GuidedVelocity:
+        """Return the network's velocity for labels (N,), without guidance."""
+        y = torch.tensor(labels, device=self.readout.device)
+        return GuidedVelocity(self.model, y, self.model.null_class)
+
+    def noise(self, seed: int, numbers: Sequence[int]) -> ImageNoise:
+        """Return the noise of images, which depends on their numbers only."""
+        shape = (self.model.in_channels, self.model.input_size, self.model.input_size)
+        return ImageNoise(image_seeds(seed, numbers), shape, self.model.cls_token_dim, self.readout.device)
+
+    @torch.inference_mode()
+    def generated(self, numbers: Sequence[int]) -> Estimates:
+        """Return the estimates while images with these numbers are generated."""
+        classes = self.readout.judge.config["classes"]
+        labels = [number % classes if self.labelled else self.model.null_class for number in numbers]
+        velocity, noise = self.velocity(labels), self.noise(SAMPLING_SEED, numbers)
+        return while_sampling(velocity, noise, self.path, self.config.solver, self.config.num_steps)
+
+    @torch.inference_mode()
+    def noised(self, rows: Tensor, times: list[float]) -> Estimates:
+        """Return the estimates for noised held-out images, without their labels."""
+        velocity = self.velocity([self.model.null_class] * len(rows))
+        data, noise = self.readout.clean(self.readout.held_out[rows]), self.noise(NOISE_SEED, rows.tolist())()
+        return of_noised_data(velocity, data, noise, self.path, times)
+
+    def result(self) -> dict[str, Any]:
+        """Return the curves of generated and of held-out images, each a list with a number for each time."""
+        images, found = self.config.images, Curves(self.readout)
+        for numbers in self._batches(list(range(images)), "sampling"):
+            right = torch.tensor(numbers) % self.readout.judge.config["classes"] if self.labelled else None
+            found.update(self.generated(numbers), right)
+        held_out, real = self.readout.labels, Curves(self.readout)
+        rows = torch.linspace(0, len(held_out) - 1, min(images, len(held_out))).round().long().tolist()
+        for numbers in self._batches(rows, "noised held-out images"):
+            real.update(self.noised(torch.tensor(numbers), found.times), held_out[numbers])
+        generated, noised = found.curves(), real.curves()
+        return {
+            "row": self.run.row,
+            "seed": self.run.seed,
+            "checkpoint": self.run.checkpoint.name,
+            "labelled": self.labelled,
+            "times": found.times,
+            "generated": generated,
+            "held_out": {name: noised[name] for name in noised if not name.endswith("decided")},
+        }
+
+    def picture(self) -> decided_report.Shown:
+        """Return the decoded estimates of some images at some times, with the classes."""
+        estimates = self.generated(list(range(self.config.shown)))
+        at = sorted({round(i) for i in torch.linspace(0, len(estimates.times) - 1, SHOWN_TIMES).tolist()})
+        estimates = Estimates([estimates.times[i] for i in at], estimates.x[at], estimates.cls[at])
+        images = torch.stack([self.readout.codec.decode(x).cpu() for x in estimates.x])
+        return decided_report.Shown(estimates.times, images, *self.readout.classes(estimates))
+
+    def _batches(self, numbers: list[int], what: str) -> Iterator[list[int]]:
+        size, text = self.config.batch_size, f"{self.run.row}, seed {self.run.seed}: {what}"
+        for first in progress_bar(range(0, len(numbers), size), desc=text, unit="batch"):
+            yield numbers[first : first + size]
+
+
+class Curves:
+    """The curves of a run, from batches of estimates."""
+
+    def __init__(self, readout: Readout):
+        self.readout, self.times = readout, []
+        self.shares: dict[str, list[Tensor]] = {}  # (T, N) of each batch
+        self.explained = {"image": Explained(), "token": Explained()}
+
+    def update(self, estimates: Estimates, labels: Tensor | None) -> None:
+        """Add the estimates of a batch, and the classes (N,) that are right, if they are known."""
+        self.times = estimates.times
+        image, token = self.readout.classes(estimates)
+        shares = {"agree": image == token}
+        for name, classes in (("image", image), ("token", token)):
+            shares[f"{name}_decided"] = classes == classes[-1]
+            if labels is not None:
+                shares[f"{name}_right"] = classes == labels
+        shares["token_cosine"] = F.cosine_similarity(estimates.cls, estimates.cls[-1:], dim=-1).cpu()
+        for name, values in shares.items():
+            self.shares.setdefault(name, []).append(values.double())
+        self.explained["image"].update(estimates.x)
+        self.explained["token"].update(estimates.cls)
+
+    def curves(self) -> dict[str, list[float]]:
+        """Return the curves by name, each a number for each time.
+
+        image_decided, token_decided: share of images whose estimate has the class of the final one. image_right,
+        token_right: share whose estimate has the right class, if that is known. agree: share with equal classes of
+        image and token. token_cosine: mean cosine of the token's estimate with the final token. image_explained,
+        token_explained: see `Explained`.
+        """
+        means = {name: torch.cat(parts, dim=1).mean(1).tolist() for name, parts in self.shares.items()}
+        return means | {f"{name}_explained": part.curve() for name, part in self.explained.items()}
+
+
+if __name__ == "__main__":
+    run_cli(main)

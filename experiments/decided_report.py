@@ -1,0 +1,170 @@
+"""The report of decided.py: times of decision as a table, the curves as a figure, and a picture of the estimates."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+from torch import Tensor
+
+from common.images import image_grid
+from common.io import write_json
+from common.temporary import atomic_write
+from experiments.estimates import time_above
+
+matplotlib.use("Agg")  # works without a screen
+import matplotlib.pyplot as plt
+
+LEVELS = (0.5, 0.9)
+STREAMS = ("image", "token")
+# Tables: kind of images, name of the curve, title.
+TABLES = (
+    ("generated", "decided", "Generated images: the class of the estimate is the final class"),
+    ("generated", "explained", "Generated images: share of the variance that the estimate explains"),
+    ("held_out", "right", "Noised held-out images, network without label: the class of the estimate is right"),
+)
+# Panels of the figure: kind of images, curves with their line, title.
+LINES = {"image": "-", "token": "--"}
+PANELS = (
+    ("generated", {f"{name}_decided": LINES[name] for name in STREAMS}, "sampling: class is the final class"),
+    ("held_out", {f"{name}_right": LINES[name] for name in STREAMS}, "noised held-out images: class is right"),
+    ("generated", {f"{name}_explained": LINES[name] for name in STREAMS}, "sampling: explained variance"),
+    ("generated", {"agree": "-.", "token_cosine": ":"}, "sampling: image and token"),
+)
+NAMES = {"agree": "classes of image and token agree", "token_cosine": "cosine with the final token"}
+
+
+class Shown(NamedTuple):
+    """Estimates in the picture: N images at T times."""
+
+    times: list[float]
+    images: Tensor  # (T, N, 3, H, W) uint8
+    image_classes: Tensor  # (T, N)
+    token_classes: Tensor  # (T, N)
+
+
+def paths(dest: Path) -> list[Path]:
+    """Return the table, the figure and the picture that are written with the JSON file `dest`."""
+    return [dest.with_name(dest.stem + ending) for ending in (".md", ".png", "-estimates.png")]
+
+
+def write(dest: Path, result: dict[str, Any], pictures: dict[str, Shown]) -> None:
+    """Write all files of the report, and print the table. `pictures`: of each row."""
+    result = {**result, "decided": times_of_decision(result["runs"])}
+    markdown, figure, estimates = paths(dest)
+    write_json(dest, result)
+    with atomic_write(markdown, "w") as file:
+        file.write(table(result))
+    draw(result["runs"], figure)
+    draw_estimates(pictures, estimates)
+    print(table(result))
+    print(f"written: {dest}, {markdown.name}, {figure.name}, {estimates.name}")
+
+
+def times_of_decision(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return, for each table, row, stream and level, the time (of each seed) from which on the curve is above it.
+
+    `times` has None for a seed whose curve ends below the level; `mean` and `std` are None then.
+    """
+    found = []
+    for kind, curve, _ in TABLES:
+        for row in rows_of(runs):
+            for stream in STREAMS:
+                for level in LEVELS:
+                    seeds = [run for run in runs if run["row"] == row]
+                    times = [time_above(run["times"], run[kind][f"{stream}_{curve}"], level) for run in seeds]
+                    known = None not in times
+                    found.append(
+                        {
+                            "images": kind, "curve": curve, "row": row, "stream": stream, "level": level,
+                            "times": times, "mean": statistics.mean(times) if known else None,
+                            "std": statistics.stdev(times) if known and len(times) > 1 else None,
+                        }
+                    )  # fmt: skip
+    return found
+
+
+def rows_of(runs: list[dict[str, Any]]) -> list[str]:
+    """Return the rows of some runs, in their order."""
+    return list(dict.fromkeys(run["row"] for run in runs))
+
+
+def table(result: dict[str, Any]) -> str:
+    """Return Markdown: the times from which on each curve is above the levels, mean and deviation over seeds."""
+    cells = {tuple(e[k] for k in ("images", "curve", "row", "stream", "level")): e for e in result["decided"]}
+    columns = [(stream, level) for stream in STREAMS for level in LEVELS]
+    lines = [
+        f"Time t (1: noise, 0: data) from which on a curve stays above 50 % and 90 %; {result['images']} images, "
+        f"{result['solver']}, {result['num_steps']} steps.",
+    ]
+    for kind, curve, title in TABLES:
+        lines += ["", "| " + " | ".join([title, *(f"{stream}, {level:.0%}" for stream, level in columns)]) + " |"]
+        lines.append("|---" * (len(columns) + 1) + "|")
+        for row in rows_of(result["runs"]):
+            texts = [_mean_and_spread(cells[kind, curve, row, stream, level]) for stream, level in columns]
+            lines.append(f"| {row} | " + " | ".join(texts) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _mean_and_spread(entry: dict[str, Any]) -> str:
+    if entry["mean"] is None:
+        return "not reached"
+    return f"{entry['mean']:.2f}" + (f" ± {entry['std']:.2f}" if entry["std"] is not None else "")
+
+
+def draw(runs: list[dict[str, Any]], path: Path) -> None:
+    """Draw the curves over the time: the mean over seeds as a line, the range over seeds as a band."""
+    figure, panels = plt.subplots(2, 2, figsize=(13, 9), layout="constrained")
+    for axes, (kind, curves, title) in zip(panels.flat, PANELS, strict=True):
+        for number, row in enumerate(rows_of(runs)):
+            seeds = [run for run in runs if run["row"] == row]
+            for name, style in curves.items():
+                values = np.array([run[kind][name] for run in seeds])
+                axes.plot(seeds[0]["times"], values.mean(0), style, color=f"C{number % 10}", label=row)
+                axes.fill_between(seeds[0]["times"], values.min(0), values.max(0), color=f"C{number % 10}", alpha=0.15)
+        axes.set(title=title, xlabel="time t (1: noise, 0: data)", xlim=(1, 0), ylim=(0, 1.02))
+        axes.grid(alpha=0.3)
+        _add_legends(axes, rows_of(runs), curves)
+    _save(figure, path)
+
+
+def _add_legends(axes: plt.Axes, rows: list[str], curves: dict[str, str]) -> None:
+    """Add one legend of the rows' colours and the curves' lines."""
+    handles = [plt.Line2D([], [], color=f"C{number % 10}", label=row) for number, row in enumerate(rows)]
+    for name, style in curves.items():
+        label = NAMES.get(name) or name.partition("_")[0]
+        handles.append(plt.Line2D([], [], color="black", linestyle=style, label=label))
+    axes.legend(handles=handles, fontsize="small")
+
+
+def draw_estimates(pictures: dict[str, Shown], path: Path) -> None:
+    """Draw the decoded estimates: one block for each row, in it a line for each image and a column for each time."""
+    grids = {row: _grid(shown) for row, shown in pictures.items()}
+    height = sum(len(grid) / grid.shape[1] for grid in grids.values())
+    figure, cells = plt.subplots(
+        len(grids), 1, squeeze=False, figsize=(11, 11 * height + 0.6 * len(grids)), layout="constrained"
+    )
+    for axes, (row, grid) in zip(cells.flat, grids.items(), strict=True):
+        times, width = pictures[row].times, grid.shape[1]
+        axes.imshow(grid, interpolation="nearest")
+        axes.set_title(f"{row}; above each estimate: class of the image | class of the token", fontsize="small")
+        axes.set_xticks([(i + 0.5) * width / len(times) for i in range(len(times))], [f"t = {t:.2f}" for t in times])
+        axes.set_yticks([])
+    _save(figure, path)
+
+
+def _grid(shown: Shown) -> np.ndarray:
+    """Return one picture (H, W, 3) uint8."""
+    images = shown.images.transpose(0, 1).flatten(0, 1).permute(0, 2, 3, 1).numpy()
+    classes = zip(shown.image_classes.T.flatten().tolist(), shown.token_classes.T.flatten().tolist(), strict=True)
+    captions = [f"{image} | {token}" for image, token in classes]
+    return np.asarray(image_grid(images, columns=len(shown.times), captions=captions))
+
+
+def _save(figure: plt.Figure, path: Path) -> None:
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=120)
+    plt.close(figure)
