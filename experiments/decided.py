@@ -32,7 +32,7 @@ from common.progress import progress_bar
 from dataset import LatentDataset
 from evaluations.coherence import class_mean_sums
 from experiments import decided_report
-from experiments.estimates import Estimates, Explained, nearest_class, of_noised_data, while_sampling
+from experiments.estimates import Estimates, Explained, nearest, of_noised_data, while_sampling
 from experiments.judge import load_images, load_judge
 from experiments.scoring import SAMPLING_SEED
 from loss import FROM_ENCODER, entangled_token
@@ -41,7 +41,7 @@ from models.checkpoint import build_model, load_checkpoint, resolve_checkpoint, 
 from models.encoders import AFTER_NORM, load_encoder, name_with_tokens
 from models.interpolant import Interpolant
 from models.sit import SiT
-from samplers import GuidedVelocity, ImageNoise, State, image_seeds
+from samplers import GuidedVelocity, ImageNoise, image_seeds
 
 RUN_NAME = re.compile(r"(.+)-seed(\d{1,18})", re.DOTALL)
 NOISE_SEED = SAMPLING_SEED + 1  # of the noise that is added to held-out images
@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     results, pictures = [], {}
     for run in runs:
         if readout is None or readout.key != run.readout_key:
-            readout = Readout(run, device)
+            readout = Readout(run, device, config.images)
         measured = Measurement(run, readout, config)
         results.append(measured.result())
         if run.row not in pictures:
@@ -137,6 +137,8 @@ def _find_run(folder: Path) -> Run:
     for needed in ("judge.pt", "train", "held_out/images"):
         if not (study / "data" / needed).exists():
             raise InputError(f"{study / 'data' / needed}: missing; convergence.py makes it")
+    if settings.get("cfg_prob") == 0:
+        raise InputError(f"{folder}: trained with a label for each image (--cfg-prob 0), but none is given here")
     try:
         labelled = bool(read_json(study / "settings.json")["sampling"]["labelled"])
     except (KeyError, TypeError) as error:
@@ -145,33 +147,36 @@ def _find_run(folder: Path) -> Run:
 
 
 class Readout:
-    """What reads classes from estimates of a comparison's runs: codec and judge, and the class means of the encoder."""
+    """What reads classes from estimates: codec, judge, class means of the encoder, and some held-out images.
 
-    def __init__(self, run: Run, device: torch.device):
+    Attributes:
+        held_out, labels: at most `images` held-out images (M, 3, R, R) uint8 of all classes, and their labels (M,).
+        latents, tokens: their latents (M, C, h, w), and their tokens (M, D) in the encoder's units.
+    """
+
+    def __init__(self, run: Run, device: torch.device, images: int):
         data, settings = run.study / "data", run.settings
         self.key, self.device = run.readout_key, device
         self.judge = load_judge(data / "judge.pt", device)
-        self.held_out, self.labels = load_images(data / "held_out" / "images")
         train = LatentDataset(data / "train")
         self.codec = load_codec(train.latent_format.codec, device)
         self.codec.format = train.latent_format  # with measured statistics
         name = name_with_tokens(settings["enc_type"].split(",")[0], AFTER_NORM)
         weights = (settings.get("enc_weights") or "").split(",")[0] or None
-        self.encoder, self.kind = load_encoder(name, train.resolution, weights, device), settings["entangle"]
-        self.centres = class_mean_sums(self.encoder, self.kind, train, BATCH_SIZE, device).centres()
-
-    @torch.no_grad()
-    def clean(self, images: Tensor) -> State:
-        """Return latents (N, C, h, w) and the encoder's tokens (N, D) of images (N, 3, R, R) uint8."""
-        images = images.to(self.device)
-        token = entangled_token(self.kind, self.encoder(images), None)
-        return self.codec.format.sample(self.codec.encode(images), noise=None), token
+        encoder, kind = load_encoder(name, train.resolution, weights, device), settings["entangle"]
+        self.centres = class_mean_sums(encoder, kind, train, BATCH_SIZE, device).centres()
+        held_out, labels = load_images(data / "held_out" / "images")
+        rows = torch.linspace(0, len(labels) - 1, min(images, len(labels))).round().long()  # images are in class order
+        self.held_out, self.labels = held_out[rows], labels[rows]
+        batches = [batch.to(device) for batch in self.held_out.split(BATCH_SIZE)]
+        self.latents = torch.cat([self.codec.format.sample(self.codec.encode(batch), noise=None) for batch in batches])
+        self.tokens = torch.cat([entangled_token(kind, encoder(batch), None) for batch in batches])
 
     @torch.no_grad()
     def classes(self, estimates: Estimates) -> tuple[Tensor, Tensor]:
         """Return the classes (T, N) of the decoded images, and those (T, N) of the tokens, in the encoder's units."""
         images = torch.stack([self.judge(self.codec.decode(x))[1].argmax(1) for x in estimates.x])
-        return images.cpu(), nearest_class(estimates.cls, self.centres).cpu()
+        return images.cpu(), nearest(estimates.cls, self.centres).cpu()
 
 
 class Measurement:
@@ -203,45 +208,44 @@ class Measurement:
         return while_sampling(velocity, noise, self.path, self.config.solver, self.config.num_steps)
 
     @torch.inference_mode()
-    def noised(self, rows: Tensor, times: list[float]) -> Estimates:
-        """Return the estimates for noised held-out images, without their labels."""
-        velocity = self.velocity([self.model.null_class] * len(rows))
-        data, noise = self.readout.clean(self.readout.held_out[rows]), self.noise(NOISE_SEED, rows.tolist())()
-        return of_noised_data(velocity, data, noise, self.path, times)
+    def noised(self, numbers: Sequence[int], times: list[float]) -> Estimates:
+        """Return the estimates for noised held-out images with these numbers, without their labels."""
+        velocity = self.velocity([self.model.null_class] * len(numbers))
+        data = self.readout.latents[numbers], self.readout.tokens[numbers]
+        return of_noised_data(velocity, data, self.noise(NOISE_SEED, numbers)(), self.path, times)
 
     def result(self) -> dict[str, Any]:
         """Return the curves of generated and of held-out images, each a list with a number for each time."""
-        images, found = self.config.images, Curves(self.readout)
-        for numbers in self._batches(list(range(images)), "sampling"):
+        generated, held_out, labels = Curves(self.readout), Curves(self.readout), self.readout.labels
+        for numbers in self._batches(self.config.images, "sampling"):
             right = torch.tensor(numbers) % self.readout.judge.config["classes"] if self.labelled else None
-            found.update(self.generated(numbers), right)
-        held_out, real = self.readout.labels, Curves(self.readout)
-        rows = torch.linspace(0, len(held_out) - 1, min(images, len(held_out))).round().long().tolist()
-        for numbers in self._batches(rows, "noised held-out images"):
-            real.update(self.noised(torch.tensor(numbers), found.times), held_out[numbers])
-        generated, noised = found.curves(), real.curves()
+            generated.update(self.generated(numbers), right)
+        for numbers in self._batches(len(labels), "held-out images"):
+            held_out.update(self.noised(numbers, generated.times), labels[numbers])
         return {
             "row": self.run.row,
             "seed": self.run.seed,
             "checkpoint": self.run.checkpoint.name,
             "labelled": self.labelled,
-            "times": found.times,
-            "generated": generated,
-            "held_out": {name: noised[name] for name in noised if not name.endswith("decided")},
+            "times": generated.times,
+            "generated": generated.curves(),
+            "held_out": held_out.curves(),
         }
 
     def picture(self) -> decided_report.Shown:
-        """Return the decoded estimates of some images at some times, with the classes."""
-        estimates = self.generated(list(range(self.config.shown)))
+        """Return what the picture shows of this run."""
+        estimates = self.generated(range(self.config.shown))
         at = sorted({round(i) for i in torch.linspace(0, len(estimates.times) - 1, SHOWN_TIMES).tolist()})
         estimates = Estimates([estimates.times[i] for i in at], estimates.x[at], estimates.cls[at])
         images = torch.stack([self.readout.codec.decode(x).cpu() for x in estimates.x])
-        return decided_report.Shown(estimates.times, images, *self.readout.classes(estimates))
+        neighbours = self.readout.held_out[nearest(estimates.cls, self.readout.tokens).cpu()]
+        return decided_report.Shown(estimates.times, images, neighbours, *self.readout.classes(estimates))
 
-    def _batches(self, numbers: list[int], what: str) -> Iterator[list[int]]:
+    def _batches(self, count: int, what: str) -> Iterator[range]:
+        """Yield the numbers below `count` in batches."""
         size, text = self.config.batch_size, f"{self.run.row}, seed {self.run.seed}: {what}"
-        for first in progress_bar(range(0, len(numbers), size), desc=text, unit="batch"):
-            yield numbers[first : first + size]
+        for first in progress_bar(range(0, count, size), desc=text, unit="batch"):
+            yield range(first, min(first + size, count))
 
 
 class Curves:

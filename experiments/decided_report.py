@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
+import torch
 from torch import Tensor
 
 from common.images import image_grid
@@ -34,6 +35,10 @@ PANELS = (
     ("generated", {f"{name}_explained": LINES[name] for name in STREAMS}, "sampling: explained variance"),
     ("generated", {"agree": "-.", "token_cosine": ":"}, "sampling: image and token"),
 )
+CAPTION = (
+    "upper lines: decoded estimate, above it the class of the image | of the token; "
+    "lower lines: held-out image whose token is nearest to the estimate of the token"
+)
 NAMES = {"agree": "classes of image and token agree", "token_cosine": "cosine with the final token"}
 
 
@@ -41,7 +46,8 @@ class Shown(NamedTuple):
     """Estimates in the picture: N images at T times."""
 
     times: list[float]
-    images: Tensor  # (T, N, 3, H, W) uint8
+    images: Tensor  # (T, N, 3, R, R) uint8, decoded
+    neighbours: Tensor  # (T, N, 3, R, R) uint8, the held-out images whose tokens are nearest to those of the estimates
     image_classes: Tensor  # (T, N)
     token_classes: Tensor  # (T, N)
 
@@ -141,16 +147,17 @@ def _add_legends(axes: plt.Axes, rows: list[str], curves: dict[str, str]) -> Non
 
 
 def draw_estimates(pictures: dict[str, Shown], path: Path) -> None:
-    """Draw the decoded estimates: one block for each row, in it a line for each image and a column for each time."""
+    """Draw the estimates of each row of the table: two lines for each image, and a column for each time."""
     grids = {row: _grid(shown) for row, shown in pictures.items()}
-    height = sum(len(grid) / grid.shape[1] for grid in grids.values())
+    heights = [11 * len(grid) / grid.shape[1] for grid in grids.values()]
+    size = (11, sum(heights) + 0.9 * len(heights))
     figure, cells = plt.subplots(
-        len(grids), 1, squeeze=False, figsize=(11, 11 * height + 0.6 * len(grids)), layout="constrained"
+        len(grids), 1, squeeze=False, figsize=size, layout="constrained", height_ratios=heights
     )
     for axes, (row, grid) in zip(cells.flat, grids.items(), strict=True):
         times, width = pictures[row].times, grid.shape[1]
         axes.imshow(grid, interpolation="nearest")
-        axes.set_title(f"{row}; above each estimate: class of the image | class of the token", fontsize="small")
+        axes.set_title(f"{row}\n{CAPTION}", fontsize="small")
         axes.set_xticks([(i + 0.5) * width / len(times) for i in range(len(times))], [f"t = {t:.2f}" for t in times])
         axes.set_yticks([])
     _save(figure, path)
@@ -158,10 +165,12 @@ def draw_estimates(pictures: dict[str, Shown], path: Path) -> None:
 
 def _grid(shown: Shown) -> np.ndarray:
     """Return one picture (H, W, 3) uint8."""
-    images = shown.images.transpose(0, 1).flatten(0, 1).permute(0, 2, 3, 1).numpy()
-    classes = zip(shown.image_classes.T.flatten().tolist(), shown.token_classes.T.flatten().tolist(), strict=True)
-    captions = [f"{image} | {token}" for image, token in classes]
-    return np.asarray(image_grid(images, columns=len(shown.times), captions=captions))
+    lines = torch.stack([shown.images, shown.neighbours]).permute(2, 0, 1, 4, 5, 3)  # (N, 2, T, R, R, 3)
+    captions: list[str | None] = []
+    for image, token in zip(shown.image_classes.T.tolist(), shown.token_classes.T.tolist(), strict=True):
+        captions += [f"{of_image} | {of_token}" for of_image, of_token in zip(image, token, strict=True)]
+        captions += [None] * len(shown.times)
+    return np.asarray(image_grid(lines.flatten(0, 2).numpy(), columns=len(shown.times), captions=captions))
 
 
 def _save(figure: plt.Figure, path: Path) -> None:

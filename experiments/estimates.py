@@ -65,12 +65,12 @@ def _stacked(recorder: Recorder, clean: State) -> Estimates:
     return Estimates(list(found), x, cls)
 
 
-def nearest_class(tokens: Tensor, centres: Tensor) -> Tensor:
-    """Return the classes (...) whose mean tokens (K, D) have the largest cosine with tokens (..., D).
+def nearest(tokens: Tensor, others: Tensor) -> Tensor:
+    """Return the numbers (...) of those of other tokens (K, D) that have the largest cosine with tokens (..., D).
 
-    A class without a mean, whose row is NaN, is never returned.
+    The number of a row of NaN, such as the mean of a class without images, is never returned.
     """
-    cosines = F.normalize(tokens, dim=-1) @ F.normalize(centres, dim=-1).to(tokens).T
+    cosines = F.normalize(tokens, dim=-1) @ F.normalize(others, dim=-1).to(tokens).T
     return cosines.nan_to_num(-torch.inf).argmax(-1)
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from common.cli import parse
 from common.errors import InputError
 from experiments import decided, decided_report
-from experiments.estimates import Explained, nearest_class, of_noised_data, time_above, while_sampling
+from experiments.estimates import Explained, nearest, of_noised_data, time_above, while_sampling
 from experiments.judge import train_judge
 from experiments.scoring import SAMPLING_SEED
 from models.checkpoint import load_checkpoint, save_checkpoint
@@ -89,9 +89,9 @@ def test_time_above_counts_the_last_crossing():
     assert time_above([1.0, 0.5, 0.0], [0.9, 0.9, 0.4], 0.5) is None
 
 
-def test_the_nearest_class_is_that_of_the_largest_cosine():
+def test_the_nearest_is_that_of_the_largest_cosine():
     centres = torch.tensor([[1.0, 0], [torch.nan, 0], [0, 5.0]], dtype=torch.float64)
-    assert nearest_class(torch.tensor([[[9.0, 1]], [[0.1, 0.2]]]), centres).tolist() == [[0], [2]]
+    assert nearest(torch.tensor([[[9.0, 1]], [[0.1, 0.2]]]), centres).tolist() == [[0], [2]]
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +144,7 @@ def measure(comparison):
     def made(**settings):
         config = decided.Decided(runs=(comparison / "runs" / "reg-seed0",), dest=comparison / "a.json", **settings)
         (run,) = decided.find_runs(config.runs)
-        return decided.Measurement(run, decided.Readout(run, torch.device("cpu")), config)
+        return decided.Measurement(run, decided.Readout(run, torch.device("cpu"), config.images), config)
 
     return made
 
