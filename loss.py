@@ -27,7 +27,7 @@ FROM_ENCODER = ("class", "patch-mean")
 
 
 class Targets(NamedTuple):
-    """What the frozen encoders give for a batch."""
+    """What the frozen encoders give for a batch. The class token may be standardised, see models/class_scale.py."""
 
     cls_token: Tensor | None = None  # (N, D), clean token of the class slot, see `entangled_token`; None without one
     encoder_tokens: Sequence[Tensor] = ()  # one (N, T, width) per encoder, see `alignment_target`; empty: no alignment

@@ -357,6 +357,8 @@ def sample_images(
 ) -> State:
     """Return latents (N, C, H, W) and class tokens (N, D) or None, float64, for images given by label and seed.
 
+    Class tokens are in the units of the encoder, also if the network denoises standardised ones.
+
     Args:
         model: a `SiT`; the result is on its device.
         labels: one for each image, 0 .. num_classes.
@@ -386,5 +388,7 @@ def sample_images(
     noise = ImageNoise(seeds, shape, model.cls_token_dim, device)
     velocity = GuidedVelocity(network or model, y, model.null_class, guidance, model.dtype)
     with torch.inference_mode():
-        state = sample(velocity, noise, interpolant, mode, solver, num_steps, progress)
-        return _each(lambda part: part[:count], state)
+        x, cls = sample(velocity, noise, interpolant, mode, solver, num_steps, progress)
+        if model.cls_scale is not None:
+            cls = model.cls_scale.restore(cls)
+        return _each(lambda part: part[:count], (x, cls))

@@ -159,6 +159,8 @@ def encode_tokens(run: Run, images: Tensor, x: Tensor) -> Targets:
     needed = run.encoders if run.aligns else run.encoders[: slot in FROM_ENCODER]
     outputs = [encoder(images) for encoder in needed]
     cls_token = entangled_token(slot, outputs[0] if outputs else None, x)
+    if run.ema.cls_scale is not None:  # `run.model` may be wrapped; both have the same statistics
+        cls_token = run.ema.cls_scale.standardize(cls_token)
     aligned = outputs if run.aligns else []
     with_cls, norm = slot != "none", run.config.spatial_norm
     return Targets(cls_token, [alignment_target(*output, with_cls, norm) for output in aligned])

@@ -307,6 +307,8 @@ def build_model(
         raise InputError(f"{source}: the weights do not fit the network that it describes; {why}") from error
     model.to_empty(device=device).load_state_dict(state, strict=True)
     check_finite(model.state_dict(), source)
+    if model.cls_scale is not None:
+        model.cls_scale.check(source)
     return model.eval().requires_grad_(False)
 
 
@@ -359,6 +361,7 @@ def _fields_of_weights(state: dict[str, Tensor], source: str | Path) -> dict[str
             "z_dims": tuple(shape[0] for shape in projectors),
             "cls_token_dim": None if cls_weight is None else cls_weight.shape[1],
             "learnable_token": slot_token is not None,
+            "standardized_cls": "cls_scale.mean" in state,
             **switches_of_weights(state),
         }
         if projectors:

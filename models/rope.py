@@ -6,16 +6,16 @@ neighbouring channels are one pair, which turns by position * theta_j; theta_j =
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+
+from models.buffers import FixedDtypeBuffers
 
 Rotation = tuple[Tensor, Tensor]  # cosines and sines, (tokens, d) or, if the samples differ, (N, 1, tokens, d)
 
 
-class RotaryPositions(nn.Module):
+class RotaryPositions(FixedDtypeBuffers):
     """Cosines and sines of the angles of all patches. They stay float32 if the network is converted to half precision.
 
     Args:
@@ -28,13 +28,6 @@ class RotaryPositions(nn.Module):
         angles = patch_angles(grid_size, head_size)
         self.register_buffer("freqs_cos", angles.cos().float())
         self.register_buffer("freqs_sin", angles.sin().float())
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryPositions:
-        def move_only(table: Tensor) -> Tensor:
-            moved = fn(table)
-            return moved if moved.dtype == table.dtype else table.to(moved.device)
-
-        return super()._apply(move_only, recurse)
 
     def forward(self, tokens: int) -> Rotation:
         """Return cosines and sines (tokens, d). Tokens before the patches, such as the class token, are not rotated."""

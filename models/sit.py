@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from models.class_scale import ClassTokenScale
 from models.norms import head_norm, token_norm
 from models.projectors import ConvProjector, make_projectors
 from models.rope import RotaryPositions, Rotation, rotate
@@ -229,6 +230,7 @@ class SiT(nn.Module):
         self.feat_rope = RotaryPositions(self.grid_size, config.head_size) if config.rope else None
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width)) if config.sprint else None
         self.fusion_proj = nn.Linear(2 * width, width) if config.sprint else None
+        self.cls_scale = ClassTokenScale(self.cls_token_dim) if config.standardized_cls else None
         self.initialize_weights(seed)
 
     # Dtype and device of the parameters; diffusers' pipelines read these attributes.

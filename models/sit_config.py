@@ -88,6 +88,7 @@ class SiTConfig:
     sprint_keep: Share = 0.25  # SPRINT: this part of the tokens goes through the middle blocks
     sprint_path_drop: Share = 0.05  # SPRINT: probability that the output of the middle blocks is dropped in a step
     projector: str = "mlp"  # kind of the projectors, one of `PROJECTORS`
+    standardized_cls: bool = False  # the class token is standardised per channel, see models/class_scale.py
 
     def __post_init__(self) -> None:
         cls_token_dim = self.cls_token_dim or None
@@ -116,6 +117,8 @@ class SiTConfig:
         for name, allowed in (("norm", NORMS), ("qk_norm", QK_NORMS), ("projector", PROJECTORS)):
             if (value := getattr(self, name)) not in allowed:
                 raise ValueError(f"{name} {value}: allowed: {', '.join(allowed)}")
+        if self.standardized_cls and not self.cls_token_dim:
+            raise ValueError("standardized_cls: there is no class token, cls_token_dim is null")
         if self.rope and self.head_size % 4:
             raise ValueError(f"rope: the width of a head, {self.head_size}, is not a multiple of 4")
         if not self.sprint:
@@ -196,7 +199,8 @@ class SiTConfig:
     @classmethod
     def added_fields(cls) -> dict[str, Any]:
         """Return the defaults of the fields that a description in a file may lack: those of the added switches."""
-        names = ("norm", "rope", "value_residual", "sprint", "sprint_keep", "sprint_path_drop", "projector")
+        sprint = ("sprint", "sprint_keep", "sprint_path_drop")
+        names = ("norm", "rope", "value_residual", *sprint, "projector", "standardized_cls")
         return {field.name: field.default for field in dataclasses.fields(cls) if field.name in names}
 
     @classmethod

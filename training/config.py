@@ -22,6 +22,7 @@ from models.inference import NETWORK_DTYPES
 from models.interpolant import Interpolant
 from models.sit import SiT_models, SiTConfig
 from models.sit_config import DEPTHS, NORMS, PRESETS, QK_NORMS, default_encoder_depth, depths_of_setting, parse_depths
+from training.class_statistics import ClassStatistics
 from training.limits import Estimate
 from training.method_settings import MethodSettings
 from training.optimization_settings import OptimizationSettings
@@ -39,6 +40,10 @@ DIGESTS = {
         "the same files are allowed)",
     ),
     "encoder_digest": ("enc_weights", "these are not the encoder weights of the run"),
+    "cls_digest": (
+        "standardize_cls",
+        "these are not the statistics of the class token with which the run was started, which it keeps",
+    ),
 }
 RECORDED = frozenset({"codec", "latent_size", "z_dims", "in_channels", "cls_token_dim", *DIGESTS, DERIVED})
 # Another run does not take these from args.json.
@@ -287,6 +292,9 @@ class TrainConfig(
             raise InputError(f"--entangle {self.entangle} contradicts {given}; give one of them")
         if self.enc_type == "none" and self.slot in FROM_ENCODER:
             raise InputError("--enc-type none: the class slot needs an encoder; add --no-cls-token to train SiT")
+        if self.standardize_cls and self.slot != "class":
+            which = f"--standardize-cls {self.standardize_cls}: standardises the class token of an encoder"
+            raise InputError(f"{which}, and the class slot holds {self.slot}; allowed: --entangle class")
         if self.value_residual and self.depth == 1:
             raise InputError("--value-residual with --depth 1: one block has no values of another; needs 2 or more")
         if self.resume not in (None, "latest") and self.resume_step:
@@ -329,13 +337,15 @@ class RunFacts:
     micro_batches: int = 1  # of a step on each process
     memory: Estimate | None = None  # of a step with these micro-batches; None if it is not estimated
     path: Interpolant = field(default_factory=Interpolant)  # with the time shift that the size of the latents gives
+    cls_statistics: ClassStatistics | None = None  # with --standardize-cls
 
 
 def find_facts(
     config: TrainConfig, resolution: int, latent_size: int, num_classes: int, latent_format: LatentFormat,
     encoder_widths: Sequence[int], digests: dict[str, str] | None = None,
+    cls_statistics: ClassStatistics | None = None,
 ) -> RunFacts:  # fmt: skip
-    """Return the facts of a run from its data and from the widths of its encoders.
+    """Return the facts of a run from its data, the widths of its encoders, and statistics of the class token.
 
     Raises:
         InputError: the sizes of the network do not fit together.
@@ -369,10 +379,12 @@ def find_facts(
             sprint_path_drop=config.sprint_path_drop,
             projector=config.projector,
             learnable_token=config.slot == "learnable",
+            standardized_cls=cls_statistics is not None,
         )
     except ValueError as error:
         raise InputError(f"--model {config.model} with the given sizes: {error}") from error
     if config.spatial_norm is not None and network.grid_size == 1:
         raise InputError(f"--spatial-norm {config.spatial_norm:g}: needs several patch tokens; the latents are 1 patch")
     path = config.path(latent_format.channels, latent_size)
-    return RunFacts(resolution, latent_format, network, digests or {}, path=path)
+    digests = (digests or {}) | ({"cls_digest": cls_statistics.digest()} if cls_statistics else {})
+    return RunFacts(resolution, latent_format, network, digests, path=path, cls_statistics=cls_statistics)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from common.checks import AUTO, BELOW_ONE, NON_NEGATIVE, TIME_SHIFT, UNIT_INTERVAL, Check, between
+from common.checks import AUTO, BELOW_ONE, ENTRY_NAME, NON_NEGATIVE, TIME_SHIFT, UNIT_INTERVAL, Check, between
 from common.cli import Config, adjustable, flag, number_or_auto, setting, settings
 from common.errors import InputError
 from loss import ENTANGLED, TERMS
@@ -58,6 +58,14 @@ class MethodSettings(Config):
         "mean of its patch tokens, or the mean of the latents; or a learned token, not denoised; or no slot. In each "
         "case the slot is aligned with the class token",
         choices=ENTANGLED,
+    )
+    standardize_cls: str | None = adjustable(
+        None,
+        "standardise each channel of the class token, (token - mean) / std, before noise is added; generated class "
+        "tokens are in the encoder's units, and alignment targets stay as they are. The value is the name of a folder "
+        "or zip in --data-dir whose dataset.json has the statistics (preprocessing/encode_tokens.py writes them); "
+        "default: not standardised. A run keeps its statistics",
+        check=ENTRY_NAME,
     )
     proj_coeff: float = setting(
         WEIGHTS["proj"],

@@ -32,6 +32,7 @@ from models.encoders import Encoder, load_encoders
 from models.inference import NETWORK_DTYPES
 from models.sit import SiT
 from training.checkpoint_writer import CheckpointWriter
+from training.class_statistics import ClassStatistics, read_class_statistics
 from training.config import RunFacts, TrainConfig, find_facts
 from training.guards import BadSteps, FiniteWeights, GuardedOptimizer
 from training.limits import check_memory, choose_micro_batches, free_memory, memory_of, step_memory
@@ -86,7 +87,10 @@ def set_up(config: TrainConfig, stop_signal: StopSignal | None = None) -> Run:
         config = changed(config, sampling_steps=0)
     evaluation = make_evaluation(config, accelerator, encoders)
     widths = [encoder.width for encoder in encoders]
-    facts = find_facts(config, data.resolution, data.latent_size, data.num_classes, data.latent_format, widths, digests)
+    statistics = broadcast_from_main(accelerator, lambda: find_statistics(config, widths))
+    facts = find_facts(
+        config, data.resolution, data.latent_size, data.num_classes, data.latent_format, widths, digests, statistics
+    )
     with restoring(point.path):
         inputs_changed = check_restorable(config, facts, data, checkpoint, point.path)
     memory = memory_of(accelerator.device)
@@ -264,6 +268,12 @@ def make_randomness(config: TrainConfig, facts: RunFacts, accelerator: Accelerat
         time_parameters=config.time_parameters,
         device=accelerator.device,
     )
+
+
+def find_statistics(config: TrainConfig, widths: list[int]) -> ClassStatistics | None:
+    """Return the statistics of the class token for --standardize-cls, from the widths of the encoders."""
+    name = config.standardize_cls
+    return name and read_class_statistics(config.data_dir, name, config.enc_type.split(",")[0].strip(), widths[0])
 
 
 def find_digests(data: LatentDataset, encoders: list[Encoder]) -> dict[str, str]:

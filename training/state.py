@@ -36,6 +36,8 @@ from training.randomness import StepRandomness
 from training.record import DamagedError
 from training.restore import check_optimizer_settings, check_scaler, optimizer_groups, optimizer_state, parameters_of
 
+CLASS_SLOT = ("cls_projectors2.", "wg_norm.", "final_layer.linear_cls.")  # the layers that read or return class tokens
+
 
 @dataclass
 class Run:
@@ -85,7 +87,10 @@ def alignment_ended(config: TrainConfig, steps: int) -> bool:
 def new_network(config: TrainConfig, facts: RunFacts) -> SiT:
     """Return the network of a run with the initial weights of its seed."""
     torch.manual_seed(config.seed)
-    return SiT(facts.network, fused_attn=config.fused_attn)
+    model = SiT(facts.network, fused_attn=config.fused_attn)
+    if facts.cls_statistics is not None:
+        model.cls_scale.load_state_dict(facts.cls_statistics._asdict())
+    return model
 
 
 def prepare_networks(
@@ -137,6 +142,8 @@ def restore_weights(checkpoint: dict[str, Any], model: SiT, average: SiT, path: 
         for part, network in (("model", model), ("ema", average)):
             network.load_state_dict(network_weights(checkpoint, part, path))
             check_finite(network.state_dict(), f"{path}: {part}")
+            if network.cls_scale is not None:
+                network.cls_scale.check(f"{path}: {part}")
     except RuntimeError as error:
         raise DamagedError(f"its weights do not fit the network of the flags; {mismatch(error)}") from error
 
@@ -166,7 +173,9 @@ def initialize_from(path: str | Path, model: SiT, average: SiT) -> list[str]:
     """Give a new run the averaged weights of a checkpoint; return the names of the weights that did not fit.
 
     Blocks and the embeddings of latents and time must fit, and so must norms and rotary positions. Labels, projectors,
-    class slot and SPRINT may differ, and so may the resolution: its position tables are computed.
+    class slot and SPRINT may differ, and so may the resolution: its position tables are computed. If the class token is
+    standardised in one of both networks only, the layers of the class slot are newly initialised. Statistics are those
+    of the new run.
 
     Raises:
         InputError: the weights belong to another network, or cannot be read.
@@ -178,8 +187,13 @@ def initialize_from(path: str | Path, model: SiT, average: SiT) -> list[str]:
     for name in ("norm", "rope"):  # the weights of the blocks do not show these
         if (value := held.get(name, "layer")) != (wanted := getattr(model.config, name)):
             raise InputError(f"--init-from {path}: its network has {name} {value}; by the flags it is {wanted}")
-    wanted = [name for name in own if name != "pos_embed" and not name.startswith("feat_rope.")]
-    initial = [name for name in wanted if name not in given or given[name].shape != own[name].shape]
+    wanted = [name for name in own if name != "pos_embed" and not name.startswith(("feat_rope.", "cls_scale."))]
+    other_units = ("cls_scale.mean" in given) != (model.cls_scale is not None)
+    initial = [
+        name
+        for name in wanted
+        if name not in given or given[name].shape != own[name].shape or (other_units and name.startswith(CLASS_SLOT))
+    ]
     different = [name for name in given if name not in own] + initial
     if required := [name for name in different if name.startswith(("blocks.", "x_embedder.", "t_embedder."))]:
         raise InputError(f"--init-from {path}: holds another network than that of the flags; {required[0]} differs")

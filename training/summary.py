@@ -111,7 +111,8 @@ def network(run: Run) -> str:
     config, facts = run.config, run.facts.network
     parameters = sum(p.numel() for p in run.model.parameters() if p.requires_grad) / 1e6
     shape = f"{facts.depth} blocks, width {facts.hidden_size}"
-    slot = "no class slot" if config.slot == "none" else f"class slot (--entangle {config.slot})"
+    standardized = f", standardised by {config.standardize_cls}" if config.standardize_cls else ""
+    slot = "no class slot" if config.slot == "none" else f"class slot (--entangle {config.slot}{standardized})"
     return f"{config.model}, {shape}, {slot}; {parameters:.1f} M trainable parameters"
 
 
