@@ -18,12 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.cls_lead import stream_times
 from models.interpolant import Interpolant
 
 # What the class slot can hold (REG, ablation of the entangled signal): the class token of the first encoder, the mean
 # of its patch tokens, the mean of the latents, a learned token that is not denoised, or nothing.
 ENTANGLED = ("class", "patch-mean", "latent-mean", "learnable", "none")
 FROM_ENCODER = ("class", "patch-mean")
+DENOISED = (*FROM_ENCODER, "latent-mean")
 
 
 class Targets(NamedTuple):
@@ -36,7 +38,7 @@ class Targets(NamedTuple):
 class Draws(NamedTuple):
     """All random numbers of a training step, one row per sample. Drawn in `training.randomness` only."""
 
-    t: Tensor  # (N,) in [0, 1]
+    t: Tensor  # (N,) in [0, 1]; the time u that both streams follow, see `models.cls_lead`
     noise: Tensor  # (N, C, h, w), standard normal
     latent_noise: Tensor  # (N, C, h, w), standard normal: samples the latents from their moments
     label_drop: Tensor  # (N,) bool: labels replaced by the null class
@@ -59,11 +61,13 @@ class Comparison(NamedTuple):
     targets: Targets
     draws: Draws
     path: Interpolant
+    t: Tensor  # (N,), times of the latents
+    t_cls: Tensor  # (N,), times of the class token
 
 
 def velocity_error(at: Comparison) -> Tensor:
     """Return the squared error of the latents' velocity, (N,) (SiT, arXiv 2401.08740, section 2)."""
-    return squared_error(at.velocity, at.path.velocity_target(at.x, at.draws.noise, at.draws.t))
+    return squared_error(at.velocity, at.path.velocity_target(at.x, at.draws.noise, at.t))
 
 
 def contrastive_error(at: Comparison) -> Tensor:
@@ -75,7 +79,7 @@ def contrastive_error(at: Comparison) -> Tensor:
     Raises:
         ValueError: the number of samples is odd.
     """
-    target = at.path.velocity_target(at.x, at.draws.noise, at.draws.t)
+    target = at.path.velocity_target(at.x, at.draws.noise, at.t)
     if len(target) % 2:
         raise ValueError(f"{len(target)} samples do not form pairs; contrastive flow matching needs an even number")
     return -squared_error(at.velocity, target.unflatten(0, (-1, 2)).flip(1).flatten(0, 1))
@@ -90,7 +94,7 @@ def cls_velocity_error(at: Comparison) -> Tensor | None:
     """Return the squared error of the class token's velocity, (N,); None without a class token (REG, section 3)."""
     if at.targets.cls_token is None:
         return None
-    target = at.path.velocity_target(at.targets.cls_token, at.draws.cls_noise, at.draws.t)
+    target = at.path.velocity_target(at.targets.cls_token, at.draws.cls_noise, at.t_cls)
     return squared_error(at.cls_velocity, target)
 
 
@@ -121,10 +125,13 @@ class REGLoss:
     Args:
         path: the path between data and noise.
         weights: weights of terms by name, where they differ from `TERMS`.
+        cls_lead: that of the network, `SiTConfig.cls_lead`. Samples whose latents are at time 1, or whose class token
+            is at time 0, count like all others, although samplers do not move a stream there.
     """
 
     path: Interpolant
     weights: dict[str, float] = field(default_factory=dict)
+    cls_lead: float = 0.0
 
     def __call__(
         self, network: Callable[..., tuple], x: Tensor, y: Tensor, targets: Targets, draws: Draws
@@ -141,15 +148,18 @@ class REGLoss:
         x_t, cls_t = self.mix(x, targets, draws)
         sprint = {} if draws.route is None else {"route": draws.route, "path_drop": draws.path_drop}
         project = bool(targets.encoder_tokens)
-        output = network(x_t, draws.t, y, cls_token=cls_t, label_drop=draws.label_drop, project=project, **sprint)
+        t, t_cls = stream_times(draws.t, self.cls_lead)
+        lead = {"t_cls": t_cls} if self.cls_lead else {}
+        output = network(x_t, t, y, cls_token=cls_t, label_drop=draws.label_drop, project=project, **sprint, **lead)
         return self.compare(*output, x, targets, draws)
 
     def mix(self, x: Tensor, targets: Targets, draws: Draws) -> tuple[Tensor, Tensor | None]:
         """Return the input of the network: noisy latents (N, C, h, w) and noisy class token (N, D) or None."""
-        x_t = self.path.interpolate(x, draws.noise, draws.t)
+        t, t_cls = stream_times(draws.t, self.cls_lead)
+        x_t = self.path.interpolate(x, draws.noise, t)
         if targets.cls_token is None:
             return x_t, None
-        return x_t, self.path.interpolate(targets.cls_token, draws.cls_noise, draws.t)
+        return x_t, self.path.interpolate(targets.cls_token, draws.cls_noise, t_cls)
 
     def compare(
         self,
@@ -161,7 +171,8 @@ class REGLoss:
         draws: Draws,
     ) -> dict[str, Tensor]:
         """Return what `__call__` returns, from the three outputs of the network."""
-        at = Comparison(velocity, projected, cls_velocity, x, targets, draws, self.path)
+        times = stream_times(draws.t, self.cls_lead)
+        at = Comparison(velocity, projected, cls_velocity, x, targets, draws, self.path, *times)
         weights = {term.name: self.weights.get(term.name, term.weight) for term in TERMS}
         values = {term.name: term.compute(at) for term in TERMS if term.weight or weights[term.name]}
         values = {name: value for name, value in values.items() if value is not None}

@@ -4,6 +4,9 @@ A sampler takes any function `velocity(x, cls, t) -> (v, v_cls)`. `GuidedVelocit
 classifier-free guidance (arXiv 2207.12598) inside an interval of times (arXiv 2404.07724). The state is float64; the
 network is called in its own dtype. The source of random numbers is an argument.
 
+If the class token leads (models/cls_lead.py), t is the time u that both streams follow, and a step changes each stream
+by the change of its own time.
+
 `cls` is None for networks without a class token.
 """
 
@@ -11,16 +14,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import pairwise
 from numbers import Integral
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from common.noise import ImageNoise
+from models.cls_lead import moving_parts, stream_times
 from models.interpolant import Interpolant
 
 State = tuple[Tensor, "Tensor | None"]  # of the latents (N, C, H, W) and the class token (N, D)
@@ -31,8 +36,6 @@ Steps = Iterable["tuple[Tensor, Tensor]"]  # times at the start and the end of e
 MODES = ("sde", "ode")
 SOLVERS = ("euler", "heun", "dopri5")
 SDE_LAST_TIME = 0.04  # start of the SDE's last step, which adds no noise (SiT, appendix; REG uses this value)
-# One thread takes 7 ms for 64 images of 256 px; small networks are faster. On the CPU, threads slow down the network.
-GPU_NOISE_THREADS = 4
 SEED_STEP = 0x9E3779B97F4A7C15  # 2^64 / golden ratio; odd, so the low 32 bits of its multiples differ as well
 ODE_TOLERANCE = 1e-6  # absolute and relative tolerance of the adaptive solver (SiT, section 4)
 
@@ -41,7 +44,7 @@ ODE_TOLERANCE = 1e-6  # absolute and relative tolerance of the adaptive solver (
 class Guidance:
     """Classifier-free guidance: uncond + scale (cond - uncond), where low <= t <= high and `scale` > 1.
 
-    t is the time that the network is called with, after a time shift of the path.
+    t is the time of the latents that the network is called with, after a time shift of the path.
     Only the image's scale turns guidance on. The class token then uses `cls_scale` in the same formula, or stays
     conditional if `cls_scale` is 0 or less. `cls_scale` None becomes `scale`. With `path_drop`, the unconditional
     branch skips the middle blocks of a network with SPRINT (SR-DiT, arXiv 2512.12386).
@@ -90,6 +93,7 @@ class GuidedVelocity:
         guidance: scales and interval.
         dtype: dtype of x and cls in the network call. The time stays float32: half precision cannot tell neighbouring
             times of 250 steps apart.
+        cls_lead: the lead of the class token, that of the network.
     """
 
     model: Callable[..., tuple]
@@ -97,19 +101,22 @@ class GuidedVelocity:
     null_class: int
     guidance: Guidance = Guidance()
     dtype: torch.dtype = torch.float32
+    cls_lead: float = 0.0
 
     def __call__(self, x: Tensor, cls: Tensor | None, t: Tensor) -> State:
         """Return the velocities of x (N, C, H, W) and cls (N, D), float64, at time `t`, a float64 scalar on the CPU."""
+        t, t_cls = stream_times(t, self.cls_lead)
         guided = self.guidance.active(t.item())
-        t = torch.full((1,), t.item(), dtype=torch.float32, device=x.device)
+        times = {"t": t, "t_cls": t_cls} if self.cls_lead else {"t": t}
+        times = {name: torch.full((1,), at.item(), dtype=torch.float32, device=x.device) for name, at in times.items()}
         x, cls = _each(lambda part: part.to(self.dtype), (x, cls))
         if not guided:
-            return self._call(x, cls, t, self.y)
+            return self._call(x, cls, self.y, **times)
         if self.guidance.path_drop:  # the branches go through different blocks, so each is a call
-            conditional = self._call(x, cls, t, self.y)
-            unconditional = self._call(x, cls, t, self._null_labels, skip_middle=True)
+            conditional = self._call(x, cls, self.y, **times)
+            unconditional = self._call(x, cls, self._null_labels, **times, skip_middle=True)
         else:
-            both = self._call(*_each(lambda part: torch.cat([part, part]), (x, cls)), t, self._both_labels)
+            both = self._call(*_each(lambda part: torch.cat([part, part]), (x, cls)), self._both_labels, **times)
             conditional = _each(lambda v: v.chunk(2)[0], both)
             unconditional = _each(lambda v: v.chunk(2)[1], both)
         v, v_cls = conditional
@@ -128,20 +135,24 @@ class GuidedVelocity:
         """The labels, then N times the null class, (2 N,)."""
         return torch.cat([self.y, self._null_labels])
 
-    def _call(self, x: Tensor, cls: Tensor | None, t: Tensor, y: Tensor, **options: bool) -> State:
+    def _call(self, x: Tensor, cls: Tensor | None, y: Tensor, t: Tensor, **options: Any) -> State:
         v, _, v_cls = self.model(x, t, y, cls_token=cls, project=False, **options)
         return _each(Tensor.double, (v, v_cls))
 
 
-def _each(function: Callable[..., Tensor], *states: State) -> State:
-    """Return `function` of the states' latents, and of their class tokens, which are None without a class token."""
+def _each(function: Callable[..., Tensor], *states: tuple) -> State:
+    """Return `function` of the states' latents, and of their class tokens, which are None without a class token.
+
+    The first argument is a state; others may be pairs of other values, such as the times of both streams.
+    """
     x, cls = zip(*states, strict=True)
     return function(*x), None if cls[0] is None else function(*cls)
 
 
-def _step(state: State, direction: State, size: Tensor) -> State:
-    """Return state + direction * size."""
-    return _each(lambda x, v: x + v * size, state, direction)
+def _step(state: State, direction: State, t: Tensor, t_next: Tensor, lead: float) -> State:
+    """Return state + direction * size, where size is the change of each stream's own time from t to t_next."""
+    times = stream_times(t, lead), stream_times(t_next, lead)
+    return _each(lambda x, v, t, t_next: x + v * (t_next - t), state, direction, *times)
 
 
 def _guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
@@ -170,29 +181,44 @@ def diffusion(t: Tensor) -> Tensor:
 
 
 def euler_maruyama(
-    velocity: Velocity, x: Tensor, cls: Tensor | None, noise: NoiseSource, interpolant: Interpolant, steps: Steps
+    velocity: Velocity,
+    x: Tensor,
+    cls: Tensor | None,
+    noise: NoiseSource,
+    interpolant: Interpolant,
+    steps: Steps,
+    cls_lead: float = 0.0,
 ) -> State:
     """Return x and cls at t = 0 by Euler-Maruyama on the reverse SDE (SiT, section 2). One network call per step.
 
     x (N, C, H, W) and cls (N, D) or None are the state at t = 1, float64. `noise` is called at each step except the
     last and returns standard normals of these shapes. `steps` are the pairs of neighbouring times of `sde_times`, which
-    may be shifted; the last step is the one to t = 0.
+    may be shifted; the last step is the one to t = 0. The step in which a stream's own time becomes 0
+    adds no noise to it, and later steps do not change it.
     """
 
-    def drift(x: Tensor, v: Tensor, t: Tensor) -> Tensor:
-        return v - diffusion(t) / 2 * interpolant.score_from_velocity(v, x, t)
+    def step(x: Tensor, v: Tensor, drawn: Tensor | None, t: Tensor, t_next: Tensor) -> Tensor:
+        if t_next == t:
+            return x
+        drift = v - diffusion(t) / 2 * interpolant.score_from_velocity(v, x, t)
+        x = x + drift * (t_next - t)
+        return x + drawn * (diffusion(t) * (t - t_next)).sqrt() if t_next > 0 else x
 
     state = (x, cls)
     for t, t_next in steps:
-        dt = t_next - t
-        state = _step(state, _each(partial(drift, t=t), state, velocity(*state, t)), dt)
-        if t_next > 0:  # the last step adds no noise
-            state = _step(state, noise(), (diffusion(t) * dt.abs()).sqrt())
+        v = velocity(*state, t)
+        drawn = noise() if t_next > 0 else (None, None)
+        state = _each(step, state, v, drawn, stream_times(t, cls_lead), stream_times(t_next, cls_lead))
     return state
 
 
 def fixed_step_ode(
-    velocity: Velocity, x: Tensor, cls: Tensor | None, steps: Steps, second_order: bool = False
+    velocity: Velocity,
+    x: Tensor,
+    cls: Tensor | None,
+    steps: Steps,
+    second_order: bool = False,
+    cls_lead: float = 0.0,
 ) -> State:
     """Return x and cls at t = 0 on the probability-flow ODE by Euler's or, if `second_order`, by Heun's method.
 
@@ -206,83 +232,34 @@ def fixed_step_ode(
     for t, t_next in steps:
         v = velocity(*state, t)
         if second_order and t_next > 0:
-            v = _each(lambda v, w: (v + w) / 2, v, velocity(*_step(state, v, t_next - t), t_next))
-        state = _step(state, v, t_next - t)
+            w = velocity(*_step(state, v, t, t_next, cls_lead), t_next)
+            # A stream whose own time becomes 0 is not corrected either.
+            v = _each(lambda v, w, end: (v + w) / 2 if end > 0 else v, v, w, stream_times(t_next, cls_lead))
+        state = _step(state, v, t, t_next, cls_lead)
     return state
 
 
-def dopri5(velocity: Velocity, x: Tensor, cls: Tensor | None, tolerance: float = ODE_TOLERANCE) -> State:
+def dopri5(
+    velocity: Velocity, x: Tensor, cls: Tensor | None, tolerance: float = ODE_TOLERANCE, cls_lead: float = 0.0
+) -> State:
     """Return x and cls at t = 0 by the adaptive Dormand-Prince method on the probability-flow ODE.
 
     The step size is chosen for the full batch, so a sample depends on the rest of its batch, within the tolerance.
-    There is no grid of times, so a time shift has no effect here.
+    There is no grid of times, so a time shift has no effect here. If the class token leads, the parts in which both
+    streams, or one of them, move are integrated one after the other.
     """
     from torchdiffeq import odeint
 
+    def field(t: Tensor, state: tuple[Tensor, ...], rates: tuple[float, float]) -> tuple[Tensor, ...]:
+        v = velocity(*state, *no_cls, t.cpu())
+        return _each(lambda v, rate: v * rate, v, rates)[: len(state)]
+
     state, no_cls = ((x,), (None,)) if cls is None else ((x, cls), ())  # odeint does not accept None
-    times = torch.tensor([1.0, 0.0], dtype=torch.float64, device=x.device)
-
-    def field(t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return velocity(*state, *no_cls, t.cpu())[: len(state)]
-
-    path = odeint(field, state, times, rtol=tolerance, atol=tolerance, method="dopri5")
-    return (*(values[-1] for values in path), *no_cls)
-
-
-class ImageNoise:
-    """Noise for a batch; each image has its own generator (as in EDM2), so its noise does not depend on the batch.
-
-    Noise is drawn on the CPU, so it does not depend on the device either. Each call draws for every image the noise of
-    the latents, then that of the class token.
-
-    Args:
-        seeds: one for each image of the batch, see `image_seeds`.
-        shape: shape of one image's latents (C, H, W).
-        cls_token_dim: width of the class token, or None.
-        device: device of the returned noise.
-        threads: number of threads that draw the next call's noise in the background; default: 4 for a GPU, else 0.
-    """
-
-    def __init__(
-        self,
-        seeds: list[int],
-        shape: tuple[int, int, int],
-        cls_token_dim: int | None,
-        device: torch.device | str = "cpu",
-        threads: int | None = None,
-    ):
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self.shape, self.cls_token_dim = shape, cls_token_dim
-        self.device = torch.device(device)
-        self.threads = threads if threads is not None else GPU_NOISE_THREADS * (self.device.type == "cuda")
-        self._pool = ThreadPoolExecutor(self.threads) if self.threads else None
-        self._pending = self._start()
-
-    def __call__(self) -> State:
-        """Return standard normals (N, C, H, W) and (N, D) or None, float64."""
-        state, drawing = self._pending
-        for part in drawing:
-            part()
-        self._pending = self._start()
-        return _each(lambda part: part.to(self.device, non_blocking=True), state)
-
-    def _start(self) -> tuple[State, list[Callable[[], None]]]:
-        """Return tensors on the CPU, and functions to call; after the calls, the tensors contain noise."""
-        pinned = self.device.type == "cuda"  # so that the copy to the GPU does not wait for the network
-        count = len(self.generators)
-        empty = partial(torch.empty, dtype=torch.float64, pin_memory=pinned)
-        state = empty(count, *self.shape), empty(count, self.cls_token_dim) if self.cls_token_dim else None
-        if self._pool is None:
-            return state, [partial(self._fill, *state, range(count))]
-        parts = [range(first, count, self.threads) for first in range(self.threads)]
-        return state, [self._pool.submit(self._fill, *state, rows).result for rows in parts]
-
-    @torch.inference_mode()  # the mode is set for each thread separately
-    def _fill(self, x: Tensor, cls: Tensor | None, rows: range) -> None:
-        for i in rows:
-            x[i].normal_(generator=self.generators[i])
-            if cls is not None:
-                cls[i].normal_(generator=self.generators[i])
+    for first, last, rates in moving_parts(cls_lead):
+        times = torch.tensor([first, last], dtype=torch.float64, device=x.device)
+        path = odeint(partial(field, rates=rates), state, times, rtol=tolerance, atol=tolerance, method="dopri5")
+        state = tuple(values[-1] for values in path)
+    return (*state, *no_cls)
 
 
 def derive_seed(*key: int) -> int:
@@ -311,6 +288,7 @@ def sample(
     solver: str = "euler",
     num_steps: int = 250,
     progress: Callable[[list], Iterable] = iter,
+    cls_lead: float = 0.0,
 ) -> State:
     """Return generated latents (N, C, H, W) and class tokens (N, D) or None, float64.
 
@@ -322,6 +300,7 @@ def sample(
         solver: solver of the ODE: "euler", "heun" or "dopri5", which chooses its step sizes itself.
         num_steps: number of steps, at least 1; not used by dopri5.
         progress: wraps the list of steps, for example `tqdm.tqdm`; not used by dopri5.
+        cls_lead: the lead of the class token, see `models.cls_lead`; 0: none.
 
     Raises ValueError for an unknown mode or solver, a solver of the ODE in mode "sde", or `num_steps` below 1.
     """
@@ -334,12 +313,12 @@ def sample(
         raise ValueError(f"num_steps is {num_steps}; allowed: whole numbers from 1")
     x, cls = _each(Tensor.double, noise())
     if mode == "ode" and solver == "dopri5":
-        return dopri5(velocity, x, cls)
+        return dopri5(velocity, x, cls, cls_lead=cls_lead)
     times = interpolant.shift(sde_times(num_steps) if mode == "sde" else ode_times(num_steps))
     steps = progress(list(pairwise(times)))
     if mode == "sde":
-        return euler_maruyama(velocity, x, cls, noise, interpolant, steps)
-    return fixed_step_ode(velocity, x, cls, steps, second_order=solver == "heun")
+        return euler_maruyama(velocity, x, cls, noise, interpolant, steps, cls_lead)
+    return fixed_step_ode(velocity, x, cls, steps, solver == "heun", cls_lead)
 
 
 def sample_images(
@@ -386,9 +365,10 @@ def sample_images(
     y = torch.tensor(labels, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
     shape = (model.in_channels, model.input_size, model.input_size)
     noise = ImageNoise(seeds, shape, model.cls_token_dim, device)
-    velocity = GuidedVelocity(network or model, y, model.null_class, guidance, model.dtype)
+    lead = model.config.cls_lead
+    velocity = GuidedVelocity(network or model, y, model.null_class, guidance, model.dtype, lead)
     with torch.inference_mode():
-        x, cls = sample(velocity, noise, interpolant, mode, solver, num_steps, progress)
+        x, cls = sample(velocity, noise, interpolant, mode, solver, num_steps, progress, lead)
         if model.cls_scale is not None:
             cls = model.cls_scale.restore(cls)
         return _each(lambda part: part[:count], (x, cls))

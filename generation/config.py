@@ -73,7 +73,7 @@ class SamplerSettings(Config):
     cls_cfg_scale: float | None = setting(None, "guidance scale of the class token; 0: none; default: --cfg-scale")
     guidance_low: float = setting(
         0.0,
-        "lowest time that is guided, as the network gets it, after a time shift; time 0 is data",
+        "lowest time that is guided, as the network gets it for the latents, after a time shift; time 0 is data",
         check=UNIT_INTERVAL,
     )
     guidance_high: float = setting(

@@ -386,7 +386,7 @@ def _complete(fields: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any
     """Return all fields of `SiTConfig`, the missing ones taken from the settings of a run or from a preset."""
     depth, hidden_size = fields["depth"], fields["hidden_size"]
     size = next((name for name, (d, width, _) in PRESETS.items() if (d, width) == (depth, hidden_size)), None)
-    not_in_weights = ("norm", "sprint_keep", "sprint_path_drop")
+    not_in_weights = ("norm", "sprint_keep", "sprint_path_drop", "cls_lead")
     others = {
         "num_heads": settings.get("num_heads") or (PRESETS[size][2] if size else None),
         "encoder_depth": depths_of_setting(settings.get("encoder_depth")) or ENCODER_DEPTHS.get(size, depth),

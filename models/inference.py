@@ -20,14 +20,14 @@ WARM_UP_CALLS = 3  # before a capture, because libraries choose kernels and allo
 
 
 def convert(model: SiT, dtype: torch.dtype) -> SiT:
-    """Convert the weights to `dtype` in place, except those of the time embedder, and return the network.
+    """Convert the weights to `dtype` in place, except those of the time embedders, and return the network.
 
-    bfloat16 has 8 bits of precision: two consecutive times of 250 steps can be equal in it. The embedder is called once
+    bfloat16 has 8 bits of precision: two consecutive times of 250 steps can be equal in it. An embedder is called once
     for a complete batch, so its float32 costs no time.
     Raises InputError if a weight is too large for `dtype`; float16 ends at 65504.
     """
     for part in model.children():
-        if part is not model.t_embedder:
+        if part not in (model.t_embedder, model.t_cls_embedder):
             part.to(dtype)
     model.pos_embed.data = model.pos_embed.to(dtype)
     check_finite(dict(model.named_parameters()), f"weights converted to {dtype_name(dtype)}")
@@ -93,9 +93,10 @@ class CudaGraphs:
         cls_token: Tensor | None = None,
         project: bool = False,
         skip_middle: bool = False,
+        t_cls: Tensor | None = None,
     ) -> SiTOutput:
         """Return the network's velocities; the arguments are those of `SiT.forward`."""
-        inputs = (x, t, y, cls_token)
+        inputs = (x, t, y, cls_token, t_cls)
         key = (project, skip_middle, *((tensor.shape, tensor.dtype) for tensor in inputs if tensor is not None))
         if key not in self._captured:
             self._captured[key] = self._capture(inputs, project, skip_middle)
@@ -108,8 +109,9 @@ class CudaGraphs:
 
     def _capture(self, given: tuple[Tensor | None, ...], project: bool, skip_middle: bool) -> _Captured:
         inputs = tuple(None if tensor is None else tensor.clone() for tensor in given)
-        x, t, y, cls_token = inputs
-        call = partial(self.model, x, t, y, cls_token=cls_token, project=project, skip_middle=skip_middle)
+        x, t, y, cls_token, t_cls = inputs
+        options = {"project": project, "skip_middle": skip_middle}
+        call = partial(self.model, x, t, y, cls_token=cls_token, t_cls=t_cls, **options)
         side_stream = torch.cuda.Stream()
         side_stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side_stream):

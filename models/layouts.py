@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from common.errors import InputError, shown
-from models.sit import PRESETS, TimestepEmbedder
+from models.embedders import TimestepEmbedder
+from models.sit_config import PRESETS
 from models.tensor_checks import check_weights
 
 LAYOUTS = ("auto", "reg", "sit")

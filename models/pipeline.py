@@ -135,9 +135,10 @@ class REGPipeline(DiffusionPipeline):
             raise InputError(f"save_directory {folder}: {problem} of an export; choose another folder")
 
     def to(self, *args: Any, **kwargs: Any) -> REGPipeline:
-        """Move or convert the pipeline, as diffusers does. The time embedder stays float32, see `inference.convert`."""
+        """Move or convert the pipeline, as diffusers does. The time embedders stay float32, see `inference.convert`."""
         super().to(*args, **kwargs)
-        self.transformer.t_embedder.float()
+        for embedder in filter(None, (self.transformer.t_embedder, self.transformer.t_cls_embedder)):
+            embedder.float()
         check_finite(dict(self.transformer.named_parameters()), "weights of the pipeline")  # float16 ends at 65504
         return self
 
@@ -165,7 +166,7 @@ class REGPipeline(DiffusionPipeline):
             guidance_scale: guidance scale of the image; 1: no guidance.
             cls_guidance_scale: guidance scale of the class token; default: `guidance_scale`.
             guidance_interval: lowest and highest time with guidance; time 0 is data (paper: 0 to 0.85). With a time
-                shift, these are shifted times.
+                shift, these are shifted times; with a lead of the class token, times of the image.
             mode, solver: see `samplers.sample`.
             seed: an image depends on the seed, its number and its label, as in generate.py; default: 0.
             generator: source of the noise instead of `seed`: one for all images, or a list with one for each image.

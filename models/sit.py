@@ -4,7 +4,7 @@ with the latents. REPA (arXiv 2410.06940, section 3) adds projectors, whose outp
 
 `SiTConfig` selects the method: REG has the class slot and projectors, REPA has projectors only, SiT has neither. The
 switches of SR-DiT (arXiv 2512.12386) are RMSNorm, norms of queries and keys, rotary positions (models/rope.py), value
-residual, and token routing (models/sprint.py).
+residual, and token routing (models/sprint.py). The class token may lead the latents (models/cls_lead.py).
 
 The names and the order of the parameters are the format of the published checkpoints. Do not change them.
 """
@@ -12,7 +12,6 @@ The names and the order of the parameters are the format of the published checkp
 from __future__ import annotations
 
 import dataclasses
-import math
 import zlib
 from collections.abc import Callable
 from functools import partial
@@ -25,13 +24,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.class_scale import ClassTokenScale
+from models.embedders import LabelEmbedder, PatchEmbed, TimestepEmbedder
 from models.norms import head_norm, token_norm
 from models.projectors import ConvProjector, make_projectors
 from models.rope import RotaryPositions, Rotation, rotate
 from models.sit_config import PATCH_SIZES, PRESETS, SiTConfig, default_encoder_depth
 from models.sprint import Tokens, choose_tokens, fill_in, take_tokens
-
-TIME_FEATURES = 256  # width of the sinusoidal features of t (DiT)
 
 
 class SiTOutput(NamedTuple):
@@ -47,47 +45,6 @@ class SiTOutput(NamedTuple):
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Return x (1 + scale) + shift, (N, T, D), for tokens x (N, T, D); shift and scale (N, D)."""
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
-
-
-class PatchEmbed(nn.Module):
-    """Embeds latents (N, C, H, W) as one token for each patch (N, T, D), in row-major order."""
-
-    def __init__(self, patch_size: int, in_channels: int, hidden_size: int):
-        super().__init__()
-        self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2)  # (N, D, H / patch, W / patch), then (N, T, D)
-
-
-class TimestepEmbedder(nn.Module):
-    """Embeds times (N,) in [0, 1] as vectors (N, D)."""
-
-    def __init__(self, hidden_size: int):
-        super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(TIME_FEATURES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
-
-    @staticmethod
-    def features(t: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return [cos, sin] of t at geometric frequencies, (N, 256) of `dtype`. t is not multiplied by 1000."""
-        half = TIME_FEATURES // 2
-        frequencies = torch.exp(-math.log(10000) / half * torch.arange(half, dtype=torch.float32, device=t.device))
-        angles = t.to(dtype)[:, None] * frequencies  # (N, 128)
-        return torch.cat([angles.cos(), angles.sin()], dim=-1)  # (N, 256)
-
-    def forward(self, t: Tensor) -> Tensor:
-        return self.mlp(self.features(t).to(self.mlp[0].weight.dtype))  # (N, D)
-
-
-class LabelEmbedder(nn.Module):
-    """Embeds class labels (N,) as vectors (N, D). Label num_classes is the null class of classifier-free guidance."""
-
-    def __init__(self, num_classes: int, hidden_size: int):
-        super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
-
-    def forward(self, y: Tensor) -> Tensor:
-        return self.embedding_table(y)  # (N, D)
 
 
 class Attention(nn.Module):
@@ -231,6 +188,7 @@ class SiT(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width)) if config.sprint else None
         self.fusion_proj = nn.Linear(2 * width, width) if config.sprint else None
         self.cls_scale = ClassTokenScale(self.cls_token_dim) if config.standardized_cls else None
+        self.t_cls_embedder = TimestepEmbedder(width) if config.cls_lead else None
         self.initialize_weights(seed)
 
     # Dtype and device of the parameters; diffusers' pipelines read these attributes.
@@ -273,6 +231,9 @@ class SiT(nn.Module):
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02, generator=stream("y_embedder"))
         nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02, generator=stream("t_embedder.mlp.0"))
         nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02, generator=stream("t_embedder.mlp.2"))
+        if self.t_cls_embedder is not None:  # 0 at the start: the network is that without a lead of the class token
+            nn.init.normal_(self.t_cls_embedder.mlp[0].weight, std=0.02, generator=stream("t_cls_embedder.mlp.0"))
+            nn.init.zeros_(self.t_cls_embedder.mlp[2].weight)
         if self.slot_token is not None:
             nn.init.normal_(self.slot_token, std=0.02, generator=stream("slot_token"))
 
@@ -300,12 +261,13 @@ class SiT(nn.Module):
         route: Tensor | None = None,
         path_drop: Tensor | None = None,
         skip_middle: bool = False,
+        t_cls: Tensor | None = None,
     ) -> SiTOutput:
         """Return the velocities of noisy latents and of the noisy class token, and the projected tokens.
 
         Args:
             x: noisy latents (N, C, H, W).
-            t: times (N,) in [0, 1], or (1,) for the complete batch.
+            t: times (N,) in [0, 1], or (1,) for the complete batch; of the latents only if the class token leads.
             y: labels (N,) int64, 0 .. num_classes (the last one is the null class).
             cls_token: noisy class token (N, cls_token_dim); required if the network has a class slot, else not allowed.
             label_drop: (N,) bool, the labels to replace by the null class; None keeps all labels.
@@ -314,17 +276,12 @@ class SiT(nn.Module):
                 blocks. None: all tokens do.
             path_drop: SPRINT: (N,) bool, where the mask token replaces the output of the middle blocks; None: nowhere.
             skip_middle: SPRINT: whether the mask token replaces it everywhere; the middle blocks are not computed.
+            t_cls: times of the class token, shape as t; required if it leads (models/cls_lead.py), else not allowed.
 
-        Raises ValueError if a class token is missing, or if a class slot or SPRINT is missing that an argument is for.
+        Raises ValueError if a class token or its time is missing, or if the part of the network is missing that an
+        argument is for.
         """
-        if (cls_token is None) != (self.cls_token_dim is None):
-            slot = f"has a class slot of width {self.cls_token_dim}" if self.cls_token_dim else "has no class slot"
-            raise ValueError(f"this network {slot}, but cls_token is {'missing' if cls_token is None else 'given'}")
-        if not self.config.sprint and (route is not None or path_drop is not None or skip_middle):
-            raise ValueError("this network has no SPRINT: route, path_drop and skip_middle are not allowed")
-        if label_drop is not None:
-            y = torch.where(label_drop, self.null_class, y)  # (N,)
-
+        self._check_arguments(cls_token, t_cls, route is not None or path_drop is not None or skip_middle)
         x = self.x_embedder(x)  # (N, T, D)
         if cls_token is not None:
             cls_token = self.wg_norm(self.cls_projectors2(cls_token))  # (N, D)
@@ -332,7 +289,7 @@ class SiT(nn.Module):
         elif self.slot_token is not None:
             x = torch.cat([self.slot_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1)  # (N, 1 + T, D)
         x = x + self.pos_embed  # (N, 1 + T, D), or (N, T, D) without a class slot
-        c = (self.t_embedder(t) + self.y_embedder(y)).to(x.dtype)  # (N, D)
+        c = self.conditioning(t, t_cls, y, label_drop).to(x.dtype)  # (N, D)
 
         tokens = Tokens(x, None if self.feat_rope is None else self.feat_rope(x.shape[1]))
         kept = None if route is None else choose_tokens(route, self.config.kept_tokens)  # (N, K)
@@ -354,6 +311,23 @@ class SiT(nn.Module):
             x = x[:, 1:]  # (N, T, D): the learned token has no velocity
         patches, cls_velocity = self.final_layer(x, c, has_cls=cls_token is not None)  # (N, T, p p C), (N, cls_dim)
         return SiTOutput(self.unpatchify(patches), projected, cls_velocity)
+
+    def _check_arguments(self, cls_token: Tensor | None, t_cls: Tensor | None, with_sprint: bool) -> None:
+        if (cls_token is None) != (self.cls_token_dim is None):
+            slot = f"has a class slot of width {self.cls_token_dim}" if self.cls_token_dim else "has no class slot"
+            raise ValueError(f"this network {slot}, but cls_token is {'missing' if cls_token is None else 'given'}")
+        if (t_cls is None) != (self.t_cls_embedder is None):
+            lead, given = self.config.cls_lead, "missing" if t_cls is None else "given"
+            raise ValueError(f"the class token of this network leads by {lead:g}, but its times t_cls are {given}")
+        if with_sprint and not self.config.sprint:
+            raise ValueError("this network has no SPRINT: route, path_drop and skip_middle are not allowed")
+
+    def conditioning(self, t: Tensor, t_cls: Tensor | None, y: Tensor, label_drop: Tensor | None) -> Tensor:
+        """Return the sum of the embeddings of times and labels, (N, D); the arguments are those of `forward`."""
+        if label_drop is not None:
+            y = torch.where(label_drop, self.null_class, y)  # (N,)
+        c = self.t_embedder(t) + self.y_embedder(y)  # (N, D)
+        return c if t_cls is None else c + self.t_cls_embedder(t_cls)
 
     def through(self, block: SiTBlock, tokens: Tokens, c: Tensor) -> Tokens:
         """Return the tokens after a block. The first block adds its values if the other blocks need them."""

@@ -89,6 +89,7 @@ class SiTConfig:
     sprint_path_drop: Share = 0.05  # SPRINT: probability that the output of the middle blocks is dropped in a step
     projector: str = "mlp"  # kind of the projectors, one of `PROJECTORS`
     standardized_cls: bool = False  # the class token is standardised per channel, see models/class_scale.py
+    cls_lead: Share = 0.0  # the class token is denoised ahead of the latents by this time, see models/cls_lead.py
 
     def __post_init__(self) -> None:
         cls_token_dim = self.cls_token_dim or None
@@ -121,6 +122,10 @@ class SiTConfig:
             raise ValueError("standardized_cls: there is no class token, cls_token_dim is null")
         if self.rope and self.head_size % 4:
             raise ValueError(f"rope: the width of a head, {self.head_size}, is not a multiple of 4")
+        if not 0 <= self.cls_lead <= 1:
+            raise ValueError(f"cls_lead {self.cls_lead}: must be from 0 to 1")
+        if self.cls_lead and not self.cls_token_dim:
+            raise ValueError(f"cls_lead {self.cls_lead}: needs a class token that is denoised, and there is none")
         if not self.sprint:
             return
         if self.depth <= 2 * OUTER_BLOCKS:
@@ -200,7 +205,7 @@ class SiTConfig:
     def added_fields(cls) -> dict[str, Any]:
         """Return the defaults of the fields that a description in a file may lack: those of the added switches."""
         sprint = ("sprint", "sprint_keep", "sprint_path_drop")
-        names = ("norm", "rope", "value_residual", *sprint, "projector", "standardized_cls")
+        names = ("norm", "rope", "value_residual", *sprint, "projector", "standardized_cls", "cls_lead")
         return {field.name: field.default for field in dataclasses.fields(cls) if field.name in names}
 
     @classmethod

@@ -46,6 +46,8 @@ def contradiction(settings: Mapping[str, Any], network: SiTConfig) -> tuple[str,
     for name in ("rope", "value_residual", "sprint"):
         if type(value := settings.get(name)) is bool and value != getattr(network, name):
             return name, value, getattr(network, name)
+    if type(value := settings.get("cls_lead")) in (int, float) and value != network.cls_lead:
+        return "cls_lead", value, network.cls_lead
     return _other_preset(settings, network)
 
 

@@ -116,7 +116,7 @@ def _count(
         model.blocks[len(model.blocks) // 2].register_forward_pre_hook(lambda _, inputs: block_input.append(inputs[0]))
         batch = _batch(network, images)
         with _autocast(device_type, DTYPES.get(precision)), _FusedAttention(), kept_tensors(model) as kept:
-            REGLoss(Interpolant("linear"), loss_weights)(model, *batch)["loss"].mean()
+            REGLoss(Interpolant("linear"), loss_weights, network.cls_lead)(model, *batch)["loss"].mean()
         return sum(storage.nbytes() for storage in kept.values()), block_input[0].untyped_storage().nbytes()
 
 

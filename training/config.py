@@ -15,7 +15,7 @@ from common.checks import BELOW_ONE, ENTRY_NAME, GUIDANCE_SCALE, NON_NEGATIVE, P
 from common.cli import Config, adjustable, flag, parse, setting, settings, uses_cuda
 from common.errors import InputError
 from dataset import LATENT_FOLDERS
-from loss import FROM_ENCODER
+from loss import DENOISED, FROM_ENCODER
 from models.autoencoder import LatentFormat
 from models.checkpoint import MOST_STEPS
 from models.inference import NETWORK_DTYPES
@@ -295,6 +295,11 @@ class TrainConfig(
         if self.standardize_cls and self.slot != "class":
             which = f"--standardize-cls {self.standardize_cls}: standardises the class token of an encoder"
             raise InputError(f"{which}, and the class slot holds {self.slot}; allowed: --entangle class")
+        if self.cls_lead and self.slot not in DENOISED:
+            allowed = f"allowed: --entangle {', '.join(DENOISED)}"
+            raise InputError(
+                f"--cls-lead {self.cls_lead:g}: no token is denoised with --entangle {self.slot}; {allowed}"
+            )
         if self.value_residual and self.depth == 1:
             raise InputError("--value-residual with --depth 1: one block has no values of another; needs 2 or more")
         if self.resume not in (None, "latest") and self.resume_step:
@@ -380,6 +385,7 @@ def find_facts(
             projector=config.projector,
             learnable_token=config.slot == "learnable",
             standardized_cls=cls_statistics is not None,
+            cls_lead=config.cls_lead,
         )
     except ValueError as error:
         raise InputError(f"--model {config.model} with the given sizes: {error}") from error

@@ -67,6 +67,13 @@ class MethodSettings(Config):
         "default: not standardised. A run keeps its statistics",
         check=ENTRY_NAME,
     )
+    cls_lead: float = setting(
+        0.0,
+        "denoise the class token ahead of the latents by this time d: at time u, the latents have the time "
+        "min(1, u (1 + d)) and the class token max(0, u (1 + d) - d), in training and in all samplers; 0: equal times "
+        "(REG)",
+        check=UNIT_INTERVAL,
+    )
     proj_coeff: float = setting(
         WEIGHTS["proj"],
         "weight of the alignment; 0: no projectors, and the checkpoint does not fit the published code",

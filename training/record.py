@@ -25,7 +25,7 @@ from training.config import DERIVED, DIGESTS, NONE_MEANS, RunFacts, TrainConfig
 # Settings that runs of earlier versions did not record; they had the default.
 ADDED = (
     "norm", "rope", "value_residual", "sprint", "projector", "align_stop_steps", "optimizer", "time_mean", "time_std",
-    "time_shift", "cfm_coeff",
+    "time_shift", "cfm_coeff", "cls_lead",
 )  # fmt: skip
 
 

@@ -103,7 +103,7 @@ def set_up(config: TrainConfig, stop_signal: StopSignal | None = None) -> Run:
     with restoring(point.path):
         model, average, optimizer = prepare_networks(config, facts, accelerator, checkpoint, point.path)
     optimizer = GuardedOptimizer(optimizer, logger.info)
-    criterion = REGLoss(facts.path, config.loss_weights)
+    criterion = REGLoss(facts.path, config.loss_weights, facts.network.cls_lead)
     if config.compile:
         compile_training(accelerator.unwrap_model(model), encoders, criterion)
     randomness = make_randomness(config, facts, accelerator)

@@ -173,9 +173,9 @@ def initialize_from(path: str | Path, model: SiT, average: SiT) -> list[str]:
     """Give a new run the averaged weights of a checkpoint; return the names of the weights that did not fit.
 
     Blocks and the embeddings of latents and time must fit, and so must norms and rotary positions. Labels, projectors,
-    class slot and SPRINT may differ, and so may the resolution: its position tables are computed. If the class token is
-    standardised in one of both networks only, the layers of the class slot are newly initialised. Statistics are those
-    of the new run.
+    class slot, lead of the class token and SPRINT may differ, and so may the resolution: its position tables are
+    computed. If the class token is standardised in one of both networks only, the layers of the class slot are newly
+    initialised. Statistics are those of the new run.
 
     Raises:
         InputError: the weights belong to another network, or cannot be read.

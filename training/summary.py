@@ -148,10 +148,11 @@ def loss(run: Run) -> str:
 
 
 def times(run: Run) -> str:
-    """Return the distribution of training times and their shift, where they are not the defaults."""
+    """Return the distribution of training times, their shift and the class token's lead, if not the defaults."""
     config, shift = run.config, run.facts.path.time_shift
     parts = [f"lognormal times ({config.time_mean:g}, {config.time_std:g})"] * (config.weighting == "lognormal")
     parts += [f"time shift {shift:.4g}"] * (shift != 1)
+    parts += [f"class token leads by {config.cls_lead:g}"] * (config.cls_lead > 0)
     return "".join(f", {part}" for part in parts)
 
 

@@ -130,9 +130,10 @@ def training_flops(network: SiT, project: bool = True) -> int:
     x = torch.empty(1, network.in_channels, network.input_size, network.input_size, device="meta")
     t, y = torch.empty(1, device="meta"), torch.zeros(1, dtype=torch.int64, device="meta")
     cls = torch.empty(1, network.cls_token_dim, device="meta") if network.cls_token_dim else None
+    t_cls = t if network.config.cls_lead else None
     route = torch.empty(1, network.config.tokens, device="meta") if network.config.sprint else None
     with FlopCounterMode(display=False) as counter:
-        out = network(x, t, y, cls_token=cls, project=project, route=route)
+        out = network(x, t, y, cls_token=cls, project=project, route=route, t_cls=t_cls)
         outputs = [out.velocity, *(out.projected or []), *([] if cls is None else [out.cls_velocity])]
         sum(output.sum() for output in outputs).backward()
     return counter.get_total_flops()
