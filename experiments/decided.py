@@ -186,13 +186,13 @@ class Measurement:
         self.run, self.readout, self.config = run, readout, config
         checkpoint = load_checkpoint(run.checkpoint, verify=False)
         self.model: SiT = build_model(checkpoint, device=readout.device, source=run.checkpoint)
-        self.path = Interpolant.of_run(run.settings)
+        self.path, self.cls_lead = Interpolant.of_run(run.settings), self.model.config.cls_lead
         self.labelled = run.labelled and not config.unlabelled
 
     def velocity(self, labels: Sequence[int]) -> GuidedVelocity:
         """Return the network's velocity for labels (N,), without guidance."""
         y = torch.tensor(labels, device=self.readout.device)
-        return GuidedVelocity(self.model, y, self.model.null_class)
+        return GuidedVelocity(self.model, y, self.model.null_class, cls_lead=self.cls_lead)
 
     def noise(self, seed: int, numbers: Sequence[int]) -> ImageNoise:
         """Return the noise of images, which depends on their numbers only."""
@@ -205,14 +205,22 @@ class Measurement:
         classes = self.readout.judge.config["classes"]
         labels = [number % classes if self.labelled else self.model.null_class for number in numbers]
         velocity, noise = self.velocity(labels), self.noise(SAMPLING_SEED, numbers)
-        return while_sampling(velocity, noise, self.path, self.config.solver, self.config.num_steps)
+        how = self.config.solver, self.config.num_steps, self.cls_lead
+        return self.in_encoder_units(while_sampling(velocity, noise, self.path, *how))
 
     @torch.inference_mode()
     def noised(self, numbers: Sequence[int], times: list[float]) -> Estimates:
         """Return the estimates for noised held-out images with these numbers, without their labels."""
         velocity = self.velocity([self.model.null_class] * len(numbers))
-        data = self.readout.latents[numbers], self.readout.tokens[numbers]
-        return of_noised_data(velocity, data, self.noise(NOISE_SEED, numbers)(), self.path, times)
+        latents, tokens, scale = self.readout.latents[numbers], self.readout.tokens[numbers], self.model.cls_scale
+        data = latents, tokens if scale is None else scale.standardize(tokens)
+        noise = self.noise(NOISE_SEED, numbers)()
+        return self.in_encoder_units(of_noised_data(velocity, data, noise, self.path, times, self.cls_lead))
+
+    def in_encoder_units(self, estimates: Estimates) -> Estimates:
+        """Return estimates with the encoder's class tokens, also if the network denoises standardised ones."""
+        scale = self.model.cls_scale
+        return estimates if scale is None else estimates._replace(cls=scale.restore(estimates.cls))
 
     def result(self) -> dict[str, Any]:
         """Return the curves of generated and of held-out images, each a list with a number for each time."""
@@ -227,6 +235,7 @@ class Measurement:
             "seed": self.run.seed,
             "checkpoint": self.run.checkpoint.name,
             "labelled": self.labelled,
+            "cls_lead": self.cls_lead,
             "times": generated.times,
             "generated": generated.curves(),
             "held_out": held_out.curves(),

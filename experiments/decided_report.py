@@ -106,6 +106,9 @@ def table(result: dict[str, Any]) -> str:
         f"Time t (1: noise, 0: data) from which on a curve stays above 50 % and 90 %; {result['images']} images, "
         f"{result['solver']}, {result['num_steps']} steps.",
     ]
+    if leads := {run["row"]: run["cls_lead"] for run in result["runs"] if run["cls_lead"]}:
+        lines[0] += " With a lead d, the image is at the time min(1, t (1 + d)), the token at max(0, t (1 + d) - d): "
+        lines[0] += ", ".join(f"{row} ({lead:g})" for row, lead in leads.items()) + "."
     for kind, curve, title in TABLES:
         lines += ["", "| " + " | ".join([title, *(f"{stream}, {level:.0%}" for stream, level in columns)]) + " |"]
         lines.append("|---" * (len(columns) + 1) + "|")
@@ -131,7 +134,7 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
                 values = np.array([run[kind][name] for run in seeds])
                 axes.plot(seeds[0]["times"], values.mean(0), style, color=f"C{number % 10}", label=row)
                 axes.fill_between(seeds[0]["times"], values.min(0), values.max(0), color=f"C{number % 10}", alpha=0.15)
-        axes.set(title=title, xlabel="time t (1: noise, 0: data)", xlim=(1, 0), ylim=(0, 1.02))
+        axes.set(title=title, xlabel="time t of the sampler (1: noise, 0: data)", xlim=(1, 0), ylim=(0, 1.02))
         axes.grid(alpha=0.3)
         _add_legends(axes, rows_of(runs), curves)
     _save(figure, path)

@@ -2,6 +2,9 @@
 
 From a state x_t and the network's velocity follows an estimate of the clean data, the mean of all data that fit the
 state (`Interpolant.data_from_velocity`). Its class says what the network has decided at this time.
+
+Times are those of the sampler, from 1, noise, to 0, data. If the class token leads, both streams have other times of
+their own, see `models.cls_lead`.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.cls_lead import stream_times
 from models.interpolant import Interpolant
 from samplers import NoiseSource, State, Velocity, sample
 
@@ -27,35 +31,46 @@ class Estimates(NamedTuple):
 class Recorder:
     """A velocity for the samplers that keeps the one-step estimates of its calls in `found`, by time."""
 
-    def __init__(self, velocity: Velocity, interpolant: Interpolant):
-        self.velocity, self.interpolant = velocity, interpolant
+    def __init__(self, velocity: Velocity, interpolant: Interpolant, cls_lead: float):
+        self.velocity, self.interpolant, self.cls_lead = velocity, interpolant, cls_lead
         self.found: dict[float, State] = {}
 
     def __call__(self, x: Tensor, cls: Tensor, t: Tensor) -> State:
         """Return the velocities of x (N, C, H, W) and cls (N, D) at time `t`, a scalar on the CPU."""
-        v, v_cls = self.velocity(x, cls, t)
-        estimates = (self.interpolant.data_from_velocity(*pair, t).float() for pair in ((v, x), (v_cls, cls)))
+        velocities = self.velocity(x, cls, t)
+        streams = zip(velocities, (x, cls), stream_times(t, self.cls_lead), strict=True)
         # Heun's method calls the velocity twice at a time: first at its prediction, then at the state, which is kept.
-        self.found[t.item()] = tuple(estimates)
-        return v, v_cls
+        self.found[t.item()] = tuple(self.interpolant.data_from_velocity(*stream).float() for stream in streams)
+        return velocities
 
 
 def while_sampling(
-    velocity: Velocity, noise: NoiseSource, interpolant: Interpolant, solver: str, num_steps: int
+    velocity: Velocity,
+    noise: NoiseSource,
+    interpolant: Interpolant,
+    solver: str,
+    num_steps: int,
+    cls_lead: float = 0.0,
 ) -> Estimates:
     """Return the estimates at each step of the ODE, see `samplers.sample`; at time 0, the final samples."""
-    recorder = Recorder(velocity, interpolant)
-    final = sample(recorder, noise, interpolant, "ode", solver, num_steps)
+    recorder = Recorder(velocity, interpolant, cls_lead)
+    final = sample(recorder, noise, interpolant, "ode", solver, num_steps, cls_lead=cls_lead)
     return _stacked(recorder, final)
 
 
 def of_noised_data(
-    velocity: Velocity, data: State, noise: State, interpolant: Interpolant, times: list[float]
+    velocity: Velocity,
+    data: State,
+    noise: State,
+    interpolant: Interpolant,
+    times: list[float],
+    cls_lead: float = 0.0,
 ) -> Estimates:
     """Return the estimates for clean data (N, ...), mixed with noise at each of some times; at time 0, the data."""
-    recorder = Recorder(velocity, interpolant)
+    recorder = Recorder(velocity, interpolant, cls_lead)
     for t in torch.tensor([t for t in times if t > 0], dtype=torch.float64):
-        recorder(*(interpolant.interpolate(clean, part, t) for clean, part in zip(data, noise, strict=True)), t)
+        streams = zip(data, noise, stream_times(t, cls_lead), strict=True)
+        recorder(*(interpolant.interpolate(*stream) for stream in streams), t)
     return _stacked(recorder, data)
 
 

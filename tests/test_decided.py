@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,9 @@ from experiments.estimates import Explained, nearest, of_noised_data, time_above
 from experiments.judge import train_judge
 from experiments.scoring import SAMPLING_SEED
 from models.checkpoint import load_checkpoint, save_checkpoint
+from models.cls_lead import stream_times
 from models.interpolant import PATHS, Interpolant
+from models.sit import SiT, SiTConfig
 from samplers import image_seeds, sample_images
 from tests.conftest import ENCODER, NUM_CLASSES, run_training
 
@@ -26,16 +29,21 @@ def start(n=4):
     return lambda: (torch.randn(n, 1, 2, 2), torch.randn(n, 3))
 
 
+@pytest.mark.parametrize("lead", [0.0, 0.3])
 @pytest.mark.parametrize("solver", ["euler", "heun"])
-def test_a_known_time_of_decision_is_found(solver):
-    """The velocity to a point c(t) is (x - c(t)) / t. Each sample's point changes its sign at a time of its own."""
+def test_a_known_time_of_decision_is_found(solver, lead):
+    """The velocity to a point c is (x - c) / t. Each sample's point changes its sign at a time of its own.
+
+    With a lead, t is the time of the stream, and the times of decision are times of the sampler.
+    """
     switches, token_switches = torch.tensor([0.8, 0.6, 0.6, 0.3]), torch.tensor([1.0, 0.9, 0.7, 0.4])
 
     def velocity(x, cls, t):
         signs, token_signs = (torch.where(t <= switch + 1e-6, 1.0, -1.0) for switch in (switches, token_switches))
-        return (x - signs.view(-1, 1, 1, 1)) / t, (cls - token_signs[:, None]) / t
+        t, t_cls = stream_times(t, lead)
+        return (x - signs.view(-1, 1, 1, 1)) / t, (cls - token_signs[:, None]) / t_cls.clamp(min=1e-9)
 
-    found = while_sampling(velocity, start(), Interpolant(), solver, 10)
+    found = while_sampling(velocity, start(), Interpolant(), solver, 10, lead)
     assert found.times == TIMES
     image, token = ((part.flatten(2).mean(2) > 0).double().mean(1).tolist() for part in (found.x, found.cls))
     assert image == [0, 0, 0.25, 0.25, 0.75, 0.75, 0.75, 1, 1, 1, 1]
@@ -56,22 +64,25 @@ def test_estimates_of_heuns_method_are_those_of_its_states():
         torch.testing.assert_close(found.cls[number], first[1] * growth)
 
 
+@pytest.mark.parametrize("lead", [0.0, 0.3])
 @pytest.mark.parametrize("path", PATHS)
-def test_exact_velocities_of_noised_data_give_the_data(path):
+def test_exact_velocities_of_noised_data_give_the_data(path, lead):
     interpolant, seen = Interpolant(path), []
     data, noise = ((x.double(), cls.double()) for x, cls in (start()(), start()()))
 
     def velocity(x, cls, t):
-        seen.append((x, t))
-        return tuple(interpolant.velocity_target(clean, part, t) for clean, part in zip(data, noise, strict=True))
+        seen.append((x, cls))
+        streams = zip(data, noise, stream_times(t, lead), strict=True)
+        return tuple(interpolant.velocity_target(*stream) for stream in streams)
 
-    found = of_noised_data(velocity, data, noise, interpolant, TIMES)
+    found = of_noised_data(velocity, data, noise, interpolant, TIMES, lead)
     assert found.times == TIMES
     for x, cls in zip(found.x, found.cls, strict=True):
         torch.testing.assert_close(x, data[0].float())
         torch.testing.assert_close(cls, data[1].float())
-    torch.testing.assert_close(seen[0][0], noise[0])
-    torch.testing.assert_close(seen[5][0], interpolant.interpolate(data[0], noise[0], torch.tensor(0.5).double()))
+    torch.testing.assert_close(seen[0], noise)
+    for part, clean, drawn, t in zip(seen[5], data, noise, (0.5 * (1 + lead), 0.5 * (1 - lead)), strict=True):
+        torch.testing.assert_close(part, interpolant.interpolate(clean, drawn, torch.tensor(t).double()))
 
 
 def test_explained_variance():
@@ -141,21 +152,36 @@ def test_the_report_of_two_seeds(comparison, tmp_path):
 def measure(comparison):
     """Return a measurement of the tiny run, with some settings."""
 
-    def made(**settings):
-        config = decided.Decided(runs=(comparison / "runs" / "reg-seed0",), dest=comparison / "a.json", **settings)
+    def made(folder=comparison / "runs" / "reg-seed0", **settings):
+        config = decided.Decided(runs=(folder,), dest=comparison / "a.json", **settings)
         (run,) = decided.find_runs(config.runs)
         return decided.Measurement(run, decided.Readout(run, torch.device("cpu"), config.images), config)
 
     return made
 
 
-def test_the_final_samples_are_those_of_sample_images(measure):
-    measured = measure(num_steps=3)
+@pytest.mark.parametrize("switches", [{}, {"cls_lead": 0.3}, {"standardized_cls": True, "cls_lead": 0.2}])
+def test_final_and_clean_ones_are_those_of_other_programs(comparison, measure, tmp_path, switches):
+    """Also if the class token leads, or is standardised: then it is in the encoder's units."""
+    out = tmp_path / "out"
+    shutil.copytree(comparison, out)
+    folder = out / "runs" / "reg-seed0"
+    checkpoint = load_checkpoint(folder)
+    checkpoint["args"].cls_lead = switches.get("cls_lead", 0.0)
+    network = SiT(replace(SiTConfig.from_json(checkpoint["network"]), **switches))
+    for value in network.state_dict().values():
+        value.copy_(torch.rand(value.shape) * 0.1 + 0.05)
+    content = {"ema": network.state_dict(), "network": network.config.to_json(), "args": checkpoint["args"]}
+    save_checkpoint(folder / "checkpoints" / "0000001.pt", content)
+    measured = measure(folder, num_steps=3)
     found = measured.generated(range(4))
     how = {"mode": "ode", "solver": "heun", "num_steps": 3}
     x, cls = sample_images(measured.model, [0, 1, 2, 0], image_seeds(SAMPLING_SEED, range(4)), Interpolant(), **how)
     torch.testing.assert_close(found.x[-1], x.float())
     torch.testing.assert_close(found.cls[-1], cls.float())
+    noised = measured.noised(range(5), found.times)
+    torch.testing.assert_close(noised.x[-1], measured.readout.latents[:5])
+    torch.testing.assert_close(noised.cls[-1], measured.readout.tokens[:5])
 
 
 def test_no_image_has_a_right_class_without_labels_except_held_out_ones(measure):
@@ -222,6 +248,7 @@ def test_times_of_decision_over_seeds():
             "row": "reg",
             "seed": seed,
             "times": [1.0, 0.5, 0.0],
+            "cls_lead": 0.2,
             "generated": dict.fromkeys(names, curve),
             "held_out": {name: [0.0, 0.6, 0.6] for name in names},
         }
@@ -234,5 +261,6 @@ def test_times_of_decision_over_seeds():
     first = result["decided"][1]
     assert (first["stream"], first["level"]) == ("image", 0.9) and first["times"] == pytest.approx(ninety)
     assert first["mean"] == pytest.approx(np.mean(ninety)) and first["std"] == pytest.approx(np.std(ninety, ddof=1))
+    assert "the token at max(0, t (1 + d) - d): reg (0.2)." in text
     assert "| reg | 0.64 ± 0.07 | 0.19 ± 0.09 | 0.64 ± 0.07 | 0.19 ± 0.09 |" in text
     assert "| reg | 0.58 ± 0.00 | not reached | 0.58 ± 0.00 | not reached |" in text
