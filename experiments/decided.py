@@ -118,11 +118,16 @@ def find_runs(folders: Sequence[Path]) -> list[Run]:
     runs = [_find_run(real_path(folder)) for folder in folders]
     if len({run.study for run in runs}) > 1:
         runs = [run._replace(row=f"{run.study.name}/{run.row}") for run in runs]
-    keys = [(run.row, run.seed) for run in runs]
-    for row, seed in keys:
-        if keys.count((row, seed)) > 1:
-            raise InputError(f"runs: two of them are {row}, seed {seed}; give each once, in folders of different names")
-    rows = list(dict.fromkeys(run.row for run in runs))
+    seen: dict[str, dict[int, str]] = {}  # checkpoint of each row and seed
+    for run in runs:
+        seeds = seen.setdefault(run.row, {})
+        if run.seed in seeds:
+            raise InputError(f"runs: two are {run.row}, seed {run.seed}; give each once, in folders of different names")
+        seeds[run.seed] = run.checkpoint.name
+        if len(set(seeds.values())) > 1:
+            names = ", ".join(f"{name} of seed {seed}" for seed, name in seeds.items())
+            raise InputError(f"runs: {run.row} has checkpoints of different steps, {names}; complete all runs first")
+    rows = list(seen)
     return sorted(runs, key=lambda run: rows.index(run.row))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,26 +22,24 @@ matplotlib.use("Agg")  # works without a screen
 import matplotlib.pyplot as plt
 
 LEVELS = (0.5, 0.9)
-STREAMS = ("image", "token")
-# Tables: kind of images, name of the curve, title.
+STREAMS = {"image": "-", "token": "--"}  # and the line of each in the figure
+# Tables, and panels of the figure: kind of images, end of the names of the curves, title.
 TABLES = (
-    ("generated", "decided", "Generated images: the class of the estimate is the final class"),
-    ("generated", "explained", "Generated images: share of the variance that the estimate explains"),
-    ("held_out", "right", "Noised held-out images, network without label: the class of the estimate is right"),
+    ("generated", "decided", "Sampling: class of the estimate is that of the final sample"),
+    ("generated", "right", "Sampling: class of the estimate is the requested label"),
+    ("generated", "explained", "Sampling: share of the variance explained by the estimate"),
+    ("held_out", "right", "Noised held-out images, no label given: class of the estimate is right"),
 )
-# Panels of the figure: kind of images, curves with their line, title.
-LINES = {"image": "-", "token": "--"}
+# Further panels: kind of images, curve, title.
 PANELS = (
-    ("generated", {f"{name}_decided": LINES[name] for name in STREAMS}, "sampling: class is the final class"),
-    ("held_out", {f"{name}_right": LINES[name] for name in STREAMS}, "noised held-out images: class is right"),
-    ("generated", {f"{name}_explained": LINES[name] for name in STREAMS}, "sampling: explained variance"),
-    ("generated", {"agree": "-.", "token_cosine": ":"}, "sampling: image and token"),
+    ("generated", "agree", "Sampling: classes of image and token are equal"),
+    ("generated", "token_cosine", "Sampling: cosine of the estimate with the final token"),
 )
 CAPTION = (
-    "upper lines: decoded estimate, above it the class of the image | of the token; "
-    "lower lines: held-out image whose token is nearest to the estimate of the token"
+    "Upper lines: estimate of the image, and the classes: of the image | of the token.\n"
+    "Lower lines: the held-out image whose token is nearest to the estimate of the token."
 )
-NAMES = {"agree": "classes of image and token agree", "token_cosine": "cosine with the final token"}
+COLUMNS = 3  # of panels
 
 
 class Shown(NamedTuple):
@@ -71,25 +71,25 @@ def write(dest: Path, result: dict[str, Any], pictures: dict[str, Shown]) -> Non
 
 
 def times_of_decision(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return, for each table, row, stream and level, the time (of each seed) from which on the curve is above it.
+    """Return, for each table, row, stream and level, the time of each seed from which on the curve is above the level.
 
     `times` has None for a seed whose curve ends below the level; `mean` and `std` are None then.
     """
     found = []
-    for kind, curve, _ in TABLES:
-        for row in rows_of(runs):
-            for stream in STREAMS:
-                for level in LEVELS:
-                    seeds = [run for run in runs if run["row"] == row]
-                    times = [time_above(run["times"], run[kind][f"{stream}_{curve}"], level) for run in seeds]
-                    known = None not in times
-                    found.append(
-                        {
-                            "images": kind, "curve": curve, "row": row, "stream": stream, "level": level,
-                            "times": times, "mean": statistics.mean(times) if known else None,
-                            "std": statistics.stdev(times) if known and len(times) > 1 else None,
-                        }
-                    )  # fmt: skip
+    for (kind, curve, _), row, stream, level in itertools.product(TABLES, rows_of(runs), STREAMS, LEVELS):
+        name = f"{stream}_{curve}"
+        seeds = [run for run in runs if run["row"] == row and name in run[kind]]
+        times = [time_above(run["times"], run[kind][name], level) for run in seeds]
+        if not times:
+            continue
+        known = None not in times
+        found.append(
+            {
+                "images": kind, "curve": curve, "row": row, "stream": stream, "level": level, "times": times,
+                "mean": statistics.mean(times) if known else None,
+                "std": statistics.stdev(times) if known and len(times) > 1 else None,
+            }
+        )  # fmt: skip
     return found
 
 
@@ -110,9 +110,10 @@ def table(result: dict[str, Any]) -> str:
         lines[0] += " With a lead d, the image is at the time min(1, t (1 + d)), the token at max(0, t (1 + d) - d): "
         lines[0] += ", ".join(f"{row} ({lead:g})" for row, lead in leads.items()) + "."
     for kind, curve, title in TABLES:
-        lines += ["", "| " + " | ".join([title, *(f"{stream}, {level:.0%}" for stream, level in columns)]) + " |"]
-        lines.append("|---" * (len(columns) + 1) + "|")
-        for row in rows_of(result["runs"]):
+        if rows := [row for row in rows_of(result["runs"]) if (kind, curve, row, *columns[0]) in cells]:
+            lines += ["", "| " + " | ".join([title, *(f"{stream}, {level:.0%}" for stream, level in columns)]) + " |"]
+            lines.append("|---" * (len(columns) + 1) + "|")
+        for row in rows:
             texts = [_mean_and_spread(cells[kind, curve, row, stream, level]) for stream, level in columns]
             lines.append(f"| {row} | " + " | ".join(texts) + " |")
     return "\n".join(lines) + "\n"
@@ -126,27 +127,30 @@ def _mean_and_spread(entry: dict[str, Any]) -> str:
 
 def draw(runs: list[dict[str, Any]], path: Path) -> None:
     """Draw the curves over the time: the mean over seeds as a line, the range over seeds as a band."""
-    figure, panels = plt.subplots(2, 2, figsize=(13, 9), layout="constrained")
-    for axes, (kind, curves, title) in zip(panels.flat, PANELS, strict=True):
-        for number, row in enumerate(rows_of(runs)):
-            seeds = [run for run in runs if run["row"] == row]
-            for name, style in curves.items():
-                values = np.array([run[kind][name] for run in seeds])
-                axes.plot(seeds[0]["times"], values.mean(0), style, color=f"C{number % 10}", label=row)
-                axes.fill_between(seeds[0]["times"], values.min(0), values.max(0), color=f"C{number % 10}", alpha=0.15)
-        axes.set(title=title, xlabel="time t of the sampler (1: noise, 0: data)", xlim=(1, 0), ylim=(0, 1.02))
+    panels = [(kind, {f"{stream}_{name}": line for stream, line in STREAMS.items()}, title)
+              for kind, name, title in TABLES]  # fmt: skip
+    panels += [(kind, {name: "-"}, title) for kind, name, title in PANELS]
+    panels = [panel for panel in panels if any(panel[1].keys() <= run[panel[0]].keys() for run in runs)]
+    figure = plt.figure(figsize=(16, 4.6 * math.ceil(len(panels) / COLUMNS)), layout="constrained")
+    for number, (kind, curves, title) in enumerate(panels):
+        axes = figure.add_subplot(math.ceil(len(panels) / COLUMNS), COLUMNS, number + 1)
+        for (row, colour), (name, line) in itertools.product(_colours(runs).items(), curves.items()):
+            seeds = [run for run in runs if run["row"] == row and name in run[kind]]
+            if seeds:
+                times, values = seeds[0]["times"], np.array([run[kind][name] for run in seeds])
+                axes.plot(times, values.mean(0), line, color=colour)
+                axes.fill_between(times, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)
+        axes.set_title(title, fontsize="medium")
+        axes.set(xlabel="time t of the sampler (1: noise, 0: data)", xlim=(1, 0), ylim=(0, 1.02))
         axes.grid(alpha=0.3)
-        _add_legends(axes, rows_of(runs), curves)
+    handles = [plt.Line2D([], [], color=colour, label=row) for row, colour in _colours(runs).items()]
+    handles += [plt.Line2D([], [], color="black", linestyle=line, label=name) for name, line in STREAMS.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=8)
     _save(figure, path)
 
 
-def _add_legends(axes: plt.Axes, rows: list[str], curves: dict[str, str]) -> None:
-    """Add one legend of the rows' colours and the curves' lines."""
-    handles = [plt.Line2D([], [], color=f"C{number % 10}", label=row) for number, row in enumerate(rows)]
-    for name, style in curves.items():
-        label = NAMES.get(name) or name.partition("_")[0]
-        handles.append(plt.Line2D([], [], color="black", linestyle=style, label=label))
-    axes.legend(handles=handles, fontsize="small")
+def _colours(runs: list[dict[str, Any]]) -> dict[str, str]:
+    return {row: f"C{number % 10}" for number, row in enumerate(rows_of(runs))}
 
 
 def draw_estimates(pictures: dict[str, Shown], path: Path) -> None:
@@ -160,9 +164,10 @@ def draw_estimates(pictures: dict[str, Shown], path: Path) -> None:
     for axes, (row, grid) in zip(cells.flat, grids.items(), strict=True):
         times, width = pictures[row].times, grid.shape[1]
         axes.imshow(grid, interpolation="nearest")
-        axes.set_title(f"{row}\n{CAPTION}", fontsize="small")
+        axes.set_title(row)
         axes.set_xticks([(i + 0.5) * width / len(times) for i in range(len(times))], [f"t = {t:.2f}" for t in times])
         axes.set_yticks([])
+    figure.suptitle(CAPTION, fontsize="medium")
     _save(figure, path)
 
 

@@ -142,7 +142,7 @@ def test_the_report_of_two_seeds(comparison, tmp_path):
         for name in ("image_decided", "token_decided", "image_explained", "token_explained", "token_cosine"):
             assert run["generated"][name][-2:] == pytest.approx([1, 1])  # the last estimate is the final sample
     table = (tmp_path / "a.md").read_text()
-    assert table.count("| reg | ") == 3 and "5 images, heun, 3 steps" in table
+    assert table.count("| reg | ") == 4 and "5 images, heun, 3 steps" in table
     for name in ("a.png", "a-estimates.png"):
         assert Image.open(tmp_path / name).width > 1000
     parse(decided.Decided, "", [*runs, "--dest", str(tmp_path / "a.json")])  # its own files may be replaced
@@ -189,6 +189,16 @@ def test_no_image_has_a_right_class_without_labels_except_held_out_ones(measure)
     assert not result["labelled"] and "image_right" not in result["generated"] and "image_right" in result["held_out"]
 
 
+def test_seeds_of_different_lengths_are_not_averaged(comparison, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(comparison, out)
+    checkpoint = out / "runs" / "reg-seed1" / "checkpoints" / "0000001.pt"
+    checkpoint.rename(checkpoint.with_name("0000002.pt"))
+    text = r"reg has checkpoints of different steps, 0000001\.pt of seed 0, 0000002\.pt of seed 1"
+    with pytest.raises(InputError, match=text):
+        decided.find_runs([out / "runs" / "reg-seed0", out / "runs" / "reg-seed1"])
+
+
 def test_rows_of_several_comparisons_have_their_names(comparison, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(comparison, other)
@@ -204,7 +214,7 @@ def test_rows_of_several_comparisons_have_their_names(comparison, tmp_path):
         ("runs/repa-seed0", "", r"repa-seed0: its network has no class token of an encoder \(--entangle none\)"),
         ("runs/none-seed0", "", "none-seed0: not a run of convergence.py; allowed: OUT/runs/ROW-seedN"),
         ("data", "", "data: not a run of convergence.py"),
-        ("runs/reg-seed0 runs/reg-seed0", "", "two of them are reg, seed 0"),
+        ("runs/reg-seed0 runs/reg-seed0", "", "two are reg, seed 0"),
         ("runs/reg-seed0", "--images 1", "--images 1: must be 2 or greater"),
         ("runs/reg-seed0", "--num-steps 0", "--num-steps 0: must be greater than 0"),
         ("runs/reg-seed0", "--solver dopri5", "--solver dopri5: allowed: euler, heun"),
