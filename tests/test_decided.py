@@ -20,7 +20,7 @@ from models.cls_lead import stream_times
 from models.interpolant import PATHS, Interpolant
 from models.sit import SiT, SiTConfig
 from samplers import image_seeds, sample_images
-from tests.conftest import ENCODER, NUM_CLASSES, run_training
+from tests.conftest import DEVICES, ENCODER, NUM_CLASSES, run_training
 
 TIMES = [step / 10 for step in range(10, -1, -1)]
 
@@ -152,16 +152,17 @@ def test_the_report_of_two_seeds(comparison, tmp_path):
 def measure(comparison):
     """Return a measurement of the tiny run, with some settings."""
 
-    def made(folder=comparison / "runs" / "reg-seed0", **settings):
+    def made(folder=comparison / "runs" / "reg-seed0", device="cpu", **settings):
         config = decided.Decided(runs=(folder,), dest=comparison / "a.json", **settings)
         (run,) = decided.find_runs(config.runs)
-        return decided.Measurement(run, decided.Readout(run, torch.device("cpu"), config.images), config)
+        return decided.Measurement(run, decided.Readout(run, torch.device(device), config.images), config)
 
     return made
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("switches", [{}, {"cls_lead": 0.3}, {"standardized_cls": True, "cls_lead": 0.2}])
-def test_final_and_clean_ones_are_those_of_other_programs(comparison, measure, tmp_path, switches):
+def test_final_and_clean_ones_are_those_of_other_programs(comparison, measure, tmp_path, switches, device):
     """Also if the class token leads, or is standardised: then it is in the encoder's units."""
     out = tmp_path / "out"
     shutil.copytree(comparison, out)
@@ -173,7 +174,7 @@ def test_final_and_clean_ones_are_those_of_other_programs(comparison, measure, t
         value.copy_(torch.rand(value.shape) * 0.1 + 0.05)
     content = {"ema": network.state_dict(), "network": network.config.to_json(), "args": checkpoint["args"]}
     save_checkpoint(folder / "checkpoints" / "0000001.pt", content)
-    measured = measure(folder, num_steps=3)
+    measured = measure(folder, device, num_steps=3)
     found = measured.generated(range(4))
     how = {"mode": "ode", "solver": "heun", "num_steps": 3}
     x, cls = sample_images(measured.model, [0, 1, 2, 0], image_seeds(SAMPLING_SEED, range(4)), Interpolant(), **how)
