@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.checks import POSITIVE, Check
+from common.checks import MAX_BATCH, Check, between
 from common.cli import Config, parse, setting, uses_cuda
 from common.errors import InputError, run_cli
 from common.identity import own_json
@@ -46,7 +46,7 @@ from samplers import GuidedVelocity, ImageNoise, image_seeds
 RUN_NAME = re.compile(r"(.+)-seed(\d{1,18})", re.DOTALL)
 NOISE_SEED = SAMPLING_SEED + 1  # of the noise that is added to held-out images
 BATCH_SIZE = 64  # of real images
-SHOWN_TIMES = 9  # in the picture of estimates
+SHOWN_ROWS, SHOWN_IMAGES, SHOWN_TIMES = 10, 4, 9  # in the picture of estimates, at most
 OWN_RESULT = own_json("a result of decided.py", "runs", "decided", "num_steps")
 TWO_OR_MORE = Check("2 or greater", lambda value: value > 1)
 
@@ -59,10 +59,9 @@ class Decided(Config):
     dest: Path = setting(MISSING, "JSON file to write; table and pictures have its name with .md, .png, -estimates.png")
     images: int = setting(500, "generated images, and held-out images at most", check=TWO_OR_MORE)
     solver: str = setting("heun", "solver of the ODE", choices=("euler", "heun"))
-    num_steps: int = setting(25, "steps of the solver; estimates are taken at each", check=POSITIVE)
+    num_steps: int = setting(25, "steps of the solver; estimates are taken at each", check=between(1, 1000))
     unlabelled: bool = setting(False, "sample without labels; runs trained without labels always do")
-    batch_size: int = setting(100, "images of a call of the network", check=POSITIVE)
-    shown: int = setting(4, "images of each row in the picture of estimates", check=POSITIVE)
+    batch_size: int = setting(100, "images of a call of the network", check=between(1, MAX_BATCH))
     device: str = setting("auto", "auto: CUDA if available", choices=("auto", "cpu", "cuda"))
 
     def check_combination(self) -> None:
@@ -104,16 +103,17 @@ def main(argv: Sequence[str] | None = None) -> None:
             readout = Readout(run, device, config.images)
         measured = Measurement(run, readout, config)
         results.append(measured.result())
-        if run.row not in pictures:
+        if run.row not in pictures and len(pictures) < SHOWN_ROWS:
             pictures[run.row] = measured.picture()
     settings = {name: getattr(config, name) for name in ("images", "solver", "num_steps")}
     decided_report.write(config.dest, {**settings, "runs": results}, pictures)
 
 
 def find_runs(folders: Sequence[Path]) -> list[Run]:
-    """Return the runs in some folders, ordered by row and comparison, in the order of the folders.
+    """Return the runs in some folders: those of the first row, then those of the next one.
 
-    Raises InputError if one is not a finished run of a comparison, has no class token, or occurs twice.
+    Raises InputError if one is not a run of a comparison, has no class token, or occurs twice, and if the seeds of a
+    row have checkpoints of different steps.
     """
     runs = [_find_run(real_path(folder)) for folder in folders]
     if len({run.study for run in runs}) > 1:
@@ -143,7 +143,8 @@ def _find_run(folder: Path) -> Run:
         if not (study / "data" / needed).exists():
             raise InputError(f"{study / 'data' / needed}: missing; convergence.py makes it")
     if settings.get("cfg_prob") == 0:
-        raise InputError(f"{folder}: trained with a label for each image (--cfg-prob 0), but none is given here")
+        problem = "trained with a label for each image (--cfg-prob 0), but held-out images are used without labels"
+        raise InputError(f"{folder}: {problem}; allowed: a run with a larger --cfg-prob")
     try:
         labelled = bool(read_json(study / "settings.json")["sampling"]["labelled"])
     except (KeyError, TypeError) as error:
@@ -171,7 +172,7 @@ class Readout:
         encoder, kind = load_encoder(name, train.resolution, weights, device), settings["entangle"]
         self.centres = class_mean_sums(encoder, kind, train, BATCH_SIZE, device).centres()
         held_out, labels = load_images(data / "held_out" / "images")
-        rows = torch.linspace(0, len(labels) - 1, min(images, len(labels))).round().long()  # images are in class order
+        rows = torch.linspace(0, len(labels) - 1, min(images, len(labels))).round().long()  # labels are in order
         self.held_out, self.labels = held_out[rows], labels[rows]
         batches = [batch.to(device) for batch in self.held_out.split(BATCH_SIZE)]
         self.latents = torch.cat([self.codec.format.sample(self.codec.encode(batch), noise=None) for batch in batches])
@@ -248,7 +249,7 @@ class Measurement:
 
     def picture(self) -> decided_report.Shown:
         """Return what the picture shows of this run."""
-        estimates = self.generated(range(self.config.shown))
+        estimates = self.generated(range(SHOWN_IMAGES))
         at = sorted({round(i) for i in torch.linspace(0, len(estimates.times) - 1, SHOWN_TIMES).tolist()})
         estimates = Estimates([estimates.times[i] for i in at], estimates.x[at], estimates.cls[at])
         images = torch.stack([self.readout.codec.decode(x).cpu() for x in estimates.x])

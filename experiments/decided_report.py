@@ -127,24 +127,25 @@ def _mean_and_spread(entry: dict[str, Any]) -> str:
 
 def draw(runs: list[dict[str, Any]], path: Path) -> None:
     """Draw the curves over the time: the mean over seeds as a line, the range over seeds as a band."""
-    panels = [(kind, {f"{stream}_{name}": line for stream, line in STREAMS.items()}, title)
-              for kind, name, title in TABLES]  # fmt: skip
-    panels += [(kind, {name: "-"}, title) for kind, name, title in PANELS]
-    panels = [panel for panel in panels if any(panel[1].keys() <= run[panel[0]].keys() for run in runs)]
-    figure = plt.figure(figsize=(16, 4.6 * math.ceil(len(panels) / COLUMNS)), layout="constrained")
-    for number, (kind, curves, title) in enumerate(panels):
-        axes = figure.add_subplot(math.ceil(len(panels) / COLUMNS), COLUMNS, number + 1)
-        for (row, colour), (name, line) in itertools.product(_colours(runs).items(), curves.items()):
-            seeds = [run for run in runs if run["row"] == row and name in run[kind]]
-            if seeds:
+    panels = [(kind, [f"{stream}_{name}" for stream in STREAMS], title) for kind, name, title in TABLES]
+    panels += [(kind, [name], title) for kind, name, title in PANELS]
+    panels = [panel for panel in panels if any(panel[1][0] in run[panel[0]] for run in runs)]
+    lines = math.ceil(len(panels) / COLUMNS)
+    figure = plt.figure(figsize=(16, 4.6 * lines), layout="constrained")
+    for number, (kind, names, title) in enumerate(panels, start=1):
+        axes = figure.add_subplot(lines, COLUMNS, number)
+        for (row, colour), (name, style) in itertools.product(
+            _colours(runs).items(), zip(names, STREAMS.values(), strict=False)
+        ):
+            if seeds := [run for run in runs if run["row"] == row and name in run[kind]]:
                 times, values = seeds[0]["times"], np.array([run[kind][name] for run in seeds])
-                axes.plot(times, values.mean(0), line, color=colour)
+                axes.plot(times, values.mean(0), style, color=colour)
                 axes.fill_between(times, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)
         axes.set_title(title, fontsize="medium")
         axes.set(xlabel="time t of the sampler (1: noise, 0: data)", xlim=(1, 0), ylim=(0, 1.02))
         axes.grid(alpha=0.3)
     handles = [plt.Line2D([], [], color=colour, label=row) for row, colour in _colours(runs).items()]
-    handles += [plt.Line2D([], [], color="black", linestyle=line, label=name) for name, line in STREAMS.items()]
+    handles += [plt.Line2D([], [], color="black", linestyle=style, label=name) for name, style in STREAMS.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=8)
     _save(figure, path)
 

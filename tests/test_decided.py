@@ -1,5 +1,6 @@
 """When class token and image are decided: closed forms for known velocities, and the program on a tiny comparison."""
 
+import argparse
 import json
 import shutil
 from dataclasses import replace
@@ -121,12 +122,14 @@ def comparison(shared_data, encoder_weights, tmp_path_factory):
     folder = run_training(flags.split())
     shutil.copytree(folder, out / "runs" / "reg-seed1")
     checkpoint = load_checkpoint(folder)
-    checkpoint["args"].entangle = "none"
-    save_checkpoint(out / "runs" / "repa-seed0" / "checkpoints" / "0000001.pt", checkpoint)
+    for name, setting, value in (("repa", "entangle", "none"), ("labels", "cfg_prob", 0.0)):
+        changed = argparse.Namespace(**vars(checkpoint["args"]) | {setting: value})
+        path = out / "runs" / f"{name}-seed0" / "checkpoints" / "0000001.pt"
+        save_checkpoint(path, {**checkpoint, "args": changed})
     return out
 
 
-FLAGS = ["--images", "5", "--num-steps", "3", "--batch-size", "3", "--shown", "2", "--device", "cpu"]
+FLAGS = ["--images", "5", "--num-steps", "3", "--batch-size", "3", "--device", "cpu"]
 
 
 def test_the_report_of_two_seeds(comparison, tmp_path):
@@ -213,11 +216,12 @@ def test_rows_of_several_comparisons_have_their_names(comparison, tmp_path):
     ("runs", "flags", "text"),
     [
         ("runs/repa-seed0", "", r"repa-seed0: its network has no class token of an encoder \(--entangle none\)"),
+        ("runs/labels-seed0", "", r"labels-seed0: trained with a label for each image \(--cfg-prob 0\)"),
         ("runs/none-seed0", "", "none-seed0: not a run of convergence.py; allowed: OUT/runs/ROW-seedN"),
         ("data", "", "data: not a run of convergence.py"),
         ("runs/reg-seed0 runs/reg-seed0", "", "two are reg, seed 0"),
         ("runs/reg-seed0", "--images 1", "--images 1: must be 2 or greater"),
-        ("runs/reg-seed0", "--num-steps 0", "--num-steps 0: must be greater than 0"),
+        ("runs/reg-seed0", "--num-steps 0", "--num-steps 0: must be from 1 to 1,000"),
         ("runs/reg-seed0", "--solver dopri5", "--solver dopri5: allowed: euler, heun"),
         ("runs/reg-seed0", "--dest DIR/a.txt", "--dest .*a.txt: the name must end in .json"),
         ("runs/reg-seed0", "--dest DIR/notes.json", "--dest .*notes.json: exists and is not a result of decided.py"),

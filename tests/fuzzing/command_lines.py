@@ -127,7 +127,7 @@ PROGRAMS = {
     ),
     "decided.py": Program(
         "experiments/decided.py", "experiments.decided:Decided",
-        "study/runs/reg-seed0 --dest out.json --images 2 --num-steps 2 --shown 1 --device cpu", 1, ("--dest",),
+        "study/runs/reg-seed0 --dest out.json --images 2 --num-steps 2 --device cpu", 1, ("--dest",),
     ),
     "digits.py": Program("experiments/digits.py", "experiments.digits:Digits", "encoder-spec", 1, ("--dest",)),
     "demo.py": Program("experiments/demo.py", "experiments.demo:Demo", "encoder-spec", 1, ("--dest",)),
