@@ -66,6 +66,7 @@ from tests.fuzzing.mutations import (
     zip_members,
 )
 from training.checkpoint_writer import CheckpointWriter
+from training.class_statistics import read_class_statistics
 from training.config import TrainConfig, parse_args
 from training.curves import loss_curves
 from training.rewind import go_back, last_row
@@ -322,6 +323,10 @@ READERS: dict[str, Reader] = {kind.lower(): _image(kind, _pixels) for kind in PI
     "config-train": _json("a.json", _run_settings, lambda path: parse_args(["--config", str(path)])),
     "config-generate": _json(
         "a.json", lambda _: _GENERATE, lambda path: parse(GenerateConfig, "", ["--config", str(path)])
+    ),
+    "class-statistics": _json(
+        "dataset.json", lambda seed: {"encoder": "x", "cls_token": {"mean": [seed, 0.5, -2.0], "std": [1.0, 0.1, 2]}},
+        lambda path: tuple(read_class_statistics(path.parent.parent, path.parent.name, "x", 3)),
     ),
     "sampling": _json("samples.json", _sample_settings, lambda path: read_sampling(path.with_suffix(".npz"))),
     "sample-set": _json("samples.json", _sample_settings, _sample_set),
