@@ -21,6 +21,7 @@ from models.encoders import load_encoder
 from tests.conftest import NUM_CLASSES, ROOT, read_rows, reset_accelerate, write_encoder
 from tests.test_factor_16 import save_codec
 from training.metrics import RunLog
+from training.record import encoders_digest
 from training.state import Run
 
 STEPS = 3
@@ -78,7 +79,8 @@ def write_statistics(data: Path, encoder: str, weights: Path) -> Path:
     cls_tokens = network(torch.from_numpy(images).permute(0, 3, 1, 2))[0].double()
     statistics = {"mean": cls_tokens.mean(0).tolist(), "std": cls_tokens.std(0, correction=0).tolist()}
     (data / "tokens").mkdir()
-    (data / "tokens" / "dataset.json").write_text(json.dumps({"encoder": encoder, "cls_token": statistics}))
+    described = {"name": encoder, "weights": encoders_digest([network])}
+    (data / "tokens" / "dataset.json").write_text(json.dumps({"encoder": described, "cls_token": statistics}))
     return data
 
 

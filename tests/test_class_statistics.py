@@ -20,18 +20,21 @@ from training.class_statistics import ClassStatistics, read_class_statistics
 from training.config import parse_args
 from training.summary import network
 
+DIGEST = "ab" * 32
+ENCODER_X = {"name": "x", "weights": DIGEST}
+
 
 def write(folder, content):
     (folder / "tokens").mkdir(parents=True, exist_ok=True)
     (folder / "tokens" / "dataset.json").write_text(json.dumps(content))
 
 
-def read(folder, encoder="x", width=3):
-    return read_class_statistics(folder, "tokens", encoder, width)
+def read(folder, encoder="x"):
+    return read_class_statistics(folder, "tokens", encoder, DIGEST, 3)
 
 
 def valid(**cls_token):
-    return {"encoder": "x", "cls_token": {"mean": [0, 1.5, -2], "std": [1, 0.5, 2.0], **cls_token}}
+    return {"encoder": ENCODER_X, "cls_token": {"mean": [0, 1.5, -2], "std": [1, 0.5, 2.0], **cls_token}}
 
 
 def test_the_statistics_of_a_folder_and_of_a_zip(tmp_path):
@@ -56,17 +59,26 @@ def test_constant_channels_are_divided_by_one(tmp_path):
 
 
 def test_the_name_of_the_encoder_has_its_options(tmp_path):
-    write(tmp_path, {**valid(), "encoder": "webssl-dino300m:tokens=before-norm"})
+    write(tmp_path, {**valid(), "encoder": {**ENCODER_X, "name": "webssl-dino300m:tokens=before-norm"}})
     read(tmp_path, "webssl-dino300m:tokens=before-norm")
 
 
 BAD = {
-    "no encoder": ({"cls_token": {}}, "encoder is None; the class token of this run is that of x"),
-    "other encoder": ({**valid(), "encoder": "y"}, "encoder is 'y'; the class token of this run is that of x"),
-    "encoder list": ({**valid(), "encoder": ["x"]}, r"encoder is \['x'\]; the class token"),
-    "missing": ({"encoder": "x"}, r'cls_token is None; expected \{"mean": \[\.\.\.\], "std": \[\.\.\.\]\}'),
-    "list": ({"encoder": "x", "cls_token": [1, 2, 3]}, r"cls_token is \[1, 2, 3\]; expected"),
-    "no std": ({"encoder": "x", "cls_token": {"mean": [0, 0, 0]}}, "std of cls_token is None; expected 3, one for"),
+    "no encoder": ({"cls_token": {}}, r'encoder is None; expected \{"name": \.\.\., "weights": \.\.\.\}'),
+    "encoder list": ({**valid(), "encoder": ["x"]}, r"encoder is \['x'\]; expected"),
+    "encoder name": ({**valid(), "encoder": {"name": 5}}, r"encoder is \{'name': 5\}; expected"),
+    "other encoder": (
+        {**valid(), "encoder": {**ENCODER_X, "name": "y"}},
+        "the statistics of encoder 'y'; the class token of this run is that of x",
+    ),
+    "other weights": (
+        {**valid(), "encoder": {"name": "x", "weights": "cd" * 32}},
+        "the statistics of encoder x with other weights than those of this run",
+    ),
+    "no weights": ({**valid(), "encoder": {"name": "x"}}, "the statistics of encoder x with other weights"),
+    "missing": ({"encoder": ENCODER_X}, r'cls_token is None; expected \{"mean": \[\.\.\.\], "std": \[\.\.\.\]\}'),
+    "list": ({"encoder": ENCODER_X, "cls_token": [1, 2, 3]}, r"cls_token is \[1, 2, 3\]; expected"),
+    "no std": (valid(std=None), "std of cls_token is None; expected 3, one for"),
     "short": (valid(mean=[0, 0]), "mean of cls_token has 2 numbers; expected 3, one for each channel"),
     "long": (valid(std=[1] * 4), "std of cls_token has 4 numbers; expected 3"),
     "negative": (

@@ -177,6 +177,11 @@ def _sample_set(path: Path) -> Any:
     return SampleSet.started_with(path.parent)
 
 
+def _class_statistics(path: Path) -> Any:
+    name, weights = bases.ENCODER_RECORD.values()
+    return tuple(read_class_statistics(path.parents[1], path.parent.name, name, weights, 3))
+
+
 def _source(path: Path) -> Any:
     source = FileSource(path)
     return [(name, source.size(name), source.read(name), source.head(name)) for name in source.names]
@@ -325,8 +330,9 @@ READERS: dict[str, Reader] = {kind.lower(): _image(kind, _pixels) for kind in PI
         "a.json", lambda _: _GENERATE, lambda path: parse(GenerateConfig, "", ["--config", str(path)])
     ),
     "class-statistics": _json(
-        "dataset.json", lambda seed: {"encoder": "x", "cls_token": {"mean": [seed, 0.5, -2.0], "std": [1.0, 0.1, 2]}},
-        lambda path: tuple(read_class_statistics(path.parent.parent, path.parent.name, "x", 3)),
+        "dataset.json",
+        lambda seed: {"encoder": bases.ENCODER_RECORD, "cls_token": {"mean": [seed, 0.5, -2.0], "std": [1.0, 0.1, 2]}},
+        _class_statistics,
     ),
     "sampling": _json("samples.json", _sample_settings, lambda path: read_sampling(path.with_suffix(".npz"))),
     "sample-set": _json("samples.json", _sample_settings, _sample_set),
