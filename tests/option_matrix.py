@@ -17,9 +17,11 @@ from PIL import Image
 
 import train
 from models.checkpoint import load_checkpoint
+from models.encoders import load_encoder
 from tests.conftest import NUM_CLASSES, ROOT, read_rows, reset_accelerate, write_encoder
 from tests.test_factor_16 import save_codec
 from training.metrics import RunLog
+from training.record import encoders_digest
 from training.state import Run
 
 STEPS = 3
@@ -42,9 +44,11 @@ OPTIONS = {
     "muon": "--optimizer muon",
     "schedule": "--warmup-steps 2 --lr-schedule cosine",
     "encoder-dtype": "--encoder-dtype bf16",
+    "standardized": "--standardize-cls tokens",
     "recipe": RECIPE,
     "everything": f"{RECIPE} {NETWORK} --encoder-depth 1,2 --projector conv --spatial-norm 0.6 --align-stop-steps 2 "
-    f"{TIMES} --warmup-steps 2 --lr-schedule cosine --encoder-dtype bf16 --gradient-accumulation-steps 2",
+    f"{TIMES} --warmup-steps 2 --lr-schedule cosine --encoder-dtype bf16 --gradient-accumulation-steps 2 "
+    "--standardize-cls tokens",
 }
 WITH_DRAWS = {"latents", "recipe", "everything"}
 WITH_MUON = {"muon", "recipe", "everything"}
@@ -68,14 +72,35 @@ def write_draws(folder: Path, resolution: int = 64, count: int = 24) -> Path:
     return folder
 
 
+def write_statistics(data: Path, encoder: str, weights: Path) -> Path:
+    """Write the statistics of an encoder's class token on the images of a data folder, as encode_tokens.py does."""
+    images = np.stack([np.asarray(Image.open(file)) for file in sorted((data / "images").rglob("*.png"))])
+    network = load_encoder(encoder, images.shape[1], weights)
+    cls_tokens = network(torch.from_numpy(images).permute(0, 3, 1, 2))[0].double()
+    statistics = {"mean": cls_tokens.mean(0).tolist(), "std": cls_tokens.std(0, correction=0).tolist()}
+    (data / "tokens").mkdir()
+    described = {"name": encoder, "weights": encoders_digest([network])}
+    (data / "tokens" / "dataset.json").write_text(json.dumps({"encoder": described, "cls_token": statistics}))
+    return data
+
+
+def linked_data(data: Path, folder: Path) -> Path:
+    """Return a new folder with links to the images and latents of a data folder."""
+    folder.mkdir()
+    for part in data.iterdir():
+        (folder / part.name).symlink_to(part)
+    return folder
+
+
 class Matrix:
     """Flags of each case, and its run in one process, which is done once."""
 
     def __init__(self, folder: Path, data: Path, encoder: str, encoder_weights: Path):
+        data = write_statistics(linked_data(data, folder / "data"), encoder, encoder_weights)
         self.folder, self.plain = folder, (data, encoder, encoder_weights)
         wide = encoder.replace("input=16", "input=64").replace("patch_size=4", "patch_size=16")
         weights = write_encoder(folder / "wide.safetensors", resolution=64, patch_size=16)
-        self.with_draws = (write_draws(folder / "draws"), wide, weights)
+        self.with_draws = (write_statistics(write_draws(folder / "draws"), wide, weights), wide, weights)
         self.codec = save_codec(folder / "codec", scaling_factor=0.3099)
         self.runs: dict[str, Run] = {}
 

@@ -170,6 +170,13 @@ NONSENSE = {
     "stop": ("align-stop", "--proj-coeff 0", "--align-stop-steps 2: changes the alignment, and --proj-coeff 0 means"),
     "times": ("times", "--weighting uniform", "--time-mean -0.2: has no effect without --weighting lognormal"),
     "one sample": ("cfm", "--batch-size 1", "--cfm-coeff 0.05: needs an even number of samples in each micro-batch"),
+    "means of patches": (
+        "standardized", "--entangle patch-mean", "--standardize-cls tokens: .* the class slot holds patch-mean; allowed"
+    ),
+    "no class slot": ("standardized", "--no-cls-token", "--standardize-cls tokens: .* holds none; allowed: --entangle"),
+    "no statistics": (
+        "standardized", "--standardize-cls other", "--standardize-cls other: expected one folder or .zip .* found none"
+    ),
     "odd micro-batches": (
         "cfm", "--batch-size 6 --gradient-accumulation-steps 2", "--batch-size 6 on 1 processes in .* 2 gives 3"
     ),

@@ -30,16 +30,17 @@ class ClassStatistics(NamedTuple):
         return hashlib.sha256(torch.stack(self).numpy().tobytes()).hexdigest()
 
 
-def read_class_statistics(data_dir: str | Path, name: str, encoder: str, width: int) -> ClassStatistics:
+def read_class_statistics(data_dir: str | Path, name: str, encoder: str, weights: str, width: int) -> ClassStatistics:
     """Return the statistics that a folder or zip of tokens has in its dataset.json.
 
-    They are the entry "cls_token": {"mean": [...], "std": [...]}, next to "encoder", as preprocessing/encode_tokens.py
-    writes them. No other file in the folder is read.
+    They are the entry "cls_token": {"mean": [...], "std": [...]}, next to "encoder": {"name": ..., "weights": ...}, as
+    preprocessing/encode_tokens.py writes them. No other file in the folder is read.
 
     Args:
         data_dir: the data folder.
         name: of the folder or zip in it, the value of --standardize-cls.
         encoder: name of the encoder that gives the class token.
+        weights: SHA-256 of its weights, see `encoders_digest`.
         width: of the class token.
 
     Raises InputError if there is no such folder, if it is of another encoder, or if the statistics are not possible.
@@ -54,8 +55,13 @@ def read_class_statistics(data_dir: str | Path, name: str, encoder: str, width: 
     source = FileSource(places[0])
     content, where = read_dataset_json(source), source.describe("dataset.json")
     recorded = content.get("encoder")
-    if not isinstance(recorded, str) or name_with_tokens(recorded) != name_with_tokens(encoder):
-        raise InputError(f"{where}: encoder is {shown(recorded)}; the class token of this run is that of {encoder}")
+    if not isinstance(recorded, dict) or not isinstance(recorded.get("name"), str):
+        raise InputError(f'{where}: encoder is {shown(recorded)}; expected {{"name": ..., "weights": ...}}')
+    if name_with_tokens(recorded["name"]) != name_with_tokens(encoder):
+        of_run = f"the class token of this run is that of {encoder}"
+        raise InputError(f"{where}: the statistics of encoder {shown(recorded['name'])}; {of_run}")
+    if recorded.get("weights") != weights:
+        raise InputError(f"{where}: the statistics of encoder {encoder} with other weights than those of this run")
     entry = content.get("cls_token")
     if not isinstance(entry, dict):
         raise InputError(f'{where}: cls_token is {shown(entry)}; expected {{"mean": [...], "std": [...]}}')

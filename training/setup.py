@@ -81,13 +81,13 @@ def set_up(config: TrainConfig, stop_signal: StopSignal | None = None) -> Run:
     data = open_data(config, accelerator)
     encoders = make_encoders(config, data, accelerator)
     digests = broadcast_from_main(accelerator, lambda: find_digests(data, encoders))  # of the weights as they are given
+    statistics = broadcast_from_main(accelerator, lambda: find_statistics(config, encoders))
     encoders = [encoder.convert(NETWORK_DTYPES[config.encoder_dtype]) for encoder in encoders]
     codec = make_codec(config, data, accelerator)
     if config.sampling_steps and broadcast_from_main(accelerator, lambda: codec is None):
         config = changed(config, sampling_steps=0)
     evaluation = make_evaluation(config, accelerator, encoders)
     widths = [encoder.width for encoder in encoders]
-    statistics = broadcast_from_main(accelerator, lambda: find_statistics(config, widths))
     facts = find_facts(
         config, data.resolution, data.latent_size, data.num_classes, data.latent_format, widths, digests, statistics
     )
@@ -270,10 +270,12 @@ def make_randomness(config: TrainConfig, facts: RunFacts, accelerator: Accelerat
     )
 
 
-def find_statistics(config: TrainConfig, widths: list[int]) -> ClassStatistics | None:
-    """Return the statistics of the class token for --standardize-cls, from the widths of the encoders."""
-    name = config.standardize_cls
-    return name and read_class_statistics(config.data_dir, name, config.enc_type.split(",")[0].strip(), widths[0])
+def find_statistics(config: TrainConfig, encoders: list[Encoder]) -> ClassStatistics | None:
+    """Return the statistics of the first encoder's class token for --standardize-cls; None without this flag."""
+    if config.standardize_cls is None:
+        return None
+    name, digest = config.enc_type.split(",")[0].strip(), encoders_digest(encoders[:1])
+    return read_class_statistics(config.data_dir, config.standardize_cls, name, digest, encoders[0].width)
 
 
 def find_digests(data: LatentDataset, encoders: list[Encoder]) -> dict[str, str]:

@@ -28,6 +28,7 @@ NETWORK = {
     "input_size": 8, "in_channels": 3, "hidden_size": 8, "depth": 1, "num_heads": 2, "num_classes": 3,
     "encoder_depth": 1, "z_dims": [8], "projector_dim": 8, "cls_token_dim": 8,
 }  # fmt: skip
+ENCODER_RECORD = {"name": "x", "weights": "ab" * 32}
 GRAPH_SHAPES = {"conv/weights": (3, 3, 2, 4), "conv/gamma": (4,)}
 
 

@@ -66,6 +66,7 @@ from tests.fuzzing.mutations import (
     zip_members,
 )
 from training.checkpoint_writer import CheckpointWriter
+from training.class_statistics import read_class_statistics
 from training.config import TrainConfig, parse_args
 from training.curves import loss_curves
 from training.rewind import go_back, last_row
@@ -174,6 +175,11 @@ def _sample_set(path: Path) -> Any:
     samples = SampleSet(path.parent, 5, RESOLUTION)
     samples._check_settings({"digest": "x", **_sample_settings(0)})
     return SampleSet.started_with(path.parent)
+
+
+def _class_statistics(path: Path) -> Any:
+    name, weights = bases.ENCODER_RECORD.values()
+    return tuple(read_class_statistics(path.parents[1], path.parent.name, name, weights, 3))
 
 
 def _source(path: Path) -> Any:
@@ -322,6 +328,11 @@ READERS: dict[str, Reader] = {kind.lower(): _image(kind, _pixels) for kind in PI
     "config-train": _json("a.json", _run_settings, lambda path: parse_args(["--config", str(path)])),
     "config-generate": _json(
         "a.json", lambda _: _GENERATE, lambda path: parse(GenerateConfig, "", ["--config", str(path)])
+    ),
+    "class-statistics": _json(
+        "dataset.json",
+        lambda seed: {"encoder": bases.ENCODER_RECORD, "cls_token": {"mean": [seed, 0.5, -2.0], "std": [1.0, 0.1, 2]}},
+        _class_statistics,
     ),
     "sampling": _json("samples.json", _sample_settings, lambda path: read_sampling(path.with_suffix(".npz"))),
     "sample-set": _json("samples.json", _sample_settings, _sample_set),
