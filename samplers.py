@@ -159,10 +159,10 @@ def _guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
     return unconditional + scale * (conditional - unconditional)
 
 
-def sde_times(num_steps: int) -> Tensor:
+def sde_times(num_steps: int, last_time: float = SDE_LAST_TIME) -> Tensor:
     """Return the times of the SDE sampler: `num_steps` times from 1 to 0.04, then 0; (num_steps + 1,) float64."""
     intervals = max(num_steps - 1, 1)
-    hundredths = 100 * intervals - (100 - 100 * SDE_LAST_TIME) * torch.arange(num_steps, dtype=torch.float64)
+    hundredths = 100 * intervals - (100 - 100 * last_time) * torch.arange(num_steps, dtype=torch.float64)
     return torch.cat([hundredths / (100 * intervals), torch.zeros(1).double()])
 
 
@@ -257,7 +257,10 @@ def dopri5(
     state, no_cls = ((x,), (None,)) if cls is None else ((x, cls), ())  # odeint does not accept None
     for first, last, rates in moving_parts(cls_lead):
         times = torch.tensor([first, last], dtype=torch.float64, device=x.device)
-        path = odeint(partial(field, rates=rates), state, times, rtol=tolerance, atol=tolerance, method="dopri5")
+        how = {"rtol": tolerance, "atol": tolerance, "method": "dopri5"}
+        if cls_lead:  # no step beyond the part, where the rates are others
+            how["options"] = {"step_t": times[1:]}
+        path = odeint(partial(field, rates=rates), state, times, **how)
         state = tuple(values[-1] for values in path)
     return (*state, *no_cls)
 
@@ -314,7 +317,8 @@ def sample(
     x, cls = _each(Tensor.double, noise())
     if mode == "ode" and solver == "dopri5":
         return dopri5(velocity, x, cls, cls_lead=cls_lead)
-    times = interpolant.shift(sde_times(num_steps) if mode == "sde" else ode_times(num_steps))
+    last_time = SDE_LAST_TIME / (1 + cls_lead)  # the time of the latents is then `SDE_LAST_TIME`, without a time shift
+    times = interpolant.shift(sde_times(num_steps, last_time) if mode == "sde" else ode_times(num_steps))
     steps = progress(list(pairwise(times)))
     if mode == "sde":
         return euler_maruyama(velocity, x, cls, noise, interpolant, steps, cls_lead)

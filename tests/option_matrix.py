@@ -41,6 +41,7 @@ OPTIONS = {
     "align-stop": "--align-stop-steps 2",
     "times": TIMES,
     "cfm": "--cfm-coeff 0.05",
+    "cls-lead": "--cls-lead 0.3",
     "muon": "--optimizer muon",
     "schedule": "--warmup-steps 2 --lr-schedule cosine",
     "encoder-dtype": "--encoder-dtype bf16",
@@ -48,7 +49,7 @@ OPTIONS = {
     "recipe": RECIPE,
     "everything": f"{RECIPE} {NETWORK} --encoder-depth 1,2 --projector conv --spatial-norm 0.6 --align-stop-steps 2 "
     f"{TIMES} --warmup-steps 2 --lr-schedule cosine --encoder-dtype bf16 --gradient-accumulation-steps 2 "
-    "--standardize-cls tokens",
+    "--standardize-cls tokens --cls-lead 0.3",
 }
 WITH_DRAWS = {"latents", "recipe", "everything"}
 WITH_MUON = {"muon", "recipe", "everything"}

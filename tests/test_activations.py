@@ -19,6 +19,7 @@ SLOTS = {
     "REPA, normalized queries": replace(SMALL, cls_token_dim=None, qk_norm=True),
     "SiT": replace(SMALL, cls_token_dim=None, z_dims=()),
     "two depths": replace(SMALL, encoder_depth=(1, 3)),
+    "class token leads": replace(SMALL, cls_lead=0.3),
     "convolutions": replace(SMALL, encoder_depth=(2, 3), projector="conv"),
 }
 IMAGES = 5
@@ -34,7 +35,8 @@ def loss_of(model, images, device, weights):
         drop = torch.zeros(images, dtype=torch.bool)
         draws = Draws(torch.rand(images), torch.randn(latents), torch.randn(latents), drop, cls_token)
         y = torch.zeros(images, dtype=torch.int64)
-        return REGLoss(Interpolant("linear"), weights)(model, torch.randn(latents), y, targets, draws)["loss"].mean()
+        criterion = REGLoss(Interpolant("linear"), weights, config.cls_lead)
+        return criterion(model, torch.randn(latents), y, targets, draws)["loss"].mean()
 
 
 def kept_bytes(model, precision, device="cpu", images=IMAGES, weights=None):

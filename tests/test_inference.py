@@ -25,9 +25,9 @@ def images(model, count=3, guidance=GUIDANCE, **options):
     )
 
 
-@pytest.fixture(params=[6, None])
+@pytest.fixture(params=[{}, {"cls_token_dim": None}, {"cls_lead": 0.3}], ids=["class token", "none", "lead"])
 def model(request):
-    return trained_looking_network(request.param)
+    return trained_looking_network(**request.param)
 
 
 def test_half_precision_keeps_time_and_state(model):
@@ -36,7 +36,9 @@ def test_half_precision_keeps_time_and_state(model):
     model = convert(model, torch.bfloat16)
     assert list(model.state_dict()) == names and model.dtype == torch.bfloat16
     for name, tensor in model.state_dict().items():
-        assert tensor.dtype == (torch.float32 if name.startswith("t_embedder") else torch.bfloat16), name
+        assert tensor.dtype == (
+            torch.float32 if name.startswith(("t_embedder.", "t_cls_embedder.")) else torch.bfloat16
+        ), name
     latents, _ = images(model)
     assert latents.dtype == torch.float64
     assert not torch.equal(latents, expected)

@@ -83,7 +83,7 @@ def test_a_step_reads_nothing_from_the_device(train_flags):
 
 def test_runs_of_earlier_versions_had_none_of_the_options():
     options = {"time_shift": 2.0, "cfm_coeff": 0.05, "time_mean": 1.0, "time_std": 0.5, "align_stop_steps": 5}
-    options |= {"norm": "rms", "rope": True, "sprint": True, "projector": "conv", "optimizer": "muon"}
+    options |= {"cls_lead": 0.3, "norm": "rms", "rope": True, "sprint": True, "projector": "conv", "optimizer": "muon"}
     for setting, value in options.items():
         with pytest.raises(InputError, match=rf"--{setting.replace('_', '-')} is {value}, but run was started with"):
             check_same_run({setting: value}, {"codec": {}}, "run")
@@ -108,6 +108,15 @@ BAD = {
     "shift": (["--time-shift", "0"], "--time-shift 0.0: must be greater than 0 and at most 1000, or auto"),
     "word": (["--time-shift", "big"], "--time-shift: 'big' is not a finite number"),
     "nan": (["--time-shift", "nan"], "--time-shift: 'nan' is not a finite number"),
+    "lead": (["--cls-lead", "1.5"], "--cls-lead 1.5: must be "),
+    "lead without a token": (
+        ["--cls-lead", "0.3", "--no-cls-token"],
+        "--cls-lead 0.3: no token is denoised with --entangle none; allowed: --entangle class, patch-mean, latent-mean",
+    ),
+    "lead of a learned token": (
+        ["--cls-lead", "0.3", "--entangle", "learnable"],
+        "--cls-lead 0.3: no token is denoised with --entangle learnable",
+    ),
     "cfm": (["--cfm-coeff", "-0.05"], "--cfm-coeff -0.05: must be 0 or greater"),
 }
 
@@ -129,7 +138,8 @@ def test_micro_batches_without_pairs_are_refused():
 def test_the_start_names_times_and_terms(train_flags):
     from training.summary import loss
 
-    plain, run = start(with_flags(train_flags)), start(with_flags(train_flags, *OPTIONS, SHIFT))
+    plain, run = start(with_flags(train_flags)), start(with_flags(train_flags, *OPTIONS, SHIFT, "--cls-lead", "0.3"))
     assert loss(plain) == "1 denoise + 0.5 proj + 0.03 cls; linear path"
     expected = "1 denoise + 0.5 proj + 0.03 cls + 0.05 cfm; linear path, lognormal times (-0.2, 0.8), time shift 1.414"
+    expected += ", class token leads by 0.3"
     assert loss(run) == expected

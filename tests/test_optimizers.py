@@ -27,7 +27,7 @@ def settings(optimizer: str = "muon", *more: str):
     return parse_args(["--exp-name", "x", "--optimizer", optimizer, "--learning-rate", "0.002", *more])
 
 
-@pytest.mark.parametrize(("more", "fused"), [({}, []), (SPRINT, ["fusion_proj.weight"])])
+@pytest.mark.parametrize(("more", "fused"), [({}, []), ({**SPRINT, "cls_lead": 0.3}, ["fusion_proj.weight"])])
 def test_muon_trains_the_matrices_of_blocks_and_fusion(more, fused):
     with torch.device("meta"):
         network = SiT_models["SiT-B/2"](z_dims=[768], cls_token_dim=768, **more)

@@ -71,14 +71,15 @@ def test_a_compiled_run_equals_a_plain_one(matrix, monkeypatch, case):
 def test_checkpoint_and_export_rebuild_the_network_alone(matrix, tmp_path, case):
     run, file = matrix.alone(case), matrix.file(case, "alone")
     export(file, tmp_path / "export")
-    expected = run.ema.eval()(*inputs(run.ema), project=False)
+    t_cls = {"t_cls": torch.tensor([0.2, 0.0, 1.0])} if run.facts.network.cls_lead else {}
+    expected = run.ema.eval()(*inputs(run.ema), project=False, **t_cls)
     for content in (load_checkpoint(file), load_checkpoint(tmp_path / "export"), without_description(file)):
         network = build_model(content)
         config = network.config
         if "network" not in content:  # convolutions have no inner width
             config = dataclasses.replace(config, projector_dim=run.facts.network.projector_dim)
         assert config == run.facts.network
-        found = network.eval()(*inputs(network), project=False)
+        found = network.eval()(*inputs(network), project=False, **t_cls)
         assert torch.equal(found.velocity, expected.velocity) and torch.equal(found.cls_velocity, expected.cls_velocity)
         assert vars(Interpolant.of_run(saved_settings(content, file))) == vars(run.facts.path)
 
@@ -137,6 +138,7 @@ CHANGED = {
     "mean": ("--time-mean 0", r"--time-mean is 0\.0, but .* was started with -0\.2"),
     "times": ("--time-shift 2", r"--time-shift is 2\.0, but .* was started with 0\.4330"),
     "cfm": ("--cfm-coeff 0", r"--cfm-coeff is 0\.0, but .* was started with 0\.05"),
+    "cls-lead": ("--cls-lead 0", r"--cls-lead is 0\.0, but .* was started with 0\.3"),
     "muon": ("--optimizer adamw", "expected 1, of AdamW, by --optimizer adamw"),
 }
 CASE_OF = {"keep": "sprint", "drop": "sprint", "spatial-norm": "projector", "mean": "times"}

@@ -67,9 +67,10 @@ def test_the_pipeline_makes_the_images_of_generate(checkpoint, tmp_path, monkeyp
 
 def test_path_drop_guidance_makes_the_images_of_generate(tmp_path, monkeypatch):
     codec = PixelCodec().format.to_json()
-    network = randomise(small(in_channels=codec["channels"], num_classes=3, depth=5, sprint=True)).eval()
+    network = small(in_channels=codec["channels"], num_classes=3, depth=5, sprint=True, cls_lead=0.3)
+    network = randomise(network).eval()
     path = tmp_path / "0000012.pt"
-    save_checkpoint(path, content(network, codec=codec))
+    save_checkpoint(path, content(network, codec=codec, cls_lead=0.3))
     flags = ["--num-fid-samples", "3", "--label-sampling", "balanced", "--num-steps", "4", "--cfg-scale", "2"]
     flags += ["--device", "cpu", "--ckpt", str(path), "--sample-dir", str(tmp_path), "--guidance-high", "0.85"]
     run_generate([*flags, "--path-drop-guidance", "--name", "set"], monkeypatch)
@@ -87,6 +88,7 @@ def test_path_drop_guidance_makes_the_images_of_generate(tmp_path, monkeypatch):
     assert abs(ours - full).mean() > 1 / 255
     with pytest.warns(UserWarning, match="path_drop_guidance has no effect: only guidance_scale above 1"):
         pipeline(0, path_drop_guidance=True, num_inference_steps=1)
+    assert pipeline.to(torch.bfloat16).transformer.t_cls_embedder.mlp[0].weight.dtype == torch.float32
 
 
 def test_output_types_are_those_of_diffusers(pipeline):

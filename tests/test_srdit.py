@@ -48,18 +48,19 @@ def draws(model: SiT, n: int = 3) -> dict[str, torch.Tensor]:
     return {"route": route, "path_drop": torch.tensor([False, True, False])[:n]}
 
 
-def plain_sit(state, config, x, t, y, cls, route=None, path_drop=None, skip=False):
+def plain_sit(state, config, x, t, y, cls, route=None, path_drop=None, skip=False, t_cls=None):
     """Return velocity, projected tokens and velocity of the class token, sample by sample."""
     outputs = []
     for n in range(len(x)):
         order = None if route is None else sorted(range(route.shape[1]), key=lambda i: route[n, i].item())
         kept = None if order is None else order[: int(config.sprint_keep * len(order))]
         dropped = skip or (path_drop is not None and bool(path_drop[n]))
-        outputs.append(plain_sample(state, config, x[n], t[n], y[n], None if cls is None else cls[n], kept, dropped))
+        token, token_time = None if cls is None else cls[n], None if t_cls is None else t_cls[n]
+        outputs.append(plain_sample(state, config, x[n], t[n], y[n], token, kept, dropped, token_time))
     return [None if part[0] is None else torch.stack(part) for part in zip(*outputs, strict=True)]
 
 
-def plain_sample(state, config, x, t, y, cls, kept, dropped):
+def plain_sample(state, config, x, t, y, cls, kept, dropped, t_cls=None):
     patch, grid, heads = config.patch_size, config.input_size // config.patch_size, config.num_heads
     head_size = config.hidden_size // heads
 
@@ -130,9 +131,11 @@ def plain_sample(state, config, x, t, y, cls, kept, dropped):
         tokens.insert(0, norm(linear("cls_projectors2", cls), config.norm, 1e-6, "wg_norm"))
         positions.insert(0, None)
     tokens = torch.stack(tokens) + state["pos_embed"][0]
-    angles = t * torch.exp(-math.log(10000) * torch.arange(128) / 128)
-    c = mlp("t_embedder.mlp", torch.cat([angles.cos(), angles.sin()]), F.silu)
-    c = c + state["y_embedder.embedding_table.weight"][y]
+    c = state["y_embedder.embedding_table.weight"][y]
+    for name, time in (("t_embedder", t), ("t_cls_embedder", t_cls)):
+        if time is not None:
+            angles = time * torch.exp(-math.log(10000) * torch.arange(128) / 128)
+            c = c + mlp(f"{name}.mlp", torch.cat([angles.cos(), angles.sin()]), F.silu)
 
     # Blocks.
     first_v = projected = None

@@ -85,6 +85,30 @@ def test_without_a_class_slot_the_norm_comes_from_the_settings():
     assert network_config({"ema": model.state_dict(), "args": {"sprint_keep": 0.5}}).sprint_keep == 0.5
 
 
+def test_the_lead_of_the_class_token_comes_from_the_settings_and_must_fit_the_weights():
+    model = network(cls_lead=0.3)
+    assert network_config(released(model, cls_lead=0.3)) == model.config
+    for odd, names in (
+        (released(model), r"unexpected: 4 \(t_cls_embedder\.mlp\.0\.bias"),
+        (released(network(), cls_lead=0.3), r"missing: 4 \(t_cls_embedder\.mlp\.0\.bias"),
+    ):
+        with pytest.raises(InputError, match=f"odd.pt: the weights do not fit the network that it describes; {names}"):
+            build_model(odd, source="odd.pt")
+    entry = {**released(model, cls_lead=0.3), "network": {**model.config.to_json(), "cls_lead": 0.1}}
+    with pytest.raises(InputError, match=r"settings of its run have cls_lead 0\.3, but the weights have 0\.1"):
+        build_model(entry, source="odd.pt")
+    with pytest.raises(InputError, match=r"odd.pt: network: its cls_lead is 2; expected a number from 0 to 1"):
+        build_model(released(model, cls_lead=2), source="odd.pt")
+
+
+def test_a_run_with_a_lead_starts_from_weights_without_one(tmp_path):
+    torch.save(released(network()), tmp_path / "plain.pt")
+    model, average = network(cls_lead=0.3), network(cls_lead=0.3)
+    assert initialize_from(tmp_path / "plain.pt", model, average) == [
+        f"t_cls_embedder.mlp.{k}.{kind}" for k in (0, 2) for kind in ("weight", "bias")
+    ]
+
+
 CONTRADICTIONS = {
     "norm of queries": ({"qk_norm": False}, "qk_norm False, but the weights have rms"),
     "kind of norm": ({"qk_norm": "layer"}, "qk_norm 'layer', but the weights have rms"),
