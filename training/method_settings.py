@@ -61,10 +61,10 @@ class MethodSettings(Config):
     )
     standardize_cls: str | None = adjustable(
         None,
-        "standardise each channel of the class token, (token - mean) / std, before noise is added; generated class "
-        "tokens are in the encoder's units, and alignment targets stay as they are. The value is the name of a folder "
-        "or zip in --data-dir whose dataset.json has the statistics (preprocessing/encode_tokens.py writes them); "
-        "default: not standardised. A run keeps its statistics",
+        "standardise each channel of the class token, (token - mean) / std, before noise is added; alignment targets "
+        "are not standardised, and generated class tokens are in the encoder's units. Mean and std are in the "
+        "dataset.json of this folder or zip in --data-dir, which preprocessing/encode_tokens.py writes; a run keeps "
+        "them. Default: not standardised, as published",
         check=ENTRY_NAME,
     )
     cls_lead: float = setting(
