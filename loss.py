@@ -4,8 +4,9 @@ arXiv 2410.06940, section 3), velocity of the class token.
     loss = mean (v - v_target)^2 + proj_coeff mean -cos(projected, encoder) + cls_coeff mean (v_cls - v_cls_target)^2
 
 Without a class token this is REPA's loss; without encoder tokens as well, it is SiT's. Contrastive flow matching
-(arXiv 2506.05350) subtracts cfm_coeff mean (v - v_target of another sample)^2; it is off by default. To add a term, add
-one entry to `TERMS`: it is then computed, weighted, logged, plotted in loss.png and shown in the progress bar.
+(arXiv 2506.05350) subtracts cfm_coeff mean (v - v_target of another sample)^2; it is off by default. If the class token
+leads (models/cls_lead.py), each velocity is that of its own stream's time. To add a term, add one entry to `TERMS`: it
+is then computed, weighted, logged, plotted in loss.png and shown in the progress bar.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Runs with a time shift, logit-normal times and contrastive flow matching."""
+"""Runs with a time shift, logit-normal times, a lead of the class token and contrastive flow matching."""
 
 import json
 import math
@@ -20,7 +20,7 @@ from training.record import check_same_run
 
 SHIFT = "1.4142135623730951"
 TIMES = ["--weighting", "lognormal", "--time-mean", "-0.2", "--time-std", "0.8"]
-OPTIONS = [*TIMES, "--cfm-coeff", "0.05", "--time-shift"]
+OPTIONS = [*TIMES, "--cls-lead", "0.3", "--cfm-coeff", "0.05", "--time-shift"]
 NAMES = ("loss", "denoise", "proj", "cls", "cfm", "grad_norm")
 
 
@@ -138,8 +138,9 @@ def test_micro_batches_without_pairs_are_refused():
 def test_the_start_names_times_and_terms(train_flags):
     from training.summary import loss
 
-    plain, run = start(with_flags(train_flags)), start(with_flags(train_flags, *OPTIONS, SHIFT, "--cls-lead", "0.3"))
+    plain, run = start(with_flags(train_flags)), start(with_flags(train_flags, *OPTIONS, SHIFT))
     assert loss(plain) == "1 denoise + 0.5 proj + 0.03 cls; linear path"
-    expected = "1 denoise + 0.5 proj + 0.03 cls + 0.05 cfm; linear path, lognormal times (-0.2, 0.8), time shift 1.414"
-    expected += ", class token leads by 0.3"
-    assert loss(run) == expected
+    assert loss(run) == (
+        "1 denoise + 0.5 proj + 0.03 cls + 0.05 cfm; linear path, lognormal times (-0.2, 0.8), time shift 1.414, class "
+        "token leads by 0.3"
+    )
