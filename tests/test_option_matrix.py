@@ -162,7 +162,7 @@ NONSENSE = {
         "latents", "--model SiT-S/8", "--model SiT-S/8: latents of 4 x 4 do not divide into patches of 8"
     ),
     "draws of 3 channels": ("latents", "--latents-codec pixel", r"shape \(32, 4, 4\); allowed for codec pixel"),
-    "no such latents": ("latents", "--latents-folder vae-sd", "folders of other names: vae-in; choose one by --late"),
+    "no such latents": ("latents", "--latents-folder vae-sd", r"folders of other names: .*vae-in; choose one by "),
     "projector": ("projector", "--proj-coeff 0", "--projector conv: changes the alignment, and --proj-coeff 0 means"),
     "no encoder": ("projector", "--enc-type none --no-cls-token", "--projector conv: .*, and --enc-type none means"),
     "norm": (
