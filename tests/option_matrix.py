@@ -39,6 +39,7 @@ OPTIONS = {
     "align-stop": "--align-stop-steps 2",
     "times": TIMES,
     "cfm": "--cfm-coeff 0.05",
+    "without-labels": "--cfg-prob 1",
     "muon": "--optimizer muon",
     "schedule": "--warmup-steps 2 --lr-schedule cosine",
     "encoder-dtype": "--encoder-dtype bf16",

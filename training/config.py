@@ -287,6 +287,9 @@ class TrainConfig(
             raise InputError(f"--entangle {self.entangle} contradicts {given}; give one of them")
         if self.enc_type == "none" and self.slot in FROM_ENCODER:
             raise InputError("--enc-type none: the class slot needs an encoder; add --no-cls-token to train SiT")
+        if self.unconditional and self.grid_cfg_scale > 1:
+            why = "--cfg-prob 1 trains without labels, and guidance compares samples with and without"
+            raise InputError(f"--grid-cfg-scale {self.grid_cfg_scale:g}: {why}; allowed: 1")
         if self.value_residual and self.depth == 1:
             raise InputError("--value-residual with --depth 1: one block has no values of another; needs 2 or more")
         if self.resume not in (None, "latest") and self.resume_step:
