@@ -79,16 +79,15 @@ class CoherenceSums(Sums):
 
         Both are needed if the samples have labels. Images of a class without a mean token are skipped.
         """
+        generated, encoded = generated.to(self.generated), encoded.to(self.encoded)
         if self.labelled:
             known = centres.isfinite().all(1)[labels]
             generated, encoded, labels = generated[known], encoded[known], labels[known]
-        generated, encoded = generated.to(self.generated), encoded.to(self.encoded)
-        self.count += len(generated)
-        if self.labelled:
             centres = centres.to(self.encoded)
             nearest = torch.cdist(generated, centres).nan_to_num(torch.inf).argmin(1)
             self.right += (nearest == labels).sum()
             self.to_class_mean += F.cosine_similarity(generated, centres[labels]).sum()
+        self.count += len(generated)
         generated, encoded = F.normalize(generated), F.normalize(encoded)
         self.pairs += (generated * encoded).sum()
         self.generated += generated.sum(0)
