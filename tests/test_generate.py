@@ -16,10 +16,8 @@ from evaluations import evaluator
 from evaluations.batches import open_images
 from generation.config import DEFAULT_COUNT
 from models.autoencoder import PixelCodec
-from models.checkpoint import load_checkpoint, load_model, save_checkpoint
+from models.checkpoint import load_checkpoint, save_checkpoint
 from models.encoders import load_encoder
-from models.interpolant import Interpolant
-from samplers import image_seeds, sample_images
 from tests.conftest import DEVICE, NUM_CLASSES, ROOT, run_generate, run_program, run_training
 from tests.test_checkpoint import content
 from tests.test_sit import randomise, small
@@ -107,33 +105,6 @@ def test_chosen_classes(checkpoint, tmp_path, monkeypatch):
     run_generate(flags(checkpoint, tmp_path, "a", "--classes", "2,0"), monkeypatch)
     labels = json.loads((tmp_path / "samples/a/images/dataset.json").read_text())["labels"]
     assert {label for _, label in labels} == {0, 2}
-
-
-def without_labels(path):
-    """Let a checkpoint say that its network was trained without labels."""
-    content = load_checkpoint(path)
-    content["args"].cfg_prob = 1.0
-    save_checkpoint(path, content)
-
-
-def test_a_network_trained_without_labels_generates_images_of_its_null_class(untrained, tmp_path, monkeypatch):
-    run_generate(flags(untrained, tmp_path, "none", "--label-sampling", "none"), monkeypatch)  # of one with labels
-    without_labels(untrained)
-    run_generate(flags(untrained, tmp_path, "default"), monkeypatch)
-    folder = tmp_path / "samples/default"
-    settings = json.loads((folder / "samples.json").read_text())
-    assert (settings["label_sampling"], settings["drawn_labels"]) == ("none", None)
-    assert json.loads((folder / "images/dataset.json").read_text()) == {"labels": None}
-    network, classes = load_model(untrained), [NUM_CLASSES] * 7
-    latents, _ = sample_images(network, classes, image_seeds(0, range(7)), Interpolant(), num_steps=3)
-    expected = PixelCodec().decode(latents.float()).permute(0, 2, 3, 1).numpy()
-    images = np.load(folder / "samples.npz")["arr_0"]
-    assert abs(images.astype(int) - expected.astype(int)).max() <= 1
-    assert hashes(tmp_path / "samples/none") == hashes(folder)
-    run_generate(flags(untrained, tmp_path, "default", "--label-sampling", "none"), monkeypatch)  # completes the set
-    with pytest.raises(InputError, match=r"--cfg-scale 2: .* was trained without labels"):
-        run_generate(flags(untrained, tmp_path, "a", "--cfg-scale", "2"), monkeypatch)
-    assert not (tmp_path / "samples/a").exists()
 
 
 def with_classes(untrained, classes):
@@ -381,18 +352,6 @@ def test_coherence_of_samples(checkpoint, shared_data, tmp_path, monkeypatch):
     assert set(scores) == {"coherence", "coherence_shuffled", "coherence_class_mean", "cls_tokens_right"}
     with pytest.raises(InputError, match="nowhere: no such folder"):
         run_generate(flags(checkpoint, tmp_path, "b", "--coherence", "nowhere"), monkeypatch)
-
-
-def test_coherence_without_labels(checkpoint, data, tmp_path, monkeypatch):
-    """The scores that need a class are left out, and the data needs no labels."""
-    without_labels(checkpoint)
-    for name in ("images", "vae-sd"):
-        content = json.loads((data / name / "dataset.json").read_text())
-        del content["labels"]
-        (data / name / "dataset.json").write_text(json.dumps(content))
-    run_generate(flags(checkpoint, tmp_path, "a", "--coherence", str(data)), monkeypatch)
-    scores = json.loads((tmp_path / "samples/a/coherence.json").read_text())
-    assert set(scores) == {"coherence", "coherence_shuffled"}
 
 
 def test_a_folder_of_other_settings_is_refused(checkpoint, tmp_path, monkeypatch):

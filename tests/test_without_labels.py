@@ -7,8 +7,14 @@ import pytest
 from PIL import Image
 
 import train
-from models.checkpoint import load_checkpoint
+from common.errors import InputError
+from models.autoencoder import PixelCodec
+from models.checkpoint import load_checkpoint, load_model, save_checkpoint
+from models.interpolant import Interpolant
+from samplers import image_seeds, sample_images
 from tests.conftest import DEVICE, reset_accelerate, run_generate
+from tests.test_checkpoint import content
+from tests.test_sit import randomise, small
 from training import sampling
 
 
@@ -60,3 +66,26 @@ def test_each_program_works_on_a_single_class(data, train_flags, tmp_path, monke
     assert listed == ([[f"{number:06d}.png", 0] for number in range(3)] if with_labels else None)
     scores = json.loads((tmp_path / "set/coherence.json").read_text())
     assert scores.get("cls_tokens_right") == (1 if with_labels else None)
+    assert ("coherence_class_mean" in scores) is with_labels and np.isfinite(scores["coherence"])
+
+
+def test_a_network_trained_without_labels_generates_images_of_its_null_class(tmp_path, monkeypatch):
+    network = randomise(small(in_channels=3, num_classes=3)).eval()
+    file, saved = tmp_path / "0000012.pt", content(network, codec=PixelCodec().format.to_json(), cfg_prob=0.1)
+    save_checkpoint(file, saved)
+    line = f"--ckpt {file} --sample-dir {tmp_path} --num-fid-samples 7 --num-steps 3 --device {DEVICE} --name"
+    run_generate([*line.split(), "none", "--label-sampling", "none"], monkeypatch)  # of a network with labels
+    saved["args"].cfg_prob = 1.0
+    save_checkpoint(file, saved)
+    run_generate([*line.split(), "default"], monkeypatch)
+    settings = json.loads((tmp_path / "default/samples.json").read_text())
+    assert (settings["label_sampling"], settings["drawn_labels"]) == ("none", None)
+    assert json.loads((tmp_path / "default/images/dataset.json").read_text()) == {"labels": None}
+    latents, _ = sample_images(load_model(file), [3] * 7, image_seeds(0, range(7)), Interpolant(), num_steps=3)
+    expected = PixelCodec().decode(latents.float()).permute(0, 2, 3, 1).numpy()
+    found, other = (np.load(tmp_path / name / "samples.npz")["arr_0"] for name in ("default", "none"))
+    assert abs(found.astype(int) - expected.astype(int)).max() <= 1 and np.array_equal(found, other)
+    run_generate([*line.split(), "default", "--label-sampling", "none"], monkeypatch)  # completes the set
+    with pytest.raises(InputError, match=r"--cfg-scale 2: .* was trained without labels"):
+        run_generate([*line.split(), "guided", "--cfg-scale", "2"], monkeypatch)
+    assert not (tmp_path / "guided").exists()
