@@ -6,7 +6,7 @@
 Both are a folder or a zip with a dataset.json {"labels": [[name, label], ...]}. The dataset.json of the latents may
 describe their codec; the default is Stable Diffusion's. With "latents": "draw" in it, the files contain one draw of the
 latents of each image, (C, h, w), not yet shifted and scaled. The folder may also contain the latents of the mirrored
-images, 00000/img-mean-std-flip-00000000.npy.
+images, 00000/img-mean-std-flip-00000000.npy. Data with "labels": null has no labels: it is one class, label 0.
 """
 
 from __future__ import annotations
@@ -64,9 +64,11 @@ class LatentDataset(Dataset):
 
     `data_dir` contains images and latents. With `flip`, the latents of the mirrored images are required.
     `latents_folder` is the name of the latents' folder or zip, by default one of `LATENT_FOLDERS`. `latents_codec` is
-    the codec of latents whose dataset.json names none, its name or its format; by default Stable Diffusion's.
+    the codec of latents whose dataset.json names none, its name or its format; by default Stable Diffusion's. Without
+    `needs_labels`, data of which no dataset.json has an entry "labels" are data without labels.
 
     Attributes:
+        has_labels: whether there are labels; without them, the label of each image is 0.
         class_names: the "classes" of a dataset.json, [] if there are none.
         classes: the labels that occur, with their names if there are any.
         num_classes: the largest label plus one, or the number of class names in dataset.json if that is larger.
@@ -87,6 +89,7 @@ class LatentDataset(Dataset):
         flip: bool = False,
         latents_folder: str | None = None,
         latents_codec: str | LatentFormat | None = None,
+        needs_labels: bool = True,
     ):
         self.data_dir = Path(data_dir)
         if not self.data_dir.is_dir():
@@ -113,7 +116,9 @@ class LatentDataset(Dataset):
         # Read labels and codec.
         described = {source: read_dataset_json(source) for source in (self.images, self.latents)}
         self._check_place_of_json()
-        self.labels = labels_by_index(described, indices)
+        labels = labels_by_index(described, indices, needs_labels)
+        self.has_labels = labels is not None
+        self.labels = labels if self.has_labels else np.zeros(len(indices), dtype=np.int64)
         self.class_names = class_names(
             {source.describe("dataset.json"): content for source, content in described.items()}
         )

@@ -32,7 +32,7 @@ CKPT=${CKPT:?must name the checkpoint to evaluate}
 REF_BATCH=${REF_BATCH:?must name the reference .npz, VIRTUAL_imagenet256_labeled.npz for ImageNet at 256 px}
 SAMPLE_DIR=${SAMPLE_DIR:-$REPOSITORY/samples} # folder of all sample sets
 NUM_SAMPLES=${NUM_SAMPLES:-50000}            # images
-LABELS=${LABELS:-$(recipe_setting label_sampling)} # random, or balanced: equally many of each class
+LABELS=${LABELS:-$(recipe_setting label_sampling)} # random; balanced: equally many of each class; none
 NUM_STEPS=${NUM_STEPS:-$(recipe_setting num_steps)} # SDE steps
 CFG_SCALE=${CFG_SCALE:-1.0}                  # guidance scale of the image; 1.0: no guidance
 CLS_CFG_SCALE=${CLS_CFG_SCALE:-$CFG_SCALE}   # guidance scale of the class token
@@ -71,7 +71,6 @@ launch "$REPOSITORY/evaluations/evaluator.py" \
     --ref_batch "$REF_BATCH" \
     --sample_batch "$SAMPLE_DIR/$NAME/samples.npz" \
     --save_path "$SAMPLE_DIR/$NAME/result.json" \
-    --labels "$LABELS" \
     --num_steps "$NUM_STEPS" \
     --cfg "$CFG_SCALE" \
     --cls_cfg "$CLS_CFG_SCALE" \

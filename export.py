@@ -38,6 +38,7 @@ from models.checkpoint import (
     steps_done,
 )
 from models.checksums import checksum_path
+from models.conditioning import is_unconditional
 from models.exported_codec import export_codec
 from models.hub import FILE_ENDINGS
 from models.layouts import LAYOUTS
@@ -50,15 +51,16 @@ tags: [{tags}]
 ---
 # {name}
 
-A {model} denoising transformer of the REG family ([arXiv 2507.01467](https://arxiv.org/abs/2507.01467)), {count}
-classes, {origin}; {weights} weights. Written by `export.py`; with the code of that repository:
+A {model} denoising transformer of the REG family ([arXiv 2507.01467](https://arxiv.org/abs/2507.01467)), {classes}, \
+{origin}; {weights} weights. Written by `export.py`; with the code of that repository:
 
 ```python
 from models.pipeline import REGPipeline
 
-images = REGPipeline.from_pretrained("{name}")({labels}, guidance_scale=2.3, guidance_interval=(0, 0.85)).images
+images = REGPipeline.from_pretrained("{name}")({call}).images
 ```
 """
+GUIDED = "guidance_scale=2.3, guidance_interval=(0, 0.85)"  # in the card's call
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +114,10 @@ def export(ckpt: str | Path, dest: str | Path, weights: str = "ema", layout: str
             trained = f"trained for {config['steps']} steps"
             origin = "converted from the weights of SiT's authors (arXiv 2401.08740)" if layout == "sit" else trained
             labels = checkpoint_classes(checkpoint, config["num_classes"], ckpt).labels
-            known = {"count": len(labels), "labels": list(labels[:3]), "model": "SiT", **config}
+            classes, call = f"{len(labels)}\nclasses", f"{list(labels[:3])}, {GUIDED}"
+            if is_unconditional(config):
+                classes, call = "trained without\nlabels", "num_images=3"
+            known = {"model": "SiT", **config, "classes": classes, "call": call}
             file.write(CARD.format(**known, tags=tags, name=dest.name, origin=origin))
     return path
 
@@ -122,7 +127,8 @@ def describe(checkpoint: dict[str, Any], weights: str, source: str | Path) -> di
     network, saved = network_config(checkpoint, weights, source), saved_settings(checkpoint, source)
     # The published checkpoints record no codec; one of other channels is named when images are generated.
     codec = saved.get("codec") or (SD_FORMAT.to_json() if network.in_channels == SD_FORMAT.channels else None)
-    saved = {**saved, "codec": codec, "steps": steps_done(checkpoint, source), "weights": weights}
+    cfg_prob = 1.0 if is_unconditional(saved) else None
+    saved = {**saved, "codec": codec, "steps": steps_done(checkpoint, source), "weights": weights, "cfg_prob": cfg_prob}
     classes = checkpoint_classes(checkpoint, network.num_classes, source).to_json() if "classes" in checkpoint else None
     return export_config(network, saved, classes)
 

@@ -47,6 +47,7 @@ from generation.config import (
     DEFAULT_COUNT,
     GenerateConfig,
     check_against_checkpoint,
+    choose_label_sampling,
     choose_path,
     image_labels,
     label_pool,
@@ -94,6 +95,11 @@ class SamplePlan:
     batch_size: int
     warnings: list[str]
 
+    @property
+    def has_labels(self) -> bool:
+        """Whether images have labels other than the null class."""
+        return self.config.label_sampling != "none"
+
     def record(self) -> dict[str, Any]:
         """Return the content of samples.json: the settings with their final values, and the checkpoint's identity."""
         config = self.config
@@ -102,7 +108,7 @@ class SamplePlan:
             **asdict(config),
             "save_cls": config.with_cls_tokens,
             "solver": config.chosen_solver,
-            "drawn_labels": label_ranges(self.pool),
+            "drawn_labels": label_ranges(self.pool) if self.has_labels else None,
             "cls_cfg_scale": config.guidance.cls_scale,
             "per_proc_batch_size": self.batch_size,
             "path_type": self.interpolant.path_type,
@@ -160,6 +166,7 @@ def make_plan(config: GenerateConfig, accelerator: Accelerator) -> SamplePlan:
     opened = Unchanged(files_of(path))
     checkpoint, digest = load_with_digest(path)
     saved = saved_settings(checkpoint, config.ckpt)
+    config = choose_label_sampling(config, saved)
     folder = Path(config.sample_dir) / (config.name or default_name(config, checkpoint))
     if config.num_fid_samples is None:
         config = changed(config, num_fid_samples=SampleSet.started_with(folder) or DEFAULT_COUNT)
@@ -182,7 +189,7 @@ def make_plan(config: GenerateConfig, accelerator: Accelerator) -> SamplePlan:
     # Draw the labels.
     classes = checkpoint_classes(checkpoint, model.num_classes, config.ckpt)
     pool = label_pool(config, classes, model.num_classes)
-    if untrained := classes.untrained(pool):
+    if config.label_sampling != "none" and (untrained := classes.untrained(pool)):
         warnings.append(f"--classes {config.classes}: {untrained}")
     labels = image_labels(config, pool)
 
@@ -297,10 +304,10 @@ def write_cls_tokens(samples: SampleSet, cls_tokens: Callable[[], np.ndarray], n
 def finish(plan: SamplePlan, samples: SampleSet) -> None:
     """Write the files of the complete set, unlock the folder, and print where they are."""
     config = plan.config
-    balanced = config.label_sampling == "balanced"
-    samples.finish(plan.labels, balanced, config.with_cls_tokens, config.npz, plan.classes)
+    balanced, labels = config.label_sampling == "balanced", plan.labels if plan.has_labels else None
+    samples.finish(labels, balanced, config.with_cls_tokens, config.npz, plan.classes)
     if plan.coherence is not None:
-        scores = plan.coherence(samples.read_images(), samples.read_cls_tokens(), plan.labels)
+        scores = plan.coherence(samples.read_images(), samples.read_cls_tokens(), labels)
         write_json(samples.folder / "coherence.json", scores)
     samples.release()
     print(f"{samples.folder / 'grid.png'}: the first images")

@@ -30,15 +30,17 @@ def files_by_index(source: FileSource, pattern: re.Pattern[str], example: str) -
     return names
 
 
-def labels_by_index(described: dict[FileSource, dict[str, Any]], indices: list[int]) -> np.ndarray:
+def labels_by_index(
+    described: dict[FileSource, dict[str, Any]], indices: list[int], needed: bool = True
+) -> np.ndarray | None:
     """Return the label of each index, (N,) int64, from the dataset.json contents of images and latents.
 
-    All labels are 0 if the data has none ("labels": null). Raises InputError if an index has no label or two different
-    ones.
+    None if the data has no labels: it says so by "labels": null or, if labels are not `needed`, has no "labels" at all.
+    Raises InputError if an index has no label or two different ones.
     """
     given = [content["labels"] for content in described.values() if "labels" in content]
-    if given and all(labels is None for labels in given):
-        return np.zeros(len(indices), dtype=np.int64)
+    if all(labels is None for labels in given) and (given or not needed):
+        return None
     found: dict[int, tuple[int, str]] = {}
     for source, content in described.items():
         where = source.describe("dataset.json")
@@ -50,5 +52,6 @@ def labels_by_index(described: dict[FileSource, dict[str, Any]], indices: list[i
                     raise InputError(f"index {index} has label {other} in {place} and {label} in {where}")
     if missing := [index for index in indices if index not in found]:
         places = " or ".join(source.describe("dataset.json") for source in described)
-        raise InputError(f"{len(missing)} of {len(indices)} files have no label in {places}; first: index {missing[0]}")
+        problem = f"{len(missing)} of {len(indices)} files have no label in {places}; first: index {missing[0]}"
+        raise InputError(problem if given else f'{problem}. Data without labels has "labels": null there')
     return np.array([found[index][0] for index in indices], dtype=np.int64)

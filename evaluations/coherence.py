@@ -4,7 +4,7 @@ REG (arXiv 2507.01467) generates an image together with a class token, but repor
 generated token is compared with the encoder's token of the decoded image by the cosine of the two. For comparison, the
 same cosine is computed with the tokens of other images and with the mean token of the class. Another score is how often
 the nearest class mean is that of the label. Class means are computed from real images: the training data, or other data
-of the same classes.
+of the same classes. Samples without labels have no scores that need a class.
 
 The scores are made from sums over images, which can be added over batches and processes.
 """
@@ -31,6 +31,7 @@ from evaluations.batches import DECODERS
 from evaluations.metrics import Sums, finite
 from loss import FROM_ENCODER, entangled_token
 from models.checkpoint import saved_settings
+from models.conditioning import is_unconditional
 from models.encoders import AFTER_NORM, Encoder, load_encoder, name_with_tokens
 from models.latent_format import LatentFormat
 
@@ -61,32 +62,41 @@ class CentreSums(Sums):
 
 
 class CoherenceSums(Sums):
-    """Sums over pairs of a generated token and the encoder's token of the decoded image, both (N, D)."""
+    """Sums over pairs of a generated token and the encoder's token of the decoded image, both (N, D).
 
-    def __init__(self, width: int, device: str | torch.device = "cpu"):
+    `labelled`: whether the samples have labels.
+    """
+
+    def __init__(self, width: int, device: str | torch.device = "cpu", labelled: bool = True):
         # generated, encoded: sums of unit vectors
         super().__init__(device, count=(), pairs=(), to_class_mean=(), right=(), generated=(width,), encoded=(width,))
+        self.labelled = labelled
 
-    def update(self, generated: Tensor, encoded: Tensor, labels: Tensor, centres: Tensor) -> None:
+    def update(
+        self, generated: Tensor, encoded: Tensor, labels: Tensor | None = None, centres: Tensor | None = None
+    ) -> None:
         """Add the tokens of images with `labels` (N,) int64; `centres` (K, D) are those of `CentreSums.centres`.
 
-        Images of a class without a mean token are skipped.
+        Both are needed if the samples have labels. Images of a class without a mean token are skipped.
         """
-        known = centres.isfinite().all(1)[labels]
-        generated, encoded, labels = generated[known].to(self.generated), encoded[known].to(self.encoded), labels[known]
-        centres = centres.to(self.encoded)
-        self.count += len(labels)
-        nearest = torch.cdist(generated, centres).nan_to_num(torch.inf).argmin(1)
-        self.right += (nearest == labels).sum()
-        self.to_class_mean += F.cosine_similarity(generated, centres[labels]).sum()
+        generated, encoded = generated.to(self.generated), encoded.to(self.encoded)
+        if self.labelled:
+            known = centres.isfinite().all(1)[labels]
+            generated, encoded, labels = generated[known], encoded[known], labels[known]
+            centres = centres.to(self.encoded)
+            nearest = torch.cdist(generated, centres).nan_to_num(torch.inf).argmin(1)
+            self.right += (nearest == labels).sum()
+            self.to_class_mean += F.cosine_similarity(generated, centres[labels]).sum()
+        self.count += len(generated)
         generated, encoded = F.normalize(generated), F.normalize(encoded)
         self.pairs += (generated * encoded).sum()
         self.generated += generated.sum(0)
         self.encoded += encoded.sum(0)
 
     def scores(self) -> dict[str, float]:
-        """Return three cosines in [-1, 1] and a fraction in [0, 1]. Raises InputError for fewer than 2 images, and for
-        tokens that are not finite.
+        """Return three cosines in [-1, 1] and a fraction in [0, 1]; for samples without labels, the first two cosines.
+
+        Raises InputError for fewer than 2 images, and for tokens that are not finite.
 
         coherence: mean cosine of a generated token and the encoder's token of its own image.
         coherence_shuffled: mean cosine of a generated token and the encoder's token of another image, over all pairs.
@@ -100,9 +110,9 @@ class CoherenceSums(Sums):
         scores = {
             "coherence": self.pairs / n,
             "coherence_shuffled": (all_pairs - self.pairs) / (n * (n - 1)),
-            "coherence_class_mean": self.to_class_mean / n,
-            "cls_tokens_right": self.right / n,
         }
+        if self.labelled:
+            scores |= {"coherence_class_mean": self.to_class_mean / n, "cls_tokens_right": self.right / n}
         return {name: finite(score, name) for name, score in scores.items()}
 
 
@@ -161,7 +171,7 @@ class CoherenceReport:
         if num_images is not None and num_images < 2:
             raise InputError(f"--coherence: needs at least 2 images, not {num_images}")
         self.data, self.device = _open_data(Path(data_dir), settings), device
-        for name in ("num_classes", "resolution"):
+        for name in ("resolution",) if is_unconditional(settings) else ("num_classes", "resolution"):
             found = getattr(self.data, name)
             if settings.get(name, found) != found:
                 raise InputError(f"--coherence {data_dir}: {name} {found}, but {source} has {settings[name]}")
@@ -169,17 +179,25 @@ class CoherenceReport:
         name = name_with_tokens(settings["enc_type"].split(",")[0], AFTER_NORM)
         self.encoder = load_encoder(name, self.data.resolution, weights, device)
 
-    def __call__(self, images: Iterable[np.ndarray], cls_tokens: np.ndarray, labels: list[int]) -> dict[str, float]:
-        """Return the scores of N images (R, R, 3) uint8 with their generated tokens (N, D) and labels."""
-        if cls_tokens.shape != (wanted := (len(labels), self.encoder.width)):
+    def __call__(
+        self, images: Iterable[np.ndarray], cls_tokens: np.ndarray, labels: list[int] | None
+    ) -> dict[str, float]:
+        """Return the scores of N images (R, R, 3) uint8 with their generated tokens (N, D) and labels, if any.
+
+        Without labels there are no scores that need a class.
+        """
+        count = len(cls_tokens if labels is None else labels)
+        if cls_tokens.shape != (wanted := (count, self.encoder.width)):
             raise InputError(f"--coherence: class tokens of shape {cls_tokens.shape}; images and encoder need {wanted}")
-        centres = class_mean_sums(self.encoder, self.kind, self.data, BATCH_SIZE, self.device).centres().cpu()
-        sums, images = CoherenceSums(self.encoder.width), iter(images)
-        for first in progress_bar(range(0, len(labels), BATCH_SIZE), desc="coherence"):
+        sums, images = CoherenceSums(self.encoder.width, labelled=labels is not None), iter(images)
+        if sums.labelled:
+            centres = class_mean_sums(self.encoder, self.kind, self.data, BATCH_SIZE, self.device).centres().cpu()
+        for first in progress_bar(range(0, count, BATCH_SIZE), desc="coherence"):
             rows = slice(first, first + BATCH_SIZE)
             pixels = torch.from_numpy(np.stack(list(islice(images, BATCH_SIZE)))).permute(0, 3, 1, 2)
             encoded = entangled_token(self.kind, self.encoder(pixels.to(self.device)), None).cpu()
-            sums.update(torch.from_numpy(cls_tokens[rows]), encoded, torch.tensor(labels[rows]), centres)
+            classes = (torch.tensor(labels[rows]), centres) if sums.labelled else ()
+            sums.update(torch.from_numpy(cls_tokens[rows]), encoded, *classes)
         return sums.scores()
 
 
@@ -189,4 +207,5 @@ def _open_data(data_dir: Path, settings: dict[str, Any]) -> LatentDataset:
     if not ENTRY_NAME.fits(folder) or not any(os.path.lexists(data_dir / f"{folder}{end}") for end in ("", ".zip")):
         folder = None
     assumed = LatentFormat.from_json(settings.get("codec")) if settings.get("latents_codec") else None
-    return LatentDataset(data_dir, latents_folder=folder, latents_codec=assumed)
+    needs_labels = not is_unconditional(settings)
+    return LatentDataset(data_dir, latents_folder=folder, latents_codec=assumed, needs_labels=needs_labels)

@@ -72,7 +72,7 @@ class BatchesConfig(Config):
 class RecordedConfig(Config):
     """Recorded in the result; without effect on the numbers."""
 
-    labels: str | None = setting(None, "how the samples' labels were drawn", choices=("random", "balanced"))
+    labels: str | None = setting(None, "how the samples' labels were drawn", choices=("random", "balanced", "none"))
     step: int | None = setting(None, "training step of the checkpoint")
     num_steps: int | None = setting(None, "sampling steps", flag="--num_steps")
     cfg: float | None = setting(None, "guidance scale of the image")

@@ -14,6 +14,7 @@ from common.cli import Config, adjustable, batch_size, number_or_auto, setting
 from common.errors import InputError
 from models.autoencoder import LatentFormat
 from models.checkpoint import is_legacy, saved_settings
+from models.conditioning import has_null_class, is_unconditional
 from models.inference import NETWORK_DTYPES
 from models.interpolant import PATHS, Interpolant, shift_of_latents
 from models.sit import SiTConfig
@@ -52,7 +53,12 @@ class ContentSettings(Config):
         f"number of images, for FID 50000; default: {DEFAULT_COUNT}, or as many as before to complete a set",
         check=COUNT,
     )
-    label_sampling: str = setting("random", "how labels are chosen", choices=("random", "balanced"))
+    label_sampling: str = setting(
+        "random",
+        "how labels are chosen; none: the null class for each image, as always if the network was trained without "
+        "labels",
+        choices=("random", "balanced", "none"),
+    )
     classes: str | None = setting(
         None,
         "only these classes: numbers, ranges, and names of the training data's class folders "
@@ -166,6 +172,11 @@ class GenerateConfig(FileSettings, ContentSettings, SamplerSettings, MachineSett
         """Raise InputError for settings that exclude each other, and a name that leaves the folder of all sets."""
         if self.name and (Path(self.name).is_absolute() or ".." in Path(self.name).parts):
             raise InputError(f"--name {self.name}: allowed: a folder in --sample-dir, which sets another place")
+        if self.label_sampling == "none" and self.classes is not None:
+            raise InputError(f"--label-sampling none contradicts --classes {self.classes}; give one of them")
+        if self.label_sampling == "none" and self.cfg_scale > 1:
+            why = "guidance needs the labels of the images"
+            raise InputError(f"--label-sampling none with --cfg-scale {self.cfg_scale:g}: {why}; allowed: 1")
         if self.guidance_low > self.guidance_high:
             raise InputError(f"--guidance-low {self.guidance_low} is above --guidance-high {self.guidance_high}")
         if self.heun and self.solver == "dopri5":
@@ -183,11 +194,34 @@ class GenerateConfig(FileSettings, ContentSettings, SamplerSettings, MachineSett
             raise InputError(f"--mixed-precision {self.mixed_precision} excludes {other}; allowed with it: no")
 
 
+def choose_label_sampling(config: GenerateConfig, saved: dict[str, Any]) -> GenerateConfig:
+    """Return the settings for a checkpoint: with one of a network trained without labels, labels are not sampled.
+
+    `saved` are the settings in the checkpoint. Raises InputError for a setting that needs labels, if the network was
+    trained without any, and for no labels, if its null class was not trained.
+    """
+    if config.label_sampling == "none" and not has_null_class(saved):
+        why = "was trained with --cfg-prob 0, so it has not learnt the null class"
+        raise InputError(f"--label-sampling none: {config.ckpt} {why}; allowed: random, balanced")
+    if not is_unconditional(saved):
+        return config
+    why = f"{config.ckpt} was trained without labels (--cfg-prob 1)"
+    if config.label_sampling == "balanced":
+        raise InputError(f"--label-sampling balanced: {why}; allowed: none, and random, which means none here")
+    if config.classes is not None:
+        raise InputError(f"--classes {config.classes}: {why}, so it has no classes to choose from")
+    if config.cfg_scale > 1:
+        raise InputError(f"--cfg-scale {config.cfg_scale:g}: {why}, so it has no guidance; allowed: 1")
+    return cli.changed(config, label_sampling="none")
+
+
 def label_pool(config: GenerateConfig, classes: ClassSet, num_classes: int) -> tuple[int, ...]:
-    """Return the labels to draw from: those of --classes, or all that occur in the training data.
+    """Return the labels to draw from: those of --classes, or all that occur in the training data, or the null class.
 
     Raises InputError if --classes names something that the network does not have.
     """
+    if config.label_sampling == "none":
+        return (num_classes,)
     if config.classes is None:
         return classes.labels
     try:

@@ -27,7 +27,8 @@ def default_name(config: GenerateConfig, checkpoint: dict[str, Any]) -> str:
     guidance += "-path-drop" if scales.scale > 1 and scales.path_drop else ""
     weights = f"{run}-{steps_done(checkpoint, config.ckpt):07d}-{config.weights}"
     shift = "" if config.time_shift is None else f"-shift-{config.time_shift}"
-    return f"{weights}-{solver}{steps}{shift}-{guidance}-{config.label_sampling}-labels-seed-{config.global_seed}"
+    labels = f"{'no' if config.label_sampling == 'none' else config.label_sampling}-labels"
+    return f"{weights}-{solver}{steps}{shift}-{guidance}-{labels}-seed-{config.global_seed}"
 
 
 def published_name(

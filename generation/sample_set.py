@@ -1,6 +1,6 @@
 """The folder of a sample set: its settings, the images that are still missing, and the files of the complete set.
 
-images/000000.png ...     the images; images/dataset.json has their labels
+images/000000.png ...     the images; images/dataset.json has their labels, or null without labels
 samples.npz               all images as one array, arr_0 (N, R, R, 3) uint8, the format that evaluators read
 cls_tokens.npy            class tokens (M, D) float32; M > N if more images were generated before
 samples.json, grid.png    the settings; a grid of the first images
@@ -138,16 +138,18 @@ class SampleSet:
             np.save(file, cls_tokens)
 
     def finish(
-        self, labels: list[int], balanced: bool, with_cls: bool, npz: bool, classes: ClassSet | None = None
+        self, labels: list[int] | None, balanced: bool, with_cls: bool, npz: bool, classes: ClassSet | None = None
     ) -> None:
         """Write labels and grid of a complete set; if `with_cls`, cls_tokens.npy; if `npz`, samples.npz.
 
-        `balanced` labels let the grid have one column for each class; `classes` has their names. Raises InputError if a
-        file is damaged.
+        `labels` is None for images without labels. `balanced` labels let the grid have one column for each class;
+        `classes` has their names. Raises InputError if a file is damaged.
         """
-        listed = [[path.name, label] for path, label in zip(self.image_paths, labels, strict=True)]
+        listed = None
+        if labels is not None:
+            listed = [[path.name, label] for path, label in zip(self.image_paths, labels, strict=True)]
         write_json(self.folder / "images" / "dataset.json", {"labels": listed})
-        self._write_grid(labels, balanced, classes or ClassSet.of_data(labels))
+        self._write_grid(labels or [], balanced, classes or ClassSet.of_data(labels or [0]))
         if with_cls:
             self._join_cls_tokens()
         shape = (self.total, self.resolution, self.resolution, 3)
@@ -156,12 +158,14 @@ class SampleSet:
                 write_npz(file, self.read_images(), shape)
 
     def _write_grid(self, labels: list[int], balanced: bool, classes: ClassSet) -> None:
-        """Write a grid of the first images. Captions are the classes, if the network has several."""
+        """Write a grid of the first images. Captions are the classes, if there are labels of several classes."""
         count = len(set(labels))
         by_class = balanced and 1 < count <= GRID_COLUMNS
         columns = count if by_class else GRID_COLUMNS
         paths = self.image_paths[: GRID_ROWS * columns]
-        captions = [classes.caption(label) for label in labels[: len(paths)]] if len(classes.labels) > 1 else None
+        captions = None
+        if labels and len(classes.labels) > 1:
+            captions = [classes.caption(label) for label in labels[: len(paths)]]
         if captions and by_class:
             captions[columns:] = [None] * (len(paths) - columns)
         images = np.stack([self._read_image(path) for path in paths])

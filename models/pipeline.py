@@ -4,6 +4,8 @@
     pipeline = REGPipeline.from_pretrained("reg-xl").to("cuda")
     images = pipeline([207, 360], guidance_scale=2.3, guidance_interval=(0, 0.85)).images
 
+A network trained without labels generates images from their number: pipeline(num_images=2).
+
 For the same seed, image N equals image N of generate.py. A folder or hub repository provides only data: no downloaded
 code is run. This module is in models/ because it wraps a network and its codec; it imports the samplers nevertheless.
 """
@@ -30,6 +32,7 @@ from common.io import OwnFile, check_writable, read_json
 from models.autoencoder import Codec, KLCodec, load_decoder, network_format
 from models.checkpoint import build_model, checkpoint_classes, load_checkpoint, saved_settings, steps_done
 from models.checksums import FOLDER_CHECKSUMS
+from models.conditioning import is_unconditional
 from models.interpolant import Interpolant
 from models.safetensors_format import (
     CLASS_NAME,
@@ -50,7 +53,7 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
 class REGPipeline(DiffusionPipeline):
-    """Generates images from class labels.
+    """Generates images from class labels, or without labels.
 
     Args:
         transformer: the trained network.
@@ -58,6 +61,7 @@ class REGPipeline(DiffusionPipeline):
         path_type: the path the network was trained on.
         time_shift: the time shift of the sampler's steps, that of its training, see `Interpolant.shift`; 1: none.
         classes: the classes of its training data, a `ClassSet` or its JSON; default: all labels of the network.
+        unconditional: whether it was trained without labels.
     """
 
     def __init__(
@@ -67,13 +71,15 @@ class REGPipeline(DiffusionPipeline):
         path_type: str = "linear",
         classes: ClassSet | dict[str, Any] | None = None,
         time_shift: float = 1.0,
+        unconditional: bool = False,
     ):
         super().__init__()
         Interpolant(path_type, time_shift)  # raises ValueError for values that are not allowed
         if isinstance(classes, ClassSet):
             classes = classes.to_json()
         self.register_modules(transformer=transformer, vae=vae)
-        self.register_to_config(path_type=path_type, classes=classes, time_shift=time_shift)
+        training = {"path_type": path_type, "time_shift": time_shift, "unconditional": unconditional}
+        self.register_to_config(classes=classes, **training)
         self.classes = checkpoint_classes({"classes": classes}, transformer.num_classes, "REGPipeline")
         self._run: dict[str, Any] = {}  # of the run's settings, those that an export contains
 
@@ -96,7 +102,8 @@ class REGPipeline(DiffusionPipeline):
             latents = network_format(settings.get("codec"), transformer.config.in_channels, vae, path)
             codec = load_decoder(latents, vae)
         trained_on, classes = Interpolant.of_run(settings), checkpoint.get("classes")
-        pipeline = cls(transformer, codec, trained_on.path_type, classes, trained_on.time_shift)
+        unconditional = is_unconditional(settings)
+        pipeline = cls(transformer, codec, trained_on.path_type, classes, trained_on.time_shift, unconditional)
         settings = {"weights": "ema", **settings, "steps": steps_done(checkpoint, path)}
         pipeline._run = {name: settings.get(name) for name in KEPT_SETTINGS}
         return pipeline if torch_dtype is None else pipeline.to(torch_dtype)
@@ -115,6 +122,7 @@ class REGPipeline(DiffusionPipeline):
             self.vae.autoencoder.save_pretrained(folder / CODEC_FOLDER, safe_serialization=True)
             latent_format["codec"] = CODEC_FOLDER
         sampled_with = {"path_type": self.config.path_type, "time_shift": self.config.time_shift}
+        sampled_with["cfg_prob"] = 1.0 if self.config.unconditional else None
         run = {**self._run, **sampled_with, "codec": latent_format}
         classes = self.classes.to_json() if self.config.classes else None
         config = export_config(self.transformer.config, run, classes)
@@ -145,7 +153,7 @@ class REGPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: int | str | list[int | str] | Tensor,
+        class_labels: int | str | list[int | str] | Tensor | None = None,
         num_inference_steps: int = 250,
         guidance_scale: float = 1.0,
         cls_guidance_scale: float | None = None,
@@ -157,11 +165,13 @@ class REGPipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
         path_drop_guidance: bool = False,
+        num_images: int | None = None,
     ) -> ImagePipelineOutput | tuple:
-        """Return one image for each label.
+        """Return one image for each label, or `num_images` images of a network trained without labels.
 
         Args:
-            class_labels: one label or several, 0 .. num_classes - 1; class names, if the training data had them.
+            class_labels: one label or several, 0 .. num_classes - 1; class names, if the training data had them. None
+                for a network trained without labels, which has no guidance either.
             num_inference_steps: number of solver steps (paper: 250).
             guidance_scale: guidance scale of the image; 1: no guidance.
             cls_guidance_scale: guidance scale of the class token; default: `guidance_scale`.
@@ -174,6 +184,7 @@ class REGPipeline(DiffusionPipeline):
                 tensor (N, 3, H, W), float32 from 0 to 1; "latent" for what `vae.decode` takes, (N, C, h, w) float32.
             return_dict: return an `ImagePipelineOutput` with the field `images`, else a tuple with that element.
             path_drop_guidance: whether the unconditional velocity skips the middle blocks; needs a network with SPRINT.
+            num_images: number of images of a network trained without labels; default: 1.
 
         Raises ValueError, naming the argument, for a value that is not allowed.
         """
@@ -193,7 +204,7 @@ class REGPipeline(DiffusionPipeline):
             warnings.warn(f"path_drop_guidance has no effect: {reason}", stacklevel=3)
         path = Interpolant(self.config.path_type, self.config.time_shift)
         sampler = (path, guidance, mode, solver, num_inference_steps)
-        labels = self._labels(class_labels)
+        labels = self._image_labels(class_labels, num_images, guidance_scale)
         seeds = _noise_seeds(seed, generator, len(labels))
 
         parts = [slice(first, first + BATCH_SIZE) for first in range(0, len(labels), BATCH_SIZE)]
@@ -205,6 +216,22 @@ class REGPipeline(DiffusionPipeline):
                 found.append(latents.float() if output_type == "latent" else self.vae.decode(latents.float()))
         images = _as_output_type(torch.cat(found), output_type)
         return ImagePipelineOutput(images) if return_dict else (images,)
+
+    def _image_labels(self, class_labels: Any, num_images: Any, guidance_scale: float) -> list[int]:
+        """Return the label of each image: those of `class_labels`, or the null class without labels."""
+        if not self.config.unconditional:
+            if num_images is not None:
+                raise ValueError(f"num_images is {num_images!r}, but class_labels decides it for this network")
+            return self._labels(class_labels)
+        why = "this network was trained without labels"
+        if class_labels is not None:
+            raise ValueError(f"class_labels is {class_labels!r:.80}, but {why}; expected num_images instead")
+        if guidance_scale > 1:
+            raise ValueError(f"guidance_scale is {guidance_scale:g}, but {why}, so it has no guidance; allowed: 1")
+        num_images = 1 if num_images is None else num_images
+        if not isinstance(num_images, Integral) or isinstance(num_images, bool) or num_images < 1:
+            raise ValueError(f"num_images is {num_images!r:.80}; allowed: whole numbers from 1")
+        return [self.transformer.null_class] * int(num_images)
 
     def _labels(self, class_labels: Any) -> list[int]:
         """Return the labels that the argument `class_labels` names. Warns of labels without training data."""
@@ -225,7 +252,7 @@ class REGPipeline(DiffusionPipeline):
         if not labels:
             raise ValueError("class_labels is empty; expected at least one label")
         if untrained := self.classes.untrained(labels):
-            warnings.warn(f"class_labels: {untrained}", stacklevel=4)
+            warnings.warn(f"class_labels: {untrained}", stacklevel=5)
         return labels
 
 
@@ -244,7 +271,7 @@ def _noise_seeds(seed: int | None, generator: torch.Generator | list | None, cou
         raise ValueError(f"generator is {generator!r:.80}; expected a torch.Generator or a list of them")
     if len(generator) != count:
         raise ValueError(
-            f"generator is a list of {len(generator)}, but there are {count} labels; expected one for each"
+            f"generator is a list of {len(generator)}, but there are {count} images; expected one for each"
         )
     return [image_seeds(_drawn(one), [0])[0] for one in generator]
 

@@ -44,7 +44,7 @@ CLASS_NAME = "SiT"
 # The settings of a run that a user of the network needs in addition to its architecture.
 KEPT_SETTINGS = (
     "model", "path_type", "time_shift", "resolution", "enc_type", "exp_name", "codec", "latents_folder",
-    "latents_codec", "steps", "weights",
+    "latents_codec", "steps", "weights", "cfg_prob",
 )  # fmt: skip
 
 
@@ -62,7 +62,8 @@ def export_config(network: SiTConfig, settings: dict[str, Any], classes: dict[st
     """Return the configuration of an export: what is needed to rebuild the network and to decode its latents.
 
     `settings` are those of the run, and its `steps` and `weights`; `classes` is `ClassSet.to_json()`, or None. A time
-    shift of 1 is not written, so that the file is the same as before this setting existed.
+    shift of 1 is not written, so that the file is the same as before this setting existed; `cfg_prob` is given, and
+    written, only for a network trained without labels.
     """
     settings = {name: value for name, value in settings.items() if (name, value) != ("time_shift", 1)}
     return {
@@ -141,7 +142,7 @@ def _read(file: IO[bytes], path: Path, verified: bool, with_digest: bool) -> tup
 
 def _described(config: dict[str, Any]) -> list[str]:
     """Return the entries of a configuration that determine what the network computes."""
-    names = (*(field.name for field in dataclasses.fields(SiTConfig)), "path_type", "time_shift")
+    names = (*(field.name for field in dataclasses.fields(SiTConfig)), "path_type", "time_shift", "cfg_prob")
     return [name for name in names if name in config]
 
 

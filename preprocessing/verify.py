@@ -132,9 +132,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not has_checksums:
         check_writable(checksum_file, "--update-checksums" if config.update_checksums else "checksums:", (), OWN_SUMS)
     counts = np.bincount(dataset.labels)
+    classes = describe_classes(counts[counts > 0]) if dataset.has_labels else "no labels"
     print(
-        f"{config.data}: {len(dataset):,} pairs, {describe_classes(counts[counts > 0])}, images {dataset.resolution} "
-        f"px, latents {dataset.stored_shape} of {dataset.latent_format.codec}"
+        f"{config.data}: {len(dataset):,} pairs, {classes}, images {dataset.resolution} px, latents "
+        f"{dataset.stored_shape} of {dataset.latent_format.codec}"
     )
 
     report_other_files(dataset)

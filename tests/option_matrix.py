@@ -42,6 +42,7 @@ OPTIONS = {
     "times": TIMES,
     "cfm": "--cfm-coeff 0.05",
     "cls-lead": "--cls-lead 0.3",
+    "without-labels": "--cfg-prob 1",
     "muon": "--optimizer muon",
     "schedule": "--warmup-steps 2 --lr-schedule cosine",
     "encoder-dtype": "--encoder-dtype bf16",

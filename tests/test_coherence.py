@@ -83,6 +83,21 @@ def test_images_of_a_class_without_real_ones_are_left_out():
     assert sums.scores() == scores(generated, encoded, labels, centres)
 
 
+def test_without_labels_there_are_only_the_scores_that_need_no_class():
+    generated, encoded, labels, centres = tokens(5)
+    sums = CoherenceSums(D, labelled=False)
+    for rows in torch.arange(N).split(7):
+        sums.update(generated[rows], encoded[rows])
+    expected = scores(generated, encoded, labels, centres)
+    assert sums.scores() == pytest.approx({name: expected[name] for name in ("coherence", "coherence_shuffled")})
+
+
+def test_with_a_single_class_each_token_is_right():
+    generated, encoded, labels, centres = tokens(5)
+    found = scores(generated, encoded, torch.zeros_like(labels), centres[:1])
+    assert found["cls_tokens_right"] == 1 and -1 < found["coherence_class_mean"] < 1
+
+
 def test_centre_images_are_equally_many_of_each_class(monkeypatch):
     monkeypatch.setattr(coherence, "CENTRE_IMAGES", 6)
     assert coherence.centre_images(np.array([0, 0, 0, 4, 4, 2, 0, 4])) == [0, 1, 3, 4, 5]

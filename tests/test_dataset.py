@@ -137,6 +137,22 @@ def test_without_labels_all_images_have_label_0(data, both):
         (data / "images/dataset.json").unlink()
     dataset = LatentDataset(data)
     assert dataset.labels.tolist() == [0] * 24 and dataset.num_classes == 1 and dataset.classes.labels == (0,)
+    assert not dataset.has_labels
+    dataset.keep(5)
+    assert len(dataset) == 5 and dataset.classes.labels == (0,)
+
+
+def test_a_missing_entry_is_an_error_only_if_labels_are_needed(data):
+    assert LatentDataset(data, needs_labels=False).labels.tolist() == [i % NUM_CLASSES for i in range(24)]
+    for where in FOLDERS:
+        edit_labels(data, lambda table: table.pop("labels"), where)
+    with pytest.raises(InputError, match=r'24 of 24 files have no label .*\. Data without labels has "labels": null t'):
+        LatentDataset(data)
+    dataset = LatentDataset(data, needs_labels=False)
+    assert dataset.labels.tolist() == [0] * 24 and not dataset.has_labels
+    edit_labels(data, lambda table: table.update(labels=[["00000/img00000000.png", 1]]), "images")
+    with pytest.raises(InputError, match=r"23 of 24 files have no label .*first: index 1$"):
+        LatentDataset(data, needs_labels=False)
 
 
 def test_null_labels_of_the_latents_leave_those_of_the_images(data):

@@ -17,8 +17,10 @@ from models.checkpoint import (
     load_model,
     load_with_digest,
     save_checkpoint,
+    saved_settings,
 )
 from models.checksums import checksum_path
+from models.conditioning import is_unconditional
 from models.exported_codec import export_codec
 from models.interpolant import Interpolant
 from tests.conftest import ROOT
@@ -51,12 +53,33 @@ def test_an_exported_network_is_the_same(checkpoint, tmp_path, dest, weights):
 def test_a_published_checkpoint_is_exported(tmp_path):
     from models.sit import SiT_models
 
-    torch.save(published(SiT_models["SiT-S/2"](z_dims=[768], cls_token_dim=768)), tmp_path / "reg.pt")
+    saved = published(SiT_models["SiT-S/2"](z_dims=[768], cls_token_dim=768))
+    saved["args"].cfg_prob = 1.0  # had no effect
+    torch.save(saved, tmp_path / "reg.pt")
     export.export(tmp_path / "reg.pt", tmp_path / "folder")
     config = json.loads((tmp_path / "folder" / "config.json").read_text())
     assert (config["codec"]["codec"], config["steps"], config["path_type"]) == ("sd-vae-ft-mse", 400_000, "linear")
-    assert load_model(tmp_path / "folder").num_classes == 1000
+    assert load_model(tmp_path / "folder").num_classes == 1000 and "cfg_prob" not in config
     assert "SiT-S/2" in (tmp_path / "folder" / "README.md").read_text()
+
+
+def test_an_export_carries_that_its_network_was_trained_without_labels(checkpoint, tmp_path):
+    saved = load_checkpoint(checkpoint)
+    for name, cfg_prob in (("with", 0.1), ("without", 1.0)):
+        saved["args"].cfg_prob = cfg_prob
+        save_checkpoint(tmp_path / f"{name}.pt", saved)
+        export.export(tmp_path / f"{name}.pt", tmp_path / name)
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        card, unconditional = (tmp_path / name / "README.md").read_text(), name == "without"
+        assert config.get("cfg_prob") == (1 if unconditional else None)
+        assert is_unconditional(saved_settings(load_checkpoint(tmp_path / name))) is unconditional
+        assert ("\nlabels, trained for 12 steps; ema" in card) is ("(num_images=3).images" in card) is unconditional
+        assert ("3\nclasses, trained for 12 steps; ema" in card) is ("([0, 1, 2], guid" in card) is not unconditional
+    config = json.loads((tmp_path / "without/config.json").read_text())
+    (tmp_path / "without/config.json").write_text(json.dumps({**config, "cfg_prob": 0.1}))
+    (tmp_path / "without/checksums.sha256").unlink()
+    with pytest.raises(InputError, match=r"has cfg_prob 0\.1, but the header of model\.safetensors has 1\.0"):
+        load_checkpoint(tmp_path / "without")
 
 
 def write_earlier_export(folder, model, without=()):

@@ -11,8 +11,10 @@ from generation.config import (
     LABEL_STREAM,
     GenerateConfig,
     check_against_checkpoint,
+    choose_label_sampling,
     choose_path,
     image_labels,
+    label_pool,
     unused_guidance,
 )
 from models.autoencoder import SD_FORMAT
@@ -33,6 +35,47 @@ def test_labels_are_drawn_from_the_classes_of_the_training_data():
     assert balanced[:4] == [5, 17, 940, 5]
     everything = image_labels(settings_of(numbers), ClassSet.of_network(3).labels)
     assert everything == [derive_seed(0, LABEL_STREAM, number) % 3 for number in range(500)]  # as before
+
+
+UNLABELLED = {"cfg_prob": 1.0, "codec": SD_FORMAT.to_json()}
+
+
+@pytest.mark.parametrize("given", [[], ["--label-sampling", "random"], ["--label-sampling", "none"]])
+def test_a_network_trained_without_labels_gets_the_null_class(given):
+    line = ["--ckpt", "x.pt", "--num-fid-samples", "3", *given]
+    config = choose_label_sampling(settings_of(line), UNLABELLED)
+    assert config.label_sampling == "none"
+    assert image_labels(config, label_pool(config, ClassSet((0, 4)), 5)) == [5, 5, 5]
+    for settings in ({}, {"cfg_prob": 1.0}, {**UNLABELLED, "cfg_prob": 0.1}):  # published files had no such flag
+        assert choose_label_sampling(settings_of(line), settings) == settings_of(line)
+
+
+@pytest.mark.parametrize(
+    ("line", "settings", "message"),
+    [
+        ("--label-sampling balanced", UNLABELLED, r"--label-sampling balanced: x\.pt was trained without labels"),
+        (
+            "--classes 0,2-3",
+            UNLABELLED,
+            r"--classes 0,2-3: x\.pt was trained without labels \(--cfg-prob 1\), so",
+        ),
+        (
+            "--cfg-scale 1.5",
+            UNLABELLED,
+            r"--cfg-scale 1\.5: x\.pt was trained without labels .* no guidance; all",
+        ),
+        ("--label-sampling none --classes 3", {}, "--label-sampling none contradicts --classes 3"),
+        ("--label-sampling none --cfg-scale 2", {}, "--label-sampling none with --cfg-scale 2: guidance needs the lab"),
+        (
+            "--label-sampling none",
+            {**UNLABELLED, "cfg_prob": 0.0},
+            r"--label-sampling none: x\.pt was trained with --cfg-prob 0, so it has not learnt the null class; all",
+        ),
+    ],
+)
+def test_settings_that_need_labels_or_a_null_class_are_refused_without(line, settings, message):
+    with pytest.raises(InputError, match=message):
+        choose_label_sampling(settings_of(["--ckpt", "x.pt", *line.split()]), settings)
 
 
 @pytest.mark.parametrize("name", ["--cfg-scale", "--cls-cfg-scale", "--guidance-low", "--guidance-high"])

@@ -76,3 +76,9 @@ def test_a_checkpoint_does_not_choose_where_to_write(exp_name, begins):
     checkpoint = {"args": argparse.Namespace(exp_name=exp_name), "steps": 12}
     name = default_name(settings_of(["--ckpt", "a/0012.pt"]), checkpoint)
     assert name.startswith(begins) and "/" not in name
+
+
+@pytest.mark.parametrize(("labels", "text"), [("random", "random-labels"), ("none", "no-labels")])
+def test_the_folder_says_how_labels_were_drawn(labels, text):
+    config = settings_of(["--ckpt", "x.pt", "--label-sampling", labels])
+    assert default_name(config, {"args": argparse.Namespace()}) == f"x-0000000-ema-sde-250-no-cfg-{text}-seed-0"

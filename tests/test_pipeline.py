@@ -91,6 +91,29 @@ def test_path_drop_guidance_makes_the_images_of_generate(tmp_path, monkeypatch):
     assert pipeline.to(torch.bfloat16).transformer.t_cls_embedder.mlp[0].weight.dtype == torch.float32
 
 
+def test_without_labels_the_pipeline_makes_the_images_of_generate(tmp_path, monkeypatch):
+    codec = PixelCodec().format.to_json()
+    network = randomise(small(in_channels=codec["channels"], num_classes=3)).eval()
+    save_checkpoint(tmp_path / "0000012.pt", content(network, codec=codec, cfg_prob=1.0))
+    export(tmp_path / "0000012.pt", tmp_path / "folder")
+    flags = ["--num-fid-samples", "2", "--num-steps", "4", "--device", "cpu", "--sample-dir", str(tmp_path)]
+    run_generate([*flags, "--ckpt", str(tmp_path / "folder"), "--name", "set"], monkeypatch)
+    theirs = np.load(tmp_path / "set" / "samples.npz")["arr_0"].astype(np.float32) / 255
+    pipeline = REGPipeline.from_pretrained(tmp_path / "folder")
+    pipeline.save_pretrained(tmp_path / "saved")
+    for one in (pipeline, REGPipeline.from_pretrained(tmp_path / "saved")):
+        one.set_progress_bar_config(disable=True)
+        assert np.array_equal(one(num_images=2, num_inference_steps=4, output_type="np").images, theirs)
+    assert len(pipeline(num_inference_steps=1).images) == 1
+    for options, text in (
+        ({"class_labels": [0, 2]}, r"class_labels is \[0, 2\], but this network was trained without labels"),
+        ({"guidance_scale": 2.0}, "guidance_scale is 2, but this network was trained without labels"),
+        ({"num_images": 0}, "num_images is 0; allowed: whole numbers from 1"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            pipeline(num_inference_steps=1, **options)
+
+
 def test_output_types_are_those_of_diffusers(pipeline):
     outputs = {
         name: pipeline([0, 2, 0, 0, 2], output_type=name, **GUIDED).images for name in ("pil", "np", "pt", "latent")
@@ -129,6 +152,7 @@ def test_a_label_that_the_network_lacks_is_refused(pipeline, given):
     [
         ({"class_labels": []}, "class_labels is empty"),
         ({"class_labels": "jai"}, "names are jay"),
+        ({"num_images": 2}, "num_images is 2, but class_labels decides it for this network"),
         ({"guidance_interval": (0.85, 0.0)}, "guidance interval 0.85 .. 0.0"),
         ({"guidance_interval": 0.85}, "guidance_interval 0.85: must be a pair"),
         ({"guidance_scale": 0}, "guidance scale 0: must be 1"),
@@ -141,7 +165,7 @@ def test_a_label_that_the_network_lacks_is_refused(pipeline, given):
         ({"output_type": "jpeg"}, "output_type 'jpeg' is unknown; allowed: pil, np, pt, latent"),
         ({"seed": -1}, "seed is -1"),
         ({"seed": 0, "generator": torch.Generator()}, "seed and generator are both given"),
-        ({"generator": [torch.Generator()]}, "generator is a list of 1, but there are 2 labels"),
+        ({"generator": [torch.Generator()]}, "generator is a list of 1, but there are 2 images"),
         ({"generator": 3}, "generator is 3; expected a torch.Generator"),
     ],
 )

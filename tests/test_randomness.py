@@ -69,6 +69,13 @@ def test_labels_are_dropped_with_their_probability(probability):
     assert dropped.float().mean().item() == pytest.approx(probability, abs=0.015)
 
 
+def test_at_probability_1_each_label_is_dropped_and_all_other_draws_are_the_same():
+    without, with_labels = source(cfg_prob=1.0).draw(1), source().draw(1)
+    assert without.label_drop.all() and not with_labels.label_drop.all()
+    same = [name for name in Draws._fields[:5] if name != "label_drop"]
+    assert all(torch.equal(getattr(without, name), getattr(with_labels, name)) for name in same)
+
+
 def test_uniform_times_fill_the_interval():
     t = uniform_times(20_000, Interpolant(), torch.Generator().manual_seed(0))
     assert t.dtype == torch.float32 and t.min() >= 0 and t.max() <= 1

@@ -12,7 +12,7 @@ from common.classes import ClassSet
 from common.locks import unlock_folder
 from models.checkpoint import load_checkpoint
 from samplers import Guidance
-from tests.conftest import reset_accelerate
+from tests.conftest import NUM_CLASSES, reset_accelerate
 from training import sampling
 from training.sampling import count_broken, draw_latents, grid_captions, grid_columns, image_labels
 
@@ -58,6 +58,28 @@ def test_the_network_for_sampling_has_the_tensors_of_the_average(run):
     given = (run, range(3), 2, Guidance())
     found, expected = (draw_latents(given[0], one, *given[1:]) for one in (network, run.ema))
     assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
+def test_without_labels_samples_are_of_the_null_class(train_flags, monkeypatch, said):
+    """A grid has no captions and no columns of classes, and scores have no part that needs a class."""
+    reset_accelerate()
+    flags = "--exp-name run --cfg-prob 1 --max-train-steps 3 --sampling-steps 3 --grid-samples 7 --grid-num-steps 1"
+    run = train.set_up(train.parse_args([*train_flags, *flags.split(), "--eval-samples", "4", "--eval-num-steps", "1"]))
+    before = run.ema.y_embedder.embedding_table.weight.clone()
+    asked = []
+    monkeypatch.setattr(
+        sampling, "image_grid", lambda *given, **more: asked.append((given, more)) or Image.new("L", (1, 1))
+    )
+    train.train(run)
+    assert [given[1:] for given, _ in asked] == [(None,)] * 2 and asked[1][1] == {"captions": None}
+    assert image_labels(run, range(2)) == [NUM_CLASSES] * 2
+    changed_rows = (run.ema.y_embedder.embedding_table.weight != before).any(1)
+    assert changed_rows.tolist() == [False] * NUM_CLASSES + [True]
+    assert any("3 classes (trained without labels, --cfg-prob 1)" in line for line in said)
+    monkeypatch.setattr(sampling, "class_centres", None)
+    run.evaluation = lambda draw: draw(range(4)) is not None and {"fid": 3.0, "num_samples": 4, "notes": []}
+    scores = sampling.score_samples(run)
+    assert set(scores) == {"fid", "num_samples", "notes", "num_steps", "coherence", "coherence_shuffled"}
 
 
 def test_samples_are_drawn_in_the_precision_of_the_run(train_flags):

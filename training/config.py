@@ -300,6 +300,9 @@ class TrainConfig(
             raise InputError(
                 f"--cls-lead {self.cls_lead:g}: no token is denoised with --entangle {self.slot}; {allowed}"
             )
+        if self.unconditional and self.grid_cfg_scale > 1:
+            why = "--cfg-prob 1 trains without labels, and guidance compares samples with and without"
+            raise InputError(f"--grid-cfg-scale {self.grid_cfg_scale:g}: {why}; allowed: 1")
         if self.value_residual and self.depth == 1:
             raise InputError("--value-residual with --depth 1: one block has no values of another; needs 2 or more")
         if self.resume not in (None, "latest") and self.resume_step:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from common.checks import AUTO, BELOW_ONE, ENTRY_NAME, NON_NEGATIVE, TIME_SHIFT, UNIT_INTERVAL, Check, between
+from common.checks import AUTO, ENTRY_NAME, NON_NEGATIVE, TIME_SHIFT, UNIT_INTERVAL, Check, between
 from common.cli import Config, adjustable, flag, number_or_auto, setting, settings
 from common.errors import InputError
 from loss import ENTANGLED, TERMS
@@ -47,8 +47,9 @@ class MethodSettings(Config):
     )
     cfg_prob: float = setting(
         0.1,
-        "probability that a label is replaced by the null class (in the published code without effect: always 0.1)",
-        check=BELOW_ONE,
+        "probability that a label is replaced by the null class; 1: train without labels (in the published code "
+        "without effect: always 0.1)",
+        check=UNIT_INTERVAL,
     )
     enc_type: str = setting("dinov2-vit-b", "frozen encoders, comma-separated; the first gives the class token")
     enc_weights: str | None = adjustable(None, "local weight files of the encoders, comma-separated; default: the hub")
@@ -103,6 +104,11 @@ class MethodSettings(Config):
         "0: none",
         check=NON_NEGATIVE,
     )
+
+    @property
+    def unconditional(self) -> bool:
+        """Whether the network is trained without labels; see `models.conditioning`."""
+        return self.cfg_prob == 1
 
     @property
     def loss_weights(self) -> dict[str, float]:

@@ -31,12 +31,14 @@ def write_samples(run: Run) -> None:
     if run.accelerator.is_main_process:
         config = run.config
         guidance = Guidance(config.grid_cfg_scale)
-        columns = grid_columns(len(run.data.classes.labels), config.grid_samples)
+        labelled = not config.unconditional
+        columns = grid_columns(len(run.data.classes.labels), config.grid_samples) if labelled else None
         numbers = range(config.grid_samples - config.grid_samples % (columns or 1))  # complete rows
         latents, _ = draw_latents(run, network, numbers, config.grid_num_steps, guidance)
         if broken := int(count_broken(latents)):
             logger.warning("step %d: %d of %d samples of the grid are not finite", run.step, broken, len(latents))
-        write_grid(run, f"{run.step:07d}", latents, image_labels(run, numbers), columns)
+        labels = image_labels(run, numbers) if labelled else None
+        write_grid(run, f"{run.step:07d}", latents, labels, columns)
     run.accelerator.wait_for_everyone()
 
 
@@ -58,8 +60,9 @@ def _scores(run: Run) -> dict[str, float]:
     network = averaged_network(run)
     batch_size = min(config.eval_batch_size, config.eval_samples)
     fast = fast_network(network, batch_size, config.compile, cuda_graphs=device.type == "cuda")
-    sums = CoherenceSums(run.facts.network.cls_token_dim, device) if slot in FROM_ENCODER else None
-    if sums is not None and run.class_centres is None:
+    labelled = not config.unconditional
+    sums = CoherenceSums(run.facts.network.cls_token_dim, device, labelled) if slot in FROM_ENCODER else None
+    if sums is not None and labelled and run.class_centres is None:
         run.class_centres = class_centres(run)
 
     broken = torch.zeros((), device=device)
@@ -70,7 +73,8 @@ def _scores(run: Run) -> dict[str, float]:
         images = run.codec.decode(latents)
         if sums is not None:
             encoded = entangled_token(slot, run.encoders[0].forward(images), None)  # not compiled for these shapes
-            sums.update(cls_tokens, encoded, torch.tensor(image_labels(run, numbers), device=device), run.class_centres)
+            labels = torch.tensor(image_labels(run, numbers), device=device)
+            sums.update(cls_tokens, encoded, *((labels, run.class_centres) if labelled else ()))
         return images
 
     scores = {**run.evaluation(draw), "num_steps": config.eval_num_steps}
@@ -127,8 +131,8 @@ def write_reconstructions(run: Run) -> None:
 
 
 def image_labels(run: Run, numbers: range) -> list[int]:
-    """Return the labels of images given by number: the classes of the data in turn."""
-    labels = run.data.classes.labels
+    """Return the labels of images given by number: the classes of the data in turn; without labels the null class."""
+    labels = (run.facts.network.num_classes,) if run.config.unconditional else run.data.classes.labels
     return [labels[number % len(labels)] for number in numbers]
 
 
@@ -172,15 +176,16 @@ def grid_captions(classes: ClassSet, labels: list[int], columns: int | None) -> 
     ]
 
 
-def write_grid(run: Run, name: str, latents: Tensor, labels: list[int], columns: int | None = None) -> None:
+def write_grid(run: Run, name: str, latents: Tensor, labels: list[int] | None, columns: int | None = None) -> None:
     """Decode latents and write them as samples/NAME.png with captions, and to the tracker.
 
-    labels: of the images. columns: as `grid_columns` returns it; None: a square grid.
+    labels: of the images; None: no captions. columns: as `grid_columns` returns it; None: a square grid.
     """
     images = run.codec.decode(latents.float()).permute(0, 2, 3, 1).cpu().numpy()
-    grid = image_grid(images, columns, captions=grid_captions(run.data.classes, labels, columns))
+    captions = None if labels is None else grid_captions(run.data.classes, labels, columns)
+    grid = image_grid(images, columns, captions=captions)
     path = run.folder / "samples" / f"{name}.png"
     with warn_if_unwritable(str(path)):
         save_png(path, grid)
-        logger.info("grid %s: %d images", path, len(labels))
+        logger.info("grid %s: %d images", path, len(images))
     run.log.track_picture(grid, run.step)

@@ -156,7 +156,9 @@ def say_differences(config: TrainConfig) -> None:
 
 def open_data(config: TrainConfig, accelerator: Accelerator) -> LatentDataset:
     """Return the training data, checked against the flags and, with the work shared by the processes, file by file."""
-    data = LatentDataset(config.data_dir, config.flip, config.latents_folder, config.latents_codec)
+    data = LatentDataset(
+        config.data_dir, config.flip, config.latents_folder, config.latents_codec, not config.unconditional
+    )
     if config.num_classes is not None and config.num_classes < data.num_classes:
         raise InputError(f"--num-classes {config.num_classes}: the data in {config.data_dir} have {data.num_classes}")
     if config.resolution is not None and config.resolution != data.resolution:

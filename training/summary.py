@@ -128,7 +128,11 @@ def data(run: Run) -> str:
     """Return size, classes and latents of the data."""
     found, form, side = run.data, run.facts.latent_format, run.facts.network.input_size
     classes = len(found.classes.labels)
-    count = f"{len(found):,} images of {found.resolution} px, {classes:,} {'class' if classes == 1 else 'classes'}"
+    named = f"{classes:,} {'class' if classes == 1 else 'classes'}"
+    if not found.has_labels:
+        named = "no labels" if run.config.unconditional else "no labels (one class, label 0)"
+    named += " (trained without labels, --cfg-prob 1)" * run.config.unconditional
+    count = f"{len(found):,} images of {found.resolution} px, {named}"
     unused = run.facts.network.num_classes - classes
     embedded = f" (the network has {run.facts.network.num_classes:,})" if unused else ""
     assumed = "" if found.names_codec else " (assumed, no dataset.json names it; preprocessing/verify.py checks it)"
