@@ -292,9 +292,9 @@ def report_reconstruction(config: VerifyConfig, dataset: LatentDataset, codec: C
     positions = np.linspace(0, len(dataset) - 1, min(config.reconstruct, len(dataset))).astype(int)
     originals, reconstructions = [], []
     for i in progress_bar(positions, desc="decoding", unit="image"):
-        image, moments, _ = dataset[int(i)]
-        latents = dataset.latent_format.sample(moments[None].to(config.torch_device), noise=None)
-        originals.append(image)
+        stored = torch.from_numpy(dataset.read_latents(i))
+        latents = dataset.latent_format.sample(stored[None].to(config.torch_device), noise=None)
+        originals.append(dataset.image(i))
         reconstructions.append(codec.decode(latents)[0].cpu())
     images, decoded = torch.stack(originals), torch.stack(reconstructions)  # both (N, 3, R, R) uint8
 

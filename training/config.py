@@ -39,6 +39,7 @@ DIGESTS = {
         "the same files are allowed)",
     ),
     "encoder_digest": ("enc_weights", "these are not the encoder weights of the run"),
+    "encoder_digests": ("enc_weights", "these are not the encoder weights of the run"),  # one for each of several
 }
 RECORDED = frozenset({"codec", "latent_size", "z_dims", "in_channels", "cls_token_dim", *DIGESTS, DERIVED})
 # Another run does not take these from args.json.
@@ -287,6 +288,8 @@ class TrainConfig(
             raise InputError(f"--entangle {self.entangle} contradicts {given}; give one of them")
         if self.enc_type == "none" and self.slot in FROM_ENCODER:
             raise InputError("--enc-type none: the class slot needs an encoder; add --no-cls-token to train SiT")
+        if self.cached_tokens and not self.reads_encoder:
+            raise InputError(f"--cached-tokens {self.cached_tokens}: neither class slot nor alignment reads an encoder")
         if self.value_residual and self.depth == 1:
             raise InputError("--value-residual with --depth 1: one block has no values of another; needs 2 or more")
         if self.resume not in (None, "latest") and self.resume_step:
@@ -301,6 +304,11 @@ class TrainConfig(
     def slot(self) -> str:
         """What the class slot holds, one of `loss.ENTANGLED`."""
         return self.entangle or ("none" if self.cls_token is False else "class")
+
+    @property
+    def reads_encoder(self) -> bool:
+        """Whether class slot or alignment need the output of an encoder."""
+        return self.enc_type != "none" and (self.slot in FROM_ENCODER or self.proj_coeff > 0)
 
     @property
     def precision(self) -> str:
