@@ -14,12 +14,6 @@ from models.encoders import Encoder, encoders_digest, load_encoders, name_with_t
 from training.config import TrainConfig
 
 
-def open_tokens(config: TrainConfig) -> list[CachedTokens]:
-    """Return the tokens of --cached-tokens."""
-    names = config.cached_tokens.split(",") if config.cached_tokens else []
-    return [CachedTokens.open(config.data_dir, name.strip()) for name in names]
-
-
 def name_encoders(config: TrainConfig, tokens: Sequence[CachedTokens]) -> TrainConfig:
     """Return the settings with the encoders of cached tokens as --enc-type, if the flag is not given.
 
