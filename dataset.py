@@ -6,14 +6,16 @@
 Both are a folder or a zip with a dataset.json {"labels": [[name, label], ...]}. The dataset.json of the latents may
 describe their codec; the default is Stable Diffusion's. With "latents": "draw" in it, the files contain one draw of the
 latents of each image, (C, h, w), not yet shifted and scaled. The folder may also contain the latents of the mirrored
-images, 00000/img-mean-std-flip-00000000.npy. Data with "labels": null has no labels: it is one class, label 0.
+images, 00000/img-mean-std-flip-00000000.npy. Data with "labels": null has no labels: it is one class, label 0. Next to
+images and latents can be cached tokens of encoders (models/cached_tokens.py).
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,12 +27,12 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from common.classes import ClassSet, class_names
+from common.data_folder import IMAGE_FOLDERS, LATENT_FOLDERS, find_part
 from common.errors import InputError
-from common.image_files import encode_command, has_images, preparation
+from common.image_files import preparation
 from common.images import open_image, to_mode
 from common.io import real_path
 from common.npy import decode_npy
-from common.packed import explain_packed
 from common.pairing import files_by_index, labels_by_index
 from common.sources import (
     IMAGE_NAME,
@@ -45,10 +47,9 @@ from common.sources import (
     read_dataset_json,
 )
 from models.autoencoder import codec_format
+from models.cached_tokens import CachedTokens
 from models.latent_format import LatentFormat
 
-IMAGE_FOLDERS = ("images", "imagenet_256_vae", "imagenet_512_vae")
-LATENT_FOLDERS = ("vae-sd", "latents")
 STORED = ("moments", "draw")  # what the files of latents contain
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # of Pillow; others lose values as 8-bit RGB
 PNG_END = b"IEND\xaeB`\x82"  # the last eight bytes of every complete PNG (PNG specification, section 11.2.5)
@@ -60,15 +61,19 @@ class LatentDataset(Dataset):
     """Images, latents and labels of a data folder.
 
     Item i is (image (3, R, R) uint8, stored latents float32, label int64 scalar), item len + i its mirror image. Stored
-    are moments (2 C, h, w) or a draw (C, h, w); `LatentFormat.sample` takes both.
+    are moments (2 C, h, w) or a draw (C, h, w); `LatentFormat.sample` takes both. With cached tokens, the tokens
+    (1 + T, D) float16 of each encoder take the place of the image, which is not read: (tokens, ..., latents, label).
 
     `data_dir` contains images and latents. With `flip`, the latents of the mirrored images are required.
     `latents_folder` is the name of the latents' folder or zip, by default one of `LATENT_FOLDERS`. `latents_codec` is
     the codec of latents whose dataset.json names none, its name or its format; by default Stable Diffusion's. Without
-    `needs_labels`, data of which no dataset.json has an entry "labels" are data without labels.
+    `needs_labels`, data of which no dataset.json has an entry "labels" are data without labels. `tokens` are the cached
+    tokens of encoders, as `CachedTokens.open` returns them.
 
     Attributes:
         has_labels: whether there are labels; without them, the label of each image is 0.
+        tokens: those of the images of this data set, in its order.
+        item_bytes: memory of an item.
         class_names: the "classes" of a dataset.json, [] if there are none.
         classes: the labels that occur, with their names if there are any.
         num_classes: the largest label plus one, or the number of class names in dataset.json if that is larger.
@@ -89,6 +94,7 @@ class LatentDataset(Dataset):
         flip: bool = False,
         latents_folder: str | None = None,
         latents_codec: str | LatentFormat | None = None,
+        tokens: Sequence[CachedTokens] = (),
         needs_labels: bool = True,
     ):
         self.data_dir = Path(data_dir)
@@ -101,8 +107,8 @@ class LatentDataset(Dataset):
             raise InputError(f"{data_dir}: {problem}")
 
         # Pair the files by their index. The names are arrays: worker processes would copy lists of strings.
-        self.images = _find(self.data_dir, IMAGE_FOLDERS, "images")
-        self.latents = _find(self.data_dir, (latents_folder,) if latents_folder else LATENT_FOLDERS, "latents")
+        self.images = find_part(self.data_dir, IMAGE_FOLDERS, "images")
+        self.latents = find_part(self.data_dir, (latents_folder,) if latents_folder else LATENT_FOLDERS, "latents")
         image_names = files_by_index(self.images, IMAGE_NAME, image_name(0))
         latent_names = files_by_index(self.latents, LATENT_NAME, latents_name(0))
         if unpaired := sorted(image_names.keys() ^ latent_names.keys()):
@@ -138,12 +144,15 @@ class LatentDataset(Dataset):
         # The first image and its latents define the shapes.
         self.resolution = self.stored_shape = None
         self.resolution = self.image(0).shape[-1]
-        self.stored_shape = self._latents(0).shape
+        self.stored_shape = self.read_latents(0).shape
         self.latent_size, form = self.stored_shape[-1], self.latent_format
         self.stored = self._stored_kind(described[self.latents].get("latents"))
         if self.resolution != self.latent_size * form.factor:
             sizes = f"images of {self.resolution} px and latents of {self.latent_size}"
             raise InputError(f"{self.data_dir}: {sizes}, but codec {form.codec} reduces by {form.factor}")
+        self.tokens = [one.of_images(indices, flip) for one in tokens]
+        for one in self.tokens:
+            one.check_images(self.images, [decode_name(name) for name in self.image_names])
 
     def _stored_kind(self, recorded: Any) -> str:
         """Return what the files of latents contain: what is recorded, or what their number of channels means.
@@ -174,10 +183,19 @@ class LatentDataset(Dataset):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
+    def __getitem__(self, i: int) -> tuple[Tensor, ...]:
         mirrored, i = divmod(i, len(self))
-        image, latents = self.image(i), self._latents(i, bool(mirrored))
-        return image.flip(2) if mirrored else image, torch.from_numpy(latents), torch.tensor(self.labels[i])
+        if self.tokens:
+            seen = [tokens.read(i, bool(mirrored)) for tokens in self.tokens]
+        else:
+            seen = [self.image(i).flip(2) if mirrored else self.image(i)]
+        return *seen, torch.from_numpy(self.read_latents(i, bool(mirrored))), torch.tensor(self.labels[i])
+
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of an item in memory."""
+        seen = sum(one.item_bytes for one in self.tokens) if self.tokens else 3 * self.resolution**2
+        return seen + 4 * math.prod(self.stored_shape)
 
     def keep(self, count: int) -> None:
         """Reduce the data set to `count` images, or to all if it has fewer: the first ones of each class in turn.
@@ -190,13 +208,14 @@ class LatentDataset(Dataset):
         rank[order] = np.arange(len(order)) - np.repeat(starts, sizes)
         kept = np.sort(np.lexsort((self.labels, rank))[:count])
         self.image_names, self.latent_names = self.image_names[kept], self.latent_names[kept]
-        self.labels = self.labels[kept]
+        self.labels, self.tokens = self.labels[kept], [one.keep(kept) for one in self.tokens]
         self.classes = ClassSet.of_data(np.unique(self.labels), self.class_names)
 
     def digest(self) -> str:
         """Return the SHA-256 of file names, labels, class names, and the bytes of `DIGEST_SAMPLE` images and latents.
 
-        It is the same for a folder and a zip, in any place. Raises InputError for a file that cannot be read.
+        It is the same for a folder and a zip, in any place, and with cached tokens. Raises InputError for a file that
+        cannot be read.
         """
         names = [os.path.basename(name) for name in (*self.image_names.tolist(), *self.latent_names.tolist())]
         digest = hashlib.sha256(repr((names, self.labels.tolist(), self.class_names)).encode())
@@ -211,15 +230,15 @@ class LatentDataset(Dataset):
         return self.images.load(self.image_file(i), partial(_decode_image, side=self.resolution))
 
     def check(self, progress: Callable[[int], object] = lambda count: None, part: int = 0, parts: int = 1) -> None:
-        """Check every file without decoding it: PNGs must be complete, latents must have the size of the first ones.
+        """Check every file without decoding it: PNGs must be complete, others must have the size of the first ones.
 
         Each of several processes checks its own of `parts` equal parts. `progress` receives numbers of items done.
         Raises InputError that states the number of broken files and names the first ones.
         """
-        expected = self.latents.size(self.latents_file(0))
+        sizes = [source.size(name) for source, name in self._arrays(0)]
         errors: list[str] = []
         share = range(len(self) * part // parts, len(self) * (part + 1) // parts)
-        for found in map_files(lambda i: self._file_error(i, expected), share):
+        for found in map_files(lambda i: self._file_error(i, sizes), share):
             errors += filter(None, found)
             progress(len(found))
         if errors:
@@ -239,20 +258,26 @@ class LatentDataset(Dataset):
         mirrored, i = divmod(i, len(self))
         return self.latents.describe(self.latents_file(i, bool(mirrored)))
 
-    def _latents(self, i: int, mirrored: bool = False) -> np.ndarray:
+    def read_latents(self, i: int, mirrored: bool = False) -> np.ndarray:
         """Return the stored latents of image i, or of its mirror image, (2 C, h, w) or (C, h, w) float32."""
         decode = partial(decode_latents, shape=self.stored_shape)
         return self.latents.load(self.latents_file(i, mirrored), decode).astype(np.float32, copy=False)
 
-    def _file_error(self, i: int, latents_bytes: int) -> str | None:
-        """Return why a file of image i is broken, None if none is. Its latents must have `latents_bytes`."""
+    def _arrays(self, i: int) -> list[tuple[FileSource, str]]:
+        """Return the files of latents and tokens of image i; with `flip`, those of its mirror image as well."""
+        mirrors = (False, True) if self.flip else (False,)
+        latents = [(self.latents, self.latents_file(i, mirrored)) for mirrored in mirrors]
+        return latents + [(one.source, one.file(i, mirrored)) for one in self.tokens for mirrored in mirrors]
+
+    def _file_error(self, i: int, sizes: list[int]) -> str | None:
+        """Return why a file of image i is broken, None if none is. `sizes`: those of `_arrays`."""
         image = self.image_file(i)
         path = self.images.describe(image)
         try:
-            for mirrored in (False, True) if self.flip else (False,):
-                name = self.latents_file(i, mirrored)
-                if (size := self.latents.size(name)) != latents_bytes:
-                    return f"{self.latents.describe(name)}: {size} bytes; the first latents have {latents_bytes}"
+            for (source, name), expected in zip(self._arrays(i), sizes, strict=True):
+                if (size := source.size(name)) != expected:
+                    what = "latents" if source is self.latents else "tokens"
+                    return f"{source.describe(name)}: {size} bytes; the first {what} have {expected}"
             if self.images.is_zip:  # its directory is at its end, so a zip that could be opened is complete
                 return None if self.images.size(image) else f"{path}: empty"
             is_complete = self.images.tail(image, len(PNG_END)) == PNG_END
@@ -352,40 +377,3 @@ def _decode_image(data: bytes, side: int | None) -> Tensor:
     if (height, width) != (side, side):
         raise InputError(f"{width} x {height} pixels; expected {side} x {side}")
     return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
-
-
-def _find(data_dir: Path, names: tuple[str, ...], what: str) -> FileSource:
-    """Return the folder or zip whose name is among `names`. Raises InputError unless there is exactly one."""
-    places = [path for name in names for path in (data_dir / name, data_dir / f"{name}.zip")]
-    found = [path for path in places if os.path.lexists(path)]
-    if len(found) != 1:
-        state = " and ".join(path.name for path in found) or "none"
-        other_latents = _other_latents(data_dir) if what == "latents" else ""
-        advice = "" if found else other_latents or _advice(data_dir)
-        raise InputError(
-            f"{data_dir}: {what} expected in one folder or .zip of {', '.join(names)}; found {state}{advice}"
-        )
-    return FileSource(found[0])
-
-
-def _other_latents(data_dir: Path) -> str:
-    """Return by which flag latents in folders of other names are read, "" if there are none."""
-    folders = (path for path in sorted(data_dir.iterdir()) if path.stem not in IMAGE_FOLDERS)
-    found = [path.name for path in folders if (path / "dataset.json").exists()]
-    return f"; folders of other names: {', '.join(found)}; choose one by --latents-folder" if found else ""
-
-
-def _advice(data_dir: Path) -> str:
-    """Return what to do about a data folder without images or without latents, "" if its content gives no hint."""
-    path, own_names = real_path(data_dir), (*IMAGE_FOLDERS, *LATENT_FOLDERS)
-    if path.name in own_names and ((path / "dataset.json").exists() or (path / "00000").exists()):
-        return f"; this is {path.name} itself, use the folder above it: {path.parent}"
-    if parts := [folder for folder in sorted(path.iterdir()) if any((folder / name).exists() for name in own_names)]:
-        return f"; use {' or '.join(str(data_dir / folder.name) for folder in parts[:2])}"
-    if images := next((path / name for name in IMAGE_FOLDERS if (path / name).exists()), None):
-        return f"; encode the images first:\n{encode_command(images)}"
-    names = FileSource(path).names
-    if has_images(names):
-        return preparation(path)
-    packed = explain_packed(path, names)
-    return f"; it {packed}" if packed else ""

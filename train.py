@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from itertools import islice
 
 import torch
@@ -28,6 +28,7 @@ from common.progress import progress_bar
 from dataset import GlobalBatchSampler
 from loss import FROM_ENCODER, Targets, alignment_target, entangled_token
 from models import ema
+from models.cached_tokens import as_output
 from training import summary
 from training.best import is_best, write_best
 from training.config import parse_args
@@ -122,20 +123,20 @@ def after_step(run: Run, last_step: int, bar: tqdm) -> None:
     bar.unpause()
 
 
-def training_step(run: Run, batches: Iterator[tuple[Tensor, Tensor, Tensor]]) -> None:
+def training_step(run: Run, batches: Iterator[tuple[Tensor, ...]]) -> None:
     """Do one optimizer step: the complete method. Nothing here waits for the device."""
     accelerator, parts = run.accelerator, run.facts.micro_batches
     global_draws = run.randomness.draw(run.step)
     unaligned = [] if run.aligns else projectors_in_ddp(run.model)
     for part in range(parts):
         with run.log.clock.waiting_for_data():
-            images, moments, y = next(batches)
+            *seen, moments, y = next(batches)
         first = (accelerator.process_index * parts + part) * len(y)
         draws = global_draws.rows(first, first + len(y))
         x = run.facts.latent_format.sample(moments, draws.latent_noise)
         with accelerator.accumulate(run.model):
             with accelerator.autocast():
-                targets = encode_tokens(run, images, x)
+                targets = encode_tokens(run, seen, x)
                 terms = run.criterion(run.model, x, y, targets, draws)
             loss = terms["loss"].mean()
             accelerator.backward(loss + zero_with_gradients(unaligned) if unaligned else loss)
@@ -153,11 +154,17 @@ def training_step(run: Run, batches: Iterator[tuple[Tensor, Tensor, Tensor]]) ->
 
 
 @torch.no_grad()
-def encode_tokens(run: Run, images: Tensor, x: Tensor) -> Targets:
-    """Return what the encoders give for uint8 images (N, 3, R, R) with latents x (N, C, h, w)."""
+def encode_tokens(run: Run, seen: Sequence[Tensor], x: Tensor) -> Targets:
+    """Return what the encoders give for a batch with latents x (N, C, h, w).
+
+    seen: the images (N, 3, R, R) uint8, or the cached tokens of each encoder, (N, 1 + T, D) float16.
+    """
     slot = run.config.slot
-    needed = run.encoders if run.aligns else run.encoders[: slot in FROM_ENCODER]
-    outputs = [encoder(images) for encoder in needed]
+    count = len(run.data.tokens or run.encoders) if run.aligns else int(slot in FROM_ENCODER)
+    if run.data.tokens:
+        outputs = [as_output(tokens) for tokens in seen[:count]]
+    else:
+        outputs = [encoder(*seen) for encoder in run.encoders[:count]]
     cls_token = entangled_token(slot, outputs[0] if outputs else None, x)
     if run.ema.cls_scale is not None:  # `run.model` may be wrapped; both have the same statistics
         cls_token = run.ema.cls_scale.standardize(cls_token)
@@ -193,8 +200,10 @@ def read_reports(run: Run, wait_for_all: bool = False) -> None:
             run.log.add(report.means)
 
 
-def load_batches(run: Run, steps: range) -> Generator[tuple[Tensor, Tensor, Tensor], None, None]:
-    """Yield images, moments and labels on the device: the micro-batches of this process for each of `steps`.
+def load_batches(run: Run, steps: range) -> Generator[tuple[Tensor, ...], None, None]:
+    """Yield images or cached tokens, moments, and labels on the device, as `LatentDataset` has them.
+
+    These are the micro-batches of this process for each of `steps`.
 
     If a loader process is lost, this process reads the batches itself, so that the step can be completed and saved.
     """

@@ -211,7 +211,7 @@ class PlainForm(Form):
 
         # Forward and backward pass
         with torch.autocast(device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None):
-            targets = train.encode_tokens(run, images, x)
+            targets = train.encode_tokens(run, [images], x)
             terms = looped_loss(run.criterion, network, x, y, targets, draws)
         self.scaler.scale(terms["loss"].mean()).backward()
 

@@ -2,6 +2,7 @@
 
 images   00001/img00001234.png
 latents  00001/img-mean-std-00001234.npy, of the mirrored image 00001/img-mean-std-flip-00001234.npy
+tokens   00001/img-tokens-00001234.npy, of the mirrored image 00001/img-tokens-flip-00001234.npy
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from common.zip_files import (
 FILES_PER_FOLDER = 1000
 IMAGE_NAME = re.compile(r"(?:.*/)?img(\d+)\.png")
 LATENT_NAME = re.compile(r"(?:.*/)?img-mean-std-(\d+)\.npy")
+TOKENS_NAME = re.compile(r"(?:.*/)?img-tokens-(\d+)\.npy")
 THREADS, THREAD_CHUNK = 16, 250  # of `map_files`
 
 HEAD_BYTES, MAX_HEAD_MEMBER = 32, 1 << 26  # of `head`: enough to recognize a format; the largest member it unpacks
@@ -54,9 +56,14 @@ def latents_name(index: int) -> str:
     return f"{index // FILES_PER_FOLDER:05d}/img-mean-std-{index:08d}.npy"
 
 
+def tokens_name(index: int) -> str:
+    """Return the name of an image's encoder tokens: index 1234 is 00001/img-tokens-00001234.npy."""
+    return f"{index // FILES_PER_FOLDER:05d}/img-tokens-{index:08d}.npy"
+
+
 def mirrored_name(name: str) -> str:
-    """Return the name of the mirrored image's latents, which are in the same folder."""
-    return re.sub(r"img-mean-std-(?=[^/]*$)", "img-mean-std-flip-", name)
+    """Return the name of the mirrored image's latents or tokens, which are in the same folder."""
+    return re.sub(r"img-(mean-std|tokens)-(?=[^/]*$)", r"img-\1-flip-", name)
 
 
 def read_dataset_json(source: FileSource) -> dict[str, Any]:

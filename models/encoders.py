@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import hashlib
 import math
 import re
 import textwrap
@@ -202,6 +203,19 @@ def load_encoder(spec: str, resolution: int, weights: str | Path | None = None, 
     line, input_size = _resolve(spec, resolution)
     weights = weights or _hub_weights(spec, line)
     return _build(spec, line, input_size, _read_weights(weights, line), weights).to(device)
+
+
+def encoders_digest(encoders: Iterable[Encoder]) -> str:
+    """Return the SHA-256 of the weights of encoders.
+
+    Tables of positions are skipped: they are resampled, and their last bits depend on the version of PyTorch.
+    """
+    digest = hashlib.sha256()
+    for encoder in encoders:
+        for name, value in encoder.state_dict().items():
+            if "pos" not in name:
+                digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def untrained_encoder(spec: str, resolution: int, device: Device = "cpu") -> Encoder:

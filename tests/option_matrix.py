@@ -17,11 +17,10 @@ from PIL import Image
 
 import train
 from models.checkpoint import load_checkpoint
-from models.encoders import load_encoder
+from models.encoders import encoders_digest, load_encoder
 from tests.conftest import NUM_CLASSES, ROOT, read_rows, reset_accelerate, write_encoder
 from tests.test_factor_16 import save_codec
 from training.metrics import RunLog
-from training.record import encoders_digest
 from training.state import Run
 
 STEPS = 3

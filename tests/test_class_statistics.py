@@ -142,7 +142,7 @@ def test_the_target_has_mean_zero_and_variance_one_and_the_alignment_is_unchange
     plain, run = start(flags, "--exp-name", "plain"), start(flags, *ON)
     images = torch.stack([run.data.image(i) for i in range(len(run.data))]).to(run.accelerator.device)
     x = torch.zeros(len(images), 3, 16, 16, device=run.accelerator.device)
-    expected, found = train.encode_tokens(plain, images, x), train.encode_tokens(run, images, x)
+    expected, found = train.encode_tokens(plain, [images], x), train.encode_tokens(run, [images], x)
     assert found.cls_token.dtype == torch.float32
     assert found.cls_token.mean(0).abs().max() < 1e-4
     torch.testing.assert_close(found.cls_token.var(0, correction=0), torch.ones_like(found.cls_token[0]))

@@ -163,7 +163,7 @@ def test_args_json_of_a_run_starts_another_run(train_flags, tmp_path):
     content = read_json(run / "args.json")
     assert {"resolution", "num_classes", "entangle", "cls_token", "mixed_precision"} <= set(content[DERIVED])
     assert not {"depth", "seed", "encoder_depth"} & set(content[DERIVED])
-    assert content.keys() >= RECORDED - {"cls_digest"}  # with --standardize-cls only
+    assert content.keys() >= RECORDED - {"cls_digest", "encoder_digests"}  # of some runs only
     file = ["--config", str(run / "args.json")]
     with pytest.raises(InputError, match="--exp-name is required"):
         parse_args(file)

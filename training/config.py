@@ -44,6 +44,7 @@ DIGESTS = {
         "standardize_cls",
         "these are not the statistics of the class token with which the run was started, which it keeps",
     ),
+    "encoder_digests": ("enc_weights", "these are not the encoder weights of the run"),  # one for each of several
 }
 RECORDED = frozenset({"codec", "latent_size", "z_dims", "in_channels", "cls_token_dim", *DIGESTS, DERIVED})
 # Another run does not take these from args.json.
@@ -303,6 +304,8 @@ class TrainConfig(
         if self.unconditional and self.grid_cfg_scale > 1:
             why = "--cfg-prob 1 trains without labels, and guidance compares samples with and without"
             raise InputError(f"--grid-cfg-scale {self.grid_cfg_scale:g}: {why}; allowed: 1")
+        if self.cached_tokens and not self.reads_encoder:
+            raise InputError(f"--cached-tokens {self.cached_tokens}: neither class slot nor alignment reads an encoder")
         if self.value_residual and self.depth == 1:
             raise InputError("--value-residual with --depth 1: one block has no values of another; needs 2 or more")
         if self.resume not in (None, "latest") and self.resume_step:
@@ -317,6 +320,11 @@ class TrainConfig(
     def slot(self) -> str:
         """What the class slot holds, one of `loss.ENTANGLED`."""
         return self.entangle or ("none" if self.cls_token is False else "class")
+
+    @property
+    def reads_encoder(self) -> bool:
+        """Whether class slot or alignment need the output of an encoder."""
+        return self.enc_type != "none" and (self.slot in FROM_ENCODER or self.proj_coeff > 0)
 
     @property
     def precision(self) -> str:

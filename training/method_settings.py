@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from common.checks import AUTO, ENTRY_NAME, NON_NEGATIVE, TIME_SHIFT, UNIT_INTERVAL, Check, between
+from common.checks import AUTO, ENTRY_NAME, ENTRY_NAMES, NON_NEGATIVE, TIME_SHIFT, UNIT_INTERVAL, Check, between
 from common.cli import Config, adjustable, flag, number_or_auto, setting, settings
 from common.errors import InputError
 from loss import ENTANGLED, TERMS
@@ -53,6 +53,13 @@ class MethodSettings(Config):
     )
     enc_type: str = setting("dinov2-vit-b", "frozen encoders, comma-separated; the first gives the class token")
     enc_weights: str | None = adjustable(None, "local weight files of the encoders, comma-separated; default: the hub")
+    cached_tokens: str | None = adjustable(
+        None,
+        "folders or zips in --data-dir with the tokens of the encoders, comma-separated, in the order of --enc-type "
+        "(preprocessing/encode_tokens.py); they are read instead of images, and no encoder runs; only rounding of its "
+        "output to float16 changes. Without --enc-type, they name the encoders. --eval-steps loads the first encoder",
+        check=ENTRY_NAMES,
+    )
     entangle: str | None = setting(
         None,
         "what the class slot holds, denoised with the latents: the class token of the first encoder (default), the "

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from common.checks import AUTO
 from common.classes import ClassSet, label_ranges
 from common.cli import fixed_settings, flag, settings
 from common.errors import InputError
 from models.checkpoint import checkpoint_classes
-from models.encoders import AFTER_NORM, Encoder, name_with_tokens
+from models.encoders import AFTER_NORM, name_with_tokens
 from models.layouts import plain_names
 from models.sit import SiTConfig
 from models.sit_config import depths_as_setting, qk_norm_name
@@ -105,19 +101,6 @@ def same_value(value: Any, before: Any) -> bool:
         return False
 
 
-def encoders_digest(encoders: Iterable[Encoder]) -> str:
-    """Return the SHA-256 of the weights of encoders.
-
-    Tables of positions are skipped: they are resampled, and their last bits depend on the version of PyTorch.
-    """
-    digest = hashlib.sha256()
-    for encoder in encoders:
-        for name, value in encoder.state_dict().items():
-            if "pos" not in name:
-                digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
 def check_same_inputs(config: TrainConfig, facts: RunFacts, saved: dict[str, Any]) -> list[str]:
     """Return which digests of what a run reads, names of `DIGESTS`, are not those that it recorded in `saved`.
 
@@ -126,6 +109,7 @@ def check_same_inputs(config: TrainConfig, facts: RunFacts, saved: dict[str, Any
     changed = []
     for name, (field, what) in DIGESTS.items():
         before, now = saved.get(name), facts.digests.get(name)
+        field = "cached_tokens" if field == "enc_weights" and config.cached_tokens else field
         if before is not None and now is not None and not same_value(now, before):
             changed.append(name)
             if not config.allow_changed_data:

@@ -124,10 +124,10 @@ def write_reconstructions(run: Run) -> None:
     """Write a grid of decoded real latents: an upper bound for the samples, and a check of data and codec."""
     if run.config.sampling_steps and run.accelerator.is_main_process:
         count = min(run.config.grid_samples, len(run.data))
-        chosen = [run.data[i * len(run.data) // count] for i in range(count)]  # from all classes
-        moments = torch.stack([moments for _, moments, _ in chosen]).to(run.accelerator.device)
-        labels = [int(label) for *_, label in chosen]
-        write_grid(run, "reconstructions", run.facts.latent_format.sample(moments, None), labels)
+        chosen = [i * len(run.data) // count for i in range(count)]  # from all classes
+        stored = torch.stack([torch.from_numpy(run.data.read_latents(i)) for i in chosen]).to(run.accelerator.device)
+        labels = [int(run.data.labels[i]) for i in chosen]
+        write_grid(run, "reconstructions", run.facts.latent_format.sample(stored, None), labels)
 
 
 def image_labels(run: Run, numbers: range) -> list[int]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import resource
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -25,15 +25,16 @@ from common.locks import lock_folder
 from common.progress import progress_bar
 from dataset import GlobalBatchSampler, LatentDataset
 from evaluations.in_training import TrainingEvaluation
-from loss import FROM_ENCODER, REGLoss
+from loss import REGLoss
 from models.autoencoder import Codec, load_decoder
+from models.cached_tokens import CachedTokens, open_tokens
 from models.checkpoint import saved_settings
-from models.encoders import Encoder, load_encoders
+from models.encoders import Encoder
 from models.inference import NETWORK_DTYPES
 from models.sit import SiT
 from training.checkpoint_writer import CheckpointWriter
-from training.class_statistics import ClassStatistics, read_class_statistics
 from training.config import RunFacts, TrainConfig, find_facts
+from training.encoders import find_digests, find_statistics, make_encoders, name_encoders
 from training.guards import BadSteps, FiniteWeights, GuardedOptimizer
 from training.limits import check_memory, choose_micro_batches, free_memory, memory_of, step_memory
 from training.messages import logger, start_messages, warn_if_unwritable
@@ -45,7 +46,6 @@ from training.record import (
     check_same_inputs,
     check_same_network,
     check_same_run,
-    encoders_digest,
     run_record,
     saved_args,
 )
@@ -73,21 +73,23 @@ def set_up(config: TrainConfig, stop_signal: StopSignal | None = None) -> Run:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
 
     # Everything that can be wrong with the input.
+    tokens = open_tokens(config.data_dir, config.cached_tokens)
+    config = name_encoders(config, tokens)
     point = broadcast_from_main(accelerator, lambda: find_resume_point(config))
     checkpoint = load_chosen(config, point)
     with restoring(point.path):
         config = choose_rates(config, checkpoint, point.path)
     say_differences(config)
-    data = open_data(config, accelerator)
+    data = open_data(config, accelerator, tokens)
     encoders = make_encoders(config, data, accelerator)
     digests = broadcast_from_main(accelerator, lambda: find_digests(data, encoders))  # of the weights as they are given
-    statistics = broadcast_from_main(accelerator, lambda: find_statistics(config, encoders))
+    statistics = broadcast_from_main(accelerator, lambda: find_statistics(config, data, encoders))
     encoders = [encoder.convert(NETWORK_DTYPES[config.encoder_dtype]) for encoder in encoders]
     codec = make_codec(config, data, accelerator)
     if config.sampling_steps and broadcast_from_main(accelerator, lambda: codec is None):
         config = changed(config, sampling_steps=0)
     evaluation = make_evaluation(config, accelerator, encoders)
-    widths = [encoder.width for encoder in encoders]
+    widths = [one.format.width for one in data.tokens] or [encoder.width for encoder in encoders]
     facts = find_facts(
         config, data.resolution, data.latent_size, data.num_classes, data.latent_format, widths, digests, statistics
     )
@@ -154,10 +156,10 @@ def say_differences(config: TrainConfig) -> None:
         logger.info(f"note: --ops-head {config.ops_head} is accepted and ignored, as in the published program")
 
 
-def open_data(config: TrainConfig, accelerator: Accelerator) -> LatentDataset:
+def open_data(config: TrainConfig, accelerator: Accelerator, tokens: Sequence[CachedTokens]) -> LatentDataset:
     """Return the training data, checked against the flags and, with the work shared by the processes, file by file."""
     data = LatentDataset(
-        config.data_dir, config.flip, config.latents_folder, config.latents_codec, not config.unconditional
+        config.data_dir, config.flip, config.latents_folder, config.latents_codec, tokens, not config.unconditional
     )
     if config.num_classes is not None and config.num_classes < data.num_classes:
         raise InputError(f"--num-classes {config.num_classes}: the data in {config.data_dir} have {data.num_classes}")
@@ -173,19 +175,6 @@ def open_data(config: TrainConfig, accelerator: Accelerator) -> LatentDataset:
         with progress_bar(total=len(data) // parts, desc="checking the data", unit="image", main=part == 0) as bar:
             data.check(bar.update, part, parts)
     return data
-
-
-def make_encoders(config: TrainConfig, data: LatentDataset, accelerator: Accelerator) -> list[Encoder]:
-    """Return the frozen encoders, empty if neither class slot nor alignment needs one.
-
-    Raises InputError if the latents do not divide into patches, so that their tokens have no number.
-    """
-    if config.enc_type == "none" or not (config.slot in FROM_ENCODER or config.proj_coeff > 0):
-        return []
-    size, patch = data.latent_size, int(config.model.rsplit("/")[1])
-    if size % patch:
-        raise InputError(f"--model {config.model}: latents of {size} x {size} do not divide into patches of {patch}")
-    return load_encoders(config.enc_type, data.resolution, config.enc_weights, (size // patch) ** 2, accelerator.device)
 
 
 def make_codec(config: TrainConfig, data: LatentDataset, accelerator: Accelerator) -> Codec | None:
@@ -249,9 +238,8 @@ def divide_batch(
 
 def check_loader(config: TrainConfig, facts: RunFacts, data: LatentDataset, accelerator: Accelerator) -> None:
     """Raise InputError if the shared memory has no room for the batches of the loader processes."""
-    item_bytes = 3 * data.resolution**2 + 4 * math.prod(data.stored_shape)
     micro_batch = config.batch_size // accelerator.num_processes // facts.micro_batches
-    check_shared_memory("--num-workers", config.num_workers, PREFETCHED, micro_batch * item_bytes)
+    check_shared_memory("--num-workers", config.num_workers, PREFETCHED, micro_batch * data.item_bytes)
 
 
 def make_randomness(config: TrainConfig, facts: RunFacts, accelerator: Accelerator) -> StepRandomness:
@@ -270,19 +258,6 @@ def make_randomness(config: TrainConfig, facts: RunFacts, accelerator: Accelerat
         time_parameters=config.time_parameters,
         device=accelerator.device,
     )
-
-
-def find_statistics(config: TrainConfig, encoders: list[Encoder]) -> ClassStatistics | None:
-    """Return the statistics of the first encoder's class token for --standardize-cls; None without this flag."""
-    if config.standardize_cls is None:
-        return None
-    name, digest = config.enc_type.split(",")[0].strip(), encoders_digest(encoders[:1])
-    return read_class_statistics(config.data_dir, config.standardize_cls, name, digest, encoders[0].width)
-
-
-def find_digests(data: LatentDataset, encoders: list[Encoder]) -> dict[str, str]:
-    """Return the digests of what the run reads, by the names in `training.config.DIGESTS`."""
-    return {"data_digest": data.digest()} | ({"encoder_digest": encoders_digest(encoders)} if encoders else {})
 
 
 def check_restorable(

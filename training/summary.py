@@ -117,7 +117,9 @@ def network(run: Run) -> str:
 
 
 def encoders(run: Run) -> str:
-    """Return the frozen encoders and their sizes."""
+    """Return the frozen encoders and their sizes, or their cached tokens."""
+    if run.data.tokens:
+        return ", ".join(f"{one.format.name} (cached tokens in {one.source.path.name})" for one in run.data.tokens)
     if not run.encoders:
         return "none"
     millions = (sum(p.numel() for p in encoder.parameters()) / 1e6 for encoder in run.encoders)
