@@ -29,14 +29,7 @@ from common.classes import ClassSet
 from common.errors import InputError, shown
 from common.temporary import atomic_write
 from models.autoencoder import LatentFormat
-from models.checksums import (
-    HashingFile,
-    checksum_path,
-    digest_of,
-    read_open,
-    verify,
-    write_checksum,
-)
+from models.checksums import HashingFile, checksum_path, digest_of, read_open, verify, write_checksum
 from models.exported_codec import hub_export
 from models.field_checks import LARGEST_SIZE
 from models.hub import hub_file, local_or_hub
@@ -361,7 +354,6 @@ def _fields_of_weights(state: dict[str, Tensor], source: str | Path) -> dict[str
             "z_dims": tuple(shape[0] for shape in projectors),
             "cls_token_dim": None if cls_weight is None else cls_weight.shape[1],
             "learnable_token": slot_token is not None,
-            "standardized_cls": "cls_scale.mean" in state,
             **switches_of_weights(state),
         }
         if projectors:

@@ -1,4 +1,4 @@
-"""The switches of SR-DiT (arXiv 2512.12386), as the weights and the settings in a file show them.
+"""The switches of a network, such as those of SR-DiT (arXiv 2512.12386), as weights and settings in a file show them.
 
 A published file has no description of its network. The names of its weights show which switches are on.
 """
@@ -27,6 +27,7 @@ def switches_of_weights(names: Container[str]) -> dict[str, Any]:
         "rope": "feat_rope.freqs_cos" in names,
         "value_residual": "blocks.1.attn.v1_lambda" in names if "blocks.1.attn.qkv.weight" in names else None,
         "sprint": "mask_token" in names or "fusion_proj.weight" in names,
+        "standardized_cls": "cls_scale.mean" in names,
     }
     return {name: value for name, value in switches.items() if value is not None}
 

@@ -15,7 +15,7 @@ from common.checks import BELOW_ONE, ENTRY_NAME, GUIDANCE_SCALE, NON_NEGATIVE, P
 from common.cli import Config, adjustable, flag, parse, setting, settings, uses_cuda
 from common.errors import InputError
 from dataset import LATENT_FOLDERS
-from loss import DENOISED, FROM_ENCODER
+from loss import FROM_ENCODER
 from models.autoencoder import LatentFormat
 from models.checkpoint import MOST_STEPS
 from models.inference import NETWORK_DTYPES
@@ -200,7 +200,6 @@ class NetworkSettings(Config):
     sprint_path_drop: float = setting(
         0.05, "with --sprint: probability that the output of these blocks is dropped in a step", check=UNIT_INTERVAL
     )
-    cls_token: bool | None = setting(None, "class slot: REG with it, REPA without (--entangle none)")
     ops_head: int | None = adjustable(None, "accepted and ignored: the published code has it and does not use it")
     ema_decay: float = setting(0.9999, "decay of the averaged weights", check=BELOW_ONE)
 
@@ -288,19 +287,8 @@ class TrainConfig(
                 raise InputError(f"{flag(name)} {value:g}: has no effect without {on}, and {off}; allowed: {default:g}")
         if self.eval_steps and not self.eval_ref:
             raise InputError(f"--eval-steps {self.eval_steps}: needs --eval-ref, the reference .npz")
-        if self.entangle and self.cls_token is not None and self.cls_token != (self.entangle != "none"):
-            given = "--cls-token" if self.cls_token else "--no-cls-token"
-            raise InputError(f"--entangle {self.entangle} contradicts {given}; give one of them")
         if self.enc_type == "none" and self.slot in FROM_ENCODER:
             raise InputError("--enc-type none: the class slot needs an encoder; add --no-cls-token to train SiT")
-        if self.standardize_cls and self.slot != "class":
-            which = f"--standardize-cls {self.standardize_cls}: standardises the class token of an encoder"
-            raise InputError(f"{which}, and the class slot holds {self.slot}; allowed: --entangle class")
-        if self.cls_lead and self.slot not in DENOISED:
-            allowed = f"allowed: --entangle {', '.join(DENOISED)}"
-            raise InputError(
-                f"--cls-lead {self.cls_lead:g}: no token is denoised with --entangle {self.slot}; {allowed}"
-            )
         if self.unconditional and self.grid_cfg_scale > 1:
             why = "--cfg-prob 1 trains without labels, and guidance compares samples with and without"
             raise InputError(f"--grid-cfg-scale {self.grid_cfg_scale:g}: {why}; allowed: 1")
@@ -315,11 +303,6 @@ class TrainConfig(
         if self.precision == "fp16" and not uses_cuda(self.device):
             who = "--mixed-precision fp16, by this flag or by accelerate's configuration,"
             raise InputError(f"{who} needs a CUDA device; allowed on the CPU: --mixed-precision no or bf16")
-
-    @property
-    def slot(self) -> str:
-        """What the class slot holds, one of `loss.ENTANGLED`."""
-        return self.entangle or ("none" if self.cls_token is False else "class")
 
     @property
     def reads_encoder(self) -> bool:

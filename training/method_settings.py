@@ -1,19 +1,18 @@
-"""The settings of the method: path and times, encoders, class slot, alignment and loss."""
+"""The settings of the method: path and times, encoders, alignment and loss; the class slot has its own."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from common.checks import AUTO, ENTRY_NAME, ENTRY_NAMES, NON_NEGATIVE, TIME_SHIFT, UNIT_INTERVAL, Check, between
-from common.cli import Config, adjustable, flag, number_or_auto, setting, settings
+from common.checks import AUTO, ENTRY_NAMES, NON_NEGATIVE, TIME_SHIFT, UNIT_INTERVAL, Check, between
+from common.cli import adjustable, flag, number_or_auto, setting, settings
 from common.errors import InputError
-from loss import ENTANGLED, TERMS
 from models.checkpoint import MOST_STEPS
 from models.interpolant import PATHS, Interpolant, shift_of_latents
 from models.sit_config import PROJECTORS
+from training.class_slot_settings import WEIGHTS, ClassSlotSettings
 from training.randomness import TIME_DISTRIBUTIONS
 
-WEIGHTS = {term.name: term.weight for term in TERMS}
 # Within these bounds, exp(mean + std n) is finite in float32 for all normal numbers n that PyTorch draws.
 MOST_OF_TIMES = 10
 TIME_MEAN = Check(f"from -{MOST_OF_TIMES} to {MOST_OF_TIMES}", lambda value: -MOST_OF_TIMES <= value <= MOST_OF_TIMES)
@@ -21,7 +20,7 @@ TIME_STD = Check(f"greater than 0 and at most {MOST_OF_TIMES}", lambda value: 0 
 
 
 @dataclass(frozen=True, kw_only=True)
-class MethodSettings(Config):
+class MethodSettings(ClassSlotSettings):
     """method"""
 
     path_type: str = setting("linear", "path between data and noise", choices=PATHS)
@@ -60,28 +59,6 @@ class MethodSettings(Config):
         "output to float16 changes. Without --enc-type, they name the encoders. --eval-steps loads the first encoder",
         check=ENTRY_NAMES,
     )
-    entangle: str | None = setting(
-        None,
-        "what the class slot holds, denoised with the latents: the class token of the first encoder (default), the "
-        "mean of its patch tokens, or the mean of the latents; or a learned token, not denoised; or no slot. In each "
-        "case the slot is aligned with the class token",
-        choices=ENTANGLED,
-    )
-    standardize_cls: str | None = adjustable(
-        None,
-        "standardise each channel of the class token, (token - mean) / std, before noise is added; alignment targets "
-        "are not standardised, and generated class tokens are in the encoder's units. Mean and std are in the "
-        "dataset.json of this folder or zip in --data-dir, which preprocessing/encode_tokens.py writes; a run keeps "
-        "them. Default: not standardised, as published",
-        check=ENTRY_NAME,
-    )
-    cls_lead: float = setting(
-        0.0,
-        "denoise the class token ahead of the latents by this time d: at time u, the latents have the time "
-        "min(1, u (1 + d)) and the class token max(0, u (1 + d) - d), in training and in all samplers; 0: equal times "
-        "(REG)",
-        check=UNIT_INTERVAL,
-    )
     proj_coeff: float = setting(
         WEIGHTS["proj"],
         "weight of the alignment; 0: no projectors, and the checkpoint does not fit the published code",
@@ -104,7 +81,6 @@ class MethodSettings(Config):
         "need, are not computed; 0: never",
         check=between(0, MOST_STEPS),
     )
-    cls: float = setting(WEIGHTS["cls"], "weight of the class token's velocity", check=NON_NEGATIVE)
     cfm_coeff: float = setting(
         WEIGHTS["cfm"],
         "weight of contrastive flow matching: the error for the target of another sample is subtracted (SR-DiT: 0.05); "
