@@ -87,7 +87,8 @@ class GuidedVelocity:
     """The velocity of a network with guidance, as a function for the samplers.
 
     Args:
-        model: the network, see `SiT.forward`; it gets one time for the full batch and computes no projectors.
+        model: the network, see `SiT.forward`; it gets one time (of each stream, with a lead of the class token) for the
+            full batch and computes no projectors.
         y: labels (N,) int64.
         null_class: the label that means "no class".
         guidance: scales and interval.
@@ -193,8 +194,8 @@ def euler_maruyama(
 
     x (N, C, H, W) and cls (N, D) or None are the state at t = 1, float64. `noise` is called at each step except the
     last and returns standard normals of these shapes. `steps` are the pairs of neighbouring times of `sde_times`, which
-    may be shifted; the last step is the one to t = 0. The step in which a stream's own time becomes 0
-    adds no noise to it, and later steps do not change it.
+    may be shifted; the last step is the one to t = 0. The step in which a stream's own time becomes 0 adds no noise to
+    it, and later steps do not change it.
     """
 
     def step(x: Tensor, v: Tensor, drawn: Tensor | None, t: Tensor, t_next: Tensor) -> Tensor:
