@@ -209,8 +209,10 @@ def test_a_run_starts_from_weights_with_the_same_norms_and_positions_only(tmp_pa
 
 
 def test_switches_of_weights_are_read_from_names():
-    assert switches_of_weights(network_weights(released(network()))) == OF_SR_DIT
-    assert switches_of_weights([]) == {"qk_norm": "none", "rope": False, "sprint": False}
+    assert switches_of_weights(network_weights(released(network()))) == OF_SR_DIT | {"standardized_cls": False}
+    off = {"qk_norm": "none", "rope": False, "sprint": False, "standardized_cls": False}
+    assert switches_of_weights([]) == off
+    assert switches_of_weights(["cls_scale.mean"]) == off | {"standardized_cls": True}
 
 
 def test_an_export_without_the_switches_loads(tmp_path):
