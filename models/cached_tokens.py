@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,7 @@ class TokenFormat:
     @classmethod
     def from_json(cls, content: Any) -> TokenFormat:
         """Return the format that `to_json` wrote. Raises InputError, naming the field, for anything else."""
-        kinds = {field.name: field.type for field in fields(cls)}
+        kinds = {item.name: item.type for item in fields(cls)}
         if not isinstance(content, dict) or content.keys() != kinds.keys():
             allowed = f"an object with the fields {', '.join(kinds)}, which preprocessing/encode_tokens.py writes"
             raise InputError(f"encoder is {shown(content)}; allowed: {allowed}")
@@ -94,15 +94,13 @@ class CachedTokens:
         source: the folder or zip.
         format: encoder and shape.
         has_mirrored: whether the tokens of the mirrored images exist.
-        indices: of the images, (N,) int64, ascending.
-        files: names of their files, (N,).
+        files: names of the files, one for each image of the data, in its order; empty before `of_images`.
     """
 
     source: FileSource
     format: TokenFormat
     has_mirrored: bool
-    indices: np.ndarray
-    files: np.ndarray
+    files: np.ndarray = field(default_factory=lambda: encode_names([]))
 
     @classmethod
     def open(cls, data_dir: str | Path, name: str) -> CachedTokens:
@@ -121,10 +119,7 @@ class CachedTokens:
             form = TokenFormat.from_json(content.get("encoder"))
         except InputError as error:
             raise InputError(f"--cached-tokens {name}: {source.describe('dataset.json')}: {error}") from error
-        names = files_by_index(source, TOKENS_NAME, tokens_name(0))
-        indices = sorted(names)
-        files = encode_names([names[index] for index in indices])
-        return cls(source, form, bool(content.get("flip")), np.array(indices, dtype=np.int64), files)
+        return cls(source, form, bool(content.get("flip")))
 
     def of_images(self, indices: Sequence[int], flip: bool) -> CachedTokens:
         """Return the tokens of the images with these indices, in their order.
@@ -132,16 +127,16 @@ class CachedTokens:
         Raises InputError, naming the file, if one is missing, or if the first one has another shape than dataset.json
         says; with `flip`, also if there are none of the mirrored images.
         """
-        wanted = np.array(indices, dtype=np.int64)
-        if missing := wanted[~np.isin(wanted, self.indices)].tolist():
+        names = files_by_index(self.source, TOKENS_NAME, tokens_name(0))
+        if missing := [index for index in indices if index not in names]:
             first = self.source.describe(tokens_name(missing[0]))
             raise InputError(
-                f"{self.source.path}: {len(missing)} of {len(wanted)} images have no tokens; first {first}"
+                f"{self.source.path}: {len(missing)} of {len(indices)} images have no tokens; first {first}"
             )
         if flip and not self.has_mirrored:
             advice = "preprocessing/encode_tokens.py --flip writes them"
             raise InputError(f"--flip: {self.source.path} has no tokens of the mirrored images; {advice}")
-        found = self.keep(np.searchsorted(self.indices, wanted))
+        found = replace(self, files=encode_names([names[index] for index in indices]))
         found.read(0)
         return found
 
@@ -158,7 +153,7 @@ class CachedTokens:
 
     def keep(self, positions: np.ndarray) -> CachedTokens:
         """Return the tokens of the images at these positions."""
-        return replace(self, indices=self.indices[positions], files=self.files[positions])
+        return replace(self, files=self.files[positions])
 
     def file(self, i: int, mirrored: bool = False) -> str:
         """Return the name of the file of image i."""

@@ -53,8 +53,8 @@ def make_encoders(config: TrainConfig, data: LatentDataset, accelerator: Acceler
     name, weights = config.enc_type.split(",")[0], (config.enc_weights or "").split(",")[0]
     encoders = load_encoders(name, data.resolution, weights or None, count, accelerator.device)
     if encoders_digest(encoders) != data.tokens[0].format.weights:
-        problem = f"these are not the weights of the encoder that wrote {data.tokens[0].source.path}"
-        raise InputError(f"--enc-weights {config.enc_weights}: {problem}; --eval-steps needs this encoder")
+        problem = f"is not the encoder that wrote {data.tokens[0].source.path}: its weights differ"
+        raise InputError(f"--eval-steps {config.eval_steps}: {name}, {weights or 'from the hub'}, {problem}")
     return encoders
 
 
