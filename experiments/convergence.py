@@ -9,9 +9,9 @@ Instead of the three methods it can compare the rows of one of the paper's ablat
     python experiments/convergence.py --preset imagenet --out exps/imagenet      # prints the commands for a cluster
 
 All rows have the same seeds, order of data, times, noise, initial weights and optimizer. They differ only in the flags
-of their row. The averaged network is scored at fixed steps by the Frechet distance to held-out images, in the features
-of an independent classifier and of the encoder. The encoder's tokens are computed once and cached. The same command resumes a comparison that was stopped. README.md says
-what the results show and what they do not show.
+of their row. The encoder's tokens are computed once and read by all runs. The averaged network is scored at fixed steps
+by the Frechet distance to held-out images, in the features of an independent classifier and of the encoder. The same
+command resumes a comparison that was stopped. README.md says what the results show and what they do not show.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ class Convergence(Photographs, ImageNet):
         flag, report = ("--report", self.report) if self.report else ("--out", self.out)
         own = (report / f"{self.name}.json").exists()  # with the pictures and the table that belong to it
         check_writable(report / f"{self.name}.json", flag, inputs, OWN_REPORT)
-        for ending in () if own else (".md", ".png", "-samples.png"):
+        for ending in () if own else (".md", ".png", "-samples.png", "-nearest.png"):
             if (path := report / f"{self.name}{ending}").exists():
                 raise InputError(f"{flag} {path}: exists without {self.name}.json; choose another folder")
         uses_cuda(self.device)

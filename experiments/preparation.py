@@ -1,8 +1,8 @@
 """Data, encoder tokens and judge of a comparison, made once in a folder.
 
-    train/images, train/vae-sd, train/tokens   the half that networks are trained on, its latents and encoder tokens
-    held_out/images                            the other half
-    judge.pt                                   a classifier trained on the held-out half
+train/images, train/vae-sd, train/tokens   the half that networks are trained on, its latents and encoder tokens
+held_out/images                            the other half
+judge.pt                                   a classifier trained on the held-out half
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ IMAGE_ENDINGS = (".jpg", ".jpeg", ".png")
 # The classes of emoji: the first expression that occurs in the caption, which is the emoji's Unicode name.
 SKIN_TONE = re.compile(r" emoji modifier fitzpatrick type-[\d-]+")
 EMOJI_CLASSES = {
-    "pair": r"handshake|holding hands|(man|woman|adult) heavy black heart|couple|family|wrestlers|bunny|kiss$|leftwards"
-    r"|^(man|woman|adult)( man| woman| adult)?( boy| girl| child)+$",
-    "hand": r"\b(hands?|fist|fingers?|palms?|thumbs|index|biceps|nail polish|ear|nose|foot|leg|selfie|sign of the horns)"
+    "pair": r"handshake|holding hands|heavy black heart (man|woman|adult|kiss)|couple|family|wrestlers|bunny|kiss$"
+    r"|leftwards hand|^(man|woman|adult)( man| woman| adult)?( boy| girl| child)+$",
+    "hand": r"\b(hands?|fist|fingers?|palms?|thumbs|index|biceps|nail polish|ear|nose|foot|leg|selfie|of the horns)"
     r"( sign)?\b(?!.*(male sign|child$))(?<!one hand)(?<!both hands)",
     "woman": r"female sign|\b(woman|women|princess|girl|bride)\b",
     "man": r"male sign|\b(man|men|prince|boy|tuxedo)\b",
-    "person": r"person|adult|child|\bbaby\b|worker|officer|runner|surfer|swimmer|golfer|lifter|cyclist|pedestrian|haircut"
-    r"|massage|gesture|guardsman|sleuth|ninja|handball|juggling|superhero|supervillain|mage|fairy|vampire|elf|shrug",
+    "person": r"person|adult|child|\bbaby\b|worker|officer|runner|surfer|swimmer|golfer|lifter|cyclist|pedestrian"
+    r"|haircut|massage|gesture|guardsman|sleuth|ninja|handball|juggling|superhero|supervillain|mage|fairy|vampire|elf",
     "face": r"(?<!clock )face|smil|grin|\bcat\b|monkey|laughing",
     "symbol": r"sign|symbol|squared|letter|arrow|keycap|digit|triangle|circle|square|heart|mark|button|clock face",
 }

@@ -56,15 +56,16 @@ def speed_up(slower: Curve, faster: Curve) -> float | None:
 
 
 def write(folder: Path, name: str, result: dict[str, Any], runs: dict[tuple[str, int], Path]) -> None:
-    """Write NAME.json, NAME.md, NAME.png and NAME-samples.png to a folder."""
+    """Write NAME.json, NAME.md, NAME.png, NAME-samples.png and, if there are such pictures, NAME-nearest.png."""
     result = {**result, "speed_ups": speed_ups(result)}
     write_json(folder / f"{name}.json", result)
     with atomic_write(folder / f"{name}.md", "w") as file:
         file.write(table(result))
     draw(result, folder / f"{name}.png")
     draw_samples(result, runs, folder / f"{name}-samples.png")
+    draw_nearest(result, runs, folder / f"{name}-nearest.png")
     print(table(result))
-    print(f"written: {folder / name}.json, .md, .png, -samples.png")
+    print(f"written: {folder / name}.json and the pictures and the table next to it")
 
 
 def curves(result: dict[str, Any], row: str, metric: str = "distance") -> list[Curve]:
@@ -116,17 +117,23 @@ def table(result: dict[str, Any]) -> str:
         "coherence_shuffled": "shuffled",
         "coherence_class_mean": "class mean",
         "cls_tokens_right": "tokens right",
+        "nearest_ratio": "nearest training image, ratio to held-out",
+        "close": "close to a training image",
     }
+    with_encoder = result.get("seconds_per_step_with_encoder", {})
     last = max(s["step"] for row in result["scores"].values() for seed in row.values() for s in seed)
     lines = [f"| after {last} steps | " + " | ".join(columns.values()) + " | s/step |"]
-    lines.append("|---" * (len(columns) + 2) + "|")
+    if with_encoder:
+        lines[0] = lines[0].replace("s/step", "s/step, cached tokens | s/step, encoder running")
+    lines.append("|---" * (lines[0].count("|") - 1) + "|")
     for row in result["rows"]:
         ends = [seed[-1] for seed in result["scores"][row].values()]
         cells = [_mean_and_spread([end[key] for end in ends if key in end]) for key in columns]
-        lines.append(f"| {row} | " + " | ".join(cells) + f" | {result['seconds_per_step'][row]:.3f} |")
+        cells += [f"{times[row]:.3f}" for times in (result["seconds_per_step"], with_encoder) if times]
+        lines.append(f"| {row} | " + " | ".join(cells) + " |")
     if real := result["real"]:
         cells = [f"{real[key]:.3f}" if key in real else "" for key in columns]
-        lines.append("| real images, the half trained on | " + " | ".join(cells) + " | |")
+        lines.append("| real images, the half trained on | " + " | ".join(cells) + " | |" + " |" * bool(with_encoder))
     lines += ["", "| to reach the last distance of | it needs times fewer steps | each seed | times less time |"]
     lines.append("|---|---|---|---|")
     for pair in result["speed_ups"]:
@@ -140,6 +147,12 @@ def _factor(value: float | None) -> str:
     return "not reached" if value is None else f"{value:.2f}"
 
 
+def _factor_sentence(pair: dict[str, Any]) -> str:
+    """Return a sentence on the steps that one row needs to reach the last distance of another."""
+    each = ", ".join(map(_factor, pair["steps_of_each_seed"]))
+    return f"{pair['slower']} to {pair['faster']}: {_factor(pair['steps'])} times fewer steps (seeds: {each})"
+
+
 def _mean_and_spread(values: list[float]) -> str:
     if not values:
         return ""
@@ -148,16 +161,22 @@ def _mean_and_spread(values: list[float]) -> str:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Draw the distance over steps and over time, with the range over seeds, and the coherence over steps."""
+    """Draw the distance over steps and over time, with each seed as a thin line, and the coherence over steps.
+
+    Of at most three rows, the factors between the rows are stated, with those of each seed.
+    """
     figure, (by_steps, by_time, coherence) = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
     for row, colour in zip(result["rows"], COLOURS, strict=False):
         seconds = result["seconds_per_step"][row]
-        _band(by_steps, curves(result, row), 1, colour, row)
-        _band(by_time, curves(result, row), seconds, colour, f"{row}, {1000 * seconds:.0f} ms a step")
+        _seeds(by_steps, curves(result, row), 1, colour, row)
+        _seeds(by_time, curves(result, row), seconds, colour, f"{row}, {1000 * seconds:.0f} ms a step")
         for metric, label, style in COHERENCE:
             if found := curves(result, row, metric):
-                _band(coherence, found, 1, colour, f"{row}: {label}", style)
-    for axes, label in ((by_steps, "training steps"), (by_time, "seconds of training")):
+                _seeds(coherence, found, 1, colour, f"{row}: {label}", style)
+    if len(result["rows"]) <= 3:
+        by_steps.set_title("\n".join(map(_factor_sentence, result["speed_ups"])), fontsize="small")
+    time = "seconds of training" + (", with cached tokens of the encoder" if result.get("cached_tokens") else "")
+    for axes, label in ((by_steps, "training steps"), (by_time, time)):
         if result["real"]:
             axes.plot([], [], " ", label=f"(real images: {result['real']['distance']:.2f})")
         axes.set(xlabel=label, ylabel=result["metric"], xscale="log", yscale="log")
@@ -178,12 +197,13 @@ def _save(figure: plt.Figure, path: Path) -> None:
     plt.close(figure)
 
 
-def _band(axes: plt.Axes, seeds: list[Curve], scale: float, colour: str, label: str, style: str = "-") -> None:
-    """Draw the mean over seeds as a line, and the range over seeds as a band."""
+def _seeds(axes: plt.Axes, seeds: list[Curve], scale: float, colour: str, label: str, style: str = "-") -> None:
+    """Draw the mean over seeds as a line, and each seed as a thin line."""
     values = np.array([[value for _, value in seed] for seed in seeds])
     x = scale * np.array([step for step, _ in seeds[0]])
     axes.plot(x, values.mean(axis=0), color=colour, label=label, linestyle=style, marker="o", markersize=3)
-    axes.fill_between(x, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.2, linewidth=0)
+    if len(seeds) > 1:
+        axes.plot(x, values.T, color=colour, linestyle=style, linewidth=0.6, alpha=0.6)
 
 
 def draw_samples(result: dict[str, Any], runs: dict[tuple[str, int], Path], path: Path) -> None:
@@ -199,4 +219,27 @@ def draw_samples(result: dict[str, Any], runs: dict[tuple[str, int], Path], path
             cell.imshow(open_image((runs[row, seed] / grids / f"{step:07d}.png").read_bytes()), interpolation="nearest")
             cell.set_title(f"{row}, {step} steps", fontsize="small")
             cell.axis("off")
+    _save(figure, path)
+
+
+def draw_nearest(result: dict[str, Any], runs: dict[tuple[str, int], Path], path: Path) -> None:
+    """Draw images of the first seed's last step (above) with their nearest training images (below), for each row.
+
+    The left half are the first images, the right half those nearest to a training image. Nothing is written if the runs
+    have no such pictures.
+    """
+    seed = result["seeds"][0]
+    last = next(iter(result["scores"].values()))[str(seed)][-1]["step"]
+    pictures = {row: runs[row, seed] / "grids" / f"{last:07d}-nearest.png" for row in result["rows"]}
+    pictures = {row: picture for row, picture in pictures.items() if picture.exists()}
+    if not pictures:
+        return
+    size = (12, 1.9 * len(pictures))
+    figure, axes = plt.subplots(len(pictures), 1, squeeze=False, figsize=size, layout="constrained")
+    for cell, (row, picture) in zip(axes.flat, pictures.items(), strict=True):
+        cell.imshow(open_image(picture.read_bytes()), interpolation="nearest")
+        cell.set_title(
+            f"{row}: generated (above), nearest training image (below); right half: nearest pairs", fontsize=8
+        )
+        cell.axis("off")
     _save(figure, path)
