@@ -64,9 +64,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     form = token_format(config.enc_type, encoder, source, listing, resolution)
 
     def claim() -> bool:
-        described = {**describe_source(source, listing, resolution), "encoder": form.to_json()}
+        settings = {
+            **describe_source(source, listing, resolution),
+            "encoder": form.name,
+            "encoder weights": form.weights,
+            "input_size": form.input_size,
+            **{name: getattr(config, name) for name in ("flip", "tf32")},
+        }
         with explain_write_errors(config.dest):
-            return destination.claim({**described, "flip": config.flip, "tf32": config.tf32})
+            return destination.claim(settings)
 
     if broadcast_from_main(accelerator, claim):
         accelerator.print(f"{config.dest}: already complete")
