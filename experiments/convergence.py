@@ -201,9 +201,14 @@ class Study:
         return row if cached or not self.reads_encoder(row) else f"{row} with encoder"
 
     def row_flags(self, flags: str) -> str:
-        """Return the flags of a row, with --reg-flags before them if the row has a class token."""
-        has_class_token = settings_of(f"{self.preset.flags} {flags}").slot == "class"
-        return f"{self.config.reg_flags} {flags}".strip() if has_class_token else flags
+        """Return the flags of a row, with --reg-flags before them if the row has a class token.
+
+        Raises InputError if train.py does not accept them.
+        """
+        if settings_of(f"{self.preset.flags} {flags}").slot == "class":
+            flags = f"{self.config.reg_flags} {flags}".strip()
+            settings_of(f"{self.preset.flags} {flags}")
+        return flags
 
     def flags(self, row: str, folder: Path, cached: bool = True, **length: int) -> list[str]:
         """Return train.py's flags of a row. The row's own flags are last.
