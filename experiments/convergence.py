@@ -58,6 +58,7 @@ from training.config import TrainConfig, parse_args
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMES = "seconds_per_step.json"
+DATA_SETTINGS = "data/settings.json"
 TIMING_ROUNDS = 2  # the rows take turns, so that other load affects all of them
 GPU_WORKERS = 4  # processes that read latents and tokens
 cached_scorer = functools.cache(Scorer)  # one for each process
@@ -126,7 +127,8 @@ class Convergence(Photographs, ImageNet):
         check_writable(self.out / "settings.json", "--out", inputs, OWN_STUDY)
         is_new = not (self.out / "settings.json").exists()
         found = sorted(os.listdir(self.out)) if is_new and self.preset != "imagenet" and self.out.exists() else []
-        if others := [name for name in found if not name.startswith(".") and name != TIMES]:
+        known = (TIMES, "data") if (self.out / DATA_SETTINGS).exists() else (TIMES,)
+        if others := [name for name in found if not name.startswith(".") and name not in known]:
             raise InputError(f"--out {self.out}: contains {others[0]} and no comparison; choose another folder")
         flag, report = ("--report", self.report) if self.report else ("--out", self.out)
         own = (report / f"{self.name}.json").exists()  # with the pictures and the table that belong to it
@@ -300,23 +302,30 @@ def chosen_preset(config: Convergence) -> Preset:
 
 
 def check_same_comparison(config: Convergence, preset: Preset) -> None:
-    """Raise InputError if the folder holds a comparison with other settings, whose scores could not be compared."""
-    path = config.out / "settings.json"
-    settings = {
-        **{name: getattr(config, name) for name in ("preset", "source", "images", "enc_type", "vae")},
-        "flags": preset.flags,
-        "reg_flags": config.reg_flags,
-        "cached_tokens": True,
-        "steps": list(preset.steps),
-        "sampling": dataclasses.asdict(preset.sampling),
+    """Raise InputError if the folder holds a comparison with other settings, whose scores could not be compared.
+
+    The settings of the data are also recorded with the data, so that other comparisons can use a link to them.
+    """
+    data = {
+        **{name: getattr(config, name) for name in ("preset", "source", "images", "judge_steps", "enc_type", "vae")},
         "source_files": config.source and digest_of_sizes(config.source),
         "enc_weights_sha256": config.enc_weights and sha256_of(config.enc_weights),
+        "cached_tokens": True,
     }
-    if path.exists():
-        for name, value in {**dict.fromkeys(settings), **read_json(path)}.items():
-            if settings.get(name) != value:
-                raise InputError(f"{path.parent} holds a comparison with {name} {value}, not {settings.get(name)}")
-    write_json(path, settings)
+    scores = {
+        "flags": preset.flags,
+        "reg_flags": config.reg_flags,
+        "steps": list(preset.steps),
+        "sampling": dataclasses.asdict(preset.sampling),
+    }
+    records = {config.out / "settings.json": {**data, **scores}, config.out / DATA_SETTINGS: data}
+    for path, settings in records.items():
+        if path.exists():
+            for name, value in {**dict.fromkeys(settings), **read_json(path)}.items():
+                if settings.get(name) != value:
+                    raise InputError(f"{path.parent} holds a comparison with {name} {value}, not {settings.get(name)}")
+    for path, settings in records.items():
+        write_json(path, settings)
 
 
 def digest_of_sizes(source: str) -> str:

@@ -327,6 +327,15 @@ def test_comparisons_are_not_mixed(toy):
         convergence.main([*toy[1], "--steps", "2,6"])
 
 
+def test_comparisons_share_data_of_the_same_settings(toy, tmp_path):
+    (tmp_path / "data").symlink_to(toy[0] / "data")
+    config = convergence.Convergence(out=tmp_path, steps=(2, 6))
+    assert convergence.Study(config).files.judges.judge == tmp_path / "data" / "judge.pt"
+    (tmp_path / "settings.json").unlink()
+    with pytest.raises(InputError, match="data holds a comparison with vae taesd, not pixel"):
+        convergence.Study(dataclasses.replace(config, vae="pixel"))
+
+
 @pytest.mark.parametrize(
     ("flags", "text"),
     [
