@@ -89,7 +89,11 @@ class Photographs(Config):
     vae: str = setting("taesd", "codec, a name or a folder")
     enc_type: str = setting("dinov2-vit-b", "encoder; it must have 64 tokens")
     enc_weights: str | None = setting(None, "weights file of the encoder; default: the hub")
-    device: str = setting("auto", "where to train and score; auto: CUDA if available", choices=("auto", "cpu", "cuda"))
+    device: str = setting(
+        "auto",
+        "where to train and score; auto: CUDA if available, but the CPU for digits",
+        choices=("auto", "cpu", "cuda"),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

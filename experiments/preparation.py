@@ -26,12 +26,14 @@ from common.temporary import atomic_write
 from experiments import digits
 from experiments.judge import load_images, train_judge
 from experiments.scoring import Judges
+from models.encoders import load_encoders
 
 if TYPE_CHECKING:
     from experiments.convergence import Convergence
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKENS = "tokens"  # folder of the encoder's tokens, next to the latents
+NUM_TOKENS = 64  # of latents and encoder, for data from --source
 DIGITS_ENCODER_STEPS = (400, 40)  # of the encoder, and of a worse one for the ablation
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png")
 
@@ -125,7 +127,8 @@ def prepare_digits(folder: Path, config: Convergence) -> Files:
             digits.train_encoder(weights, steps)
         _make_tokens(folder, name, digits.ENCODER_SPEC, str(weights))
     _make_judge(folder, digits.RESOLUTION, [32, 64, 64], 600)
-    judges = judges_of(folder, digits.ENCODER_SPEC, str(good), "pixel", "cpu")
+    device = "cuda" if config.device == "cuda" else "cpu"
+    judges = judges_of(folder, digits.ENCODER_SPEC, str(good), "pixel", device)
     other = f"encoder of {DIGITS_ENCODER_STEPS[1]} steps"
     return Files(folder / "train", judges, {other: f"--enc-weights {bad}"}, {other: f"{TOKENS}-bad"})
 
@@ -134,6 +137,8 @@ def prepare_pictures(pictures: Pictures, folder: Path, config: Convergence) -> F
     """Split the pictures of --source into halves and convert both; make latents, tokens and judge."""
     if not config.source:
         raise InputError("--source is missing: a folder or zip of pictures")
+    if not (folder / "train" / TOKENS / "dataset.json").exists():  # a wrong encoder is named before the work starts
+        load_encoders(config.enc_type, pictures.resolution, config.enc_weights, NUM_TOKENS)
     write_half = functools.partial(_extract_half, Path(config.source), pictures.groups_of, limit=config.images)
     _make_data(folder, write_half, pictures.resolution, config.vae)
     _make_tokens(folder, TOKENS, config.enc_type, config.enc_weights)

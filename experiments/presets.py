@@ -110,7 +110,7 @@ PRESETS = {
         flags=f"--model SiT-S/1 {SMALL}",
         steps=(500, 750, 1000, 1500, 2000, 3000),
         seeds=(0, 1, 2),
-        sampling=Sampling(images=1000, num_steps=10, batch_size=250),
+        sampling=Sampling(images=1000, num_steps=10, batch_size=250, proportional=True),
         timing_steps=20,
         depths=(1, 3, 4),
         coefficients=("0.01", "0.1", "0.3"),

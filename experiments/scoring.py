@@ -55,6 +55,7 @@ class Sampling:
     solver: str = "heun"
     shown: int = 40  # images in the grid
     labelled: bool = True  # False: of the null class, for networks trained without labels
+    proportional: bool = False  # labels as frequent as among the held-out images; False: equally frequent
 
 
 class Scorer:
@@ -107,6 +108,14 @@ class Scorer:
         """The distance of each held-out image to its nearest training image."""
         return nearest(self.features(self.real), self.train_features)[0]
 
+    def requested_labels(self, sampling: Sampling) -> Tensor:
+        """Return the labels (N,) of generated images."""
+        numbers = torch.arange(sampling.images)
+        if not sampling.proportional:
+            return numbers % self.classes
+        order = torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(SAMPLING_SEED))
+        return self.labels[order[numbers % len(order)]]
+
     @torch.no_grad()
     def classify(self, images: Tensor) -> Tensor:
         """Return the classes (N,) that the judge assigns to images (N, 3, H, W) uint8."""
@@ -133,7 +142,7 @@ class Scorer:
         checkpoint = load_checkpoint(path)
         model = build_model(checkpoint, device=self.device, source=path)
         settings = checkpoint["args"]
-        decoded, tokens, labels = [], [], torch.arange(sampling.images) % self.classes
+        decoded, tokens, labels = [], [], self.requested_labels(sampling)
         parts = range(0, sampling.images, sampling.batch_size)
         for first in progress_bar(parts, desc=f"sampling {settings.exp_name} {path.stem}", unit="batch", leave=False):
             numbers = range(first, min(first + sampling.batch_size, sampling.images))

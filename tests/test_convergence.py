@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import types
 import zipfile
 
 import numpy as np
@@ -16,7 +17,7 @@ from experiments import convergence, imagenet, preparation, presets, report
 from experiments.judge import load_judge, train_judge
 from experiments.nearest import closeness, nearest, pairs_shown
 from experiments.preparation import Files
-from experiments.scoring import Judges, Sampling
+from experiments.scoring import Judges, Sampling, Scorer
 from preprocessing import encode_tokens
 from tests.conftest import ENCODER, reset_accelerate, run_training, write_data
 from training.config import parse_args
@@ -202,6 +203,22 @@ def test_skin_tones_of_an_emoji_are_in_the_same_half(tmp_path):
     for content in ({"captions": {}}, [], {"captions": None}):
         with pytest.raises(InputError, match=r"captions\.json: expected"):
             preparation.emoji_groups(FileSource(emoji_zip(tmp_path / "bad.zip", content)))
+
+
+def test_an_encoder_with_another_number_of_tokens_is_refused_before_the_work_starts(encoder_weights, tmp_path):
+    source = emoji_zip(tmp_path / "emoji.zip", {})
+    flags = ["--preset", "emoji", "--source", str(source), "--enc-type", ENCODER, "--enc-weights", str(encoder_weights)]
+    with pytest.raises(InputError, match=r"16 tokens .* there are 64 latent tokens"):
+        convergence.main([*flags, "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out" / "data" / "raw").exists()
+
+
+def test_labels_of_generated_images():
+    held_out = types.SimpleNamespace(labels=torch.tensor([0, 0, 0, 1, 1, 2]), classes=3)
+    labels = Scorer.requested_labels(held_out, Sampling(images=12, num_steps=1, batch_size=1, proportional=True))
+    assert labels.bincount().tolist() == [6, 4, 2]
+    labels = Scorer.requested_labels(held_out, Sampling(images=4, num_steps=1, batch_size=1))
+    assert labels.tolist() == [0, 1, 2, 0]
 
 
 @pytest.mark.parametrize(
