@@ -29,17 +29,20 @@ SIT, REPA, REG = "SiT", "REPA", "REG"
 DIGITS_ENCODER_STEPS = (400, 40)  # of the encoder, and of a worse one for the ablation
 # A row is a name and the flags that differ from REG.
 METHODS = {SIT: "--entangle none --proj-coeff 0", REPA: "--entangle none", REG: ""}
-ABLATIONS = ("methods", "entangle", "parts", "cls", "depth", "encoder")
+# What SR-DiT (arXiv 2512.12386) combines, as in recipes/train/srdit.json.
+SR_DIT = "--norm rms --qk-norm rms --rope --value-residual --sprint --time-shift auto --cfm-coeff 0.05"
+ABLATIONS = ("methods", "entangle", "parts", "cls", "depth", "encoder", "switches")
 
 
 def ablations(
-    depths: tuple[int, ...], coefficients: tuple[str, ...], encoders: dict[str, str]
+    depths: tuple[int, ...], coefficients: tuple[str, ...], encoders: dict[str, str], steps: int, muon_rate: str
 ) -> dict[str, dict[str, str]]:
-    """Return the rows of each table of the paper, by its name in `ABLATIONS`.
+    """Return the rows of each table of the paper, and of the options of REG's successors, by its name in `ABLATIONS`.
 
     depths, coefficients: aligned blocks and weights of the class token, in addition to those of REG. encoders: values
-    of --enc-type by the row's name.
+    of --enc-type by the row's name. steps: length of a run. muon_rate: learning rate of Muon.
     """
+    muon = f"--optimizer muon --muon-learning-rate {muon_rate}"
     return {
         "methods": METHODS,
         "entangle": {
@@ -53,6 +56,23 @@ def ablations(
         "cls": {**{f"cls {value}": f"--cls {value}" for value in coefficients}, REG: METHODS[REG]},
         "depth": {**{f"depth {block}": f"--encoder-depth {block}" for block in depths}, REG: METHODS[REG]},
         "encoder": {name: f"--enc-type {spec}" for name, spec in encoders.items()},
+        "switches": {
+            REG: METHODS[REG],
+            "norm rms": "--norm rms",
+            "qk-norm rms": "--qk-norm rms",
+            "rope": "--rope",
+            "value-residual": "--value-residual",
+            "sprint": "--sprint",
+            "time-shift auto": "--time-shift auto",
+            "cfm-coeff 0.05": "--cfm-coeff 0.05",
+            "all of SR-DiT": SR_DIT,
+            "lognormal times": "--weighting lognormal",
+            "iREPA": "--projector conv --spatial-norm 0.6 --proj-coeff 1",
+            "align stop": f"--align-stop-steps {max(1, steps // 2)}",
+            "cosine decay": f"--warmup-steps {steps // 20} --lr-schedule cosine",
+            "Muon": muon,
+            "all and Muon": f"{SR_DIT} {muon}",
+        },
     }
 
 
@@ -75,8 +95,9 @@ class Preset:
         seeds: of training.
         sampling: see `Sampling`.
         timing_steps: length of the short runs that measure the time of a step.
-        depths, coefficients: rows of two ablations, see `ablations`.
+        depths, coefficients, muon_rate: of the rows of some ablations, see `ablations`.
         prepare: makes data, encoder and judge in a folder.
+        switches_flags: further flags of all rows of the ablation switches.
     """
 
     flags: str
@@ -86,7 +107,9 @@ class Preset:
     timing_steps: int
     depths: tuple[int, ...]
     coefficients: tuple[str, ...]
+    muon_rate: str
     prepare: Callable[[Path, Convergence], Files]
+    switches_flags: str = ""
 
 
 def prepare_digits(folder: Path, config: Convergence) -> Files:
@@ -172,7 +195,9 @@ PRESETS = {
         timing_steps=60,
         depths=(1, 3, 4),
         coefficients=("0.003", "0.01", "0.1", "0.3"),
+        muon_rate="2e-2",  # ten times the rate of AdamW, as in SR-DiT
         prepare=prepare_digits,
+        switches_flags="--depth 6",  # SPRINT needs 5 blocks or more
     ),
     "imagenette": Preset(
         flags="--model SiT-S/2 --batch-size 64 --learning-rate 3e-4 --ema-decay 0.999 --num-workers 12",
@@ -182,6 +207,7 @@ PRESETS = {
         timing_steps=100,
         depths=(2, 6, 8),
         coefficients=("0.01", "0.02", "0.05", "0.1"),
+        muon_rate="3e-3",
         prepare=prepare_photographs,
     ),
 }
