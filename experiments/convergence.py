@@ -1,6 +1,7 @@
 """Compares how fast SiT, REPA and REG converge (REG, arXiv 2507.01467, figure 1) at a size that fits the machine.
 
-Instead of the three methods it can compare the rows of one of the paper's ablations.
+Instead of the three methods it can compare the rows of one of the paper's ablations, or REG with options of its
+successors (--ablation switches).
 
     python experiments/convergence.py --preset digits --out exps/convergence --parallel 2
     python experiments/convergence.py --preset digits --out exps/convergence --parallel 2 --ablation entangle
@@ -167,8 +168,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     study = Study(config)
     jobs = {(row, seed): study.job(row, seed) for seed in study.preset.seeds for row in study.rows}
-    study.measure_steps()
     run_jobs(list(jobs.values()), config.parallel)
+    study.measure_steps()
     folders = {key: job.folder for key, job in jobs.items()}
     report.write(config.report or config.out, config.name, study.collect(folders), folders)
 
@@ -191,7 +192,9 @@ class Study:
         self.config = config
         self.preset = chosen_preset(config)
         check_same_comparison(config, self.preset)
-        rows = ablations(self.preset.depths, self.preset.coefficients, {})[config.ablation] or {REG: METHODS[REG]}
+        preset = self.preset
+        tables = ablations(preset.depths, preset.coefficients, {}, preset.steps[-1], preset.muon_rate)
+        rows = tables[config.ablation] or {REG: METHODS[REG]}
         self.rows = {row: self.row_flags(flags) for row, flags in rows.items()}
         self.files: Files = self.preset.prepare(config.out / "data", config)
         if config.ablation == "encoder":
@@ -295,9 +298,10 @@ def chosen_preset(config: Convergence) -> Preset:
     preset = PRESETS[config.preset]
     images = config.samples or preset.sampling.images
     unlabelled = "--cfg-prob 1" if config.unlabelled else ""
+    of_ablation = preset.switches_flags if config.ablation == "switches" else ""
     return dataclasses.replace(
         preset,
-        flags=" ".join(f"{preset.flags} {unlabelled} {config.flags}".split()),
+        flags=" ".join(f"{preset.flags} {of_ablation} {unlabelled} {config.flags}".split()),
         steps=config.steps or preset.steps,
         seeds=config.seeds or preset.seeds,
         sampling=dataclasses.replace(preset.sampling, images=images, labelled=not config.unlabelled),

@@ -26,17 +26,20 @@ SIT, REPA, REG = "SiT", "REPA", "REG"
 # A row is a name and the flags that differ from REG.
 METHODS = {SIT: "--entangle none --proj-coeff 0", REPA: "--entangle none", REG: ""}
 LEADS = ("0.1", "0.3")
-ABLATIONS = ("methods", "entangle", "parts", "cls", "depth", "encoder", "standardized", "lead")
+# What SR-DiT (arXiv 2512.12386) combines, as in recipes/train/srdit.json.
+SR_DIT = "--norm rms --qk-norm rms --rope --value-residual --sprint --time-shift auto --cfm-coeff 0.05"
+ABLATIONS = ("methods", "entangle", "parts", "cls", "depth", "encoder", "standardized", "lead", "switches")
 
 
 def ablations(
-    depths: tuple[int, ...], coefficients: tuple[str, ...], encoders: dict[str, str]
+    depths: tuple[int, ...], coefficients: tuple[str, ...], encoders: dict[str, str], steps: int, muon_rate: str
 ) -> dict[str, dict[str, str]]:
-    """Return the rows of each table of the paper, by its name in `ABLATIONS`.
+    """Return the rows of each table of the paper, and of the options of REG's successors, by its name in `ABLATIONS`.
 
     depths, coefficients: aligned blocks and weights of the class token, in addition to those of REG. encoders: values
-    of --enc-type by the row's name.
+    of --enc-type by the row's name. steps: length of a run. muon_rate: learning rate of Muon.
     """
+    muon = f"--optimizer muon --muon-learning-rate {muon_rate}"
     return {
         "methods": METHODS,
         "entangle": {
@@ -52,6 +55,23 @@ def ablations(
         "encoder": {name: f"--enc-type {spec}" for name, spec in encoders.items()},
         "standardized": {REG: METHODS[REG], "REG standardized": f"--standardize-cls {TOKENS}"},
         "lead": {REG: METHODS[REG], **{f"lead {lead}": f"--cls-lead {lead}" for lead in LEADS}},
+        "switches": {
+            REG: METHODS[REG],
+            "norm rms": "--norm rms",
+            "qk-norm rms": "--qk-norm rms",
+            "rope": "--rope",
+            "value-residual": "--value-residual",
+            "sprint": "--sprint",
+            "time-shift auto": "--time-shift auto",
+            "cfm-coeff 0.05": "--cfm-coeff 0.05",
+            "all of SR-DiT": SR_DIT,
+            "lognormal times": "--weighting lognormal",
+            "iREPA": "--projector conv --spatial-norm 0.6 --proj-coeff 1",
+            "align stop": f"--align-stop-steps {max(1, steps // 2)}",
+            "cosine decay": f"--warmup-steps {steps // 20} --lr-schedule cosine",
+            "Muon": muon,
+            "all and Muon": f"{SR_DIT} {muon}",
+        },
     }
 
 
@@ -65,8 +85,9 @@ class Preset:
         seeds: of training.
         sampling: see `Sampling`.
         timing_steps: length of the short runs that measure the time of a step.
-        depths, coefficients: rows of two ablations, see `ablations`.
+        depths, coefficients, muon_rate: of the rows of some ablations, see `ablations`.
         prepare: makes data, encoder and judge in a folder.
+        switches_flags: further flags of all rows of the ablation switches.
     """
 
     flags: str
@@ -76,7 +97,9 @@ class Preset:
     timing_steps: int
     depths: tuple[int, ...]
     coefficients: tuple[str, ...]
+    muon_rate: str
     prepare: Callable[[Path, Convergence], Files]
+    switches_flags: str = ""
 
 
 # A network for 64 tokens of an encoder, small enough for a CPU.
@@ -94,7 +117,9 @@ PRESETS = {
         timing_steps=60,
         depths=(1, 3, 4),
         coefficients=("0.003", "0.01", "0.1", "0.3"),
+        muon_rate="2e-2",  # ten times the rate of AdamW, as in SR-DiT
         prepare=prepare_digits,
+        switches_flags="--depth 6",  # SPRINT needs 5 blocks or more
     ),
     "imagenette": Preset(
         flags=f"--model SiT-S/2 {SMALL}",
@@ -104,6 +129,7 @@ PRESETS = {
         timing_steps=20,
         depths=(1, 3, 4),
         coefficients=("0.01", "0.1", "0.3"),
+        muon_rate="1e-2",
         prepare=functools.partial(prepare_pictures, Pictures(photograph_groups, 128, 48, [32, 64, 128], 1500)),
     ),
     "emoji": Preset(
@@ -114,6 +140,7 @@ PRESETS = {
         timing_steps=20,
         depths=(1, 3, 4),
         coefficients=("0.01", "0.1", "0.3"),
+        muon_rate="1e-2",
         prepare=functools.partial(prepare_pictures, Pictures(emoji_groups, 64, 48, [32, 64, 128], 1500)),
     ),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 from common.images import open_image
 from common.io import write_json
 from common.temporary import atomic_write
+from experiments.presets import REG
 
 matplotlib.use("Agg")  # works without a screen
 import matplotlib.pyplot as plt
@@ -20,6 +22,9 @@ from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 Curve = list[tuple[int, float]]  # steps and distance, by step
 COLOURS = ("tab:gray", "tab:blue", "tab:red", "tab:green", "tab:purple", "tab:orange")
+MANY = len(COLOURS)  # a table with more rows shows pairs with REG only, and samples of the last step only
+GRID_COLUMNS = 4  # of the picture of samples of such a table
+EQUAL_TIME = "distance in the time of REG's last step"  # heading of a column
 COHERENCE = (  # metric, label and line of the token of what image it is compared with
     ("coherence", "own image", "-"),
     ("coherence_class_mean", "mean of its class", "--"),
@@ -43,6 +48,20 @@ def steps_to_reach(curve: Curve, level: float) -> float | None:
             return step * (next_step / step) ** share
         step, distance = next_step, next_distance
     return None
+
+
+def distance_at(curve: Curve, step: float) -> float | None:
+    """Return the distance at a step, interpolated as in `steps_to_reach`; None before the first evaluation.
+
+    After the last evaluation its distance is returned.
+    """
+    if step < curve[0][0]:
+        return None
+    for (before, distance), (after, next_distance) in itertools.pairwise(curve):
+        if step <= after:
+            share = math.log(step / before) / math.log(after / before)
+            return distance * (next_distance / distance) ** share
+    return curve[-1][1]
 
 
 def speed_up(slower: Curve, faster: Curve) -> float | None:
@@ -80,7 +99,7 @@ def mean_curve(seeds: list[Curve]) -> Curve:
 
 
 def speed_ups(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the factors of each pair of rows.
+    """Return the factors of each pair of rows, in a large table of each pair with REG.
 
     steps, time: of the mean curves. steps_of_each_seed: of the curves of one seed. steps_by_length: of the mean curves,
     if the slower one had ended at an earlier evaluation.
@@ -89,6 +108,8 @@ def speed_ups(result: dict[str, Any]) -> list[dict[str, Any]]:
     by_end = sorted(rows, key=lambda row: mean_curve(curves(result, row))[-1][1], reverse=True)
     for number, slower in enumerate(by_end):
         for faster in by_end[number + 1 :]:
+            if len(rows) > MANY and REG not in (slower, faster):
+                continue
             pairs = zip(curves(result, slower), curves(result, faster), strict=True)
             slow, fast = mean_curve(curves(result, slower)), mean_curve(curves(result, faster))
             steps = speed_up(slow, fast)
@@ -120,20 +141,22 @@ def table(result: dict[str, Any]) -> str:
         "nearest_ratio": "nearest training image, ratio to held-out",
         "close": "close to a training image",
     }
-    with_encoder = result.get("seconds_per_step_with_encoder", {})
     last = max(s["step"] for row in result["scores"].values() for seed in row.values() for s in seed)
-    lines = [f"| after {last} steps | " + " | ".join(columns.values()) + " | s/step |"]
-    if with_encoder:
-        lines[0] = lines[0].replace("s/step", "s/step, cached tokens | s/step, encoder running")
-    lines.append("|---" * (lines[0].count("|") - 1) + "|")
+    by_time = equal_time(result)
+    seconds = {"s/step": result["seconds_per_step"]}
+    if with_encoder := result.get("seconds_per_step_with_encoder"):
+        seconds = {"s/step, cached tokens": result["seconds_per_step"], "s/step, encoder running": with_encoder}
+    headings = [f"after {last} steps", *columns.values(), *seconds, *([EQUAL_TIME] if by_time else [])]
+    lines = ["| " + " | ".join(headings) + " |", "|---" * len(headings) + "|"]
     for row in result["rows"]:
         ends = [seed[-1] for seed in result["scores"][row].values()]
-        cells = [_mean_and_spread([end[key] for end in ends if key in end]) for key in columns]
-        cells += [f"{times[row]:.3f}" for times in (result["seconds_per_step"], with_encoder) if times]
-        lines.append(f"| {row} | " + " | ".join(cells) + " |")
+        cells = [row, *(_mean_and_spread([end[key] for end in ends if key in end]) for key in columns)]
+        cells += [*(f"{times[row]:.3f}" for times in seconds.values()), *([by_time[row]] if by_time else [])]
+        lines.append("| " + " | ".join(cells) + " |")
     if real := result["real"]:
         cells = [f"{real[key]:.3f}" if key in real else "" for key in columns]
-        lines.append("| real images, the half trained on | " + " | ".join(cells) + " | |" + " |" * bool(with_encoder))
+        cells = ["real images, the half trained on", *cells, *[""] * (len(headings) - len(columns) - 1)]
+        lines.append("| " + " | ".join(cells) + " |")
     lines += ["", "| to reach the last distance of | it needs times fewer steps | each seed | times less time |"]
     lines.append("|---|---|---|---|")
     for pair in result["speed_ups"]:
@@ -141,6 +164,27 @@ def table(result: dict[str, Any]) -> str:
         pair_of_rows = f"{pair['slower']} ({pair['level']:.2f}): {pair['faster']}"
         lines.append(f"| {pair_of_rows} | {steps} | {', '.join(each)} | {time} |")
     return "\n".join(lines) + "\n"
+
+
+def equal_time(result: dict[str, Any]) -> dict[str, str]:
+    """Return the distance of each row in the time in which REG reaches its last step; nothing without a row REG.
+
+    A row that needs less time for all steps has its last distance, with the part of the time that it took.
+    """
+    if REG not in result["rows"]:
+        return {}
+    seconds, cells = result["seconds_per_step"], {}
+    for row in result["rows"]:
+        found = curves(result, row)
+        last, step = found[0][-1][0], curves(result, REG)[0][-1][0] * seconds[REG] / seconds[row]
+        distances = [distance_at(curve, step) for curve in found]
+        if None in distances:
+            cells[row] = f"step {step:.0f}, not evaluated"
+        elif step > last:
+            cells[row] = f"{_mean_and_spread(distances)} (in {last / step:.0%} of the time)"
+        else:
+            cells[row] = f"{_mean_and_spread(distances)} (step {step:.0f})"
+    return cells
 
 
 def _factor(value: float | None) -> str:
@@ -166,11 +210,13 @@ def draw(result: dict[str, Any], path: Path) -> None:
     Of at most three rows, the factors between the rows are stated, with those of each seed.
     """
     figure, (by_steps, by_time, coherence) = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
-    for row, colour in zip(result["rows"], COLOURS, strict=False):
+    many = len(result["rows"]) > MANY
+    colours = [*plt.get_cmap("tab20").colors, *plt.get_cmap("tab20b").colors] if many else COLOURS
+    for row, colour in zip(result["rows"], colours, strict=False):
         seconds = result["seconds_per_step"][row]
         _seeds(by_steps, curves(result, row), 1, colour, row)
         _seeds(by_time, curves(result, row), seconds, colour, f"{row}, {1000 * seconds:.0f} ms a step")
-        for metric, label, style in COHERENCE:
+        for metric, label, style in COHERENCE[: 1 if many else None]:
             if found := curves(result, row, metric):
                 _seeds(coherence, found, 1, colour, f"{row}: {label}", style)
     if len(result["rows"]) <= 3:
@@ -187,7 +233,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(which="both", alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize="small")
+            axes.legend(fontsize="xx-small" if many else "small")
     _save(figure, path)
 
 
@@ -197,7 +243,7 @@ def _save(figure: plt.Figure, path: Path) -> None:
     plt.close(figure)
 
 
-def _seeds(axes: plt.Axes, seeds: list[Curve], scale: float, colour: str, label: str, style: str = "-") -> None:
+def _seeds(axes: plt.Axes, seeds: list[Curve], scale: float, colour: Any, label: str, style: str = "-") -> None:
     """Draw the mean over seeds as a line, and each seed as a thin line."""
     values = np.array([[value for _, value in seed] for seed in seeds])
     x = scale * np.array([step for step, _ in seeds[0]])
@@ -207,18 +253,24 @@ def _seeds(axes: plt.Axes, seeds: list[Curve], scale: float, colour: str, label:
 
 
 def draw_samples(result: dict[str, Any], runs: dict[tuple[str, int], Path], path: Path) -> None:
-    """Draw the grids of the first seed: one column for each row of the table, one line for each step."""
+    """Draw the grids of the first seed: one column for each row of the table, one line for each step.
+
+    For a table with many rows, only the grids of the last step are drawn, `GRID_COLUMNS` in a line.
+    """
     seed, grids = result["seeds"][0], "samples" if result["preset"] == "imagenet" else "grids"
     steps = [scores["step"] for scores in next(iter(result["scores"].values()))[str(seed)]]
-    shown = [steps[i] for i in sorted({round(k) for k in np.linspace(0, len(steps) - 1, GRIDS_SHOWN)})]
-    lines, columns = len(shown), len(result["rows"])
+    many = len(result["rows"]) > MANY
+    indices = {len(steps) - 1} if many else {round(k) for k in np.linspace(0, len(steps) - 1, GRIDS_SHOWN)}
+    shown = [(row, steps[i]) for i in sorted(indices) for row in result["rows"]]
+    columns = GRID_COLUMNS if many else len(result["rows"])
+    lines = math.ceil(len(shown) / columns)
     size = (5 * columns, 2.3 * lines)
     figure, axes = plt.subplots(lines, columns, squeeze=False, figsize=size, layout="constrained")
-    for line, step in zip(axes, shown, strict=True):
-        for cell, row in zip(line, result["rows"], strict=True):
-            cell.imshow(open_image((runs[row, seed] / grids / f"{step:07d}.png").read_bytes()), interpolation="nearest")
-            cell.set_title(f"{row}, {step} steps", fontsize="small")
-            cell.axis("off")
+    for cell in axes.flat:
+        cell.axis("off")
+    for cell, (row, step) in zip(axes.flat, shown, strict=False):
+        cell.imshow(open_image((runs[row, seed] / grids / f"{step:07d}.png").read_bytes()), interpolation="nearest")
+        cell.set_title(f"{row}, {step} steps", fontsize="small")
     _save(figure, path)
 
 

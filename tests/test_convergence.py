@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from common.errors import InputError
+from common.io import read_json
 from common.sources import FileSource
 from experiments import convergence, imagenet, preparation, presets, report
 from experiments.judge import load_judge, train_judge
@@ -45,6 +46,13 @@ def test_steps_to_reach_at_the_ends_and_on_the_way_back_up():
     assert report.steps_to_reach(curve, 2) == pytest.approx(800)
     # A slower method that had its last distance before is charged for the first time it had it.
     assert report.speed_up([(100, 4.0), (200, 4.0)], [(100, 8.0), (200, 4.0)]) == pytest.approx(0.5)
+
+
+def test_distance_at_a_step_of_a_power_law_is_exact():
+    assert report.distance_at(power_law(800), 300) == pytest.approx(800 / 300)
+    assert report.distance_at(power_law(800), 100) == 8 and report.distance_at(power_law(800), 1600) == 0.5
+    assert report.distance_at(power_law(800), 2000) == 0.5  # its last
+    assert report.distance_at(power_law(800), 99) is None
 
 
 def fake_result():
@@ -94,11 +102,31 @@ def test_times_with_cached_tokens_are_named_as_such():
     heading, line, *rows = report.table(result).splitlines()
     assert "| s/step, cached tokens | s/step, encoder running |" in heading
     assert {text.count("|") for text in (heading, line, *rows[:4])} == {heading.count("|")}
-    assert rows[2].endswith("| 0.200 | 1.200 |")
+    assert "| 0.200 | 1.200 |" in rows[2]
 
 
-def test_report_is_written(tmp_path):
+def test_distances_in_the_time_of_reg():
+    """REG takes 320 s, in which REPA does 1600 * 0.2 / 0.4 = 800 of its steps, and SiT all of its in half the time."""
     result = fake_result()
+    result["seconds_per_step"]["REPA"] = 0.4
+    found = report.equal_time(result)
+    assert found["REG"] == "0.156 ± 0.044 (step 1600)"  # 200 / 1600 and 300 / 1600
+    assert found["REPA"] == "1.250 ± 0.354 (step 800)"  # 800 / 800 and 1200 / 800
+    assert found["SiT"] == "1.250 ± 0.354 (in 50% of the time)"
+    result["seconds_per_step"]["REPA"] = 10
+    assert report.equal_time(result)["REPA"] == "step 32, not evaluated"
+    assert f"| {report.EQUAL_TIME} |" in report.table({**result, "speed_ups": []})
+    del result["rows"]["REG"]
+    assert report.equal_time(result) == {}
+
+
+@pytest.mark.parametrize("more", [0, 4])
+def test_report_is_written(tmp_path, more):
+    """With many rows, pairs of rows have REG in them, and the picture has several lines of grids."""
+    result = fake_result()
+    for number in range(more):
+        for part in ("rows", "seconds_per_step", "scores"):
+            result[part][f"more {number}"] = result[part]["REPA"]
     runs = {(row, seed): tmp_path / row for row in result["rows"] for seed in result["seeds"]}
     for folder in runs.values():
         for step in POWERS:
@@ -111,16 +139,35 @@ def test_report_is_written(tmp_path):
     assert Image.open(tmp_path / "toy-nearest.png").size[0] > 1000
     assert json.loads((tmp_path / "toy.json").read_text())["speed_ups"]
     assert Image.open(tmp_path / "toy.png").size[0] > 1000 and Image.open(tmp_path / "toy-samples.png").size[0] > 1000
+    pairs = [{pair["slower"], pair["faster"]} for pair in report.speed_ups(result)]
+    assert len(pairs) == (6 if more else 3) and all("REG" in pair for pair in pairs if more)
     assert (tmp_path / "toy.md").read_text() == report.table({**result, "speed_ups": report.speed_ups(result)})
 
 
 def test_every_row_of_every_ablation_is_a_command_line_of_train():
     for preset in presets.PRESETS.values():
-        rows = presets.ablations(preset.depths, preset.coefficients, {"other": "dinov2-vit-l"})
+        encoders = {"other": "dinov2-vit-l"}
+        rows = presets.ablations(preset.depths, preset.coefficients, encoders, preset.steps[-1], preset.muon_rate)
         assert tuple(rows) == presets.ABLATIONS
         for flags in (flags for table in rows.values() for flags in table.values()):
             config = parse_args(["--exp-name", "x", "--device", "cpu", *preset.flags.split(), *flags.split()])
             assert (config.slot == "none") == ("--no-cls-token" in flags or "--entangle none" in flags)
+
+
+def test_the_row_of_srdit_has_the_switches_of_its_recipe():
+    recipe = read_json(presets.ROOT / "recipes/train/srdit.json")
+    config = parse_args(["--exp-name", "x", "--device", "cpu", *presets.SR_DIT.split()])
+    given = config.given - {"exp_name", "device"}
+    assert {name: getattr(config, name) for name in given} == {name: recipe[name] for name in given}
+    of_data_and_run = {"model", "latents_folder", "latents_codec", "enc_type", "batch_size", "max_train_steps"}
+    assert given == recipe.keys() - of_data_and_run - {"mixed_precision"}
+
+
+def test_only_the_table_of_switches_has_the_depth_that_sprint_needs(tmp_path):
+    for ablation, depth in (("switches", 6), ("methods", 4)):
+        config = convergence.Convergence(out=tmp_path, ablation=ablation)
+        flags = ["--exp-name", "x", "--device", "cpu", *convergence.chosen_preset(config).flags.split()]
+        assert parse_args(flags).depth == depth
 
 
 def test_commands_of_the_papers_size_are_those_of_train(tmp_path, capsys):
