@@ -155,7 +155,7 @@ def test_every_row_of_every_ablation_is_a_command_line_of_train():
 
 
 def test_the_row_of_srdit_has_the_switches_of_its_recipe():
-    recipe = read_json(presets.ROOT / "recipes/train/srdit.json")
+    recipe = read_json(preparation.ROOT / "recipes/train/srdit.json")
     config = parse_args(["--exp-name", "x", "--device", "cpu", *presets.SR_DIT.split()])
     given = config.given - {"exp_name", "device"}
     assert {name: getattr(config, name) for name in given} == {name: recipe[name] for name in given}
