@@ -246,15 +246,16 @@ class Study:
     def measure_steps(self) -> None:
         """Measure the seconds of a training step of each row that has not been measured, one run at a time.
 
-        Each row is measured as it is trained, with cached tokens, and with the encoder running.
+        Each row is measured as it is trained, with cached tokens, and once with the encoder running.
         """
         path, steps = self.config.out / TIMES, self.preset.timing_steps
         known = read_json(path) if path.exists() else {}
-        kinds = {self.time_name(row, cached): (row, cached) for cached in (True, False) for row in self.rows}
+        kinds = {self.time_name(row, cached): (row, cached) for cached in (False, True) for row in self.rows}
         kinds = {name: kind for name, kind in kinds.items() if name not in known}
         found: dict[str, list[float]] = {name: [] for name in kinds}
         for turn in range(TIMING_ROUNDS):
-            for name, (row, cached) in progress_bar(kinds.items(), desc=f"timing, round {turn + 1}", unit="run"):
+            measured = {name: kind for name, kind in kinds.items() if kind[1] or turn == 0}
+            for name, (row, cached) in progress_bar(measured.items(), desc=f"timing, round {turn + 1}", unit="run"):
                 folder = real_path(self.config.out / "timing" / f"{name.lower().replace(' ', '-')}-{turn}")
                 flags = self.flags(row, folder, cached, max_train_steps=steps, log_steps=max(1, steps // 4))
                 run(["train.py", *flags], folder, self.threads)

@@ -122,7 +122,8 @@ def prepare_digits(folder: Path, config: Convergence) -> Files:
     """Make the digits: one half to train on, with an encoder trained on it; the other with a judge trained on it."""
     _make_data(folder, digits.write_images, digits.RESOLUTION, "pixel")
     good, bad = (folder / f"encoder-{steps}.safetensors" for steps in DIGITS_ENCODER_STEPS)
-    for weights, steps, name in zip((good, bad), DIGITS_ENCODER_STEPS, (TOKENS, f"{TOKENS}-bad"), strict=True):
+    encoders = list(zip((good, bad), DIGITS_ENCODER_STEPS, (TOKENS, f"{TOKENS}-bad"), strict=True))
+    for weights, steps, name in encoders if config.ablation == "encoder" else encoders[:1]:
         if not weights.exists():
             digits.train_encoder(weights, steps)
         _make_tokens(folder, name, digits.ENCODER_SPEC, str(weights))
