@@ -130,7 +130,7 @@ PRESETS = {
         depths=(1, 3, 4),
         coefficients=("0.01", "0.1", "0.3"),
         muon_rate="1e-2",
-        prepare=functools.partial(prepare_pictures, Pictures(photograph_groups, 128, 48, [32, 64, 128], 1500)),
+        prepare=functools.partial(prepare_pictures, Pictures(photograph_groups, 128, 48, [32, 64, 128], 1000)),
     ),
     "emoji": Preset(
         flags=f"--model SiT-S/1 {SMALL}",
@@ -141,6 +141,6 @@ PRESETS = {
         depths=(1, 3, 4),
         coefficients=("0.01", "0.1", "0.3"),
         muon_rate="1e-2",
-        prepare=functools.partial(prepare_pictures, Pictures(emoji_groups, 64, 48, [32, 64, 128], 1500)),
+        prepare=functools.partial(prepare_pictures, Pictures(emoji_groups, 64, 48, [32, 64, 128], 1000)),
     ),
 }
