@@ -124,6 +124,16 @@ PARTS = {
             f"{TINY_RUN} --resolution 64 --encoder {TINY_ENCODER}",
         ),
     ],
+    # train.py with an encoder that runs, and with its cached tokens, of which the loader reads 395 kB per image.
+    "tokens": [
+        Job(
+            "tokens",
+            150,
+            f"{RUN} --codec sd --resolution 256 --images 2048 --encoder dinov2-vit-b --model SiT-B/2 --batch-size 256 "
+            "--steps 40 --precision bf16 --num-workers 12 --cached-tokens",
+            f"{TINY_RUN} --resolution 64 --encoder {TINY_ENCODER}",
+        ),
+    ],
     # The price of the class slot in training and in sampling.
     "slot": [
         Job(

@@ -9,7 +9,8 @@ from its last checkpoint. On a CPU the runs are equal to the last bit. On a GPU 
 losses may differ by rounding: by 0.1 % in the first step after the checkpoint, and by 2 % later.
 
 With --codec sd, images and latents have the size of Stable Diffusion's. One run measures the speed with the loader of
-train.py. Nothing is generated, because the weights of this codec are not available everywhere.
+train.py. Nothing is generated, because the weights of this codec are not available everywhere. With --cached-tokens,
+preprocessing/encode_tokens.py then writes the tokens of all images, and a second run reads them.
 
 Encoders have random weights.
 """
@@ -45,7 +46,7 @@ from common.cli import parse, setting
 from common.errors import InputError, run_cli
 from common.images import save_png
 from common.io import read_metrics, write_json
-from common.sources import image_name, latents_name
+from common.sources import image_name, latents_name, tokens_name
 from models.autoencoder import SD_FORMAT
 from models.checkpoint import load_checkpoint
 
@@ -71,12 +72,15 @@ class RealRun(timing.Benchmark):
     precision: str = setting("fp16", "autocast of training", choices=("no", "fp16", "bf16"))
     compile: bool = setting(False, "compile in all programs")
     num_workers: int = setting(4, "loader processes", check=between(0, 1024))
+    cached_tokens: bool = setting(False, "with --codec sd: a second run, which reads cached tokens of the encoder")
     samples: int = setting(96, "images to generate, in batches of two thirds of this number", check=POSITIVE)
 
     def check_combination(self) -> None:
         super().check_combination()
         if self.steps % 2:
             raise InputError(f"--steps {self.steps}: must be even, because a checkpoint is saved in the middle")
+        if self.cached_tokens and self.codec != "sd":
+            raise InputError(f"--cached-tokens: needs --codec sd, not {self.codec}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -103,7 +107,11 @@ def run_programs(config: RealRun, folder: Path) -> list[dict[str, Any]]:
     train = partial(run_training, config, folder, weights)
 
     if config.codec == "sd":
-        done(train("run", "--checkpointing-steps", config.steps, "--log-steps", max(1, config.steps // 4)))
+        rarely = ("--checkpointing-steps", config.steps, "--log-steps", max(1, config.steps // 4))
+        done(train("run", *rarely))
+        if config.cached_tokens:
+            done(write_tokens(config, folder / "data", weights))
+            done(train("cached", *rarely, "--cached-tokens", "tokens"))
         return rows
     every_step = ("--checkpointing-steps", config.steps // 2, "--log-steps", 1)
     done(train("first", *every_step))
@@ -128,6 +136,17 @@ def run_training(config: RealRun, folder: Path, weights: str, name: str, *flags:
     rows = read_metrics(folder / "exps" / name / "metrics.jsonl")[1:]  # without the first: it contains compilation
     medians = {key: statistics.median(row[key] for row in rows) for key in ("images_per_second", "data_wait")}
     return {"program": f"train.py, {name}", "seconds": seconds, **medians}
+
+
+def write_tokens(config: RealRun, data: Path, weights: str) -> dict[str, Any]:
+    """Run encode_tokens.py and return its duration and the bytes of an image's file."""
+    command = ["preprocessing/encode_tokens.py", "--source", data / "images", "--dest", data / "tokens"]
+    seconds = run([*command, "--enc-type", config.encoder, "--enc-weights", weights, "--workers", config.num_workers])
+    return {
+        "program": "encode_tokens.py",
+        "seconds": seconds,
+        "bytes": (data / "tokens" / tokens_name(0)).stat().st_size,
+    }
 
 
 def run_generation(config: RealRun, folder: Path, checkpoint: Path) -> dict[str, Any]:

@@ -38,4 +38,5 @@ TIME_SHIFT = Check(
     lambda value: value == AUTO or 0 < value <= MOST_TIME_SHIFT,
 )
 ENTRY_NAME = Check("a name, without a path", lambda value: bool(value.strip(". ")) and "/" not in value)
+ENTRY_NAMES = Check("names, without paths", lambda value: all(map(ENTRY_NAME.fits, value.split(","))))
 WORKERS = Check(f"from 1 to {MAX_WORKERS:,}", lambda value: 1 <= value <= MAX_WORKERS)

@@ -19,6 +19,7 @@ from export import ExportConfig
 from generation.config import GenerateConfig
 from preprocessing.convert import ConvertConfig
 from preprocessing.encode import EncodeConfig
+from preprocessing.encode_tokens import EncodeTokensConfig
 from preprocessing.verify import VerifyConfig
 from training.config import TrainConfig
 
@@ -28,6 +29,7 @@ PROGRAMS: dict[str, type[Config]] = {
     "export.py": ExportConfig,
     "preprocessing/convert.py": ConvertConfig,
     "preprocessing/encode.py": EncodeConfig,
+    "preprocessing/encode_tokens.py": EncodeTokensConfig,
     "preprocessing/verify.py": VerifyConfig,
     "evaluations/evaluator.py": EvaluatorConfig,
     "evaluations/reference.py": ReferenceConfig,

@@ -182,6 +182,11 @@ class CachedTokens:
         return tokens
 
 
+def open_tokens(data_dir: str | Path, names: str | None) -> list[CachedTokens]:
+    """Return the tokens of the encoders in a comma-separated list of folders or zips; None: an empty list."""
+    return [CachedTokens.open(data_dir, name.strip()) for name in names.split(",")] if names else []
+
+
 def as_output(tokens: Tensor) -> EncoderOutput:
     """Return cached tokens (N, 1 + T, D) float16 as the encoder's output, float32."""
     tokens = tokens.float()

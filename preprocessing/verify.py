@@ -3,9 +3,10 @@
     python preprocessing/verify.py DATA
 
 checks that images and latents form pairs and that their labels match, decodes every image, and reads all latents
-(shape, finite values, standard deviation not negative). It writes `DATA/checksums.sha256` or compares with the existing
-file. It compares the magnitude of the scaled latents with that of their codec, decodes some latents, prints their PSNR
-against the images, and saves the pairs as a picture, DATA/verify.png.
+(shape, finite values, standard deviation not negative), and with --cached-tokens all tokens of encoders. It writes
+`DATA/checksums.sha256` or compares with the existing file. It compares the magnitude of the scaled latents with that of
+their codec, decodes some latents, prints their PSNR against the images, and saves the pairs as a picture,
+DATA/verify.png.
 The exit status is 2 if there is an error.
 """
 
@@ -15,26 +16,28 @@ import functools
 import hashlib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common.checks import ENTRY_NAME, WORKERS, Check
+from common.checks import ENTRY_NAME, ENTRY_NAMES, WORKERS, Check
 from common.cli import Config, parse, setting
 from common.errors import InputError, printable, run_cli
 from common.identity import OWN_PNG, Unchanged
 from common.images import decode_rgb, image_grid, save_png
 from common.io import OwnFile, check_writable, read_file, sha256_of
 from common.progress import progress_bar
-from common.sources import decode_name
+from common.sources import FileSource, decode_name
 from common.temporary import atomic_write
 from dataset import LATENT_FOLDERS, PNG_END, LatentDataset, decode_latents
 from models.autoencoder import Codec, LatentFormat, load_decoder
+from models.cached_tokens import open_tokens
 from preprocessing.latent_statistics import latent_sums, mean_and_deviation, mean_and_std
 from preprocessing.parallel import available_cores, chunks, in_workers
 
@@ -64,6 +67,11 @@ class VerifyConfig(Config):
     )
     latents_codec: str | None = setting(
         None, "codec of latents whose dataset.json names none (default: sd-vae-ft-mse, as in the published data)"
+    )
+    cached_tokens: str | None = setting(
+        None,
+        "folders or zips in the data with cached tokens of encoders, comma-separated; they are checked as well",
+        check=ENTRY_NAMES,
     )
     vae: str | None = setting(None, "codec that decodes (default: the one named in the latents' dataset.json)")
     reconstruct: int = setting(16, "number of latents to decode", check=DECODED)
@@ -123,9 +131,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the program."""
     # Check counts, pairs, labels and shapes: LatentDataset raises an error at the first that is wrong.
     config = parse(VerifyConfig, __doc__.splitlines()[0], argv)
-    dataset = LatentDataset(config.data, latents_folder=config.latents_folder, latents_codec=config.latents_codec)
+    tokens = open_tokens(config.data, config.cached_tokens)
+    dataset = LatentDataset(
+        config.data, latents_folder=config.latents_folder, latents_codec=config.latents_codec, tokens=tokens
+    )
     if config.reconstruct:
-        check_writable(config.picture, "--sheet", (dataset.images.path, dataset.latents.path), OWN_PNG)
+        inputs = [source.path for source in sources_of(dataset)]
+        check_writable(config.picture, "--sheet", inputs, OWN_PNG)
     codec = decoding_codec(config, dataset.latent_format) if config.reconstruct else None
     checksum_file = config.data / CHECKSUM_FILE
     has_checksums = checksum_file.exists() and not config.update_checksums
@@ -136,6 +148,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{config.data}: {len(dataset):,} pairs, {describe_classes(counts[counts > 0])}, images {dataset.resolution} "
         f"px, latents {dataset.stored_shape} of {dataset.latent_format.codec}"
     )
+    for one in dataset.tokens:
+        print(f"{one.source.path}: tokens {one.format.shape} of {one.format.name}")
 
     report_other_files(dataset)
     before = read_checksums(checksum_file) if has_checksums else {}
@@ -173,9 +187,15 @@ def describe_classes(counts: np.ndarray) -> str:
     return number if len(counts) == 1 else f"{number} of {least:,}{f' to {most:,}' if most > least else ''} pairs each"
 
 
+def sources_of(dataset: LatentDataset) -> list[FileSource]:
+    """Return images, latents and cached tokens of a data set."""
+    return [dataset.images, dataset.latents, *(one.source for one in dataset.tokens)]
+
+
 def report_other_files(dataset: LatentDataset) -> None:
     """Print how many files next to images and latents are not read in training."""
-    for source, names in ((dataset.images, dataset.image_names), (dataset.latents, dataset.latent_names)):
+    listed = [(dataset.images, dataset.image_names), (dataset.latents, dataset.latent_names)]
+    for source, names in listed + [(one.source, one.files) for one in dataset.tokens]:
         read = {"dataset.json", "skipped.txt", *map(decode_name, names)}
         if others := [name for name in source.names if name not in read and "-flip-" not in name]:
             files = f"{len(others):,} other file{'s' if len(others) > 1 else ''}"
@@ -185,7 +205,7 @@ def report_other_files(dataset: LatentDataset) -> None:
 def check_files(dataset: LatentDataset, workers: int) -> Findings:
     """Return the results of reading, decoding and hashing every file."""
     found, total = Findings(), len(dataset)
-    sources = (dataset.images, dataset.latents)
+    sources = sources_of(dataset)
     hashed_later = Unchanged(source.path if source.is_zip else source.path / "dataset.json" for source in sources)
     job, bar = functools.partial(check_chunk, dataset), {"total": total, "desc": "checking", "unit": "item"}
     for part in in_workers(job, chunks(total, CHUNK), workers, **bar):
@@ -202,23 +222,33 @@ def check_files(dataset: LatentDataset, workers: int) -> Findings:
 def check_chunk(dataset: LatentDataset, chunk: range) -> Findings:
     """Return the results of reading, decoding and hashing the files of some items."""
     found = Findings()
-    mirrors = (False, True) if dataset.has_mirrored else (False,)
+
+    def check(source: FileSource, name: str, read: Callable[[bytes], Any]) -> None:
+        try:
+            data = source.read(name)
+            if not source.is_zip:  # a zip is hashed as one file
+                found.checksums[f"{source.path.name}/{name}"] = hashlib.sha256(data).hexdigest()
+            read(data)
+        except InputError as error:
+            place = f"{source.describe(name)}: "  # which errors of reading contain
+            found.errors.append(place + str(error).removeprefix(place))
+
+    def check_image(data: bytes) -> None:
+        decode_rgb(data, dataset.resolution)
+        if not data.endswith(PNG_END):
+            raise InputError("has data after the end of the PNG")
+
     for i in chunk:
-        latents = [(dataset.latents, dataset.latents_file(i, mirrored)) for mirrored in mirrors]
-        for source, name in [(dataset.images, dataset.image_file(i)), *latents]:
-            try:
-                data = source.read(name)
-                if not source.is_zip:  # a zip is hashed as one file
-                    found.checksums[f"{source.path.name}/{name}"] = hashlib.sha256(data).hexdigest()
-                if source is dataset.images:
-                    decode_rgb(data, dataset.resolution)
-                    if not data.endswith(PNG_END):
-                        raise InputError("has data after the end of the PNG")
-                else:
-                    found.add_latents(decode_latents(data, dataset.stored_shape), dataset.stored)
-            except InputError as error:
-                place = f"{source.describe(name)}: "  # which errors of reading contain
-                found.errors.append(place + str(error).removeprefix(place))
+        check(dataset.images, dataset.image_file(i), check_image)
+        for mirrored in (False, True) if dataset.has_mirrored else (False,):
+            check(
+                dataset.latents,
+                dataset.latents_file(i, mirrored),
+                lambda data: found.add_latents(decode_latents(data, dataset.stored_shape), dataset.stored),
+            )
+        for one in dataset.tokens:
+            for mirrored in (False, True) if one.has_mirrored else (False,):
+                check(one.source, one.file(i, mirrored), one.decode)
     return found
 
 

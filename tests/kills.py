@@ -289,8 +289,10 @@ def train_command(paths: dict[str, Path], place: Path, processes: int) -> list[s
 
 def make_cases(folder: Path) -> dict[str, Case]:
     """Return a small case for each program."""
+    from tests.conftest import ENCODER
+
     paths = prepare(folder / "inputs")
-    names = ("train", "train, 2 processes", "generate", "encode", "convert", "evaluate", "reference")
+    names = ("train", "train, 2 processes", "generate", "encode", "encode_tokens", "convert", "evaluate", "reference")
     place = {name: folder / name.replace(", ", "-").replace(" ", "-") for name in names}
     trained = Case("train", train_command(paths, folder / "trained", 1), folder / "trained")
     status, errors = run(trained)
@@ -304,6 +306,9 @@ def make_cases(folder: Path) -> dict[str, Case]:
             --num-steps 20 --cfg-scale 2 --per-proc-batch-size 8 --device cpu""".split(),
         "encode": f"""preprocessing/encode.py --source {paths["data"] / "images"} --dest {place["encode"] / "latents"}
             --vae pixel --batch-size 2 --workers 1""".split(),
+        "encode_tokens": f"""preprocessing/encode_tokens.py --source {paths["data"] / "images"} --workers 1 --flip
+            --dest {place["encode_tokens"] / "tokens"} --enc-type {ENCODER} --batch-size 2
+            --enc-weights {paths["encoder.safetensors"]}""".split(),
         "convert": f"""preprocessing/convert.py --source {paths["photographs"]} --dest {place["convert"] / "images.zip"}
             --resolution 32 --workers 2""".split(),
         "evaluate": f"""evaluations/evaluator.py {paths["reference"]} {paths["samples"]} --cpu
@@ -326,7 +331,7 @@ def try_program(case: Case, kills: int, faults: int = 0, seed: int = 0) -> Count
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for program in ("train", "generate", "encode", "convert", "evaluate", "reference"):
+    for program in ("train", "generate", "encode", "encode_tokens", "convert", "evaluate", "reference"):
         parser.add_argument(f"--{program}", type=int, default=0, metavar="N", help="number of kills")
     parser.add_argument("--faults", type=int, default=0, metavar="N", help="runs of each program on a full disk")
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments")

@@ -38,6 +38,7 @@ OWN = {
     "benchmarks/encode.py",
     "benchmarks/on_gpu.py",
     "benchmarks/profiling.py",
+    "preprocessing/encode_tokens.py",
     "preprocessing/destination.py",
     "models/safetensors_format.py",
 }

@@ -16,8 +16,9 @@ from PIL import Image
 
 from common.errors import InputError
 from models.autoencoder import SD_FORMAT, LatentFormat, load_codec
-from preprocessing import verify
+from preprocessing import encode_tokens, verify
 from preprocessing.destination import write_dataset_json
+from tests.conftest import ENCODER, reset_accelerate
 from tests.test_autoencoder import photographs
 from tests.test_crops import header_only_png
 from tests.test_encode import make_images
@@ -187,6 +188,23 @@ def test_other_files_under_the_name_of_the_checksums_are_refused(content, tmp_pa
     os.mkfifo(tmp_path / "fifo")
     with pytest.raises(InputError, match="fifo: is not a regular file"):
         verify.read_checksums(tmp_path / "fifo")
+
+
+def test_cached_tokens_are_checked(data, encoder_weights, capsys):
+    place = ["--source", data / "images", "--dest", data / "tokens", "--enc-weights", encoder_weights]
+    reset_accelerate()
+    encode_tokens.main([str(word) for word in (*place, "--enc-type", ENCODER, "--workers", 0, "--flip")])
+    run(data, "--cached-tokens", "tokens", "--reconstruct", "0")
+    assert sum(name.startswith("tokens/") for name in verify.read_checksums(data / "checksums.sha256")) == 15
+    capsys.readouterr()
+    path = data / "tokens/00000/img-tokens-flip-00000003.npy"
+    tokens = np.load(path)
+    tokens[0, 0] = np.inf
+    np.save(path, tokens)
+    with pytest.raises(InputError, match="number of errors: 2"):
+        run(data, "--cached-tokens", "tokens", "--reconstruct", "0")
+    errors = capsys.readouterr().err
+    assert f"{path}: has values that are not finite" in errors and "flip-00000003.npy: differs from" in errors
 
 
 def test_checksums_of_names_with_unusual_characters(tmp_path):

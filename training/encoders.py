@@ -14,12 +14,6 @@ from models.encoders import Encoder, encoders_digest, load_encoders, name_with_t
 from training.config import TrainConfig
 
 
-def open_tokens(config: TrainConfig) -> list[CachedTokens]:
-    """Return the tokens of --cached-tokens."""
-    names = config.cached_tokens.split(",") if config.cached_tokens else []
-    return [CachedTokens.open(config.data_dir, name.strip()) for name in names]
-
-
 def name_encoders(config: TrainConfig, tokens: Sequence[CachedTokens]) -> TrainConfig:
     """Return the settings with the encoders of cached tokens as --enc-type, if the flag is not given.
 
@@ -58,8 +52,8 @@ def make_encoders(config: TrainConfig, data: LatentDataset, accelerator: Acceler
     name, weights = config.enc_type.split(",")[0], (config.enc_weights or "").split(",")[0]
     encoders = load_encoders(name, data.resolution, weights or None, count, accelerator.device)
     if encoders_digest(encoders) != data.tokens[0].format.weights:
-        problem = f"these are not the weights of the encoder that wrote {data.tokens[0].source.path}"
-        raise InputError(f"--enc-weights {config.enc_weights}: {problem}; --eval-steps needs this encoder")
+        problem = f"is not the encoder that wrote {data.tokens[0].source.path}: its weights differ"
+        raise InputError(f"--eval-steps {config.eval_steps}: {name}, {weights or 'from the hub'}, {problem}")
     return encoders
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from common.checks import AUTO, BELOW_ONE, ENTRY_NAME, NON_NEGATIVE, TIME_SHIFT, UNIT_INTERVAL, Check, between
+from common.checks import AUTO, BELOW_ONE, ENTRY_NAMES, NON_NEGATIVE, TIME_SHIFT, UNIT_INTERVAL, Check, between
 from common.cli import Config, adjustable, flag, number_or_auto, setting, settings
 from common.errors import InputError
 from loss import ENTANGLED, TERMS
@@ -17,7 +17,6 @@ WEIGHTS = {term.name: term.weight for term in TERMS}
 # Within these bounds, exp(mean + std n) is finite in float32 for all normal numbers n that PyTorch draws.
 MOST_OF_TIMES = 10
 TIME_MEAN = Check(f"from -{MOST_OF_TIMES} to {MOST_OF_TIMES}", lambda value: -MOST_OF_TIMES <= value <= MOST_OF_TIMES)
-ENTRY_NAMES = Check("names, without paths", lambda value: all(map(ENTRY_NAME.fits, value.split(","))))
 TIME_STD = Check(f"greater than 0 and at most {MOST_OF_TIMES}", lambda value: 0 < value <= MOST_OF_TIMES)
 
 

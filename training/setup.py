@@ -27,14 +27,14 @@ from dataset import GlobalBatchSampler, LatentDataset
 from evaluations.in_training import TrainingEvaluation
 from loss import REGLoss
 from models.autoencoder import Codec, load_decoder
-from models.cached_tokens import CachedTokens
+from models.cached_tokens import CachedTokens, open_tokens
 from models.checkpoint import saved_settings
 from models.encoders import Encoder
 from models.inference import NETWORK_DTYPES
 from models.sit import SiT
 from training.checkpoint_writer import CheckpointWriter
 from training.config import RunFacts, TrainConfig, find_facts
-from training.encoders import find_digests, make_encoders, name_encoders, open_tokens
+from training.encoders import find_digests, make_encoders, name_encoders
 from training.guards import BadSteps, FiniteWeights, GuardedOptimizer
 from training.limits import check_memory, choose_micro_batches, free_memory, memory_of, step_memory
 from training.messages import logger, start_messages, warn_if_unwritable
@@ -73,7 +73,7 @@ def set_up(config: TrainConfig, stop_signal: StopSignal | None = None) -> Run:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
 
     # Everything that can be wrong with the input.
-    tokens = open_tokens(config)
+    tokens = open_tokens(config.data_dir, config.cached_tokens)
     config = name_encoders(config, tokens)
     point = broadcast_from_main(accelerator, lambda: find_resume_point(config))
     checkpoint = load_chosen(config, point)

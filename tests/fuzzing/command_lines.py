@@ -102,6 +102,11 @@ PROGRAMS = {
         "preprocessing/encode.py", "preprocessing.encode:EncodeConfig",
         "--source data/images --dest out --vae pixel --workers 0", 4, ("--dest",),
     ),
+    "encode_tokens.py": Program(
+        "preprocessing/encode_tokens.py", "preprocessing.encode_tokens:EncodeTokensConfig",
+        f"--source data/images --dest out --enc-type {ENCODER} --enc-weights encoder.safetensors --workers 0", 3,
+        ("--dest",),
+    ),
     "verify.py": Program(
         "preprocessing/verify.py", "preprocessing.verify:VerifyConfig",
         "data --device cpu --workers 1 --reconstruct 2 --sheet sheet.png", 4, ("--sheet",),

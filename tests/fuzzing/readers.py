@@ -24,7 +24,7 @@ from common.errors import InputError
 from common.images import decode_rgb, open_image
 from common.io import read_json, read_metrics
 from common.packed import explain_packed
-from common.sources import FileSource
+from common.sources import FileSource, tokens_name
 from dataset import LatentDataset, decode_latents
 from evaluations.batches import open_images
 from evaluations.comparison import load_reference
@@ -37,6 +37,7 @@ from evaluations.plot import read_evaluations
 from generation.config import GenerateConfig
 from generation.sample_set import DIGEST, SampleSet, _read_cls_tokens
 from models.autoencoder import load_codec
+from models.cached_tokens import DTYPE, CachedTokens, TokenFormat, images_digest
 from models.checkpoint import (
     build_model,
     checkpoint_classes,
@@ -203,6 +204,28 @@ def _data(folder: Path) -> Any:
     return items, data.classes, data.latent_format
 
 
+def _small_tokens(folder: Path, seed: int) -> None:
+    """Write a small data set with cached tokens of an encoder."""
+    _small_data(folder, 0)
+    data = LatentDataset(folder)
+    images = images_digest(data.images, [data.image_file(i) for i in range(len(data))])
+    form = TokenFormat("dinov2-vit-b", "0" * 64, images, resolution=8, input_size=28, tokens=4, width=3)
+    labels = [[tokens_name(i), i % 3] for i in range(len(data))]
+    path = folder / "tokens" / "dataset.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps({"labels": labels, "encoder": form.to_json(), "flip": False}))
+    for i in range(len(data)):
+        file = path.parent / tokens_name(i)
+        file.parent.mkdir(exist_ok=True)
+        np.save(file, np.random.default_rng([seed, i]).normal(size=form.shape).astype(DTYPE))
+
+
+def _tokens(folder: Path) -> Any:
+    data = LatentDataset(folder, tokens=[CachedTokens.open(folder, "tokens")])
+    data.check()
+    return [[part.numpy() for part in data[i]] for i in range(len(data))], data.tokens[0].format.to_json()
+
+
 def _of_data(file: str, odd: Change) -> Reader:
     return Reader(_small_data, _data, (file,), (odd,), checked=odd is png_chunk, share=0.5)
 
@@ -309,6 +332,10 @@ READERS: dict[str, Reader] = {kind.lower(): _image(kind, _pixels) for kind in PI
     "data-images": _of_data("images/00000/img00000001.png", png_chunk),
     "data-latents": _of_data("vae-sd/00000/img-mean-std-00000001.npy", npy_header),
     "data-draws": Reader(_small_draws, _data, ("vae-sd/dataset.json",), (json_value,), share=0.5),
+    "data-tokens": Reader(_small_tokens, _tokens, ("tokens/dataset.json",), (json_value,), share=0.5),
+    "data-token-files": Reader(
+        _small_tokens, _tokens, (f"tokens/{tokens_name(0)}", f"tokens/{tokens_name(1)}"), (npy_header,), share=0.5
+    ),
     "data-zip": Reader(bases.write_data_zip, _data, ("images.zip",), share=0.5, **_ARCHIVE),
     "listing": _listing(list_images),
     "converted": _listing(list_converted),
