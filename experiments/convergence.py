@@ -1,16 +1,18 @@
 """Compares how fast SiT, REPA and REG converge (REG, arXiv 2507.01467, figure 1) at a size that fits the machine.
 
-Instead of the three methods it can compare the rows of one of the paper's ablations.
+Instead of the three methods it can compare the rows of one of the paper's ablations, or REG with options of its
+successors (--ablation switches).
 
     python experiments/convergence.py --preset digits --out exps/convergence --parallel 2
     python experiments/convergence.py --preset digits --out exps/convergence --parallel 2 --ablation entangle
-    python experiments/convergence.py --preset imagenette --out exps/nette --source imagenette.zip --vae taesd
+    python experiments/convergence.py --preset imagenette --out exps/imagenette --source imagenette.zip
+    python experiments/convergence.py --preset emoji --out exps/emoji --source emoji_128.zip --unlabelled
     python experiments/convergence.py --preset imagenet --out exps/imagenet      # prints the commands for a cluster
 
 All rows have the same seeds, order of data, times, noise, initial weights and optimizer. They differ only in the flags
-of their row. The averaged network is scored at fixed steps by the Frechet distance to held-out images, in the features
-of an independent classifier and of the encoder. The same command resumes a comparison that was stopped. README.md says
-what the results show and what they do not show.
+of their row. The encoder's tokens are computed once and read by all runs. The averaged network is scored at fixed steps
+by the Frechet distance to held-out images, in the features of an independent classifier and of the encoder. The same
+command resumes a comparison that was stopped. README.md says what the results show and what they do not show.
 """
 
 from __future__ import annotations
@@ -49,13 +51,17 @@ from common.progress import progress_bar
 from common.sources import FileSource
 from experiments import imagenet, report
 from experiments.judge import load_images
-from experiments.presets import ABLATIONS, METHODS, PRESETS, REG, Files, Preset, ablations, run
+from experiments.preparation import TOKENS, Files, run
+from experiments.presets import ABLATIONS, METHODS, PRESETS, REG, Preset, ablations
 from experiments.scoring import Judges, Sampling, Scorer
 from models.checkpoint import list_checkpoints
+from training.config import TrainConfig, parse_args
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMES = "seconds_per_step.json"
+DATA_SETTINGS = "data/settings.json"
 TIMING_ROUNDS = 2  # the rows take turns, so that other load affects all of them
+GPU_WORKERS = 4  # processes that read latents and tokens
 cached_scorer = functools.cache(Scorer)  # one for each process
 
 
@@ -72,15 +78,23 @@ OWN_REPORT = own_json("a report of a comparison", "preset", "ablation", "scores"
 
 @dataclass(frozen=True, kw_only=True)
 class Photographs(Config):
-    """Photographs (preset imagenette)."""
+    """Pictures (presets imagenette and emoji)."""
 
-    source: str | None = setting(None, "photographs, class folders in a folder or zip")
-    images: int | None = setting(None, "maximum number of photographs of a class in each half", check=POSITIVE)
-    judge_steps: int = setting(2000, "training steps of the judge", check=POSITIVE)
+    source: str | None = setting(
+        None, "pictures in a folder or zip: photographs in class folders, or emoji with their captions.json"
+    )
+    images: int | None = setting(None, "maximum number of pictures of a class in each half", check=POSITIVE)
+    judge_steps: int | None = setting(
+        None, "training steps of the judge (default: those of the preset)", check=POSITIVE
+    )
     vae: str = setting("taesd", "codec, a name or a folder")
-    enc_type: str = setting("dinov2-vit-b", "encoder")
+    enc_type: str = setting("dinov2-vit-b", "encoder; it must have 64 tokens")
     enc_weights: str | None = setting(None, "weights file of the encoder; default: the hub")
-    device: str = setting("auto", "where to train and score; auto: CUDA if available", choices=("auto", "cpu", "cuda"))
+    device: str = setting(
+        "auto",
+        "where to train and score; auto: CUDA if available, but the CPU for digits",
+        choices=("auto", "cpu", "cuda"),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,20 +123,22 @@ class Convergence(Photographs, ImageNet):
     )
     samples: int | None = setting(None, "images of a score", check=POSITIVE)
     timing_steps: int | None = setting(None, "length of the runs that measure the time of a step", check=POSITIVE)
-    unlabelled: bool = setting(False, "train (all but 1 in 10,000 images) and sample without labels")
+    unlabelled: bool = setting(False, "train and sample without labels")
     flags: str = setting("", "further flags of train.py, the same for all rows, in quotes")
+    reg_flags: str = setting("", "further flags of train.py of all rows with a class token, in quotes")
 
     def check_combination(self) -> None:
         inputs = (self.source, self.enc_weights)
         check_writable(self.out / "settings.json", "--out", inputs, OWN_STUDY)
         is_new = not (self.out / "settings.json").exists()
         found = sorted(os.listdir(self.out)) if is_new and self.preset != "imagenet" and self.out.exists() else []
-        if others := [name for name in found if not name.startswith(".") and name != TIMES]:
+        known = (TIMES, "data") if (self.out / DATA_SETTINGS).exists() else (TIMES,)
+        if others := [name for name in found if not name.startswith(".") and name not in known]:
             raise InputError(f"--out {self.out}: contains {others[0]} and no comparison; choose another folder")
         flag, report = ("--report", self.report) if self.report else ("--out", self.out)
         own = (report / f"{self.name}.json").exists()  # with the pictures and the table that belong to it
         check_writable(report / f"{self.name}.json", flag, inputs, OWN_REPORT)
-        for ending in () if own else (".md", ".png", "-samples.png"):
+        for ending in () if own else (".md", ".png", "-samples.png", "-nearest.png"):
             if (path := report / f"{self.name}{ending}").exists():
                 raise InputError(f"{flag} {path}: exists without {self.name}.json; choose another folder")
         uses_cuda(self.device)
@@ -152,8 +168,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     study = Study(config)
     jobs = {(row, seed): study.job(row, seed) for seed in study.preset.seeds for row in study.rows}
-    study.measure_steps()
     run_jobs(list(jobs.values()), config.parallel)
+    study.measure_steps()
     folders = {key: job.folder for key, job in jobs.items()}
     report.write(config.report or config.out, config.name, study.collect(folders), folders)
 
@@ -176,19 +192,45 @@ class Study:
         self.config = config
         self.preset = chosen_preset(config)
         check_same_comparison(config, self.preset)
+        preset = self.preset
+        tables = ablations(preset.depths, preset.coefficients, {}, preset.steps[-1], preset.muon_rate)
+        rows = tables[config.ablation] or {REG: METHODS[REG]}
+        self.rows = {row: self.row_flags(flags) for row, flags in rows.items()}
         self.files: Files = self.preset.prepare(config.out / "data", config)
-        self.rows = ablations(self.preset.depths, self.preset.coefficients, {})[config.ablation]
         if config.ablation == "encoder":
-            self.rows = {**self.files.other_encoders, REG: METHODS[REG]}
+            self.rows = {**self.files.other_encoders, **self.rows}
         self.threads = max(1, (os.cpu_count() or 1) // config.parallel)
 
-    def flags(self, row: str, folder: Path, **length: int) -> list[str]:
-        """Return train.py's flags of a row. `length`: flags with numbers. The row's own flags are last."""
+    def reads_encoder(self, row: str) -> bool:
+        """Return whether a row's training needs the output of the encoder."""
+        return settings_of(f"{self.preset.flags} {self.rows[row]}").reads_encoder
+
+    def time_name(self, row: str, cached: bool) -> str:
+        """Return the name of a row's time of a step, with cached tokens or with the encoder running."""
+        return row if cached or not self.reads_encoder(row) else f"{row} with encoder"
+
+    def row_flags(self, flags: str) -> str:
+        """Return the flags of a row, with --reg-flags before them if the row has a class token.
+
+        Raises InputError if train.py does not accept them.
+        """
+        if settings_of(f"{self.preset.flags} {flags}").slot == "class":
+            flags = f"{self.config.reg_flags} {flags}".strip()
+            settings_of(f"{self.preset.flags} {flags}")
+        return flags
+
+    def flags(self, row: str, folder: Path, cached: bool = True, **length: int) -> list[str]:
+        """Return train.py's flags of a row. The row's own flags are last.
+
+        cached: whether the encoder's tokens are read instead of running it. length: flags with numbers.
+        """
         judges = self.files.judges
         values = {
             "--output-dir": folder.parent, "--exp-name": folder.name, "--resume": "latest", "--sampling-steps": 0,
             "--data-dir": self.files.data, "--device": judges.device, "--enc-type": judges.encoder,
+            "--num-workers": GPU_WORKERS if judges.device == "cuda" else 0,
             **({"--enc-weights": judges.encoder_weights} if judges.encoder_weights else {}),
+            **({"--cached-tokens": self.files.tokens.get(row, TOKENS)} if cached and self.reads_encoder(row) else {}),
             **{cli.flag(name): number for name, number in length.items()},
         }  # fmt: skip
         common = [str(part) for pair in values.items() for part in pair]
@@ -202,19 +244,25 @@ class Study:
         return Job(folder, flags, steps, self.files.judges, self.preset.sampling, self.threads)
 
     def measure_steps(self) -> None:
-        """Measure the seconds of a training step of each row that has not been measured, one run at a time."""
+        """Measure the seconds of a training step of each row that has not been measured, one run at a time.
+
+        Each row is measured as it is trained, with cached tokens, and once with the encoder running.
+        """
         path, steps = self.config.out / TIMES, self.preset.timing_steps
         known = read_json(path) if path.exists() else {}
-        found: dict[str, list[float]] = {row: [] for row in self.rows if row not in known}
+        kinds = {self.time_name(row, cached): (row, cached) for cached in (False, True) for row in self.rows}
+        kinds = {name: kind for name, kind in kinds.items() if name not in known}
+        found: dict[str, list[float]] = {name: [] for name in kinds}
         for turn in range(TIMING_ROUNDS):
-            for row in progress_bar(found, desc=f"timing, round {turn + 1}", unit="row"):
-                folder = real_path(self.config.out / "timing" / f"{row.lower().replace(' ', '-')}-{turn}")
-                flags = self.flags(row, folder, max_train_steps=steps, log_steps=max(1, steps // 4))
+            measured = {name: kind for name, kind in kinds.items() if kind[1] or turn == 0}
+            for name, (row, cached) in progress_bar(measured.items(), desc=f"timing, round {turn + 1}", unit="run"):
+                folder = real_path(self.config.out / "timing" / f"{name.lower().replace(' ', '-')}-{turn}")
+                flags = self.flags(row, folder, cached, max_train_steps=steps, log_steps=max(1, steps // 4))
                 run(["train.py", *flags], folder, self.threads)
                 batch_size = read_json(folder / "args.json")["batch_size"]
                 speeds = [logged["images_per_second"] for logged in read_metrics(folder / "metrics.jsonl")]
-                found[row] += [batch_size / speed for speed in speeds[1:]]  # the first steps are slower
-        write_json(path, {**known, **{row: min(times) for row, times in found.items()}})
+                found[name] += [batch_size / speed for speed in speeds[1:]]  # the first steps are slower
+        write_json(path, {**known, **{name: min(times) for name, times in found.items()}})
 
     def collect(self, runs: dict[tuple[str, int], Path]) -> dict[str, Any]:
         """Return all results, the content of the JSON. `runs`: folder of each row and seed."""
@@ -230,7 +278,9 @@ class Study:
             "sampling": dataclasses.asdict(self.preset.sampling),
             "encoder": judges.encoder,
             "real": cached_scorer(judges).score_images(*load_images(self.files.data / "images")),
+            "cached_tokens": True,
             "seconds_per_step": {row: seconds[row] for row in self.rows},
+            "seconds_per_step_with_encoder": {row: seconds[self.time_name(row, False)] for row in self.rows},
             "torch": torch.__version__,
             "device": torch.cuda.get_device_name() if judges.device == "cuda" else f"CPU, {os.cpu_count()} cores",
             "threads": self.threads,
@@ -239,14 +289,20 @@ class Study:
         }
 
 
+def settings_of(flags: str) -> TrainConfig:
+    """Return the settings of train.py with some flags. Raises InputError if it does not accept them."""
+    return parse_args(["--exp-name", "row", *flags.split()])
+
+
 def chosen_preset(config: Convergence) -> Preset:
     """Return the preset with the changes of the command line."""
     preset = PRESETS[config.preset]
     images = config.samples or preset.sampling.images
-    unlabelled = "--cfg-prob 0.9999" if config.unlabelled else ""
+    unlabelled = "--cfg-prob 1" if config.unlabelled else ""
+    of_ablation = preset.switches_flags if config.ablation == "switches" else ""
     return dataclasses.replace(
         preset,
-        flags=" ".join(f"{preset.flags} {unlabelled} {config.flags}".split()),
+        flags=" ".join(f"{preset.flags} {of_ablation} {unlabelled} {config.flags}".split()),
         steps=config.steps or preset.steps,
         seeds=config.seeds or preset.seeds,
         sampling=dataclasses.replace(preset.sampling, images=images, labelled=not config.unlabelled),
@@ -255,21 +311,30 @@ def chosen_preset(config: Convergence) -> Preset:
 
 
 def check_same_comparison(config: Convergence, preset: Preset) -> None:
-    """Raise InputError if the folder holds a comparison with other settings, whose scores could not be compared."""
-    path = config.out / "settings.json"
-    settings = {
-        **{name: getattr(config, name) for name in ("preset", "source", "images", "enc_type", "vae")},
-        "flags": preset.flags,
-        "steps": list(preset.steps),
-        "sampling": dataclasses.asdict(preset.sampling),
+    """Raise InputError if the folder holds a comparison with other settings, whose scores could not be compared.
+
+    The settings of the data are also recorded with the data, so that other comparisons can use a link to them.
+    """
+    data = {
+        **{name: getattr(config, name) for name in ("preset", "source", "images", "judge_steps", "enc_type", "vae")},
         "source_files": config.source and digest_of_sizes(config.source),
         "enc_weights_sha256": config.enc_weights and sha256_of(config.enc_weights),
+        "cached_tokens": True,
     }
-    if path.exists():
-        for name, value in read_json(path).items():
-            if settings.get(name) != value:
-                raise InputError(f"{path.parent} holds a comparison with {name} {value}, not {settings.get(name)}")
-    write_json(path, settings)
+    scores = {
+        "flags": preset.flags,
+        "reg_flags": config.reg_flags,
+        "steps": list(preset.steps),
+        "sampling": dataclasses.asdict(preset.sampling),
+    }
+    records = {config.out / "settings.json": {**data, **scores}, config.out / DATA_SETTINGS: data}
+    for path, settings in records.items():
+        if path.exists():
+            for name, value in {**dict.fromkeys(settings), **read_json(path)}.items():
+                if settings.get(name) != value:
+                    raise InputError(f"{path.parent} holds a comparison with {name} {value}, not {settings.get(name)}")
+    for path, settings in records.items():
+        write_json(path, settings)
 
 
 def digest_of_sizes(source: str) -> str:

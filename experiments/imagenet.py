@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 STEPS, EVERY = 400_000, 50_000  # the steps of the paper's tables
 ENCODERS = {"REG": "dinov2-vit-b", "DINOv2-L": "dinov2-vit-l", "CLIP-L": "clip-vit-L"}
-ROWS = ablations(depths=(2, 6, 8), coefficients=("0.01", "0.02", "0.05", "0.1"), encoders=ENCODERS)
+ROWS = ablations((2, 6, 8), ("0.01", "0.02", "0.05", "0.1"), ENCODERS, STEPS, muon_rate="1e-3")
 
 
 def commands(config: Convergence) -> dict[tuple[str, int], list[str]]:

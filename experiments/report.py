@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 from common.images import open_image
 from common.io import write_json
 from common.temporary import atomic_write
+from experiments.presets import REG
 
 matplotlib.use("Agg")  # works without a screen
 import matplotlib.pyplot as plt
@@ -20,6 +22,9 @@ from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 Curve = list[tuple[int, float]]  # steps and distance, by step
 COLOURS = ("tab:gray", "tab:blue", "tab:red", "tab:green", "tab:purple", "tab:orange")
+MANY = len(COLOURS)  # a table with more rows shows pairs with REG only, and samples of the last step only
+GRID_COLUMNS = 4  # of the picture of samples of such a table
+EQUAL_TIME = "distance in the time of REG's last step"  # heading of a column
 COHERENCE = (  # metric, label and line of the token of what image it is compared with
     ("coherence", "own image", "-"),
     ("coherence_class_mean", "mean of its class", "--"),
@@ -45,6 +50,20 @@ def steps_to_reach(curve: Curve, level: float) -> float | None:
     return None
 
 
+def distance_at(curve: Curve, step: float) -> float | None:
+    """Return the distance at a step, interpolated as in `steps_to_reach`; None before the first evaluation.
+
+    After the last evaluation its distance is returned.
+    """
+    if step < curve[0][0]:
+        return None
+    for (before, distance), (after, next_distance) in itertools.pairwise(curve):
+        if step <= after:
+            share = math.log(step / before) / math.log(after / before)
+            return distance * (next_distance / distance) ** share
+    return curve[-1][1]
+
+
 def speed_up(slower: Curve, faster: Curve) -> float | None:
     """Return the steps that `slower` needs to reach its last distance, divided by the steps that `faster` needs.
 
@@ -56,15 +75,16 @@ def speed_up(slower: Curve, faster: Curve) -> float | None:
 
 
 def write(folder: Path, name: str, result: dict[str, Any], runs: dict[tuple[str, int], Path]) -> None:
-    """Write NAME.json, NAME.md, NAME.png and NAME-samples.png to a folder."""
+    """Write NAME.json, NAME.md, NAME.png, NAME-samples.png and, if there are such pictures, NAME-nearest.png."""
     result = {**result, "speed_ups": speed_ups(result)}
     write_json(folder / f"{name}.json", result)
     with atomic_write(folder / f"{name}.md", "w") as file:
         file.write(table(result))
     draw(result, folder / f"{name}.png")
     draw_samples(result, runs, folder / f"{name}-samples.png")
+    draw_nearest(result, runs, folder / f"{name}-nearest.png")
     print(table(result))
-    print(f"written: {folder / name}.json, .md, .png, -samples.png")
+    print(f"written: {folder / name}.json and the pictures and the table next to it")
 
 
 def curves(result: dict[str, Any], row: str, metric: str = "distance") -> list[Curve]:
@@ -79,7 +99,7 @@ def mean_curve(seeds: list[Curve]) -> Curve:
 
 
 def speed_ups(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the factors of each pair of rows.
+    """Return the factors of each pair of rows, in a large table of each pair with REG.
 
     steps, time: of the mean curves. steps_of_each_seed: of the curves of one seed. steps_by_length: of the mean curves,
     if the slower one had ended at an earlier evaluation.
@@ -88,6 +108,8 @@ def speed_ups(result: dict[str, Any]) -> list[dict[str, Any]]:
     by_end = sorted(rows, key=lambda row: mean_curve(curves(result, row))[-1][1], reverse=True)
     for number, slower in enumerate(by_end):
         for faster in by_end[number + 1 :]:
+            if len(rows) > MANY and REG not in (slower, faster):
+                continue
             pairs = zip(curves(result, slower), curves(result, faster), strict=True)
             slow, fast = mean_curve(curves(result, slower)), mean_curve(curves(result, faster))
             steps = speed_up(slow, fast)
@@ -116,17 +138,25 @@ def table(result: dict[str, Any]) -> str:
         "coherence_shuffled": "shuffled",
         "coherence_class_mean": "class mean",
         "cls_tokens_right": "tokens right",
+        "nearest_ratio": "nearest training image, ratio to held-out",
+        "close": "close to a training image",
     }
     last = max(s["step"] for row in result["scores"].values() for seed in row.values() for s in seed)
-    lines = [f"| after {last} steps | " + " | ".join(columns.values()) + " | s/step |"]
-    lines.append("|---" * (len(columns) + 2) + "|")
+    by_time = equal_time(result)
+    seconds = {"s/step": result["seconds_per_step"]}
+    if with_encoder := result.get("seconds_per_step_with_encoder"):
+        seconds = {"s/step, cached tokens": result["seconds_per_step"], "s/step, encoder running": with_encoder}
+    headings = [f"after {last} steps", *columns.values(), *seconds, *([EQUAL_TIME] if by_time else [])]
+    lines = ["| " + " | ".join(headings) + " |", "|---" * len(headings) + "|"]
     for row in result["rows"]:
         ends = [seed[-1] for seed in result["scores"][row].values()]
-        cells = [_mean_and_spread([end[key] for end in ends if key in end]) for key in columns]
-        lines.append(f"| {row} | " + " | ".join(cells) + f" | {result['seconds_per_step'][row]:.3f} |")
+        cells = [row, *(_mean_and_spread([end[key] for end in ends if key in end]) for key in columns)]
+        cells += [*(f"{times[row]:.3f}" for times in seconds.values()), *([by_time[row]] if by_time else [])]
+        lines.append("| " + " | ".join(cells) + " |")
     if real := result["real"]:
         cells = [f"{real[key]:.3f}" if key in real else "" for key in columns]
-        lines.append("| real images, the half trained on | " + " | ".join(cells) + " | |")
+        cells = ["real images, the half trained on", *cells, *[""] * (len(headings) - len(columns) - 1)]
+        lines.append("| " + " | ".join(cells) + " |")
     lines += ["", "| to reach the last distance of | it needs times fewer steps | each seed | times less time |"]
     lines.append("|---|---|---|---|")
     for pair in result["speed_ups"]:
@@ -136,8 +166,35 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def equal_time(result: dict[str, Any]) -> dict[str, str]:
+    """Return the distance of each row in the time in which REG reaches its last step; nothing without a row REG.
+
+    A row that needs less time for all steps has its last distance, with the part of the time that it took.
+    """
+    if REG not in result["rows"]:
+        return {}
+    seconds, cells = result["seconds_per_step"], {}
+    for row in result["rows"]:
+        found = curves(result, row)
+        last, step = found[0][-1][0], curves(result, REG)[0][-1][0] * seconds[REG] / seconds[row]
+        distances = [distance_at(curve, step) for curve in found]
+        if None in distances:
+            cells[row] = f"step {step:.0f}, not evaluated"
+        elif step > last:
+            cells[row] = f"{_mean_and_spread(distances)} (in {last / step:.0%} of the time)"
+        else:
+            cells[row] = f"{_mean_and_spread(distances)} (step {step:.0f})"
+    return cells
+
+
 def _factor(value: float | None) -> str:
     return "not reached" if value is None else f"{value:.2f}"
+
+
+def _factor_sentence(pair: dict[str, Any]) -> str:
+    """Return a sentence on the steps that one row needs to reach the last distance of another."""
+    each = ", ".join(map(_factor, pair["steps_of_each_seed"]))
+    return f"{pair['slower']} to {pair['faster']}: {_factor(pair['steps'])} times fewer steps (seeds: {each})"
 
 
 def _mean_and_spread(values: list[float]) -> str:
@@ -148,16 +205,24 @@ def _mean_and_spread(values: list[float]) -> str:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Draw the distance over steps and over time, with the range over seeds, and the coherence over steps."""
+    """Draw the distance over steps and over time, with each seed as a thin line, and the coherence over steps.
+
+    Of at most three rows, the factors between the rows are stated, with those of each seed.
+    """
     figure, (by_steps, by_time, coherence) = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
-    for row, colour in zip(result["rows"], COLOURS, strict=False):
+    many = len(result["rows"]) > MANY
+    colours = [*plt.get_cmap("tab20").colors, *plt.get_cmap("tab20b").colors] if many else COLOURS
+    for row, colour in zip(result["rows"], colours, strict=False):
         seconds = result["seconds_per_step"][row]
-        _band(by_steps, curves(result, row), 1, colour, row)
-        _band(by_time, curves(result, row), seconds, colour, f"{row}, {1000 * seconds:.0f} ms a step")
-        for metric, label, style in COHERENCE:
+        _seeds(by_steps, curves(result, row), 1, colour, row)
+        _seeds(by_time, curves(result, row), seconds, colour, f"{row}, {1000 * seconds:.0f} ms a step")
+        for metric, label, style in COHERENCE[: 1 if many else None]:
             if found := curves(result, row, metric):
-                _band(coherence, found, 1, colour, f"{row}: {label}", style)
-    for axes, label in ((by_steps, "training steps"), (by_time, "seconds of training")):
+                _seeds(coherence, found, 1, colour, f"{row}: {label}", style)
+    if len(result["rows"]) <= 3:
+        by_steps.set_title("\n".join(map(_factor_sentence, result["speed_ups"])), fontsize="small")
+    time = "seconds of training" + (", with cached tokens of the encoder" if result.get("cached_tokens") else "")
+    for axes, label in ((by_steps, "training steps"), (by_time, time)):
         if result["real"]:
             axes.plot([], [], " ", label=f"(real images: {result['real']['distance']:.2f})")
         axes.set(xlabel=label, ylabel=result["metric"], xscale="log", yscale="log")
@@ -168,7 +233,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(which="both", alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize="small")
+            axes.legend(fontsize="xx-small" if many else "small")
     _save(figure, path)
 
 
@@ -178,25 +243,55 @@ def _save(figure: plt.Figure, path: Path) -> None:
     plt.close(figure)
 
 
-def _band(axes: plt.Axes, seeds: list[Curve], scale: float, colour: str, label: str, style: str = "-") -> None:
-    """Draw the mean over seeds as a line, and the range over seeds as a band."""
+def _seeds(axes: plt.Axes, seeds: list[Curve], scale: float, colour: Any, label: str, style: str = "-") -> None:
+    """Draw the mean over seeds as a line, and each seed as a thin line."""
     values = np.array([[value for _, value in seed] for seed in seeds])
     x = scale * np.array([step for step, _ in seeds[0]])
     axes.plot(x, values.mean(axis=0), color=colour, label=label, linestyle=style, marker="o", markersize=3)
-    axes.fill_between(x, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.2, linewidth=0)
+    if len(seeds) > 1:
+        axes.plot(x, values.T, color=colour, linestyle=style, linewidth=0.6, alpha=0.6)
 
 
 def draw_samples(result: dict[str, Any], runs: dict[tuple[str, int], Path], path: Path) -> None:
-    """Draw the grids of the first seed: one column for each row of the table, one line for each step."""
+    """Draw the grids of the first seed: one column for each row of the table, one line for each step.
+
+    For a table with many rows, only the grids of the last step are drawn, `GRID_COLUMNS` in a line.
+    """
     seed, grids = result["seeds"][0], "samples" if result["preset"] == "imagenet" else "grids"
     steps = [scores["step"] for scores in next(iter(result["scores"].values()))[str(seed)]]
-    shown = [steps[i] for i in sorted({round(k) for k in np.linspace(0, len(steps) - 1, GRIDS_SHOWN)})]
-    lines, columns = len(shown), len(result["rows"])
+    many = len(result["rows"]) > MANY
+    indices = {len(steps) - 1} if many else {round(k) for k in np.linspace(0, len(steps) - 1, GRIDS_SHOWN)}
+    shown = [(row, steps[i]) for i in sorted(indices) for row in result["rows"]]
+    columns = GRID_COLUMNS if many else len(result["rows"])
+    lines = math.ceil(len(shown) / columns)
     size = (5 * columns, 2.3 * lines)
     figure, axes = plt.subplots(lines, columns, squeeze=False, figsize=size, layout="constrained")
-    for line, step in zip(axes, shown, strict=True):
-        for cell, row in zip(line, result["rows"], strict=True):
-            cell.imshow(open_image((runs[row, seed] / grids / f"{step:07d}.png").read_bytes()), interpolation="nearest")
-            cell.set_title(f"{row}, {step} steps", fontsize="small")
-            cell.axis("off")
+    for cell in axes.flat:
+        cell.axis("off")
+    for cell, (row, step) in zip(axes.flat, shown, strict=False):
+        cell.imshow(open_image((runs[row, seed] / grids / f"{step:07d}.png").read_bytes()), interpolation="nearest")
+        cell.set_title(f"{row}, {step} steps", fontsize="small")
+    _save(figure, path)
+
+
+def draw_nearest(result: dict[str, Any], runs: dict[tuple[str, int], Path], path: Path) -> None:
+    """Draw images of the first seed's last step (above) with their nearest training images (below), for each row.
+
+    The left half are the first images, the right half those nearest to a training image. Nothing is written if the runs
+    have no such pictures.
+    """
+    seed = result["seeds"][0]
+    last = next(iter(result["scores"].values()))[str(seed)][-1]["step"]
+    pictures = {row: runs[row, seed] / "grids" / f"{last:07d}-nearest.png" for row in result["rows"]}
+    pictures = {row: picture for row, picture in pictures.items() if picture.exists()}
+    if not pictures:
+        return
+    size = (12, 1.9 * len(pictures))
+    figure, axes = plt.subplots(len(pictures), 1, squeeze=False, figsize=size, layout="constrained")
+    for cell, (row, picture) in zip(axes.flat, pictures.items(), strict=True):
+        cell.imshow(open_image(picture.read_bytes()), interpolation="nearest")
+        cell.set_title(
+            f"{row}: generated (above), nearest training image (below); right half: nearest pairs", fontsize=8
+        )
+        cell.axis("off")
     _save(figure, path)

@@ -15,6 +15,7 @@ from common.progress import progress_bar
 from evaluations.coherence import CentreSums, CoherenceSums
 from evaluations.metrics import FeatureSums, frechet_distance
 from experiments.judge import load_images, load_judge
+from experiments.nearest import closeness, nearest, pairs_shown
 from loss import FROM_ENCODER, entangled_token
 from models.autoencoder import load_codec
 from models.checkpoint import build_model, load_checkpoint
@@ -24,6 +25,7 @@ from samplers import image_seeds, sample_images
 
 SAMPLING_SEED = 1_000_000  # not a seed of training
 BATCH_SIZE = 128  # of real images
+PAIRS = 8  # first images, and nearest images, in the picture of nearest training images
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Judges:
     """Files and settings that scores depend on. They can be passed to another process.
 
     held_out: folder of images with dataset.json, which no compared network is trained on. encoder: its --enc-type.
+    train: folder of the images that networks are trained on, for the scores of memorisation; None: no such scores.
     """
 
     held_out: Path
@@ -39,6 +42,7 @@ class Judges:
     encoder_weights: str | None
     vae: str
     device: str
+    train: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ class Sampling:
     solver: str = "heun"
     shown: int = 40  # images in the grid
     labelled: bool = True  # False: of the null class, for networks trained without labels
+    proportional: bool = False  # labels as frequent as among the held-out images; False: equally frequent
 
 
 class Scorer:
@@ -66,6 +71,7 @@ class Scorer:
         self.encoder = load_encoder(judges.encoder, self.real.shape[-1], weights, self.device)
         self.codec = load_codec(judges.vae, self.device)
         self.reference = self.statistics(self.real)
+        self.train = judges.train and load_images(judges.train)[0]
 
     @torch.no_grad()
     def statistics(self, images: Tensor) -> dict[str, Any]:
@@ -88,6 +94,29 @@ class Scorer:
         return {kind: part.centres() for kind, part in sums.items()}
 
     @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """Return the judge's features (N, D) of images (N, 3, H, W) uint8."""
+        return torch.cat([self.judge(batch.to(self.device))[0].cpu() for batch in images.split(BATCH_SIZE)])
+
+    @cached_property
+    def train_features(self) -> Tensor:
+        """The judge's features of the images that networks are trained on."""
+        return self.features(self.train)
+
+    @cached_property
+    def held_out_distances(self) -> Tensor:
+        """The distance of each held-out image to its nearest training image."""
+        return nearest(self.features(self.real), self.train_features)[0]
+
+    def requested_labels(self, sampling: Sampling) -> Tensor:
+        """Return the labels (N,) of generated images."""
+        numbers = torch.arange(sampling.images)
+        if not sampling.proportional:
+            return numbers % self.classes
+        order = torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(SAMPLING_SEED))
+        return self.labels[order[numbers % len(order)]]
+
+    @torch.no_grad()
     def classify(self, images: Tensor) -> Tensor:
         """Return the classes (N,) that the judge assigns to images (N, 3, H, W) uint8."""
         return torch.cat([self.judge(batch.to(self.device))[1].argmax(1).cpu() for batch in images.split(BATCH_SIZE)])
@@ -105,12 +134,15 @@ class Scorer:
     def score(self, path: Path, sampling: Sampling, grid: Path) -> dict[str, float]:
         """Return the scores of a checkpoint's averaged network, and write a grid of its images.
 
+        With training images, a second picture, GRID-nearest, shows some images (above) with their nearest training
+        images (below): the first ones, and the nearest ones.
+
         Without labels, a class token is right if it belongs to the class that the judge assigns to the image.
         """
         checkpoint = load_checkpoint(path)
         model = build_model(checkpoint, device=self.device, source=path)
         settings = checkpoint["args"]
-        decoded, tokens, labels = [], [], torch.arange(sampling.images) % self.classes
+        decoded, tokens, labels = [], [], self.requested_labels(sampling)
         parts = range(0, sampling.images, sampling.batch_size)
         for first in progress_bar(parts, desc=f"sampling {settings.exp_name} {path.stem}", unit="batch", leave=False):
             numbers = range(first, min(first + sampling.batch_size, sampling.images))
@@ -131,9 +163,19 @@ class Scorer:
         scores = self.score_images(images, labels)
         if not sampling.labelled:
             del scores["right"]
+        if self.train is not None:
+            scores |= self.memorisation(images, grid.with_stem(f"{grid.stem}-nearest"))
         if settings.entangle in FROM_ENCODER:
             scores |= self.coherence(settings.entangle, images, torch.cat(tokens), labels)
         return scores
+
+    def memorisation(self, images: Tensor, picture: Path) -> dict[str, float]:
+        """Return how near generated images (N, 3, H, W) uint8 are to training images; draw some pairs."""
+        distances, index = nearest(self.features(images), self.train_features)
+        shown = pairs_shown(distances, PAIRS)
+        pairs = torch.cat([images[shown], self.train[index[shown]]])
+        save_png(picture, image_grid(pairs.permute(0, 2, 3, 1).numpy(), columns=len(shown)))
+        return closeness(distances, self.held_out_distances)
 
     def coherence(self, kind: str, images: Tensor, tokens: Tensor, labels: Tensor) -> dict[str, float]:
         """Return the similarity of generated tokens (N, D) to the encoder's tokens of the generated images."""

@@ -82,9 +82,11 @@ def assets() -> Path:
     return Path(os.environ["REG_ASSETS"])
 
 
-def write_data(folder: Path, num: int = 24, classes: int = NUM_CLASSES, resolution: int = RESOLUTION) -> Path:
+def write_data(
+    folder: Path, num: int = 24, classes: int = NUM_CLASSES, resolution: int = RESOLUTION, seed: int = 0
+) -> Path:
     """Write a data set with the pixel codec: coloured squares, one colour a class, with a little noise."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     labels = [i % classes for i in range(num)]
     image_labels, latent_labels = [], []
     for i, label in enumerate(labels):

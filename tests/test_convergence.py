@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import shutil
+import types
+import zipfile
 
 import numpy as np
 import pytest
@@ -10,11 +12,15 @@ import torch
 from PIL import Image
 
 from common.errors import InputError
-from experiments import convergence, imagenet, presets, report
+from common.io import read_json
+from common.sources import FileSource
+from experiments import convergence, imagenet, preparation, presets, report
 from experiments.judge import load_judge, train_judge
-from experiments.presets import Files
-from experiments.scoring import Judges, Sampling
-from tests.conftest import ENCODER, run_training
+from experiments.nearest import closeness, nearest, pairs_shown
+from experiments.preparation import Files
+from experiments.scoring import Judges, Sampling, Scorer
+from preprocessing import encode_tokens
+from tests.conftest import ENCODER, reset_accelerate, run_training, write_data
 from training.config import parse_args
 
 POWERS = [100, 200, 400, 800, 1600]
@@ -40,6 +46,13 @@ def test_steps_to_reach_at_the_ends_and_on_the_way_back_up():
     assert report.steps_to_reach(curve, 2) == pytest.approx(800)
     # A slower method that had its last distance before is charged for the first time it had it.
     assert report.speed_up([(100, 4.0), (200, 4.0)], [(100, 8.0), (200, 4.0)]) == pytest.approx(0.5)
+
+
+def test_distance_at_a_step_of_a_power_law_is_exact():
+    assert report.distance_at(power_law(800), 300) == pytest.approx(800 / 300)
+    assert report.distance_at(power_law(800), 100) == 8 and report.distance_at(power_law(800), 1600) == 0.5
+    assert report.distance_at(power_law(800), 2000) == 0.5  # its last
+    assert report.distance_at(power_law(800), 99) is None
 
 
 def fake_result():
@@ -83,26 +96,78 @@ def test_factors_by_steps_and_by_time_and_table():
     assert "| after 1600 steps |" in text and "SiT (1.25): REG | 8.00 | 8.00, 8.00 | 4.00 |" in text
 
 
-def test_report_is_written(tmp_path):
+def test_times_with_cached_tokens_are_named_as_such():
+    result = {**fake_result(), "speed_ups": [], "cached_tokens": True}
+    result["seconds_per_step_with_encoder"] = {"SiT": 0.1, "REPA": 1.15, "REG": 1.2}
+    heading, line, *rows = report.table(result).splitlines()
+    assert "| s/step, cached tokens | s/step, encoder running |" in heading
+    assert {text.count("|") for text in (heading, line, *rows[:4])} == {heading.count("|")}
+    assert "| 0.200 | 1.200 |" in rows[2]
+
+
+def test_distances_in_the_time_of_reg():
+    """REG takes 320 s, in which REPA does 1600 * 0.2 / 0.4 = 800 of its steps, and SiT all of its in half the time."""
     result = fake_result()
+    result["seconds_per_step"]["REPA"] = 0.4
+    found = report.equal_time(result)
+    assert found["REG"] == "0.156 ± 0.044 (step 1600)"  # 200 / 1600 and 300 / 1600
+    assert found["REPA"] == "1.250 ± 0.354 (step 800)"  # 800 / 800 and 1200 / 800
+    assert found["SiT"] == "1.250 ± 0.354 (in 50% of the time)"
+    result["seconds_per_step"]["REPA"] = 10
+    assert report.equal_time(result)["REPA"] == "step 32, not evaluated"
+    assert f"| {report.EQUAL_TIME} |" in report.table({**result, "speed_ups": []})
+    del result["rows"]["REG"]
+    assert report.equal_time(result) == {}
+
+
+@pytest.mark.parametrize("more", [0, 4])
+def test_report_is_written(tmp_path, more):
+    """With many rows, pairs of rows have REG in them, and the picture has several lines of grids."""
+    result = fake_result()
+    for number in range(more):
+        for part in ("rows", "seconds_per_step", "scores"):
+            result[part][f"more {number}"] = result[part]["REPA"]
     runs = {(row, seed): tmp_path / row for row in result["rows"] for seed in result["seeds"]}
     for folder in runs.values():
         for step in POWERS:
             (folder / "grids").mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (20, 10)).save(folder / "grids" / f"{step:07d}.png")
     report.write(tmp_path, "toy", result, runs)
+    assert not (tmp_path / "toy-nearest.png").exists()
+    Image.new("RGB", (20, 10)).save(tmp_path / "REG" / "grids" / f"{POWERS[-1]:07d}-nearest.png")
+    report.draw_nearest(result, runs, tmp_path / "toy-nearest.png")
+    assert Image.open(tmp_path / "toy-nearest.png").size[0] > 1000
     assert json.loads((tmp_path / "toy.json").read_text())["speed_ups"]
     assert Image.open(tmp_path / "toy.png").size[0] > 1000 and Image.open(tmp_path / "toy-samples.png").size[0] > 1000
+    pairs = [{pair["slower"], pair["faster"]} for pair in report.speed_ups(result)]
+    assert len(pairs) == (6 if more else 3) and all("REG" in pair for pair in pairs if more)
     assert (tmp_path / "toy.md").read_text() == report.table({**result, "speed_ups": report.speed_ups(result)})
 
 
 def test_every_row_of_every_ablation_is_a_command_line_of_train():
     for preset in presets.PRESETS.values():
-        rows = presets.ablations(preset.depths, preset.coefficients, {"other": "dinov2-vit-l"})
+        encoders = {"other": "dinov2-vit-l"}
+        rows = presets.ablations(preset.depths, preset.coefficients, encoders, preset.steps[-1], preset.muon_rate)
         assert tuple(rows) == presets.ABLATIONS
         for flags in (flags for table in rows.values() for flags in table.values()):
             config = parse_args(["--exp-name", "x", "--device", "cpu", *preset.flags.split(), *flags.split()])
             assert (config.slot == "none") == ("--no-cls-token" in flags or "--entangle none" in flags)
+
+
+def test_the_row_of_srdit_has_the_switches_of_its_recipe():
+    recipe = read_json(preparation.ROOT / "recipes/train/srdit.json")
+    config = parse_args(["--exp-name", "x", "--device", "cpu", *presets.SR_DIT.split()])
+    given = config.given - {"exp_name", "device"}
+    assert {name: getattr(config, name) for name in given} == {name: recipe[name] for name in given}
+    of_data_and_run = {"model", "latents_folder", "latents_codec", "enc_type", "batch_size", "max_train_steps"}
+    assert given == recipe.keys() - of_data_and_run - {"mixed_precision"}
+
+
+def test_only_the_table_of_switches_has_the_depth_that_sprint_needs(tmp_path):
+    for ablation, depth in (("switches", 6), ("methods", 4)):
+        config = convergence.Convergence(out=tmp_path, ablation=ablation)
+        flags = ["--exp-name", "x", "--device", "cpu", *convergence.chosen_preset(config).flags.split()]
+        assert parse_args(flags).depth == depth
 
 
 def test_commands_of_the_papers_size_are_those_of_train(tmp_path, capsys):
@@ -150,22 +215,93 @@ def test_judge_learns_and_loads(tmp_path):
             load_judge(tmp_path / f"{name}.pt")
 
 
+def test_copies_of_training_images_are_found():
+    generator = torch.Generator().manual_seed(0)
+    train, held_out, new = torch.randn(3, 2000, 8, generator=generator)
+    distances, index = nearest(train[:5] + 1e-4, train)
+    assert index.tolist() == [0, 1, 2, 3, 4] and distances.max() < 0.01
+    reference = nearest(held_out, train)[0]
+    copies = closeness(nearest(train + 1e-3, train)[0], reference)
+    assert copies["nearest_ratio"] < 0.01 and copies["close"] == 1
+    unseen = closeness(nearest(new, train)[0], reference)
+    assert unseen["nearest_ratio"] == pytest.approx(1, abs=0.05) and unseen["close"] < 0.03
+    assert pairs_shown(torch.tensor([3.0, 2.0, 1.0]), 2).tolist() == [0, 1, 2, 1]
+
+
+def emoji_zip(path, captions):
+    with zipfile.ZipFile(path, "w") as file:
+        for number in range(5):
+            file.writestr(f"0/{number}.png", f"{number}".encode())
+        file.writestr("captions.json", json.dumps(captions))
+    return path
+
+
+def test_skin_tones_of_an_emoji_are_in_the_same_half(tmp_path):
+    runner = "runner emoji modifier fitzpatrick type-"
+    captions = ["runner", f"{runner}1-2", f"{runner}3", "surfer", "apple"]
+    captions = {f"0/{number}.png": caption for number, caption in enumerate(captions)}
+    source = emoji_zip(tmp_path / "emoji.zip", {"captions": captions})
+    groups = preparation.emoji_groups(FileSource(source))
+    assert groups == {"person": [["0/0.png", "0/1.png", "0/2.png"], ["0/3.png"]], "object": [["0/4.png"]]}
+    for half, limit, expected in ((0, None, ["0", "1", "2", "4"]), (1, None, ["3"]), (0, 2, ["0", "1", "4"])):
+        dest = tmp_path / f"{half}-{limit}"
+        preparation._extract_half(source, preparation.emoji_groups, dest, half, limit)
+        assert sorted(path.stem for path in dest.glob("*/*.png")) == expected
+    for content in ({"captions": {}}, [], {"captions": None}):
+        with pytest.raises(InputError, match=r"captions\.json: expected"):
+            preparation.emoji_groups(FileSource(emoji_zip(tmp_path / "bad.zip", content)))
+
+
+def test_an_encoder_with_another_number_of_tokens_is_refused_before_the_work_starts(encoder_weights, tmp_path):
+    source = emoji_zip(tmp_path / "emoji.zip", {})
+    flags = ["--preset", "emoji", "--source", str(source), "--enc-type", ENCODER, "--enc-weights", str(encoder_weights)]
+    with pytest.raises(InputError, match=r"16 tokens .* there are 64 latent tokens"):
+        convergence.main([*flags, "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out" / "data" / "raw").exists()
+
+
+def test_labels_of_generated_images():
+    held_out = types.SimpleNamespace(labels=torch.tensor([0, 0, 0, 1, 1, 2]), classes=3)
+    labels = Scorer.requested_labels(held_out, Sampling(images=12, num_steps=1, batch_size=1, proportional=True))
+    assert labels.bincount().tolist() == [6, 4, 2]
+    labels = Scorer.requested_labels(held_out, Sampling(images=4, num_steps=1, batch_size=1))
+    assert labels.tolist() == [0, 1, 2, 0]
+
+
+@pytest.mark.parametrize(
+    ("caption", "expected"),
+    [
+        ("woman heavy black heart man", "pair"), ("man woman girl boy", "pair"), ("raised back of hand", "hand"),
+        ("runner female sign", "woman"), ("man cooking", "man"), ("happy person raising one hand", "person"),
+        ("grinning face", "face"), ("clock face two oclock", "symbol"), ("teapot", "object"),
+    ],
+)  # fmt: skip
+def test_classes_of_emoji(caption, expected):
+    assert preparation.emoji_class(caption) == expected
+
+
 def train_here(command, log, threads):
     """Run train.py in this process, and log every step."""
     run_training([*command[1:], "--log-steps", "1"])
 
 
 @pytest.fixture(scope="module")
-def toy(shared_data, encoder_weights, tmp_path_factory):
+def toy(encoder_weights, tmp_path_factory):
     """The folder of a comparison on a preset that takes seconds, and its command line."""
+    data = write_data(tmp_path_factory.mktemp("data"))
+    flags = {"source": data / "images", "dest": data / "tokens", "enc-type": ENCODER, "enc-weights": encoder_weights}
+    reset_accelerate()
+    arguments = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
+    encode_tokens.main([*arguments, "--workers", "0"])
+    held_out = write_data(tmp_path_factory.mktemp("held_out"), seed=1) / "images"
 
     def prepare(folder, config):
         if not (folder / "judge.pt").exists():
             images = torch.randint(0, 256, (12, 3, 16, 16), dtype=torch.uint8)
             train_judge(folder / "judge.pt", images, torch.arange(12) % 3, 16, [4, 4], steps=3)
         weights = str(encoder_weights)
-        judges = Judges(shared_data / "images", folder / "judge.pt", ENCODER, weights, "pixel", "cpu")
-        return Files(shared_data, judges, {})
+        judges = Judges(held_out, folder / "judge.pt", ENCODER, weights, "pixel", "cpu", data / "images")
+        return Files(data, judges)
 
     preset = dataclasses.replace(
         presets.PRESETS["digits"],
@@ -195,9 +331,30 @@ def test_a_comparison_is_complete(toy):
         assert [scores["step"] for scores in seeds["0"]] == [2, 4]
         assert all(np.isfinite(list(scores.values())).all() for scores in seeds["0"])
         assert ("coherence" in seeds["0"][0]) == (row == "REG")
+        assert {"nearest_ratio", "close"} <= seeds["0"][0].keys()
+        assert (out / "runs" / f"{row.lower()}-seed0" / "grids" / "0000004-nearest.png").exists()
     assert all(seconds > 0 for seconds in result["seconds_per_step"].values())
     kept = sorted(path.name for path in (out / "runs" / "reg-seed0" / "checkpoints").glob("*.pt"))
     assert kept == ["0000004.pt"]
+
+
+def test_the_encoder_runs_only_to_measure_its_time(toy):
+    out, result = toy[0], json.loads((toy[0] / "digits-methods.json").read_text())
+    cached = {path.parent.name: json.loads(path.read_text())["cached_tokens"] for path in out.glob("*/*/args.json")}
+    assert cached == {
+        "sit-seed0": None, "repa-seed0": "tokens", "reg-seed0": "tokens", "sit-0": None, "repa-0": "tokens",
+        "reg-0": "tokens", "repa-with-encoder-0": None, "reg-with-encoder-0": None,
+    }  # fmt: skip
+    times, with_encoder = result["seconds_per_step"], result["seconds_per_step_with_encoder"]
+    assert times["SiT"] == with_encoder["SiT"] and times["REG"] != with_encoder["REG"]
+
+
+def test_flags_of_the_rows_with_a_class_token(toy, tmp_path):
+    config = convergence.Convergence(out=tmp_path, reg_flags="--cls 0.1", ablation="entangle")
+    rows = convergence.Study(config).rows
+    assert [row for row, flags in rows.items() if "--cls 0.1" in flags] == ["REG"]
+    with pytest.raises(InputError, match="--cls"):
+        convergence.Study(dataclasses.replace(config, out=tmp_path / "bad", reg_flags="--cls x"))
 
 
 def test_methods_share_data_noise_and_initial_weights(toy):
@@ -225,12 +382,22 @@ def test_a_comparison_without_labels(toy, tmp_path):
     shutil.copy(toy[0] / "seconds_per_step.json", tmp_path)  # not measured again
     convergence.main(["--out", str(tmp_path), "--unlabelled", "--seeds", "1"])
     result = json.loads((tmp_path / "digits-methods-unlabelled.json").read_text())
+    assert json.loads((tmp_path / "runs/reg-seed1/args.json").read_text())["cfg_prob"] == 1
     assert "right" not in result["scores"]["REG"]["1"][0] and "cls_tokens_right" in result["scores"]["REG"]["1"][0]
 
 
 def test_comparisons_are_not_mixed(toy):
     with pytest.raises(InputError, match=r"holds a comparison with steps \[2, 4\], not \[2, 6\]"):
         convergence.main([*toy[1], "--steps", "2,6"])
+
+
+def test_comparisons_share_data_of_the_same_settings(toy, tmp_path):
+    (tmp_path / "data").symlink_to(toy[0] / "data")
+    config = convergence.Convergence(out=tmp_path, steps=(2, 6))
+    assert convergence.Study(config).files.judges.judge == tmp_path / "data" / "judge.pt"
+    (tmp_path / "settings.json").unlink()
+    with pytest.raises(InputError, match="data holds a comparison with vae taesd, not pixel"):
+        convergence.Study(dataclasses.replace(config, vae="pixel"))
 
 
 @pytest.mark.parametrize(
@@ -240,6 +407,7 @@ def test_comparisons_are_not_mixed(toy):
         (["--steps", "0,2"], "--steps 0: must be greater than 0"),
         (["--parallel", "0"], "--parallel 0: must be greater than 0"),
         (["--preset", "imagenette"], "--source is missing"),
+        (["--flags=--no-such-flag 1"], "--no-such-flag: unknown argument"),
         (["--report", "/dev/null"], "--report .*: /dev/null is not a writable folder"),
     ],
 )
