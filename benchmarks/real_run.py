@@ -142,11 +142,8 @@ def write_tokens(config: RealRun, data: Path, weights: str) -> dict[str, Any]:
     """Run encode_tokens.py and return its duration and the bytes of an image's file."""
     command = ["preprocessing/encode_tokens.py", "--source", data / "images", "--dest", data / "tokens"]
     seconds = run([*command, "--enc-type", config.encoder, "--enc-weights", weights, "--workers", config.num_workers])
-    return {
-        "program": "encode_tokens.py",
-        "seconds": seconds,
-        "bytes": (data / "tokens" / tokens_name(0)).stat().st_size,
-    }
+    size = (data / "tokens" / tokens_name(0)).stat().st_size
+    return {"program": "encode_tokens.py", "seconds": seconds, "images": config.images, "bytes_per_image": size}
 
 
 def run_generation(config: RealRun, folder: Path, checkpoint: Path) -> dict[str, Any]:
