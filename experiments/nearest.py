@@ -2,7 +2,8 @@
 
 The reference are held-out images: copies of training images are nearer. Distances are measured in the judge's features.
 The judge was trained on the held-out images, but this does not change their distances: on the digits, the median
-distance to the nearest training image is 1.53 for held-out images, and 1.52 from one training image to another.
+distance to the nearest training image is 1.53 for held-out images, and 1.52 from one training image to another; on
+Imagenette both are 2.39.
 """
 
 from __future__ import annotations
