@@ -38,6 +38,7 @@ from experiments.scoring import SAMPLING_SEED
 from loss import FROM_ENCODER, entangled_token
 from models.autoencoder import load_codec
 from models.checkpoint import build_model, load_checkpoint, resolve_checkpoint, saved_settings
+from models.conditioning import has_null_class
 from models.encoders import AFTER_NORM, load_encoder, name_with_tokens
 from models.interpolant import Interpolant
 from models.sit import SiT
@@ -142,7 +143,7 @@ def _find_run(folder: Path) -> Run:
     for needed in ("judge.pt", "train", "held_out/images"):
         if not (study / "data" / needed).exists():
             raise InputError(f"{study / 'data' / needed}: missing; convergence.py makes it")
-    if settings.get("cfg_prob") == 0:
+    if not has_null_class(settings):
         problem = "trained with a label for each image (--cfg-prob 0), but held-out images are used without labels"
         raise InputError(f"{folder}: {problem}; allowed: a run with a larger --cfg-prob")
     try:
