@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import os
 import re
 import subprocess
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from common.cli import uses_cuda
 from common.errors import InputError
+from common.io import parse_json
 from common.sources import FileSource
 from common.temporary import atomic_write
 from experiments import digits
@@ -97,14 +97,14 @@ def emoji_groups(source: FileSource) -> Groups:
 
     Raises InputError if the source has no captions.json with the captions.
     """
-    where = source.describe("captions.json")
     try:
-        captions = json.loads(source.read("captions.json"))["captions"]
+        captions = source.load("captions.json", parse_json)["captions"]
         by_base: dict[str, list[str]] = {}
         for name in source.names:
             if name.lower().endswith(IMAGE_ENDINGS):
                 by_base.setdefault(SKIN_TONE.sub("", captions[name]), []).append(name)
-    except (KeyError, TypeError, ValueError, OSError) as error:
+    except (KeyError, TypeError, IndexError) as error:
+        where = source.describe("captions.json")
         raise InputError(f'{where}: expected {{"captions": {{"NAME.png": "caption", ...}}}} for each image') from error
     groups: Groups = {}
     for base, names in by_base.items():

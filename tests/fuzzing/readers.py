@@ -34,6 +34,7 @@ from evaluations.inception.graphdef import Graph
 from evaluations.inception.weights import _read_port
 from evaluations.metrics import FeatureSums
 from evaluations.plot import read_evaluations
+from experiments.preparation import emoji_groups
 from generation.config import GenerateConfig
 from generation.sample_set import DIGEST, SampleSet, _read_cls_tokens
 from models.autoencoder import load_codec
@@ -176,6 +177,11 @@ def _sample_set(path: Path) -> Any:
     samples = SampleSet(path.parent, 5, RESOLUTION)
     samples._check_settings({"digest": "x", **_sample_settings(0)})
     return SampleSet.started_with(path.parent)
+
+
+def _captions(path: Path) -> Any:
+    (path.parent / "a.png").touch()
+    return emoji_groups(FileSource(path.parent))
 
 
 def _class_statistics(path: Path) -> Any:
@@ -361,6 +367,7 @@ READERS: dict[str, Reader] = {kind.lower(): _image(kind, _pixels) for kind in PI
         lambda seed: {"encoder": bases.ENCODER_RECORD, "cls_token": {"mean": [seed, 0.5, -2.0], "std": [1.0, 0.1, 2]}},
         _class_statistics,
     ),
+    "captions": _json("captions.json", lambda seed: {"captions": {"a.png": f"face {seed}"}}, _captions),
     "sampling": _json("samples.json", _sample_settings, lambda path: read_sampling(path.with_suffix(".npz"))),
     "sample-set": _json("samples.json", _sample_settings, _sample_set),
     "temporary": _json("temporary.json", lambda seed: ["0000001.pt", f"000000{seed}.pt"], _temporary),
