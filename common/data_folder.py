@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from common.errors import InputError
@@ -16,10 +17,15 @@ LATENT_FOLDERS = ("vae-sd", "latents")
 TOKEN_FILES = "*/img-tokens-*"  # of a folder of cached tokens
 
 
+def places_of(data_dir: str | Path, names: Iterable[str]) -> list[Path]:
+    """Return the existing folders and zips of these names in a data folder. A zip is named without its ending."""
+    places = [Path(data_dir) / file for name in names for file in (name, f"{name}.zip")]
+    return [path for path in places if os.path.lexists(path)]
+
+
 def find_part(data_dir: Path, names: tuple[str, ...], what: str) -> FileSource:
     """Return the folder or zip whose name is among `names`. Raises InputError unless there is exactly one."""
-    places = [path for name in names for path in (data_dir / name, data_dir / f"{name}.zip")]
-    found = [path for path in places if os.path.lexists(path)]
+    found = places_of(data_dir, names)
     if len(found) != 1:
         state = " and ".join(path.name for path in found) or "none"
         other_latents = _other_latents(data_dir) if what == "latents" else ""

@@ -11,7 +11,6 @@ The scores are made from sums over images, which can be added over batches and p
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -24,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.checks import ENTRY_NAME
+from common.data_folder import places_of
 from common.errors import InputError
 from common.progress import progress_bar
 from dataset import LatentDataset
@@ -204,7 +204,7 @@ class CoherenceReport:
 def _open_data(data_dir: Path, settings: dict[str, Any]) -> LatentDataset:
     """Return training data; their latents are in the folder, and of the codec, that the run's flags named, if any."""
     folder = settings.get("latents_folder") or ""
-    if not ENTRY_NAME.fits(folder) or not any(os.path.lexists(data_dir / f"{folder}{end}") for end in ("", ".zip")):
+    if not ENTRY_NAME.fits(folder) or not places_of(data_dir, [folder]):
         folder = None
     assumed = LatentFormat.from_json(settings.get("codec")) if settings.get("latents_codec") else None
     needs_labels = not is_unconditional(settings)

@@ -9,7 +9,6 @@ also contain the tokens of the mirrored images, 00000/img-tokens-flip-00000000.n
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.data_folder import places_of
 from common.errors import InputError, shown
 from common.npy import decode_npy
 from common.pairing import files_by_index
@@ -108,8 +108,7 @@ class CachedTokens:
 
         Raises InputError if there is none, or if its dataset.json does not describe an encoder.
         """
-        paths = [Path(data_dir) / name, Path(data_dir) / f"{name}.zip"]
-        found = [path for path in paths if os.path.lexists(path)]
+        found = places_of(data_dir, [name])
         if len(found) != 1:
             state = " and ".join(path.name for path in found) or "none; preprocessing/encode_tokens.py writes it"
             raise InputError(f"--cached-tokens {name}: expected a folder or a .zip in {data_dir}; found {state}")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from common.data_folder import places_of
 from common.errors import InputError, shown
 from common.sources import FileSource, read_dataset_json
 from models.encoders import name_with_tokens
@@ -45,7 +45,7 @@ def read_class_statistics(data_dir: str | Path, name: str, encoder: str, weights
 
     Raises InputError if there is no such folder, if it is of another encoder, or if the statistics are not possible.
     """
-    places = [path for path in (Path(data_dir) / name, Path(data_dir) / f"{name}.zip") if os.path.lexists(path)]
+    places = places_of(data_dir, [name])
     if len(places) != 1:
         found = " and ".join(path.name for path in places) or "none"
         raise InputError(

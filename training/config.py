@@ -22,6 +22,7 @@ from models.inference import NETWORK_DTYPES
 from models.interpolant import Interpolant
 from models.sit import SiT_models, SiTConfig
 from models.sit_config import DEPTHS, NORMS, PRESETS, QK_NORMS, default_encoder_depth, depths_of_setting, parse_depths
+from training.class_slot_settings import ClassSlotSettings
 from training.class_statistics import ClassStatistics
 from training.limits import Estimate
 from training.method_settings import MethodSettings
@@ -265,7 +266,7 @@ class SpeedSettings(Config):
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(
     RunSettings, GridSettings, EvaluationSettings, NetworkSettings, DataSettings, PrecisionSettings, SpeedSettings,
-    OptimizationSettings, MethodSettings,
+    OptimizationSettings, ClassSlotSettings, MethodSettings,
 ):  # fmt: skip
     """The settings of train.py. docs/published-flags.md compares them with the published flags."""
 
@@ -303,6 +304,11 @@ class TrainConfig(
         if self.precision == "fp16" and not uses_cuda(self.device):
             who = "--mixed-precision fp16, by this flag or by accelerate's configuration,"
             raise InputError(f"{who} needs a CUDA device; allowed on the CPU: --mixed-precision no or bf16")
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """Weights of the loss terms, by the names in `loss.TERMS`."""
+        return {"proj": self.proj_coeff, "cls": self.cls, "cfm": self.cfm_coeff}
 
     @property
     def reads_encoder(self) -> bool:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from common.checks import AUTO, ENTRY_NAMES, NON_NEGATIVE, TIME_SHIFT, UNIT_INTERVAL, Check, between
-from common.cli import adjustable, flag, number_or_auto, setting, settings
+from common.cli import Config, adjustable, flag, number_or_auto, setting, settings
 from common.errors import InputError
 from models.checkpoint import MOST_STEPS
 from models.interpolant import PATHS, Interpolant, shift_of_latents
 from models.sit_config import PROJECTORS
-from training.class_slot_settings import WEIGHTS, ClassSlotSettings
+from training.class_slot_settings import WEIGHTS
 from training.randomness import TIME_DISTRIBUTIONS
 
 # Within these bounds, exp(mean + std n) is finite in float32 for all normal numbers n that PyTorch draws.
@@ -20,7 +20,7 @@ TIME_STD = Check(f"greater than 0 and at most {MOST_OF_TIMES}", lambda value: 0 
 
 
 @dataclass(frozen=True, kw_only=True)
-class MethodSettings(ClassSlotSettings):
+class MethodSettings(Config):
     """method"""
 
     path_type: str = setting("linear", "path between data and noise", choices=PATHS)
@@ -92,11 +92,6 @@ class MethodSettings(ClassSlotSettings):
     def unconditional(self) -> bool:
         """Whether the network is trained without labels; see `models.conditioning`."""
         return self.cfg_prob == 1
-
-    @property
-    def loss_weights(self) -> dict[str, float]:
-        """Weights of the loss terms, by the names in `loss.TERMS`."""
-        return {"proj": self.proj_coeff, "cls": self.cls, "cfm": self.cfm_coeff}
 
     @property
     def time_parameters(self) -> dict[str, float]:
