@@ -11,7 +11,6 @@ from models.checkpoint import build_model, load_checkpoint, load_model, network_
 from models.class_scale import ClassTokenScale
 from models.inference import convert
 from models.interpolant import Interpolant
-from models.pipeline import REGPipeline
 from models.sit import SiT, SiTConfig, SiTOutput
 from samplers import Guidance, image_seeds, sample_images
 from tests.test_checkpoint import content
@@ -103,6 +102,9 @@ def test_statistics_stay_float32(dtype):
 
 
 def test_files_keep_the_statistics(tmp_path):
+    pytest.importorskip("diffusers")
+    from models.pipeline import REGPipeline
+
     model = standardized(in_channels=3, num_classes=3)
     saved = content(model, codec=PixelCodec().format.to_json())
     with_description = {**saved, "network": model.config.to_json()}
