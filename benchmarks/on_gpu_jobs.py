@@ -83,13 +83,14 @@ PARTS = {
         ),
         Job("run", 260, RUN, TINY_RUN),
     ],
-    # REG compared with SiT and REPA on a small data set; the same command resumes a comparison that was stopped.
+    # REG compared with SiT and REPA on rendered pictures; the same command resumes a comparison that was stopped.
     "convergence": [
         Job(
             "convergence",
             570,
-            "experiments/convergence.py --preset digits --parallel 4 --out {work}/convergence --report {out}",
-            "--steps 4 --seeds 0 --samples 10 --parallel 1 --device cpu",
+            "experiments/convergence.py --preset solids --unlabelled --reg-flags '--standardize-cls tokens' "
+            "--parallel 5 --out {work}/convergence --report {out}",
+            "--images 4 --steps 4 --seeds 0 --samples 10 --parallel 1 --device cpu",
             results="",
         ),
     ],

@@ -22,24 +22,35 @@ SEED = 0
 PICTURE = re.compile(r"((train|held_out)/)?[^/]+/\d{4,}\.png", re.DOTALL)  # half, class folder, number
 
 
-def train_encoder(dest: Path, spec: str, images: Tensor, labels: Tensor, steps: int) -> None:
+def train_encoder(
+    dest: Path,
+    spec: str,
+    images: Tensor,
+    labels: Tensor,
+    steps: int,
+    factors: Tensor | None = None,
+    device: str = "cpu",
+) -> None:
     """Train an encoder to classify images by its class token, and write its weights.
 
     Args:
         dest: safetensors file, for `load_encoder`.
         spec: the encoder, as for `load_encoder`, with `mean=0.5:std=0.5`.
         images, labels: (N, 3, R, R) uint8 and (N,).
+        factors: (N, F), further properties of the images, which the class token must also predict.
     """
     torch.manual_seed(SEED)
-    encoder = untrained_encoder(f"{spec}:num_classes={int(labels.max()) + 1}", images.shape[-1])
-    network, size = encoder.network.train().requires_grad_(True), (encoder.input_size, encoder.input_size)
+    outputs = int(labels.max()) + 1 + (0 if factors is None else factors.shape[1])
+    encoder = untrained_encoder(f"{spec}:num_classes={outputs}", images.shape[-1])
+    network, size = encoder.network.to(device).train().requires_grad_(True), (encoder.input_size, encoder.input_size)
 
     def logits_of(pixels: Tensor) -> Tensor:
         return network(F.interpolate(pixels, size, mode="bicubic", align_corners=False))
 
-    train_classifier(network.parameters(), logits_of, images.float() / 127.5 - 1, labels, steps, "encoder")
+    pixels = images.float() / 127.5 - 1
+    train_classifier(network.parameters(), logits_of, pixels, labels, steps, "encoder", device, factors)
     with atomic_write(dest) as file:
-        file.write(save({name: weights.contiguous() for name, weights in network.state_dict().items()}))
+        file.write(save({name: weights.cpu().contiguous() for name, weights in network.state_dict().items()}))
 
 
 def own_encoder(spec: str, resolution: int) -> OwnFile:

@@ -78,19 +78,28 @@ def train_classifier(
     steps: int,
     name: str,
     device: str = "cpu",
+    factors: Tensor | None = None,
 ) -> None:
     """Train the parameters of a classifier by cross-entropy on randomly transformed images.
 
     Args:
-        logits_of: the classifier: images (N, 3, R, R) to logits (N, K), on `device`.
+        logits_of: the classifier: images (N, 3, R, R) to logits (N, K), on `device`; with factors to (N, K + F).
         images, labels: (N, 3, R, R) float32 and (N,), on the CPU.
         name: shown in the progress bar.
+        factors: (N, F), on the CPU. The last F outputs learn them, standardised, by their squared error.
     """
+    if factors is not None:
+        factors = (factors - factors.mean(0)) / factors.std(0)
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=LEARNING_RATE, total_steps=steps)
     for step in (bar := progress_bar(range(steps), desc=f"training the {name}", unit="step")):
         rows = torch.randint(len(images), (BATCH_SIZE,))
-        loss = F.cross_entropy(logits_of(transformed(images[rows]).to(device)), labels[rows].to(device))
+        logits = logits_of(transformed(images[rows]).to(device))
+        if factors is None:
+            loss = F.cross_entropy(logits, labels[rows].to(device))
+        else:
+            logits, found = logits.tensor_split([-factors.shape[1]], dim=1)
+            loss = F.cross_entropy(logits, labels[rows].to(device)) + F.mse_loss(found, factors[rows].to(device))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

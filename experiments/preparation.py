@@ -23,7 +23,8 @@ from common.errors import InputError
 from common.io import parse_json
 from common.sources import FileSource
 from common.temporary import atomic_write
-from experiments import digits
+from experiments import digits, solids
+from experiments.encoder import train_encoder
 from experiments.judge import load_images, train_judge
 from experiments.scoring import Judges
 from models.encoders import load_encoders
@@ -35,6 +36,10 @@ ROOT = Path(__file__).resolve().parents[1]
 TOKENS = "tokens"  # folder of the encoder's tokens, next to the latents
 NUM_TOKENS = 64  # of latents and encoder, for data from --source
 DIGITS_ENCODER_STEPS = (400, 40)  # of the encoder, and of a worse one for the ablation
+# The preset solids: pictures of a class to train on, and held out; the encoder has 36 tokens for a picture.
+SOLIDS_PER_CLASS = (1200, 250)
+SOLIDS_ENCODER_SPEC = "timm/test_resnet:input=48:mean=0.5:std=0.5:output_stride=8"
+SOLIDS_ENCODER_STEPS = 600
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png")
 
 # The classes of emoji: the first expression that occurs in the caption, which is the emoji's Unicode name.
@@ -132,6 +137,23 @@ def prepare_digits(folder: Path, config: Convergence) -> Files:
     judges = judges_of(folder, digits.ENCODER_SPEC, str(good), "pixel", device)
     other = f"encoder of {DIGITS_ENCODER_STEPS[1]} steps"
     return Files(folder / "train", judges, {other: f"--enc-weights {bad}"}, {other: f"{TOKENS}-bad"})
+
+
+def prepare_solids(folder: Path, config: Convergence) -> Files:
+    """Render solids; train an encoder to classify the first half and to predict how its pictures were rendered.
+
+    The class token then says more than the label: pose, light and colours.
+    """
+    per_class = [min(count, config.images or count) for count in SOLIDS_PER_CLASS]
+    device = "cuda" if uses_cuda(config.device) else "cpu"
+    _make_data(folder, lambda dest, half: solids.write_images(dest, half, per_class[half]), solids.RESOLUTION, "pixel")
+    weights = folder / "encoder.safetensors"
+    if not weights.exists():
+        images, factors = load_images(folder / "train" / "images"), solids.factors_of(0, per_class[0])
+        train_encoder(weights, SOLIDS_ENCODER_SPEC, *images, SOLIDS_ENCODER_STEPS, factors, device)
+    _make_tokens(folder, TOKENS, SOLIDS_ENCODER_SPEC, str(weights))
+    _make_judge(folder, solids.RESOLUTION, [32, 64, 64], 600, device)
+    return Files(folder / "train", judges_of(folder, SOLIDS_ENCODER_SPEC, str(weights), "pixel", device))
 
 
 def prepare_pictures(pictures: Pictures, folder: Path, config: Convergence) -> Files:

@@ -16,6 +16,7 @@ from experiments.preparation import (
     photograph_groups,
     prepare_digits,
     prepare_pictures,
+    prepare_solids,
 )
 from experiments.scoring import Sampling
 
@@ -120,6 +121,18 @@ PRESETS = {
         muon_rate="2e-2",  # ten times the rate of AdamW, as in SR-DiT
         prepare=prepare_digits,
         switches_flags="--depth 6",  # SPRINT needs 5 blocks or more
+    ),
+    "solids": Preset(
+        flags="--model SiT-S/4 --depth 4 --hidden-size 128 --num-heads 4 --encoder-depth 2 --projector-dim 256 "
+        "--batch-size 32 --learning-rate 2e-3 --ema-decay 0.99",
+        steps=(500, 750, 1000, 1500, 2000, 2500, 3000),
+        seeds=(0, 1, 2, 3, 4),
+        sampling=Sampling(images=600, num_steps=8, batch_size=300),
+        timing_steps=60,
+        depths=(1, 3, 4),
+        coefficients=("0.003", "0.01", "0.1", "0.3"),
+        muon_rate="2e-2",
+        prepare=prepare_solids,
     ),
     "imagenette": Preset(
         flags=f"--model SiT-S/2 {SMALL}",

@@ -8,7 +8,7 @@ https://iquilezles.org/articles/distfunctions and https://iquilezles.org/article
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -260,11 +260,28 @@ def lit(solid: Solid, points: Tensor, light: Tensor) -> Tensor:
     return share.square() * (3 - 2 * share)
 
 
-def write_images(dest: Path, half: int = 0) -> None:
-    """Write pictures (0: to train on, 1: held out) as class folders of PNGs, the layout of a raw data set."""
-    for number, (name, solid) in enumerate(SOLIDS.items()):
+def scenes_of(half: int, per_class: int) -> Iterator[tuple[str, int, Scenes]]:
+    """Yield the scenes of one half (0: to train on, 1: held out): the class, the number of the first one, a batch."""
+    for number, name in enumerate(SOLIDS):
         generator = torch.Generator().manual_seed(2 * number + half)
-        for first in range(0, PER_CLASS[half], BATCH_SIZE):
-            count = min(BATCH_SIZE, PER_CLASS[half] - first)
-            for index, pixels in enumerate(render(solid, draw_scenes(count, generator)).numpy()):
-                save_png(dest / name / f"{first + index:04d}.png", Image.fromarray(pixels))
+        for first in range(0, per_class, BATCH_SIZE):
+            yield name, first, draw_scenes(min(BATCH_SIZE, per_class - first), generator)
+
+
+def write_images(dest: Path, half: int = 0, per_class: int | None = None) -> None:
+    """Write the pictures of one half as class folders of PNGs, the layout of a raw data set."""
+    for name, first, scenes in scenes_of(half, per_class or PER_CLASS[half]):
+        for index, pixels in enumerate(render(SOLIDS[name], scenes).numpy()):
+            save_png(dest / name / f"{first + index:04d}.png", Image.fromarray(pixels))
+
+
+def factors_of(half: int, per_class: int) -> Tensor:
+    """Return what differs between the pictures that `write_images` writes, (N, 10) float32, sorted by their paths.
+
+    The columns are those of `Scenes`, colours in sRGB.
+    """
+    rows = []
+    for _, _, scenes in scenes_of(half, per_class):
+        colours = (scenes.solid_colour ** (1 / 2.2), scenes.floor_colour ** (1 / 2.2))
+        rows.append(torch.cat([scenes.yaw[:, None], scenes.light, *colours], dim=1))
+    return torch.cat(rows)

@@ -4,9 +4,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from experiments import solids
+from experiments.encoder import train_encoder
 from experiments.solids import BOUND, SOLIDS, TARGET_HEIGHT, Scenes, draw_scenes, render
+from models.encoders import untrained_encoder
+from tests.conftest import ENCODER
 
 
 @pytest.fixture(params=SOLIDS)
@@ -63,3 +67,27 @@ def test_files(tmp_path, monkeypatch):
     assert len(pictures) == 40  # none twice, in neither part
     cubes = render(SOLIDS["cube"], draw_scenes(2, torch.Generator().manual_seed(4))).numpy()
     assert np.array_equal(cubes[1], np.array(Image.open(tmp_path / "0" / "cube" / "0001.png")))
+
+
+def test_factors_are_those_of_the_pictures(tmp_path, monkeypatch):
+    monkeypatch.setattr(solids, "BATCH_SIZE", 2)
+    solids.write_images(tmp_path, 1, per_class=3)
+    factors = solids.factors_of(1, per_class=3)
+    for row, path in zip(factors, sorted(tmp_path.glob("*/*.png")), strict=True):
+        yaw, light, solid, floor = row[:1], row[None, 1:4], row[None, 4:7] ** 2.2, row[None, 7:] ** 2.2
+        picture = render(SOLIDS[path.parent.name], Scenes(yaw, light, solid, floor))[0].int().numpy()
+        assert abs(picture - np.array(Image.open(path))).max() <= 1
+
+
+def test_an_encoder_learns_factors_as_well_as_classes(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    red, labels = torch.rand(256, generator=generator), torch.arange(256) % 2
+    images = torch.zeros(256, 3, 16, 16)
+    images[:, 0], images[:, 1] = red[:, None, None], labels[:, None, None]
+    pixels = (images * 255).round()
+    train_encoder(tmp_path / "encoder.safetensors", ENCODER, pixels.to(torch.uint8), labels, 150, factors=red[:, None])
+    network = untrained_encoder(f"{ENCODER}:num_classes=3", 16).network.eval()
+    network.load_state_dict(load_file(tmp_path / "encoder.safetensors"))
+    outputs = network(pixels / 127.5 - 1)
+    assert (outputs[:, :2].argmax(1) == labels).float().mean() > 0.95
+    assert torch.corrcoef(torch.stack([outputs[:, 2], red]))[0, 1] > 0.9
