@@ -88,8 +88,8 @@ PARTS = {
         Job(
             "convergence",
             570,
-            "experiments/convergence.py --preset solids --unlabelled --reg-flags '--standardize-cls tokens' "
-            "--parallel 5 --out {work}/convergence --report {out}",
+            "experiments/convergence.py --preset solids --unlabelled --reg-flags '--standardize-cls tokens --cls 0.1' "
+            "--flags '--mixed-precision bf16' --parallel 5 --out {work}/convergence --report {out}",
             "--images 4 --steps 4 --seeds 0 --samples 10 --parallel 1 --device cpu",
             results="",
         ),

@@ -124,10 +124,10 @@ PRESETS = {
     ),
     "solids": Preset(
         flags="--model SiT-S/4 --depth 4 --hidden-size 128 --num-heads 4 --encoder-depth 2 --projector-dim 256 "
-        "--batch-size 32 --learning-rate 2e-3 --ema-decay 0.99",
-        steps=(500, 750, 1000, 1500, 2000, 2500, 3000),
+        "--batch-size 32 --learning-rate 2e-3 --ema-decay 0.99 --proj-coeff 1",
+        steps=(500, 1000, 1500, 2000, 2500, 3000, 4000),
         seeds=(0, 1, 2, 3, 4),
-        sampling=Sampling(images=600, num_steps=8, batch_size=300),
+        sampling=Sampling(images=500, num_steps=8, batch_size=250),
         timing_steps=60,
         depths=(1, 3, 4),
         coefficients=("0.003", "0.01", "0.1", "0.3"),
