@@ -113,7 +113,7 @@ BAD_STATES = {
     "no moment": (lambda state: state[1].pop("exp_avg"), "has exp_avg_sq, step for x_embedder"),
     "amsgrad": (lambda state: state[1].update(max_exp_avg_sq=state[1]["exp_avg_sq"]), "max_exp_avg_sq"),
     "scalar": (change_first("exp_avg", lambda value: torch.tensor(0.0)), r"a tensor \(\) of float32; expected"),
-    r"half": (change_first("exp_avg", torch.Tensor.half), "of float16; expected a tensor \(.*\) of float32"),
+    "half": (change_first("exp_avg", torch.Tensor.half), r"of float16; expected a tensor \(.*\) of float32"),
     r"list": (change_first("exp_avg", torch.Tensor.tolist), r"expected a tensor \(.*\) of float32"),
     "nan": (change_first("exp_avg", lambda value: value.index_fill(0, torch.tensor([2]), NAN)), "from nan"),
     "infinite": (change_first("exp_avg_sq", lambda value: value.index_fill(0, torch.tensor([2]), torch.inf)), "to inf"),
