@@ -5,7 +5,7 @@ It provides neither class tokens nor alignment targets. Methods are compared by 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -65,41 +65,38 @@ def train_judge(
     torch.manual_seed(SEED)
     small = torch.cat([reduced(part, size) for part in images.split(BATCH_SIZE)])
     judge = Judge(size, widths, int(labels.max()) + 1).to(device)
-    train_classifier(judge.parameters(), lambda batch: judge(batch)[1], small, labels, steps, "judge", device)
+    train_on_images(
+        judge.parameters(),
+        lambda batch, rows: F.cross_entropy(judge(batch)[1], labels[rows].to(device)),
+        small,
+        steps,
+        "judge",
+        device,
+    )
     with atomic_write(dest) as file:
         torch.save({"config": judge.config, "weights": judge.state_dict()}, file)
 
 
-def train_classifier(
-    parameters: list[nn.Parameter],
-    logits_of: Callable[[Tensor], Tensor],
+def train_on_images(
+    parameters: Iterable[nn.Parameter],
+    loss_of: Callable[[Tensor, Tensor], Tensor],
     images: Tensor,
-    labels: Tensor,
     steps: int,
     name: str,
     device: str = "cpu",
-    factors: Tensor | None = None,
 ) -> None:
-    """Train the parameters of a classifier by cross-entropy on randomly transformed images.
+    """Minimise a loss on randomly transformed images.
 
     Args:
-        logits_of: the classifier: images (N, 3, R, R) to logits (N, K), on `device`; with factors to (N, K + F).
-        images, labels: (N, 3, R, R) float32 and (N,), on the CPU.
+        loss_of: transformed images (B, C, R, R) on `device`, and their rows in `images` (B,), to the loss.
+        images: (N, C, R, R) float32, on the CPU; channels after the colours are transformed with them.
         name: shown in the progress bar.
-        factors: (N, F), on the CPU. The last F outputs learn them, standardised, by their squared error.
     """
-    if factors is not None:
-        factors = (factors - factors.mean(0)) / factors.std(0)
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=LEARNING_RATE, total_steps=steps)
     for step in (bar := progress_bar(range(steps), desc=f"training the {name}", unit="step")):
         rows = torch.randint(len(images), (BATCH_SIZE,))
-        logits = logits_of(transformed(images[rows]).to(device))
-        if factors is None:
-            loss = F.cross_entropy(logits, labels[rows].to(device))
-        else:
-            logits, found = logits.tensor_split([-factors.shape[1]], dim=1)
-            loss = F.cross_entropy(logits, labels[rows].to(device)) + F.mse_loss(found, factors[rows].to(device))
+        loss = loss_of(transformed(images[rows]).to(device), rows)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -109,7 +106,7 @@ def train_classifier(
 
 
 def transformed(images: Tensor) -> Tensor:
-    """Return images (N, 3, R, R), each rotated, scaled and shifted by small random amounts."""
+    """Return images (N, C, R, R), each rotated, scaled and shifted by small random amounts."""
     n = len(images)
     angle, scale = (torch.rand(n) - 0.5) * 0.5, 1 + (torch.rand(n) - 0.5) * 0.3
     cos, sin = angle.cos() / scale, angle.sin() / scale

@@ -142,15 +142,17 @@ def prepare_digits(folder: Path, config: Convergence) -> Files:
 def prepare_solids(folder: Path, config: Convergence) -> Files:
     """Render solids; train an encoder to classify the first half and to predict how its pictures were rendered.
 
-    The class token then says more than the label: pose, light and colours.
+    The class token then says more than the label: pose, light and colours. The patch tokens say which part of the solid
+    is where.
     """
     per_class = [min(count, config.images or count) for count in SOLIDS_PER_CLASS]
     device = "cuda" if uses_cuda(config.device) else "cpu"
     _make_data(folder, lambda dest, half: solids.write_images(dest, half, per_class[half]), solids.RESOLUTION, "pixel")
     weights = folder / "encoder.safetensors"
     if not weights.exists():
-        images, factors = load_images(folder / "train" / "images"), solids.factors_of(0, per_class[0])
-        train_encoder(weights, SOLIDS_ENCODER_SPEC, *images, SOLIDS_ENCODER_STEPS, factors, device)
+        images = load_images(folder / "train" / "images")
+        shown = solids.factors_of(0, per_class[0]), solids.maps_of(0, per_class[0])
+        train_encoder(weights, SOLIDS_ENCODER_SPEC, *images, SOLIDS_ENCODER_STEPS, *shown, device)
     _make_tokens(folder, TOKENS, SOLIDS_ENCODER_SPEC, str(weights))
     _make_judge(folder, solids.RESOLUTION, [32, 64, 64], 600, device)
     return Files(folder / "train", judges_of(folder, SOLIDS_ENCODER_SPEC, str(weights), "pixel", device))

@@ -164,27 +164,38 @@ def rgb(hue: Tensor, saturation: Tensor, value: Tensor) -> Tensor:
 
 def render(solid: Solid, scenes: Scenes) -> Tensor:
     """Return pictures (N, RENDERED, RENDERED, 3) uint8 of one solid."""
-    count, rays = len(scenes.yaw), camera_rays()
-    picture = torch.arange(count).repeat_interleave(len(rays))  # of each ray
-
-    # Rays and light in the solid's own frame.
-    eye = torch.tensor([0.0, math.sin(CAMERA_ELEVATION), math.cos(CAMERA_ELEVATION)]) * CAMERA_DISTANCE
-    origin = turned(from_height(eye, -TARGET_HEIGHT).expand(count, 1, 3), scenes.yaw)[picture, 0]
-    direction = turned(rays.expand(count, -1, -1), scenes.yaw).flatten(0, 1)
-    light = turned(scenes.light[:, None], scenes.yaw)[picture, 0]
-
-    # What each ray meets, and where. The floor is below all rays, because the camera looks down.
-    to_floor = -origin[:, 1] / direction[:, 1]
-    to_solid = trace(solid, origin, direction, to_floor)
-    hits = to_solid < to_floor
-    points = origin + direction * torch.minimum(to_solid, to_floor)[:, None]
-
+    count = len(scenes.yaw)
+    picture, points, direction, light, hits = met(solid, scenes)
     colour = torch.empty_like(points)
     floor, body = scenes.floor_colour[picture], scenes.solid_colour[picture]
     colour[~hits] = floor[~hits] * floor_light(solid, points[~hits], light[~hits])[:, None]
     colour[hits] = solid_light(solid, points[hits], direction[hits], light[hits], body[hits], floor[hits])
     pixels = (colour.clamp(0, 1) ** (1 / 2.2) * 255).round().to(torch.uint8)
     return pixels.view(count, RENDERED, RENDERED, 3)
+
+
+class Met(NamedTuple):
+    """What P rays of some pictures meet, in the frame of the solid; the rays of a picture are row by row."""
+
+    picture: Tensor  # (P,), number of the ray's picture
+    points: Tensor  # (P, 3), on the solid or the floor
+    direction: Tensor  # (P, 3), of the ray
+    light: Tensor  # (P, 3), to the lamp
+    hits: Tensor  # (P,) bool, whether the ray meets the solid
+
+
+def met(solid: Solid, scenes: Scenes) -> Met:
+    """Return what each ray of the pictures of one solid meets."""
+    count, rays = len(scenes.yaw), camera_rays()
+    picture = torch.arange(count).repeat_interleave(len(rays))
+    eye = torch.tensor([0.0, math.sin(CAMERA_ELEVATION), math.cos(CAMERA_ELEVATION)]) * CAMERA_DISTANCE
+    origin = turned(from_height(eye, -TARGET_HEIGHT).expand(count, 1, 3), scenes.yaw)[picture, 0]
+    direction = turned(rays.expand(count, -1, -1), scenes.yaw).flatten(0, 1)
+    light = turned(scenes.light[:, None], scenes.yaw)[picture, 0]
+    to_floor = -origin[:, 1] / direction[:, 1]  # the floor is below all rays, because the camera looks down
+    to_solid = trace(solid, origin, direction, to_floor)
+    points = origin + direction * torch.minimum(to_solid, to_floor)[:, None]
+    return Met(picture, points, direction, light, to_solid < to_floor)
 
 
 def camera_rays() -> Tensor:
@@ -285,3 +296,18 @@ def factors_of(half: int, per_class: int) -> Tensor:
         colours = (scenes.solid_colour ** (1 / 2.2), scenes.floor_colour ** (1 / 2.2))
         rows.append(torch.cat([scenes.yaw[:, None], scenes.light, *colours], dim=1))
     return torch.cat(rows)
+
+
+def maps_of(half: int, per_class: int) -> Tensor:
+    """Return what the pixels show, (N, 4, RESOLUTION, RESOLUTION) float32, of the pictures that `write_images` writes.
+
+    The channels are the share of the pixel that shows the solid, and x, y, z of that place in the solid's own frame,
+    relative to where the camera looks, times that share. The order is that of `factors_of`.
+    """
+    maps = []
+    for name, _, scenes in scenes_of(half, per_class):
+        found = met(SOLIDS[name], scenes)
+        places = from_height(found.points, TARGET_HEIGHT).where(found.hits[:, None], torch.zeros(()))
+        shown = torch.cat([found.hits[:, None], places], dim=1).view(-1, RENDERED, RENDERED, 4).permute(0, 3, 1, 2)
+        maps.append(F.adaptive_avg_pool2d(shown, RESOLUTION))
+    return torch.cat(maps)
