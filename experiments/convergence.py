@@ -78,7 +78,7 @@ OWN_REPORT = own_json("a report of a comparison", "preset", "ablation", "scores"
 
 @dataclass(frozen=True, kw_only=True)
 class Photographs(Config):
-    """Pictures (presets imagenette and emoji)."""
+    """Data, judge and device. --source, --vae and the encoder are for the presets imagenette and emoji."""
 
     source: str | None = setting(
         None, "pictures in a folder or zip: photographs in class folders, or emoji with their captions.json"

@@ -40,6 +40,7 @@ DIGITS_ENCODER_STEPS = (400, 40)  # of the encoder, and of a worse one for the a
 SOLIDS_PER_CLASS = (1200, 250)
 SOLIDS_ENCODER_SPEC = "timm/test_resnet:input=48:mean=0.5:std=0.5:output_stride=8"
 SOLIDS_ENCODER_STEPS = 600
+JUDGE_STEPS = 600  # of digits and solids
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png")
 
 # The classes of emoji: the first expression that occurs in the caption, which is the emoji's Unicode name.
@@ -132,7 +133,7 @@ def prepare_digits(folder: Path, config: Convergence) -> Files:
         if not weights.exists():
             digits.train_encoder(weights, steps)
         _make_tokens(folder, name, digits.ENCODER_SPEC, str(weights))
-    _make_judge(folder, digits.RESOLUTION, [32, 64, 64], 600)
+    _make_judge(folder, digits.RESOLUTION, [32, 64, 64], config.judge_steps or JUDGE_STEPS)
     device = "cuda" if config.device == "cuda" else "cpu"
     judges = judges_of(folder, digits.ENCODER_SPEC, str(good), "pixel", device)
     other = f"encoder of {DIGITS_ENCODER_STEPS[1]} steps"
@@ -154,7 +155,7 @@ def prepare_solids(folder: Path, config: Convergence) -> Files:
         shown = solids.factors_of(0, per_class[0]), solids.maps_of(0, per_class[0])
         train_encoder(weights, SOLIDS_ENCODER_SPEC, *images, SOLIDS_ENCODER_STEPS, *shown, device)
     _make_tokens(folder, TOKENS, SOLIDS_ENCODER_SPEC, str(weights))
-    _make_judge(folder, solids.RESOLUTION, [32, 64, 64], 600, device)
+    _make_judge(folder, solids.RESOLUTION, [32, 64, 64], config.judge_steps or JUDGE_STEPS, device)
     return Files(folder / "train", judges_of(folder, SOLIDS_ENCODER_SPEC, str(weights), "pixel", device))
 
 
