@@ -61,6 +61,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TIMES = "seconds_per_step.json"
 DATA_SETTINGS = "data/settings.json"
 TIMING_ROUNDS = 2  # the rows take turns, so that other load affects all of them
+NOT_USED = {"digits": ("source", "images", "enc_weights"), "solids": ("source", "enc_weights")}
 GPU_WORKERS = 4  # processes that read latents and tokens
 cached_scorer = functools.cache(Scorer)  # one for each process
 
@@ -129,6 +130,9 @@ class Convergence(Photographs, ImageNet):
 
     def check_combination(self) -> None:
         inputs = (self.source, self.enc_weights)
+        for name in NOT_USED.get(self.preset, ()):
+            if (value := getattr(self, name)) is not None:
+                raise InputError(f"{cli.flag(name)} {value}: has no effect with --preset {self.preset}; leave it out")
         check_writable(self.out / "settings.json", "--out", inputs, OWN_STUDY)
         is_new = not (self.out / "settings.json").exists()
         found = sorted(os.listdir(self.out)) if is_new and self.preset != "imagenet" and self.out.exists() else []

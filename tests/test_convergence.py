@@ -407,6 +407,8 @@ def test_comparisons_share_data_of_the_same_settings(toy, tmp_path):
         (["--steps", "0,2"], "--steps 0: must be greater than 0"),
         (["--parallel", "0"], "--parallel 0: must be greater than 0"),
         (["--preset", "imagenette"], "--source is missing"),
+        (["--preset", "solids", "--source", "a.zip"], "--source a.zip: has no effect with --preset solids"),
+        (["--images", "5"], "--images 5: has no effect with --preset digits"),
         (["--flags=--no-such-flag 1"], "--no-such-flag: unknown argument"),
         (["--report", "/dev/null"], "--report .*: /dev/null is not a writable folder"),
     ],
@@ -425,7 +427,7 @@ def test_a_comparison_replaces_only_its_own_files(tmp_path):
     (tmp_path / "table/digits-methods.md").write_text("precious")
     for flags, problem in (
         (
-            ["--out", "notes/new", "--source", "notes"],
+            ["--out", "notes/new", "--source", "notes", "--preset=emoji"],
             r"--out .*settings\.json: is in .*notes, which this program reads",
         ),
         (["--out", "notes"], r"--out .*notes: contains thesis\.txt and no comparison"),
