@@ -94,7 +94,7 @@ def test_maps_show_where_each_part_of_the_solid_is(monkeypatch):
         assert places[share == 0].abs().max() == 0
         surface = places[share == 1] + torch.tensor([0, TARGET_HEIGHT, 0])
         assert SOLIDS[name](surface).abs().quantile(0.9) < 0.06  # means of four places are almost on the surface
-    # The share is that of the pictures: with a black lamp and floor only the solid is visible.
+    # The share is that of the pictures: on a black floor only the solid is visible.
     _, _, scenes = next(iter(solids.scenes_of(1, 3)))
     glowing = render(SOLIDS["cone"], scenes._replace(floor_colour=torch.zeros(2, 3), solid_colour=torch.ones(2, 3)))
     visible = (glowing.amax(dim=3) > 0).float().view(2, 24, 2, 24, 2).mean(dim=(2, 4))
