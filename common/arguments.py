@@ -26,6 +26,9 @@ class Parser(argparse.ArgumentParser):
         message = message.removeprefix("argument ")
         for theirs, ours in MESSAGES.items():
             message = message.replace(theirs, ours)
+        flag, _, problem = message.rpartition(": ")
+        if problem == MESSAGES["expected one argument"]:
+            message += f"; if it begins with a dash, write {flag.split('/')[-1]}=VALUE"
         raise InputError(message)
 
 

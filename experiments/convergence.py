@@ -52,16 +52,23 @@ from common.sources import FileSource
 from experiments import imagenet, report
 from experiments.judge import load_images
 from experiments.preparation import TOKENS, Files, run
-from experiments.presets import ABLATIONS, METHODS, PRESETS, REG, Preset, ablations
+from experiments.presets import ABLATIONS, METHODS, PRESETS, REG, Preset, ablations, row_flags, settings_of
 from experiments.scoring import Judges, Sampling, Scorer
 from models.checkpoint import list_checkpoints
-from training.config import TrainConfig, parse_args
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMES = "seconds_per_step.json"
 DATA_SETTINGS = "data/settings.json"
 TIMING_ROUNDS = 2  # the rows take turns, so that other load affects all of them
-NOT_USED = {"digits": ("source", "images", "enc_weights"), "solids": ("source", "enc_weights")}
+OF_PHOTOGRAPHS = ("source", "vae", "enc_type", "enc_weights")
+OF_IMAGENET = ("model", "data_dir", "eval_ref", "run")
+NOT_USED = {
+    "digits": (*OF_PHOTOGRAPHS, "images", *OF_IMAGENET),
+    "solids": (*OF_PHOTOGRAPHS, *OF_IMAGENET),
+    "imagenette": OF_IMAGENET,
+    "emoji": OF_IMAGENET,
+    "imagenet": (*OF_PHOTOGRAPHS, "images", "judge_steps", "device", "parallel", "steps", "timing_steps", "unlabelled"),
+}
 GPU_WORKERS = 4  # processes that read latents and tokens
 cached_scorer = functools.cache(Scorer)  # one for each process
 
@@ -73,13 +80,22 @@ def whole_numbers(text: str) -> tuple[int, ...]:
     return tuple(sorted({int(part) for part in text.split(",")}))
 
 
+def quoted_flags(text: str) -> str:
+    """Return flags as they are. Raises ArgumentTypeError if a quotation mark is not closed."""
+    try:
+        shlex.split(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text}: {str(error).lower()}") from error
+    return text
+
+
 OWN_STUDY = own_json("the settings of a comparison", "preset", "flags", "steps", "sampling")
 OWN_REPORT = own_json("a report of a comparison", "preset", "ablation", "scores", "seeds")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Photographs(Config):
-    """Data, judge and device. --source, --vae and the encoder are for the presets imagenette and emoji."""
+class Data(Config):
+    """Data, judge and device. --source, --vae and the encoder are of the presets imagenette and emoji."""
 
     source: str | None = setting(
         None, "pictures in a folder or zip: photographs in class folders, or emoji with their captions.json"
@@ -109,7 +125,7 @@ class ImageNet(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Convergence(Photographs, ImageNet):
+class Convergence(Data, ImageNet):
     """Settings of the comparison."""
 
     preset: str = setting("digits", "data and size", choices=(*PRESETS, "imagenet"))
@@ -125,14 +141,15 @@ class Convergence(Photographs, ImageNet):
     samples: int | None = setting(None, "images of a score", check=POSITIVE)
     timing_steps: int | None = setting(None, "length of the runs that measure the time of a step", check=POSITIVE)
     unlabelled: bool = setting(False, "train and sample without labels")
-    flags: str = setting("", "further flags of train.py, the same for all rows, in quotes")
-    reg_flags: str = setting("", "further flags of train.py of all rows with a class token, in quotes")
+    flags: str = setting("", "further flags of train.py, the same for all rows, in quotes", parse=quoted_flags)
+    reg_flags: str = setting("", "further flags of train.py of rows with a class token, in quotes", parse=quoted_flags)
 
     def check_combination(self) -> None:
         inputs = (self.source, self.enc_weights)
-        for name in NOT_USED.get(self.preset, ()):
-            if (value := getattr(self, name)) is not None:
-                raise InputError(f"{cli.flag(name)} {value}: has no effect with --preset {self.preset}; leave it out")
+        for name in NOT_USED[self.preset]:
+            if (value := getattr(self, name)) != cli.settings(Convergence)[name].default:
+                shown = "" if value is True else f" {value}"
+                raise InputError(f"{cli.flag(name)}{shown}: has no effect with --preset {self.preset}; leave it out")
         check_writable(self.out / "settings.json", "--out", inputs, OWN_STUDY)
         is_new = not (self.out / "settings.json").exists()
         found = sorted(os.listdir(self.out)) if is_new and self.preset != "imagenet" and self.out.exists() else []
@@ -199,7 +216,7 @@ class Study:
         preset = self.preset
         tables = ablations(preset.depths, preset.coefficients, {}, preset.steps[-1], preset.muon_rate)
         rows = tables[config.ablation] or {REG: METHODS[REG]}
-        self.rows = {row: self.row_flags(flags) for row, flags in rows.items()}
+        self.rows = {row: row_flags(self.preset.flags, flags, config.reg_flags) for row, flags in rows.items()}
         self.files: Files = self.preset.prepare(config.out / "data", config)
         if config.ablation == "encoder":
             self.rows = {**self.files.other_encoders, **self.rows}
@@ -212,16 +229,6 @@ class Study:
     def time_name(self, row: str, cached: bool) -> str:
         """Return the name of a row's time of a step, with cached tokens or with the encoder running."""
         return row if cached or not self.reads_encoder(row) else f"{row} with encoder"
-
-    def row_flags(self, flags: str) -> str:
-        """Return the flags of a row, with --reg-flags before them if the row has a class token.
-
-        Raises InputError if train.py does not accept them.
-        """
-        if settings_of(f"{self.preset.flags} {flags}").slot == "class":
-            flags = f"{self.config.reg_flags} {flags}".strip()
-            settings_of(f"{self.preset.flags} {flags}")
-        return flags
 
     def flags(self, row: str, folder: Path, cached: bool = True, **length: int) -> list[str]:
         """Return train.py's flags of a row. The row's own flags are last.
@@ -238,7 +245,7 @@ class Study:
             **{cli.flag(name): number for name, number in length.items()},
         }  # fmt: skip
         common = [str(part) for pair in values.items() for part in pair]
-        return [*common, "--no-check-data", *self.preset.flags.split(), *self.rows[row].split()]
+        return [*common, "--no-check-data", *shlex.split(self.preset.flags), *shlex.split(self.rows[row])]
 
     def job(self, row: str, seed: int) -> Job:
         """Return the run of a row and a seed."""
@@ -293,11 +300,6 @@ class Study:
         }
 
 
-def settings_of(flags: str) -> TrainConfig:
-    """Return the settings of train.py with some flags. Raises InputError if it does not accept them."""
-    return parse_args(["--exp-name", "row", *flags.split()])
-
-
 def chosen_preset(config: Convergence) -> Preset:
     """Return the preset with the changes of the command line."""
     preset = PRESETS[config.preset]
@@ -306,7 +308,7 @@ def chosen_preset(config: Convergence) -> Preset:
     of_ablation = preset.switches_flags if config.ablation == "switches" else ""
     return dataclasses.replace(
         preset,
-        flags=" ".join(f"{preset.flags} {of_ablation} {unlabelled} {config.flags}".split()),
+        flags=" ".join(part for part in (preset.flags, of_ablation, unlabelled, config.flags.strip()) if part),
         steps=config.steps or preset.steps,
         seeds=config.seeds or preset.seeds,
         sampling=dataclasses.replace(preset.sampling, images=images, labelled=not config.unlabelled),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.io import read_json, read_metrics
-from experiments.presets import ablations
+from experiments.presets import ablations, row_flags
 
 if TYPE_CHECKING:
     from experiments.convergence import Convergence
@@ -20,13 +20,13 @@ ROWS = ablations((2, 6, 8), ("0.01", "0.02", "0.05", "0.1"), ENCODERS, STEPS, mu
 
 def commands(config: Convergence) -> dict[tuple[str, int], list[str]]:
     """Return the command of each row and seed. The same command resumes a run, and does nothing if it is complete."""
-    settings = f"--model {config.model} --data-dir {config.data_dir} --output-dir {config.out}"
+    folders = {"--data-dir": config.data_dir, "--output-dir": config.out, "--eval-ref": config.eval_ref}
+    settings = f"--model {config.model} {shlex.join(str(part) for pair in folders.items() for part in pair)}"
     settings += f" --max-train-steps {STEPS} --checkpointing-steps {EVERY} --eval-steps {EVERY}"
-    settings += f" --eval-samples {config.samples or 50_000} --eval-ref {config.eval_ref}"
-    settings += f" --sampling-steps {EVERY} --resume latest"
+    settings += f" --eval-samples {config.samples or 50_000} --sampling-steps {EVERY} --resume latest {config.flags}"
     return {
         (row, seed): ["accelerate", "launch", "train.py", *shlex.split(settings), "--seed", str(seed), "--exp-name",
-                      run_name(row, seed), *shlex.split(flags)]
+                      run_name(row, seed), *shlex.split(row_flags(settings, flags, config.reg_flags))]
         for row, flags in ROWS[config.ablation].items()
         for seed in config.seeds or (0,)
     }  # fmt: skip

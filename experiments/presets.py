@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from experiments.preparation import (
     prepare_solids,
 )
 from experiments.scoring import Sampling
+from training.config import TrainConfig, parse_args
 
 if TYPE_CHECKING:
     from experiments.convergence import Convergence
@@ -74,6 +76,22 @@ def ablations(
             "all and Muon": f"{SR_DIT} {muon}",
         },
     }
+
+
+def row_flags(common: str, flags: str, reg_flags: str) -> str:
+    """Return the flags of a row, with `reg_flags` before them if the row has a class token.
+
+    common: flags of train.py of all rows. Raises InputError if train.py does not accept them.
+    """
+    if settings_of(f"{common} {flags}").slot == "class":
+        flags = f"{reg_flags} {flags}".strip()
+        settings_of(f"{common} {flags}")
+    return flags
+
+
+def settings_of(flags: str) -> TrainConfig:
+    """Return the settings of train.py with some flags. Raises InputError if it does not accept them."""
+    return parse_args(["--exp-name", "row", *shlex.split(flags)])
 
 
 @dataclass(frozen=True)

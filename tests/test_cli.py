@@ -82,7 +82,7 @@ def test_a_configuration_cannot_change():
         ("--tf32=yes", r"--tf32/--no-tf32: takes no value; given: 'yes'"),
         ("more", r"more: unknown argument"),
         ("--zzzzzz", r"--zzzzzz: unknown argument; --help lists all flags"),
-        ("--name", r"--name: needs a value"),
+        ("--name", r"--name: needs a value; if it begins with a dash, write --name=VALUE$"),
     ],
 )
 def test_a_bad_command_line_is_one_line_with_flag_value_and_what_is_allowed(flags, text):

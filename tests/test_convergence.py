@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 import shutil
 import types
 import zipfile
@@ -171,13 +172,16 @@ def test_only_the_table_of_switches_has_the_depth_that_sprint_needs(tmp_path):
 
 
 def test_commands_of_the_papers_size_are_those_of_train(tmp_path, capsys):
-    convergence.main(["--preset", "imagenet", "--out", str(tmp_path), "--seeds", "0,1"])
+    further = ["--flags=--lr-schedule cosine", "--reg-flags", "--cls 0.05 --cls-lead 0.1"]
+    convergence.main(["--preset", "imagenet", "--out", str(tmp_path / "a b"), "--seeds", "0,1", *further])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 6
     for line, row in zip(lines, ["sit", "sit", "repa", "repa", "reg", "reg"], strict=True):
         launcher, flags = line.split(" train.py ")
-        config = parse_args([*flags.split(), "--device", "cpu"])
+        config = parse_args([*shlex.split(flags), "--device", "cpu"])
         assert launcher == "accelerate launch" and config.exp_name.startswith(row)
+        assert config.output_dir == str(tmp_path / "a b") and config.lr_schedule == "cosine"
+        assert config.cls_lead == (0.1 if row == "reg" else 0)
         assert (config.slot == "class", config.proj_coeff) == (row == "reg", 0 if row == "sit" else 0.5)
 
 
@@ -396,8 +400,8 @@ def test_comparisons_share_data_of_the_same_settings(toy, tmp_path):
     config = convergence.Convergence(out=tmp_path, steps=(2, 6))
     assert convergence.Study(config).files.judges.judge == tmp_path / "data" / "judge.pt"
     (tmp_path / "settings.json").unlink()
-    with pytest.raises(InputError, match="data holds a comparison with vae taesd, not pixel"):
-        convergence.Study(dataclasses.replace(config, vae="pixel"))
+    with pytest.raises(InputError, match="data holds a comparison with judge_steps None, not 7"):
+        convergence.check_same_comparison(dataclasses.replace(config, judge_steps=7), convergence.chosen_preset(config))
 
 
 @pytest.mark.parametrize(
@@ -409,6 +413,11 @@ def test_comparisons_share_data_of_the_same_settings(toy, tmp_path):
         (["--preset", "imagenette"], "--source is missing"),
         (["--preset", "solids", "--source", "a.zip"], "--source a.zip: has no effect with --preset solids"),
         (["--images", "5"], "--images 5: has no effect with --preset digits"),
+        (["--vae", "pixel"], "--vae pixel: has no effect with --preset digits"),
+        (["--preset", "emoji", "--source", "a.zip", "--run"], "--run: has no effect with --preset emoji"),
+        (["--preset", "imagenet", "--unlabelled"], "--unlabelled: has no effect with --preset imagenet"),
+        (["--preset", "imagenet", "--reg-flags=--no-such-flag 1"], "--no-such-flag: unknown argument"),
+        (["--flags", "--exp-name 'x"], "--flags: --exp-name 'x: no closing quotation"),
         (["--flags=--no-such-flag 1"], "--no-such-flag: unknown argument"),
         (["--report", "/dev/null"], "--report .*: /dev/null is not a writable folder"),
     ],
