@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from common.images import image_grid, save_png
 from common.progress import progress_bar
 from evaluations.coherence import CentreSums, CoherenceSums
-from evaluations.metrics import FeatureSums, frechet_distance
+from evaluations.metrics import FeatureSums, GaussianStatistics, frechet_distance
 from experiments.judge import load_images, load_judge
 from experiments.nearest import closeness, nearest, pairs_shown
 from loss import FROM_ENCODER, entangled_token
@@ -58,55 +58,82 @@ class Sampling:
     proportional: bool = False  # labels as frequent as among the held-out images; False: equally frequent
 
 
+class Reading(NamedTuple):
+    """What judge and encoder say about N images, on the CPU.
+
+    features (N, D), classes (N,) int64: of the judge. tokens: the encoder's (N, W) float32 of each kind in
+    `FROM_ENCODER`.
+    """
+
+    features: Tensor
+    classes: Tensor
+    tokens: dict[str, Tensor]
+
+    def statistics(self) -> dict[str, GaussianStatistics]:
+        """Return mean and covariance of the judge's features and of the encoder's class tokens."""
+        return {"distance": gaussian(self.features), "encoder_distance": gaussian(self.tokens["class"])}
+
+    def share_right(self, labels: Tensor) -> float:
+        """Return the share of images that the judge assigns to their labels (N,)."""
+        return float((self.classes == labels).double().mean())
+
+
+def gaussian(rows: Tensor) -> GaussianStatistics:
+    """Return mean and covariance of rows (N, D)."""
+    sums = FeatureSums(rows.shape[1])
+    sums.update(rows)
+    return sums.statistics()
+
+
 class Scorer:
     """Scores checkpoints by comparison with the held-out images. Images, judge and encoder are loaded once."""
 
     def __init__(self, judges: Judges):
         self.device = torch.device(judges.device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # as in generate.py
-        self.real, self.labels = load_images(judges.held_out)
+        real, self.labels = load_images(judges.held_out)
         self.classes = int(self.labels.max()) + 1
         self.judge = load_judge(judges.judge, self.device)
-        weights = judges.encoder_weights
-        self.encoder = load_encoder(judges.encoder, self.real.shape[-1], weights, self.device)
+        self.encoder = load_encoder(judges.encoder, real.shape[-1], judges.encoder_weights, self.device)
         self.codec = load_codec(judges.vae, self.device)
-        self.reference = self.statistics(self.real)
+        self.held_out = self.read(real)
+        self.reference = self.held_out.statistics()
         self.train = judges.train and load_images(judges.train)[0]
 
     @torch.no_grad()
-    def statistics(self, images: Tensor) -> dict[str, Any]:
-        """Return mean and covariance of images (N, 3, H, W) uint8 in the judge's features and the encoder's tokens."""
-        sums = {"distance": FeatureSums(self.judge.width), "encoder_distance": FeatureSums(self.encoder.width)}
+    def read(self, images: Tensor) -> Reading:
+        """Return what judge and encoder say about images (N, 3, H, W) uint8."""
+        features, classes, tokens = [], [], {kind: [] for kind in FROM_ENCODER}
         for batch in images.split(BATCH_SIZE):
             batch = batch.to(self.device)
-            sums["distance"].update(self.judge(batch)[0])
-            sums["encoder_distance"].update(self.encoder(batch).cls_token)
-        return {name: part.statistics() for name, part in sums.items()}
+            found, logits = self.judge(batch)
+            features.append(found.cpu())
+            classes.append(logits.argmax(1).cpu())
+            output = self.encoder(batch)
+            for kind, parts in tokens.items():
+                parts.append(entangled_token(kind, output, None).cpu())
+        return Reading(
+            torch.cat(features), torch.cat(classes), {kind: torch.cat(parts) for kind, parts in tokens.items()}
+        )
 
     @cached_property
     def centres(self) -> dict[str, Tensor]:
         """The mean token of each class over the held-out images, for each kind of token in `FROM_ENCODER`."""
         sums = {kind: CentreSums(self.classes, self.encoder.width) for kind in FROM_ENCODER}
-        for images, labels in zip(self.real.split(BATCH_SIZE), self.labels.split(BATCH_SIZE), strict=True):
-            output = self.encoder(images.to(self.device))
-            for kind, part in sums.items():
-                part.update(entangled_token(kind, output, None).cpu(), labels)
+        for kind, part in sums.items():
+            part.update(self.held_out.tokens[kind], self.labels)
         return {kind: part.centres() for kind, part in sums.items()}
-
-    @torch.no_grad()
-    def features(self, images: Tensor) -> Tensor:
-        """Return the judge's features (N, D) of images (N, 3, H, W) uint8."""
-        return torch.cat([self.judge(batch.to(self.device))[0].cpu() for batch in images.split(BATCH_SIZE)])
 
     @cached_property
     def train_features(self) -> Tensor:
         """The judge's features of the images that networks are trained on."""
-        return self.features(self.train)
+        with torch.no_grad():
+            return torch.cat([self.judge(part.to(self.device))[0].cpu() for part in self.train.split(BATCH_SIZE)])
 
     @cached_property
     def held_out_distances(self) -> Tensor:
         """The distance of each held-out image to its nearest training image."""
-        return nearest(self.features(self.real), self.train_features)[0]
+        return nearest(self.held_out.features, self.train_features)[0]
 
     def requested_labels(self, sampling: Sampling) -> Tensor:
         """Return the labels (N,) of generated images."""
@@ -116,20 +143,18 @@ class Scorer:
         order = torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(SAMPLING_SEED))
         return self.labels[order[numbers % len(order)]]
 
-    @torch.no_grad()
-    def classify(self, images: Tensor) -> Tensor:
-        """Return the classes (N,) that the judge assigns to images (N, 3, H, W) uint8."""
-        return torch.cat([self.judge(batch.to(self.device))[1].argmax(1).cpu() for batch in images.split(BATCH_SIZE)])
-
     def score_images(self, images: Tensor, labels: Tensor) -> dict[str, float]:
         """Return scores of images (N, 3, H, W) uint8.
 
-        distance, encoder_distance: Frechet distances in the features of the judge and of the encoder. right: share of
-        images that the judge assigns to their label.
+        distance, encoder_distance: see `distances`. right: share of images that the judge assigns to their label.
         """
-        found = self.statistics(images)
-        distances = {name: frechet_distance(found[name], self.reference[name]) for name in found}
-        return {**distances, "right": float((self.classify(images) == labels).double().mean())}
+        reading = self.read(images)
+        return {**self.distances(reading), "right": reading.share_right(labels)}
+
+    def distances(self, reading: Reading) -> dict[str, float]:
+        """Return the Frechet distances to the held-out images in the features of the judge and of the encoder."""
+        found = reading.statistics()
+        return {name: frechet_distance(found[name], self.reference[name]) for name in found}
 
     def score(self, path: Path, sampling: Sampling, grid: Path) -> dict[str, float]:
         """Return the scores of a checkpoint's averaged network, and write a grid of its images.
@@ -159,29 +184,26 @@ class Scorer:
             tokens.append(cls_tokens)
         images = torch.cat(decoded)
         save_png(grid, image_grid(images[: sampling.shown].permute(0, 2, 3, 1).numpy(), columns=self.classes))
-        labels = labels if sampling.labelled else self.classify(images)
-        scores = self.score_images(images, labels)
-        if not sampling.labelled:
-            del scores["right"]
+        reading = self.read(images)
+        scores = self.distances(reading)
+        if sampling.labelled:
+            scores["right"] = reading.share_right(labels)
         if self.train is not None:
-            scores |= self.memorisation(images, grid.with_stem(f"{grid.stem}-nearest"))
-        if settings.entangle in FROM_ENCODER:
-            scores |= self.coherence(settings.entangle, images, torch.cat(tokens), labels)
+            scores |= self.memorisation(images, reading.features, grid.with_stem(f"{grid.stem}-nearest"))
+        if (kind := settings.entangle) in FROM_ENCODER:
+            sums = CoherenceSums(self.encoder.width)
+            classes = labels if sampling.labelled else reading.classes
+            sums.update(torch.cat(tokens).cpu(), reading.tokens[kind], classes, self.centres[kind])
+            scores |= sums.scores()
         return scores
 
-    def memorisation(self, images: Tensor, picture: Path) -> dict[str, float]:
-        """Return how near generated images (N, 3, H, W) uint8 are to training images; draw some pairs."""
-        distances, index = nearest(self.features(images), self.train_features)
+    def memorisation(self, images: Tensor, features: Tensor, picture: Path) -> dict[str, float]:
+        """Return how near generated images (N, 3, H, W) uint8 are to training images; draw some pairs.
+
+        features: the judge's features (N, D) of the images.
+        """
+        distances, index = nearest(features, self.train_features)
         shown = pairs_shown(distances, PAIRS)
         pairs = torch.cat([images[shown], self.train[index[shown]]])
         save_png(picture, image_grid(pairs.permute(0, 2, 3, 1).numpy(), columns=len(shown)))
         return closeness(distances, self.held_out_distances)
-
-    def coherence(self, kind: str, images: Tensor, tokens: Tensor, labels: Tensor) -> dict[str, float]:
-        """Return the similarity of generated tokens (N, D) to the encoder's tokens of the generated images."""
-        sums = CoherenceSums(self.encoder.width)
-        batches = zip(images.split(BATCH_SIZE), tokens.split(BATCH_SIZE), labels.split(BATCH_SIZE), strict=True)
-        for pixels, generated, y in batches:
-            encoded = entangled_token(kind, self.encoder(pixels.to(self.device)), None)
-            sums.update(generated.cpu(), encoded.cpu(), y, self.centres[kind])
-        return sums.scores()
