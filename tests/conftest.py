@@ -35,6 +35,15 @@ ENCODER_OPTIONS = {"patch_size": 4, "embed_dim": 32, "depth": 1, "num_heads": 2}
 ENCODER = f"timm/vit_tiny_patch16_224:input={RESOLUTION}:" + ":".join(f"{k}={v}" for k, v in ENCODER_OPTIONS.items())
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Give child processes the default action of SIGHUP, also if this process ignores it, as under nohup.
+
+    A handler does so: it keeps this process alive, and child processes do not inherit it.
+    """
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN or os.environ.get("PYTEST_XDIST_WORKER"):
+        signal.signal(signal.SIGHUP, lambda *_: None)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
