@@ -18,18 +18,28 @@ ENCODERS = {"REG": "dinov2-vit-b", "DINOv2-L": "dinov2-vit-l", "CLIP-L": "clip-v
 ROWS = ablations((2, 6, 8), ("0.01", "0.02", "0.05", "0.1"), ENCODERS, STEPS, muon_rate="1e-3")
 
 
+def common_flags(config: Convergence) -> str:
+    """Return the flags of train.py that all rows have."""
+    folders = {"--data-dir": config.data_dir, "--output-dir": config.out, "--eval-ref": config.eval_ref}
+    flags = f"--model {config.model} {shlex.join(str(part) for pair in folders.items() for part in pair)}"
+    flags += f" --max-train-steps {STEPS} --checkpointing-steps {EVERY} --eval-steps {EVERY}"
+    return f"{flags} --eval-samples {config.samples or 50_000} --sampling-steps {EVERY} --resume latest {config.flags}"
+
+
+def rows(config: Convergence) -> dict[str, str]:
+    """Return the further flags of each row. Raises InputError if train.py does not accept them."""
+    common = common_flags(config)
+    return {row: row_flags(common, flags, config.reg_flags) for row, flags in ROWS[config.ablation].items()}
+
+
 def commands(config: Convergence) -> dict[tuple[str, int], list[str]]:
     """Return the command of each row and seed. The same command resumes a run, and does nothing if it is complete."""
-    folders = {"--data-dir": config.data_dir, "--output-dir": config.out, "--eval-ref": config.eval_ref}
-    settings = f"--model {config.model} {shlex.join(str(part) for pair in folders.items() for part in pair)}"
-    settings += f" --max-train-steps {STEPS} --checkpointing-steps {EVERY} --eval-steps {EVERY}"
-    settings += f" --eval-samples {config.samples or 50_000} --sampling-steps {EVERY} --resume latest {config.flags}"
+    common = ["accelerate", "launch", "train.py", *shlex.split(common_flags(config))]
     return {
-        (row, seed): ["accelerate", "launch", "train.py", *shlex.split(settings), "--seed", str(seed), "--exp-name",
-                      run_name(row, seed), *shlex.split(row_flags(settings, flags, config.reg_flags))]
-        for row, flags in ROWS[config.ablation].items()
+        (row, seed): [*common, "--seed", str(seed), "--exp-name", run_name(row, seed), *shlex.split(flags)]
+        for row, flags in rows(config).items()
         for seed in config.seeds or (0,)
-    }  # fmt: skip
+    }
 
 
 def run_name(row: str, seed: int) -> str:
@@ -56,6 +66,6 @@ def collect(config: Convergence) -> tuple[dict[str, Any] | None, dict[tuple[str,
         row: {seed: [line for line in run if line["step"] <= reached] for seed, run in seeds.items()}
         for row, seeds in scores.items()
     }
-    about = {"preset": "imagenet", "ablation": config.ablation, "metric": "FID", "rows": ROWS[config.ablation]}
-    about |= {"seeds": list(config.seeds or (0,)), "real": None}
+    about = {"preset": "imagenet", "ablation": config.ablation, "metric": "FID", "rows": rows(config)}
+    about |= {"flags": config.flags, "seeds": list(config.seeds or (0,)), "real": None}
     return {**about, "seconds_per_step": seconds, "scores": scores}, runs

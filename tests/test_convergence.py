@@ -186,7 +186,7 @@ def test_commands_of_the_papers_size_are_those_of_train(tmp_path, capsys):
 
 
 def test_scores_of_the_papers_size_are_read_up_to_the_step_all_have_reached(tmp_path):
-    config = convergence.Convergence(preset="imagenet", out=tmp_path)
+    config = convergence.Convergence(preset="imagenet", out=tmp_path, flags="--allow-tf32", reg_flags="--cls 0.05")
     assert imagenet.collect(config)[0] is None
     for row, fids in {"sit": [9.0], "repa": [8.0, 4.0], "reg": [4.0, 2.0]}.items():
         folder = tmp_path / f"{row}-seed0"
@@ -201,6 +201,8 @@ def test_scores_of_the_papers_size_are_read_up_to_the_step_all_have_reached(tmp_
         "SiT": [9.0], "REPA": [8.0], "REG": [4.0],
     }  # fmt: skip
     assert result["seconds_per_step"]["REG"] == 0.5
+    assert result["flags"] == "--allow-tf32" and result["rows"]["REG"] == "--cls 0.05"
+    assert result["rows"]["REPA"] == presets.METHODS["REPA"]
     result["speed_ups"] = report.speed_ups(result)
     assert "| FID |" in report.table(result)
 
